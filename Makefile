@@ -1,0 +1,44 @@
+# Every target makes what it needs: the virtual environment in .venv, and in it the extra that the target asks for.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: demo test lint ruff typecheck format bench clean
+
+demo: $(VENV)/.installed-demo
+	$(BIN)/dicompile demo
+
+test: $(VENV)/.installed-test
+	$(BIN)/python -m pytest
+
+bench: $(VENV)/.installed-demo
+	$(BIN)/python examples/bench.py
+
+lint: ruff typecheck
+
+ruff: $(VENV)/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+# mypy cannot see that passes/ and runtime/ are dicompile.passes and dicompile.runtime, so it reads an installed copy.
+# build/ goes first: setuptools would install modules that were deleted since from there.
+typecheck: $(VENV)/.installed-dev
+	rm -rf build .typecheck
+	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --target .typecheck .
+	$(BIN)/mypy .typecheck/dicompile
+
+format: $(VENV)/.installed-dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf build dist *.egg-info .typecheck .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find dicompile passes runtime tests examples -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+# One stamp per extra: a second run installs nothing unless the requirements changed.
+$(VENV)/.installed-%: pyproject.toml constraints.txt | $(BIN)/python
+	$(BIN)/python -m pip install -c constraints.txt -e '.[$*]'
+	touch $@

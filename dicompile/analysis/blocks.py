@@ -1,0 +1,160 @@
+"""Which branches form a block, which nodes belong to it, and which blocks are alike.
+
+Grouping: by module path where the graph has one, else by the shortest repeating pattern of branch fingerprints
+(Weisfeiler-Lehman hashes). Membership: a block owns what its adds need and no earlier block computed; values that several
+blocks share without belonging to any (timestep embedding, caption projection) go to the prologue.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import networkx as nx
+import torch
+from torch import fx
+
+from dicompile.analysis.dataflow import Dataflow
+from dicompile.analysis.residual import Branch
+from dicompile.text import module_path, operator_text, tensor_text
+
+_BLOCK_PATH = re.compile(r"^(.*\.|)\d+(?=\.|$)")
+
+
+@dataclass(frozen=True)
+class Partition:
+    """Nodes of the graph by the part of the model they belong to; inputs and output left out.
+
+    Attributes:
+        prologue: bit set of nodes before or beside the blocks.
+        blocks: one bit set per group of branches.
+        epilogue: bit set of nodes after the last block.
+    """
+
+    prologue: int
+    blocks: tuple[int, ...]
+    epilogue: int
+
+
+def block_path(node: fx.Node) -> str:
+    """Module path of the block that ran `node`: up to the last index into a module list, ``blocks.3``."""
+    match = _BLOCK_PATH.match(module_path(node))
+    return match.group(0) if match else ""
+
+
+def group_branches(flow: Dataflow, branches: Sequence[Branch]) -> list[list[int]]:
+    """Positions of the branches of each block, in execution order."""
+    paths = [block_path(branch.add) for branch in branches]
+    if all(paths):
+        groups: list[list[int]] = []
+        for i, path in enumerate(paths):
+            if groups and paths[groups[-1][-1]] == path:
+                groups[-1].append(i)
+            else:
+                groups.append([i])
+        return groups
+    return _repeats([branch_fingerprint(flow, branch) for branch in branches])
+
+
+def branch_fingerprint(flow: Dataflow, branch: Branch) -> str:
+    """Weisfeiler-Lehman hash of a branch: equal for isomorphic branches."""
+    graph = nx.DiGraph()
+    members = list(flow.members(branch.region))
+    for node in members:
+        graph.add_node(node.name, label=f"{operator_text(node.target)} {tensor_text(node.meta['val'])}")
+    for node in members:
+        graph.add_edges_from((parent.name, node.name) for parent in node.all_input_nodes if parent in set(members))
+    return nx.weisfeiler_lehman_graph_hash(graph, node_attr="label")
+
+
+def _repeats(fingerprints: Sequence[str]) -> list[list[int]]:
+    """Cut a sequence into blocks: greedily the shortest pattern that repeats at each position."""
+    groups, start, total = [], 0, len(fingerprints)
+    while start < total:
+        length = next(
+            (
+                size
+                for size in range(1, (total - start) // 2 + 1)
+                if fingerprints[start : start + size] == fingerprints[start + size : start + 2 * size]
+            ),
+            total - start,
+        )
+        pattern = fingerprints[start : start + length]
+        while fingerprints[start : start + length] == pattern:
+            groups.append(list(range(start, start + length)))
+            start += length
+    return groups
+
+
+def partition(flow: Dataflow, groups: Sequence[Sequence[Branch]]) -> Partition:
+    """Split the nodes of a graph into prologue, one part per group of branches, and epilogue."""
+    calls = flow.select(lambda node: node.op == "call_function")
+    adds = [[branch.add for branch in group] for group in groups]
+    streams = flow.bits(add for group in adds for add in group)
+    starts = [b.stream for group in groups for b in group if not flow.ancestors[b.stream] & streams]
+    latent_free = ~_union(flow.descendants[start] for start in starts)
+
+    once = twice = 0
+    for ends in [*adds, [flow.nodes[-1]]]:
+        bits = _private_ancestors(flow, ends, streams)
+        twice |= once & bits
+        once |= bits
+    shared = _union(flow.ancestors[node] for node in flow.members(twice & latent_free))
+    prologue = (shared | _union(flow.ancestors[start] for start in starts)) & calls
+    taken, parts = prologue, []
+    for group in adds:
+        bits = _union(flow.ancestors[add] for add in group) & calls
+        parts.append(bits & ~taken)
+        taken |= bits
+    return Partition(prologue, tuple(parts), flow.ancestors[flow.nodes[-1]] & calls & ~taken)
+
+
+def _private_ancestors(flow: Dataflow, ends: Sequence[fx.Node], streams: int) -> int:
+    """What `ends` are computed from without passing through a residual add of another block."""
+    bits, queue = flow.bits(ends), list(ends)
+    while queue:
+        for parent in queue.pop().all_input_nodes:
+            bit = 1 << flow.position[parent]
+            if not bits & bit and not streams & bit:
+                bits |= bit
+                queue.append(parent)
+    return bits
+
+
+def structure_key(nodes: Iterable[fx.Node]) -> str:
+    """Hash of a piece of graph up to names and parameters: equal keys can share compiled code.
+
+    Part of the key are operators, constants, wiring, and shape, stride, dtype and device of every value that comes in.
+    """
+    number: dict[fx.Node, int] = {}
+    lines = []
+    members = list(nodes)
+    inside = set(members)
+
+    def name(node: fx.Node) -> str:
+        if node not in number:
+            number[node] = len(number)
+            if node not in inside:
+                lines.append(f"%{number[node]} = input {layout_text(node.meta.get('val'))}")
+        return f"%{number[node]}"
+
+    for node in members:
+        arguments = fx.node.map_arg((node.args, node.kwargs), name)
+        lines.append(f"{name(node)} = {operator_text(node.target)} {arguments}")
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def layout_text(value: object) -> str:
+    """Dtype, shape, stride and device of a tensor."""
+    if not isinstance(value, torch.Tensor):
+        return tensor_text(value)
+    return f"{tensor_text(value)} stride {list(value.stride())} on {value.device}"
+
+
+def _union(sets: Iterable[int]) -> int:
+    result = 0
+    for bits in sets:
+        result |= bits
+    return result

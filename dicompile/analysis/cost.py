@@ -1,0 +1,71 @@
+"""Floating-point operations and memory traffic of graph nodes.
+
+Counted are matrix products only (2 per multiply-add), as in the papers; element-wise work shows up as bytes.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import fx
+
+aten = torch.ops.aten
+
+ATTENTION = aten.scaled_dot_product_attention.default
+LINEAR = aten.linear.default
+CONVOLUTIONS = (aten.conv1d.default, aten.conv2d.default, aten.conv3d.default)
+PRODUCTS = (aten.matmul.default, aten.mm.default, aten.bmm.default, aten.addmm.default, aten.baddbmm.default)
+HEAVY = (ATTENTION, LINEAR, *CONVOLUTIONS, *PRODUCTS)
+
+VIEWS = (
+    aten.view.default,
+    aten.reshape.default,
+    aten.transpose.int,
+    aten.permute.default,
+    aten.unsqueeze.default,
+    aten.squeeze.dim,
+    aten.expand.default,
+    aten.slice.Tensor,
+    aten.select.int,
+    aten.split.Tensor,
+    aten.split_with_sizes.default,
+    aten.chunk.default,
+    aten.detach.default,
+    aten.alias.default,
+    aten.unbind.int,
+)
+
+
+def is_heavy(node: fx.Node) -> bool:
+    """True if the node multiplies matrices."""
+    return node.target in HEAVY
+
+
+def node_flops(node: fx.Node) -> int:
+    """Floating-point operations of one node."""
+    if not is_heavy(node):
+        return 0
+    values = [argument.meta["val"] for argument in node.all_input_nodes]
+    output = node.meta["val"]
+    if node.target is ATTENTION:
+        query, key, value = (argument.meta["val"] for argument in node.args[:3])
+        return 2 * query.numel() * key.shape[-2] + 2 * math.prod(query.shape[:-1]) * key.shape[-2] * value.shape[-1]
+    if node.target is LINEAR:
+        return 2 * output.numel() * values[0].shape[-1]
+    if node.target in CONVOLUTIONS:
+        return 2 * output.numel() * math.prod(values[1].shape[1:])
+    left = values[1] if node.target in (aten.addmm.default, aten.baddbmm.default) else values[0]
+    return 2 * output.numel() * left.shape[-1]
+
+
+def node_bytes(node: fx.Node) -> int:
+    """Bytes read and written by one node if nothing were fused; views are free."""
+    if node.op != "call_function" or node.target in VIEWS or not isinstance(node.meta.get("val"), torch.Tensor):
+        return 0
+    values = [argument.meta["val"] for argument in node.all_input_nodes]
+    return sum(_size(value) for value in [*values, node.meta["val"]])
+
+
+def _size(value: object) -> int:
+    return value.numel() * value.element_size() if isinstance(value, torch.Tensor) else 0

@@ -1,0 +1,205 @@
+"""What a model is, as frozen printable data: the contract between analysis and everything after it."""
+
+from __future__ import annotations
+
+import enum
+import math
+from dataclasses import dataclass, field
+from typing import NewType
+
+from dicompile.capture import Input, Role
+
+SiteId = NewType("SiteId", int)
+BlockId = NewType("BlockId", int)
+StreamId = NewType("StreamId", int)
+
+
+class SiteKind(enum.Enum):
+    """What a residual branch does."""
+
+    SELF_ATTENTION = "self-attention"
+    CROSS_ATTENTION = "cross-attention"
+    JOINT_ATTENTION = "joint-attention"
+    MLP = "mlp"
+    PARALLEL = "parallel"
+
+    @property
+    def is_attention(self) -> bool:
+        """True if the branch contains attention."""
+        return self is not SiteKind.MLP
+
+
+class TokenWise(enum.Enum):
+    """Which part of a branch can be recomputed for a subset of its tokens."""
+
+    YES = "yes"
+    QUERIES = "queries only"
+    NO = "no"
+
+
+@dataclass(frozen=True, slots=True)
+class TokenFact:
+    """Whether a branch can be refreshed token by token, and what forbids it otherwise.
+
+    Attributes:
+        wise: see `TokenWise`.
+        axis: token axis of the residual stream.
+        count: number of tokens.
+        reason: operator and module path that mixes tokens; empty when nothing does.
+    """
+
+    wise: TokenWise
+    axis: int
+    count: int
+    reason: str = ""
+
+    def __str__(self) -> str:
+        return self.wise.value + (f": {self.reason}" if self.reason else "")
+
+
+@dataclass(frozen=True, slots=True)
+class Site:
+    """One cacheable residual branch: ``stream + gate * core``.
+
+    Node names refer to the captured graph.
+
+    Attributes:
+        id: number in execution order.
+        block: block it belongs to.
+        name: module path of the heaviest operator of the branch.
+        kind: see `SiteKind`.
+        stream: residual stream it adds to.
+        source: node of the stream value that the branch reads.
+        core: node of the branch output before its gate.
+        update: node of the branch output after its gate.
+        add: node of the residual add.
+        attention: attention nodes inside the branch.
+        shape: shape of the core, for example ``(b, n, d)``.
+        itemsize: bytes per element of the core.
+        tokens: see `TokenFact`.
+        flops: operations that only serve the core; work that several sites share (joint attention) is split evenly.
+        token_flops: the part of `flops` that shrinks with the number of tokens when the site is refreshed.
+        bytes: memory traffic of the same nodes, nothing fused.
+    """
+
+    id: SiteId
+    block: BlockId
+    name: str
+    kind: SiteKind
+    stream: StreamId
+    source: str
+    core: str
+    update: str
+    add: str
+    attention: tuple[str, ...]
+    shape: tuple[int, ...]
+    itemsize: int
+    tokens: TokenFact
+    flops: int
+    token_flops: int
+    bytes: int
+
+    @property
+    def label(self) -> str:
+        """Short unique name, ``3.mlp``: block, then kind."""
+        return f"{self.block}.{self.kind.value}"
+
+    @property
+    def core_bytes(self) -> int:
+        """Bytes of the cached branch output."""
+        return math.prod(self.shape) * self.itemsize
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """One transformer block: a run of sites that belong together.
+
+    Attributes:
+        id: number in execution order.
+        path: module path, or an empty string when the graph has none.
+        sites: its sites in execution order.
+        kind: blocks with equal `kind` have the same graph up to parameters.
+        nodes: names of its nodes in graph order.
+        depth: position among the blocks of the same list, and the length of that list; policies scale ratios by it.
+    """
+
+    id: BlockId
+    path: str
+    sites: tuple[SiteId, ...]
+    kind: str
+    nodes: tuple[str, ...] = field(repr=False)
+    depth: tuple[int, int] = (0, 1)
+
+
+@dataclass(frozen=True, slots=True)
+class Stream:
+    """One residual stream: where it starts and how often it is added to.
+
+    Attributes:
+        id: number in order of first use.
+        origin: node that starts the stream.
+        roles: what its start depends on.
+        sites: sites that add to it.
+        reaches_output: whether the model's output depends on it through a residual add.
+    """
+
+    id: StreamId
+    origin: str
+    roles: frozenset[Role]
+    sites: tuple[SiteId, ...]
+    reaches_output: bool
+
+
+@dataclass(frozen=True)
+class ModelStructure:
+    """Everything later stages need to know about one captured model.
+
+    Attributes:
+        inputs: inputs of the graph with their roles.
+        streams: residual streams.
+        blocks: transformer blocks in execution order.
+        sites: cacheable branches in execution order.
+        prologue: nodes before the first block (embeddings and whatever several blocks share).
+        epilogue: nodes after the last block.
+        grid: token grid ``(height, width)`` of the latent's tokens, or None when it cannot be told from shapes.
+        flops: operations of one call of the model.
+        bytes: memory traffic of one call of the model, nothing fused.
+        dependence: for each node, what it depends on.
+    """
+
+    inputs: tuple[Input, ...]
+    streams: tuple[Stream, ...]
+    blocks: tuple[Block, ...]
+    sites: tuple[Site, ...]
+    prologue: tuple[str, ...] = field(repr=False)
+    epilogue: tuple[str, ...] = field(repr=False)
+    grid: tuple[int, int] | None
+    flops: int
+    bytes: int
+    dependence: dict[str, frozenset[Role]] = field(repr=False, compare=False)
+
+    @property
+    def block_kinds(self) -> int:
+        """Number of structurally different blocks."""
+        return len({block.kind for block in self.blocks})
+
+    def sites_of(self, block: Block) -> tuple[Site, ...]:
+        """The sites of a block."""
+        return tuple(self.sites[i] for i in block.sites)
+
+    def __str__(self) -> str:
+        roles = ", ".join(f"{i.name}: {i.role.value}" for i in self.inputs if i.role is not Role.PARAMETER)
+        lines = [
+            f"inputs   {roles}",
+            f"streams  {len(self.streams)}   blocks {len(self.blocks)} of {self.block_kinds} kinds   "
+            f"sites {len(self.sites)}   {self.flops / 1e9:.3f} GFLOP a call"
+            + (f"   token grid {self.grid[0]}x{self.grid[1]}" if self.grid else ""),
+        ]
+        for block in self.blocks:
+            lines.append(f"block {block.id:<3} {block.path or '-'}  [{block.kind[:8]}]")
+            lines += [
+                f"  site {site.id:<3} {site.kind.value:<16} stream {site.stream}  {'x'.join(map(str, site.shape)):<12} "
+                f"{site.flops / self.flops:6.2%}  token-wise: {site.tokens}  # {site.name}"
+                for site in self.sites_of(block)
+            ]
+        return "\n".join(lines)

@@ -1,0 +1,195 @@
+"""Where the token axis is in every node of a branch, and which operator mixes tokens.
+
+Abstract interpretation: starting from the residual stream, each operator either carries the token axis along or mixes
+tokens. A branch that carries it to its end can be recomputed for a subset of its tokens. Attention mixes through keys and
+values; if those do not come from the stream (cross-attention) the branch is still token-wise, otherwise its queries are.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Callable, Collection
+
+import torch
+from torch import fx
+
+from dicompile.text import module_path, operator_text
+
+aten = torch.ops.aten
+
+ELEMENTWISE = frozenset({
+    aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor, aten.rsub.Scalar, aten.neg.default,
+    aten.pow.Tensor_Scalar, aten.sqrt.default, aten.rsqrt.default, aten.exp.default, aten.tanh.default,
+    aten.sigmoid.default, aten.silu.default, aten.gelu.default, aten.relu.default, aten.clamp.default,
+    aten._to_copy.default, aten.clone.default, aten.contiguous.default, aten.alias.default, aten.detach.default,
+})  # fmt: skip
+SPLITS = frozenset({aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default})
+RESHAPES = frozenset({aten.view.default, aten.reshape.default, aten._unsafe_view.default})
+NORMS = frozenset({aten.layer_norm.default, aten.rms_norm.default})
+
+
+class MixesTokens(Exception):
+    """An operator of the branch combines values of different tokens; the text names it and its module."""
+
+    def __init__(self, node: fx.Node, why: str) -> None:
+        path = module_path(node)
+        super().__init__(f"{operator_text(node.target)}{f' in {path}' if path else ''} {why}")
+
+
+def token_axes(region: Collection[fx.Node], stream: fx.Node, axis: int) -> dict[fx.Node, int]:
+    """Token axis of every node that carries tokens of the stream.
+
+    Args:
+        region: nodes of the branch in graph order.
+        stream: the stream value they start from.
+        axis: its token axis.
+
+    Raises:
+        MixesTokens: an operator mixes tokens, or is not known not to.
+    """
+    axes = {stream: axis}
+    for node in region:
+        if any(parent in axes for parent in node.all_input_nodes):
+            axes[node] = _carry(node, axes)
+    return axes
+
+
+def per_token_operands(node: fx.Node, axes: dict[fx.Node, int]) -> list[tuple[fx.Node, int]]:
+    """Operands of an element-wise node that are not of the stream but have one value per token, with their token axis."""
+    if node.target not in ELEMENTWISE or node not in axes:
+        return []
+    result = []
+    rank = node.meta["val"].ndim
+    for parent in node.all_input_nodes:
+        value = parent.meta["val"]
+        position = axes[node] - rank + value.ndim
+        if parent not in axes and position >= 0 and value.shape[position] != 1:
+            result.append((parent, position))
+    return result
+
+
+def _carry(node: fx.Node, axes: dict[fx.Node, int]) -> int:
+    source = next(parent for parent in node.all_input_nodes if parent in axes)
+    if node.target in ELEMENTWISE:
+        return _carry_elementwise(node, axes)
+    rule = _RULES.get(node.target)
+    if rule is None:
+        raise MixesTokens(node, "is not known to keep tokens apart")
+    return rule(node, source, axes)
+
+
+def _carry_elementwise(node: fx.Node, axes: dict[fx.Node, int]) -> int:
+    if not isinstance(node.meta["val"], torch.Tensor):
+        raise MixesTokens(node, "returns no tensor")
+    rank = node.meta["val"].ndim
+    aligned = {axes[p] + rank - p.meta["val"].ndim for p in node.all_input_nodes if p in axes}
+    if len(aligned) != 1:
+        raise MixesTokens(node, "combines tokens along different axes")
+    return aligned.pop()
+
+
+def _linear(node: fx.Node, source: fx.Node, axes: dict[fx.Node, int]) -> int:
+    if node.args[0] is not source or axes[source] == source.meta["val"].ndim - 1:
+        raise MixesTokens(node, "contracts the token axis")
+    return axes[source]
+
+
+def _norm(node: fx.Node, source: fx.Node, axes: dict[fx.Node, int]) -> int:
+    if axes[source] >= source.meta["val"].ndim - len(node.args[1]):
+        raise MixesTokens(node, "normalises over tokens")
+    return axes[source]
+
+
+def _reshape(node: fx.Node, source: fx.Node, axes: dict[fx.Node, int]) -> int:
+    before, after, axis = source.meta["val"].shape, node.meta["val"].shape, axes[source]
+    for candidate in range(len(after)):
+        if math.prod(after[:candidate]) == math.prod(before[:axis]) and after[candidate] == before[axis]:
+            return candidate
+    raise MixesTokens(node, f"folds tokens into another axis ({list(before)} to {list(after)})")
+
+
+def _transpose(node: fx.Node, source: fx.Node, axes: dict[fx.Node, int]) -> int:
+    rank = source.meta["val"].ndim
+    first, second = (dim % rank for dim in node.args[1:3])
+    return {first: second, second: first}.get(axes[source], axes[source])
+
+
+def _permute(node: fx.Node, source: fx.Node, axes: dict[fx.Node, int]) -> int:
+    rank = source.meta["val"].ndim
+    return [dim % rank for dim in node.args[1]].index(axes[source])
+
+
+def _unsqueeze(node: fx.Node, source: fx.Node, axes: dict[fx.Node, int]) -> int:
+    dim = node.args[1] % node.meta["val"].ndim
+    return axes[source] + (dim <= axes[source])
+
+
+def _split(node: fx.Node, source: fx.Node, axes: dict[fx.Node, int]) -> int:
+    dim = node.args[2] if len(node.args) > 2 else 0
+    if dim % source.meta["val"].ndim == axes[source]:
+        raise MixesTokens(node, "splits the token axis")
+    return axes[source]
+
+
+def _slice(node: fx.Node, source: fx.Node, axes: dict[fx.Node, int]) -> int:
+    dim = node.args[1] if len(node.args) > 1 else 0
+    if dim % source.meta["val"].ndim == axes[source]:
+        raise MixesTokens(node, "takes a range of tokens")
+    return axes[source]
+
+
+def _select(node: fx.Node, source: fx.Node, axes: dict[fx.Node, int]) -> int:
+    dim = node.args[1] % source.meta["val"].ndim
+    if dim == axes[source]:
+        raise MixesTokens(node, "picks one token")
+    return axes[source] - (dim < axes[source])
+
+
+def _unbind(node: fx.Node, source: fx.Node, axes: dict[fx.Node, int]) -> int:
+    dim = (node.args[1] if len(node.args) > 1 else 0) % source.meta["val"].ndim
+    if dim == axes[source]:
+        raise MixesTokens(node, "takes tokens apart")
+    return axes[source] - (dim < axes[source])
+
+
+def _getitem(node: fx.Node, source: fx.Node, axes: dict[fx.Node, int]) -> int:
+    return axes[source]
+
+
+def _cat(node: fx.Node, source: fx.Node, axes: dict[fx.Node, int]) -> int:
+    parts, rank = node.args[0], source.meta["val"].ndim
+    dim = (node.args[1] if len(node.args) > 1 else 0) % rank
+    if dim == axes[source] or any(axes.get(part) != axes[source] for part in parts):
+        raise MixesTokens(node, "joins tokens with others")
+    return axes[source]
+
+
+def _attention(node: fx.Node, source: fx.Node, axes: dict[fx.Node, int]) -> int:
+    query, key, value = node.args[:3]
+    if key in axes or value in axes:
+        raise MixesTokens(node, "reads keys and values of all tokens")
+    mask = node.args[3] if len(node.args) > 3 else node.kwargs.get("attn_mask")
+    if isinstance(mask, fx.Node) and mask.meta["val"].ndim > 1 and mask.meta["val"].shape[-2] != 1:
+        raise MixesTokens(node, "has a mask of its own for every token")
+    if axes[query] != query.meta["val"].ndim - 2:
+        raise MixesTokens(node, "attends along another axis than tokens")
+    return axes[query]
+
+
+_Rule = Callable[[fx.Node, fx.Node, dict[fx.Node, int]], int]
+_RULES: dict[object, _Rule] = {
+    aten.linear.default: _linear,
+    aten.transpose.int: _transpose,
+    aten.permute.default: _permute,
+    aten.unsqueeze.default: _unsqueeze,
+    aten.slice.Tensor: _slice,
+    aten.select.int: _select,
+    aten.cat.default: _cat,
+    aten.scaled_dot_product_attention.default: _attention,
+    aten.unbind.int: _unbind,
+    operator.getitem: _getitem,
+    **dict.fromkeys(RESHAPES, _reshape),
+    **dict.fromkeys(NORMS, _norm),
+    **dict.fromkeys(SPLITS, _split),
+}

@@ -1,0 +1,139 @@
+"""What each input of a captured graph is: a parameter, the latent, the timestep, or conditioning."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from dicompile.text import clean_path
+
+aten = torch.ops.aten
+SINUSOIDS = (aten.sin.default, aten.cos.default)
+
+
+class Role(enum.Enum):
+    """What an input means to the sampling loop."""
+
+    PARAMETER = "parameter"
+    LATENT = "latent"
+    TIMESTEP = "timestep"
+    CONDITIONING = "conditioning"
+
+
+@dataclass(frozen=True, slots=True)
+class Input:
+    """One input of a captured graph.
+
+    Attributes:
+        name: dotted parameter path, or the name of the forward argument.
+        role: see `Role`.
+    """
+
+    name: str
+    role: Role
+
+    @property
+    def label(self) -> str:
+        """Name in graph text; parameters start with ``@``."""
+        return f"@{self.name}" if self.role is Role.PARAMETER else self.name
+
+
+def input_names(dynamo_graph: fx.Graph) -> list[tuple[str, bool]]:
+    """Name of each placeholder, and whether it is a parameter or buffer of a module.
+
+    Call it inside the ``torch.compile`` backend: Dynamo forgets the sources afterwards.
+    """
+    return [_source_name(node) for node in dynamo_graph.nodes if node.op == "placeholder"]
+
+
+def _source_name(placeholder: fx.Node) -> tuple[str, bool]:
+    source = getattr(placeholder.meta.get("grapharg"), "source", None) or placeholder.meta.get("_dynamo_source")
+    if source is None:
+        return placeholder.name, False
+    name = source.name if isinstance(source.name, str) else source.name()
+    owned = "_parameters[" in name or "_buffers[" in name or name.startswith(("L['self'].", "G["))
+    return clean_path(name), owned
+
+
+def assign_roles(graph: fx.Graph, names: Sequence[tuple[str, bool]]) -> tuple[Input, ...]:
+    """Tell parameters, latent, timestep and conditioning apart.
+
+    The latent is the floating input shaped most like the model's output. The timestep is the input of at most one value
+    per sample (or per token, when nothing smaller is there) that reaches a sinusoidal embedding; of several, such as
+    FLUX's guidance beside its timestep, the one whose argument is called after time or sigma.
+
+    Args:
+        graph: functional ATen graph with ``meta["val"]``.
+        names: name of each placeholder, and whether it is a parameter.
+    """
+    placeholders = [node for node in graph.nodes if node.op == "placeholder"]
+    arguments = [
+        node for node, (_, owned) in zip(placeholders, names, strict=True)
+        if not owned and isinstance(node.meta["val"], torch.Tensor)
+    ]  # fmt: skip
+    label = {node: name for node, (name, _) in zip(placeholders, names, strict=True)}
+    latent = _find_latent(graph, arguments)
+    timestep = _find_timestep([node for node in arguments if node is not latent], label)
+    roles = {latent: Role.LATENT, timestep: Role.TIMESTEP}
+    return tuple(
+        Input(name, Role.PARAMETER if owned else roles.get(node, Role.CONDITIONING))
+        for node, (name, owned) in zip(placeholders, names, strict=True)
+    )
+
+
+def _find_latent(graph: fx.Graph, arguments: Sequence[fx.Node]) -> fx.Node | None:
+    results = next(reversed(graph.nodes)).args[0]
+    shapes = [tuple(node.meta["val"].shape) for node in results if isinstance(node, fx.Node)]
+    target = next((shape for shape in shapes if len(shape) >= 2), ())
+
+    def likeness(node: fx.Node) -> tuple[bool, int]:
+        shape = tuple(node.meta["val"].shape)
+        same_rank = len(shape) == len(target)
+        return same_rank, sum(a == b for a, b in zip(shape, target, strict=False)) if same_rank else 0
+
+    floating = [node for node in arguments if node.meta["val"].is_floating_point() and node.meta["val"].ndim >= 2]
+    return max(floating, key=likeness, default=None)
+
+
+def _find_timestep(arguments: Sequence[fx.Node], label: dict[fx.Node, str]) -> fx.Node | None:
+    embedded = [node for node in arguments if _reaches_sinusoid(node)]
+    for rank in (1, 2):
+        candidates = [node for node in embedded if node.meta["val"].ndim <= rank and not _is_position_table(node)]
+        if candidates:
+            return max(candidates, key=lambda node: _sounds_like_time(label[node]))
+    return None
+
+
+def _reaches_sinusoid(node: fx.Node) -> bool:
+    """True if the input reaches sin or cos with only element-wise arithmetic and views between."""
+    seen, queue = {node}, [node]
+    while queue:
+        for user in queue.pop().users:
+            if user.target in SINUSOIDS:
+                return True
+            if user not in seen and not _contracts(user):
+                seen.add(user)
+                queue.append(user)
+    return False
+
+
+def _contracts(node: fx.Node) -> bool:
+    return node.op != "call_function" or node.target in (
+        aten.linear.default,
+        aten.conv2d.default,
+        aten.embedding.default,
+        aten.scaled_dot_product_attention.default,
+    )
+
+
+def _is_position_table(node: fx.Node) -> bool:
+    value = node.meta["val"]
+    return value.ndim == 2 and value.shape[-1] <= 4
+
+
+def _sounds_like_time(name: str) -> bool:
+    return "time" in name or "sigma" in name or name in ("t", "ts")

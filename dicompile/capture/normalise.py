@@ -1,0 +1,99 @@
+"""Dynamo's torch-level graph -> functional pre-dispatch ATen.
+
+Functional, because 36 of 101 surveyed models write tensors in place and dataflow along plain edges would miss it;
+pre-dispatch, because attention, linear and normalisation stay single nodes there and the graph stays differentiable.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+from torch._functorch.aot_autograd import aot_export_module
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+from dicompile.capture.inputs import Input, Role, assign_roles
+from dicompile.errors import CannotCapture
+from dicompile.text import graph_text
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class Capture:
+    """One captured graph.
+
+    Attributes:
+        graph_module: functional ATen; every parameter and buffer is a placeholder; values in ``meta["val"]``.
+        inputs: one `Input` per placeholder, in order.
+        fake_mode: the mode that made the values; new nodes must use it too.
+    """
+
+    graph_module: fx.GraphModule
+    inputs: tuple[Input, ...]
+    fake_mode: FakeTensorMode
+
+    @property
+    def graph(self) -> fx.Graph:
+        """The graph itself."""
+        return self.graph_module.graph
+
+    def input_position(self, role: Role) -> int | None:
+        """Position of the first input with this role, or None."""
+        return next((i for i, item in enumerate(self.inputs) if item.role is role), None)
+
+    def __str__(self) -> str:
+        return graph_text(self.graph, [item.label for item in self.inputs])
+
+
+def capture_graph(
+    dynamo_graph: fx.GraphModule, names: Sequence[tuple[str, bool]], arguments: Sequence[object]
+) -> Capture:
+    """Normalise one Dynamo graph for the shapes of `arguments`.
+
+    Args:
+        dynamo_graph: graph as handed to a ``torch.compile`` backend, parameters as inputs.
+        names: name of each placeholder and whether it is a parameter, see `input_names`.
+        arguments: one value per placeholder; tensors (real or fake) and ints. Shapes are taken as they are, so symbolic
+            sizes of a dynamic graph become constants: one capture serves one shape.
+
+    Raises:
+        CannotCapture: the graph writes to its inputs.
+    """
+    fake_mode = FakeTensorMode(shape_env=ShapeEnv())
+    fakes = [
+        fake_mode.from_tensor(value, static_shapes=True) if isinstance(value, torch.Tensor) else value
+        for value in arguments
+    ]
+    with (
+        torch.inference_mode(mode=False),
+        torch.no_grad(),
+        fx.traceback.preserve_node_meta(),
+        fake_mode,
+    ):
+        graph_module, signature = aot_export_module(dynamo_graph, fakes, trace_joint=False, pre_dispatch=True)
+    mutated = [*signature.buffers_to_mutate.values(), *signature.user_inputs_to_mutate.values()]
+    if mutated:
+        raise CannotCapture(
+            f"the model writes to its inputs: {', '.join(mutated)}",
+            where="capture",
+            why="a step that is skipped could not repeat the write",
+            fix="copy the tensor inside the model before writing to it",
+        )
+    _drop_inference_noise(graph_module.graph)
+    graph_module.recompile()
+    return Capture(graph_module, assign_roles(graph_module.graph, names), fake_mode)
+
+
+def _drop_inference_noise(graph: fx.Graph) -> None:
+    """Remove nodes that do nothing when a model samples: inactive dropout, metadata assertions, dead code."""
+    for node in list(graph.nodes):
+        if node.target is aten._assert_tensor_metadata.default:
+            graph.erase_node(node)
+        elif node.target is aten.dropout.default and not (node.args[2] and node.args[1]):
+            node.replace_all_uses_with(node.args[0])
+            graph.erase_node(node)
+    graph.eliminate_dead_code()

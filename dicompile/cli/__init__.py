@@ -1,0 +1,5 @@
+"""The command line: ``dicompile demo``, ``dicompile inspect``."""
+
+from dicompile.cli.main import main
+
+__all__ = ["main"]

@@ -1,0 +1,56 @@
+"""The typer application and its commands.
+
+A command is a function that parses options, calls the API, and prints; one that has a file of its own is registered at
+the bottom of this one: ``app.command()(inspect)``.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from dicompile.errors import DicompileError
+
+DEMO_EXTRA = {"diffusers": "diffusers", "PIL": "pillow"}
+"""Packages that the demo imports and the compiler does not need, with the names that pip knows."""
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+
+
+def main() -> None:
+    """Entry point of the ``dicompile`` script; errors that are the user's to fix come without a traceback."""
+    try:
+        app()
+    except DicompileError as error:
+        typer.echo(f"{type(error).__name__}: {error}", err=True)
+        raise SystemExit(1) from None
+
+
+@app.callback()
+def about() -> None:
+    """A compiler for diffusion transformers with feature caching."""
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for pictures.png and results.json.")] = Path("out"),
+    samples: Annotated[int | None, typer.Option(min=2, help="Pictures for each method; 75 if not given.")] = None,
+    steps: Annotated[int | None, typer.Option(min=2, help="Denoising steps; 50 if not given.")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="12 samples and 20 steps, if not given.")] = False,
+) -> None:
+    """Compare cache policies on the bundled model: time, FLOPs, distance to the uncached samples, pictures."""
+    try:
+        from dicompile.demo.run import run_demo
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package not in DEMO_EXTRA:
+            raise
+        raise DicompileError(
+            f"the demo needs {DEMO_EXTRA[package]}, which is not installed",
+            where="dicompile demo",
+            why="the compiler itself does without it",
+            fix="pip install 'dicompile[demo]'",
+        ) from None
+    run_demo(out, samples=samples or (12 if quick else 75), steps=steps or (20 if quick else 50))

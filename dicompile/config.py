@@ -1,0 +1,59 @@
+"""Everything that the environment decides, read in one place.
+
+| variable | meaning |
+|---|---|
+| ``DICOMPILE_DEBUG`` | folder that receives numbered text files of every stage; unset: nothing is written |
+| ``DICOMPILE_PASSES`` | passes to leave out, each with a minus: ``-narrow-linear,-drop-dead`` |
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from dicompile.errors import InvalidSetting
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What the environment variables said."""
+
+    debug: Path | None = None
+    disabled_passes: frozenset[str] = frozenset()
+
+    @classmethod
+    def from_environment(cls, environment: Mapping[str, str] = os.environ) -> Settings:
+        """Read the variables listed in the module docstring.
+
+        Raises:
+            InvalidSetting: an item of ``DICOMPILE_PASSES`` does not start with a minus.
+        """
+        items = [item.strip() for item in environment.get("DICOMPILE_PASSES", "").split(",") if item.strip()]
+        for item in items:
+            if not item.startswith("-"):
+                raise InvalidSetting(
+                    f"DICOMPILE_PASSES has the item {item!r}",
+                    where="environment",
+                    why="passes run by default, so an item can only leave one out",
+                    fix=f"DICOMPILE_PASSES=-{item}",
+                )
+        debug = environment.get("DICOMPILE_DEBUG")
+        return cls(Path(debug) if debug else None, frozenset(item[1:] for item in items))
+
+
+class DebugFolder:
+    """Writes stages as numbered text files in reading order; does nothing when no folder is set."""
+
+    def __init__(self, folder: Path | None) -> None:
+        self.folder = folder
+        self._count = 0
+
+    def write(self, name: str, text: str) -> None:
+        """Write `text` as the next file, ``NNN-name.txt``."""
+        if self.folder is None:
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        (self.folder / f"{self._count:03d}-{name}.txt").write_text(text + "\n", encoding="utf-8")
+        self._count += 1

@@ -1,0 +1,92 @@
+"""What makes a token worth refreshing, as plain tensor functions.
+
+Reference:
+    Zou et al., ToCa, arXiv 2410.05317, section 3 (s1 attention, s2 entropy, s4 grid bonus);
+    Zou et al., DuCa, arXiv 2412.18911 (value norm).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+TINY = 1e-12
+
+
+def attention_map(query: Tensor, key: Tensor, mask: Tensor | None, scale: float | None) -> Tensor:
+    """Attention weights averaged over heads.
+
+    Args:
+        query: [b, h, n, d].
+        key: [b, h, m, d].
+        mask: additive or boolean, broadcastable to [b, h, n, m], or None.
+        scale: factor of the logits; None means 1 / sqrt(d).
+
+    Returns:
+        float32, [b, n, m].
+    """
+    logits = query.float() @ key.float().transpose(-2, -1) * (query.shape[-1] ** -0.5 if scale is None else scale)
+    if mask is not None:
+        logits = logits.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else logits + mask.float()
+    return logits.softmax(-1).mean(1)
+
+
+def attention_received(query: Tensor, key: Tensor, mask: Tensor | None, scale: float | None) -> Tensor:
+    """Attention that every key receives: mean over heads, sum over queries; float32, [b, m]."""
+    return attention_map(query, key, mask, scale).sum(1)
+
+
+def attention_entropy(query: Tensor, key: Tensor, mask: Tensor | None, scale: float | None, *, shared: bool) -> Tensor:
+    """Entropy of every query's row of the attention map; float32, [b, n].
+
+    With `shared`, rows are weighted by one half, so that the two guidance halves of a picture add up to the entropy of
+    their mixture over disjoint captions, without its constant.
+    """
+    rows = attention_map(query, key, mask, scale) * (0.5 if shared else 1.0)
+    return -(rows * (rows + 1e-7).log()).sum(-1)
+
+
+def value_norm(value: Tensor) -> Tensor:
+    """Sum over heads of one minus the norm of each token's value ([b, h, n, d]); float32, [b, n]."""
+    return (1 - value.float().norm(dim=-1)).sum(1)
+
+
+def unit_length(score: Tensor) -> Tensor:
+    """Divide by the Euclidean length over the tokens; [b, n]."""
+    return score / score.norm(dim=-1, keepdim=True).clamp_min(TINY)
+
+
+def over_guidance_halves(score: Tensor, *, average: bool) -> Tensor:
+    """Sum or mean of the two halves of the batch, given to both; [b, n]."""
+    first, second = score.chunk(2)
+    both = (first + second) * (0.5 if average else 1.0)
+    return torch.cat([both, both])
+
+
+def base_from_attention(raw: Tensor, *, shared: bool) -> Tensor:
+    """Score base s1 (or value norm) from what the attention stored; [b, n]."""
+    return unit_length(over_guidance_halves(raw, average=True) if shared else raw)
+
+
+def base_from_entropy(raw: Tensor, *, shared: bool) -> Tensor:
+    """Score base s2 from the stored entropies; [b, n]."""
+    return unit_length(1 + (over_guidance_halves(raw, average=False) if shared else raw))
+
+
+def with_grid_bonus(score: Tensor, grid: tuple[int, int], cell: int, bonus: float) -> Tensor:
+    """Give the best token of every ``cell x cell`` square of the grid `bonus` times its score on top (s4).
+
+    Args:
+        score: [b, n] with n = grid[0] * grid[1], row by row.
+        grid: rows and columns of tokens, both divisible by `cell`.
+        cell: edge of a square, in tokens.
+        bonus: unitless.
+    """
+    batch, (rows, columns) = score.shape[0], grid
+    cells = score.reshape(batch, rows // cell, cell, columns // cell, cell).transpose(2, 3)
+    flat = cells.reshape(batch, rows // cell, columns // cell, cell * cell)
+    best, where = flat.max(-1, keepdim=True)
+    number = torch.arange(cell * cell, device=score.device)
+    flat = torch.where(number == where, flat + bonus * best, flat)
+    cells = flat.reshape(batch, rows // cell, columns // cell, cell, cell).transpose(2, 3)
+    return cells.reshape(batch, rows * columns)

@@ -1,0 +1,94 @@
+"""The timesteps at which a sampler calls the model."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from dicompile.errors import InvalidSchedule
+
+SAME = 1e-3
+
+
+@dataclass(frozen=True, slots=True)
+class TimestepSchedule:
+    """One entry per evaluation of the model, in calling order.
+
+    Attributes:
+        steps: number of evaluations.
+        timesteps: their timesteps as the scheduler counts them; empty when only the number is known.
+        scales: factors by which pipelines are known to divide timesteps before they reach the model.
+    """
+
+    steps: int
+    timesteps: tuple[float, ...] = ()
+    scales: tuple[float, ...] = (1.0, 1000.0)
+
+    def __post_init__(self) -> None:
+        if self.steps < 1 or (self.timesteps and len(self.timesteps) != self.steps):
+            raise InvalidSchedule(
+                f"a schedule of {self.steps} steps with {len(self.timesteps)} timesteps",
+                where="TimestepSchedule",
+                fix="give at least one step and one timestep per step",
+            )
+
+    @classmethod
+    def of(cls, source: Any) -> TimestepSchedule:
+        """Schedule from a step count, a sequence of timesteps, a diffusers scheduler, or a schedule.
+
+        Raises:
+            InvalidSchedule: the scheduler has no timesteps yet, or the source is something else.
+        """
+        if isinstance(source, TimestepSchedule):
+            return source
+        if isinstance(source, int) and not isinstance(source, bool):
+            return cls(source)
+        timesteps = getattr(source, "timesteps", source)
+        if hasattr(source, "config") and getattr(source, "num_inference_steps", 0) is None:
+            raise InvalidSchedule(
+                f"{type(source).__name__} has no inference timesteps yet",
+                where="TimestepSchedule.of",
+                why="set_timesteps was not called",
+                fix="call scheduler.set_timesteps(steps) before the first call of the model",
+            )
+        if hasattr(timesteps, "tolist"):
+            timesteps = timesteps.tolist()
+        if not isinstance(timesteps, Sequence) or isinstance(timesteps, str):
+            raise InvalidSchedule(
+                f"cannot read a schedule from {type(source).__name__}",
+                where="TimestepSchedule.of",
+                fix="give a number of steps, a list of timesteps, or a diffusers scheduler",
+            )
+        scale = float(getattr(getattr(source, "config", None), "num_train_timesteps", 1000) or 1000)
+        return _shared(tuple(float(t) for t in timesteps), (1.0, scale))
+
+    def step_of(self, timestep: float, after: int | None) -> int | None:
+        """Index of the evaluation at `timestep`, or None if it is not on the schedule.
+
+        Args:
+            timestep: what the model received; may have been divided by one of `scales` and rounded to half precision.
+            after: index of the evaluation before, which resolves repeated timesteps (second-order samplers).
+        """
+        for scale in self.scales:
+            value = timestep * scale
+            distances = [abs(value - t) for t in self.timesteps]
+            nearest = min(distances)
+            if nearest <= self._tolerance(distances.index(nearest)):
+                matches = [i for i, d in enumerate(distances) if d <= nearest + SAME * scale * 1e-3]
+                if after is None:
+                    return matches[0]
+                return next((i for i in matches if i >= after), matches[0])
+        return None
+
+    def _tolerance(self, index: int) -> float:
+        """A quarter of the distance to the next different timestep, at most the rounding of bfloat16."""
+        here = self.timesteps[index]
+        gaps = [abs(t - here) for t in self.timesteps if t != here]
+        return min(0.25 * min(gaps, default=1.0), max(abs(here) / 128, SAME))
+
+
+@functools.lru_cache(maxsize=64)
+def _shared(timesteps: tuple[float, ...], scales: tuple[float, ...]) -> TimestepSchedule:
+    return TimestepSchedule(len(timesteps), timesteps, scales)

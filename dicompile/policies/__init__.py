@@ -1,0 +1,57 @@
+"""Published caching methods, one short file each: a function that returns a `Policy` and cites its paper."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from dicompile.errors import InvalidPolicy, UnknownPolicy
+from dicompile.plan import Policy
+from dicompile.policies.fora import FORA
+from dicompile.policies.none import NoCache
+from dicompile.policies.toca import ToCa, ToCaPixArt
+
+__all__ = ["FORA", "POLICIES", "NoCache", "ToCa", "ToCaPixArt", "get_policy"]
+
+POLICIES: dict[str, Callable[..., Policy]] = {
+    "none": NoCache,
+    "fora": FORA,
+    "toca": ToCa,
+    "toca-pixart": ToCaPixArt,
+}
+
+
+def get_policy(source: Policy | str | dict[str, Any], **options: Any) -> Policy:
+    """Policy from itself, a published name with options, plain data, or the path of a YAML or JSON file.
+
+    Raises:
+        UnknownPolicy: no policy and no file has this name.
+        InvalidPolicy: an option is unknown or out of range.
+    """
+    if isinstance(source, Policy):
+        return source
+    if isinstance(source, dict):
+        return Policy.from_dict(source)
+    if source in POLICIES:
+        return _call(source, options)
+    path = Path(source)
+    if path.suffix in (".yaml", ".yml", ".json") and path.is_file():
+        return Policy.from_yaml(path.read_text(encoding="utf-8"), source)
+    raise UnknownPolicy(
+        f"no policy is called {source!r}",
+        why="it is neither a published name nor an existing .yaml or .json file",
+        fix=f"use one of: {', '.join(POLICIES)}",
+    )
+
+
+def _call(name: str, options: dict[str, Any]) -> Policy:
+    function = POLICIES[name]
+    known = inspect.signature(function).parameters
+    for option in options:
+        if option not in known:
+            raise InvalidPolicy(
+                f"policy {name!r} has no option {option!r}", where="options", fix=f"its options are: {', '.join(known) or 'none'}"
+            )
+    return function(**options)

@@ -1,0 +1,10 @@
+"""No caching."""
+
+from __future__ import annotations
+
+from dicompile.plan import Policy
+
+
+def NoCache() -> Policy:  # noqa: N802 - policies read like the methods they are named after
+    """Compute everything at every step: compilation alone, and the reference for every other policy."""
+    return Policy(name="none")

@@ -1,0 +1,102 @@
+"""Stable text of graphs: the same graph prints the same wherever it came from.
+
+One line per node::
+
+    %17: f32[2,16,96] = aten.linear.default(%16, @blocks.0.qkv.weight)  # blocks.0.attn
+
+Numbers count nodes in order, inputs print under the name they were given, the comment is the module path.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+DTYPES = {
+    torch.float32: "f32",
+    torch.float64: "f64",
+    torch.float16: "f16",
+    torch.bfloat16: "bf16",
+    torch.int64: "i64",
+    torch.int32: "i32",
+    torch.bool: "b8",
+}
+_ITEM = re.compile(r"\[['\"]?([^\]'\"]+)['\"]?\]")
+
+
+def tensor_text(value: object) -> str:
+    """Dtype and shape of a tensor, ``f32[2,16,96]``; type name of anything else."""
+    if isinstance(value, torch.Tensor):
+        dtype = DTYPES.get(value.dtype, str(value.dtype).removeprefix("torch."))
+        return f"{dtype}[{','.join(str(size) for size in value.shape)}]"
+    if isinstance(value, (tuple, list)):
+        return f"({', '.join(tensor_text(item) for item in value)})"
+    return "int" if isinstance(value, (int, torch.SymInt)) else type(value).__name__
+
+
+def clean_path(path: str) -> str:
+    """Dynamo's spelling of a module path or attribute as dotted text.
+
+    >>> clean_path("L['self'].__dict__['_modules']['blocks']._modules['3'].attn")
+    'blocks.3.attn'
+    """
+    for wrapper in (".__dict__['_modules']", "._modules", "._parameters", "._buffers"):
+        path = path.replace(wrapper, "")
+    path = _ITEM.sub(r".\1", path)
+    return re.sub(r"^[LG]\.(self\.?|kwargs\.)?(_orig_mod\.?)?", "", path).strip(".")
+
+
+def module_path(node: fx.Node) -> str:
+    """Dotted path of the innermost module that ran `node`, or an empty string."""
+    stack = node.meta.get("nn_module_stack")
+    return clean_path(next(reversed(stack.values()))[0]) if stack else ""
+
+
+def operator_text(target: Any) -> str:
+    """``aten.linear.default`` for an operator overload, the function's name for anything else."""
+    if isinstance(target, torch._ops.OpOverload):
+        return str(target)
+    return getattr(target, "__name__", str(target))
+
+
+def graph_text(graph: fx.Graph, inputs: Sequence[str] = (), outputs: Sequence[str] = ()) -> str:
+    """Text of a whole graph.
+
+    Args:
+        graph: the graph; values are described from ``meta["val"]``.
+        inputs: names of the placeholders, in order; parameters by convention start with ``@``.
+        outputs: names of the outputs, in order.
+    """
+    names: dict[fx.Node, str] = {}
+    lines = []
+    given = iter(inputs)
+    for node in graph.nodes:
+        if node.op == "placeholder":
+            names[node] = next(given, node.name)
+            lines.append(f"{names[node]}: {tensor_text(node.meta.get('val'))} = input")
+        elif node.op == "output":
+            results = [_argument_text(item, names) for item in node.args[0]]
+            labels = [f"{name} = " for name in outputs] or [""] * len(results)
+            lines += [f"return {label}{result}" for label, result in zip(labels, results, strict=True)]
+        else:
+            names[node] = f"%{len(names)}"
+            arguments = [_argument_text(item, names) for item in node.args]
+            arguments += [f"{key}={_argument_text(item, names)}" for key, item in node.kwargs.items()]
+            path = module_path(node)
+            lines.append(
+                f"{names[node]}: {tensor_text(node.meta.get('val'))} = {operator_text(node.target)}"
+                f"({', '.join(arguments)})" + (f"  # {path}" if path else "")
+            )
+    return "\n".join(lines)
+
+
+def _argument_text(item: object, names: Mapping[fx.Node, str]) -> str:
+    if isinstance(item, fx.Node):
+        return names[item]
+    if isinstance(item, (list, tuple)):
+        return f"[{', '.join(_argument_text(part, names) for part in item)}]"
+    return str(item)

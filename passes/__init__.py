@@ -1,0 +1,60 @@
+"""Passes: a segment x what its sites do -> a segment with cache reads and writes and nothing dead left in it.
+
+One ordered pipeline. Leave one out with ``DICOMPILE_PASSES=-name``.
+"""
+
+from dicompile.passes.base import (
+    Chosen,
+    InputRef,
+    LocalStep,
+    Noise,
+    OutputRef,
+    Pass,
+    PassReport,
+    ReuseClock,
+    Segment,
+    SiteNodes,
+    SlotRef,
+    TokenCount,
+    Value,
+)
+from dicompile.passes.drop_dead import DropDead
+from dicompile.passes.narrow_linear import NarrowLinear
+from dicompile.passes.outline import Outline, boundary, outline
+from dicompile.passes.pipeline import PassRun, rewrite
+from dicompile.passes.refresh_tokens import RefreshTokens
+from dicompile.passes.reuse_sites import ReuseSites
+from dicompile.passes.score_tokens import ScoreTokens
+from dicompile.passes.store_values import StoreValues
+
+PASSES: tuple[Pass, ...] = (
+    ScoreTokens(),  # first: it reads the queries and keys of attention that later passes may cut off
+    RefreshTokens(),  # before anything is removed: it copies whole branches
+    ReuseSites(),  # cuts branches off their results
+    StoreValues(),  # after the cuts, so that it stores what is really computed
+    DropDead(),  # removes what the cuts left behind
+    NarrowLinear(),  # needs to know which parts of a layer are still read
+    DropDead(),  # removes the wide layers that were narrowed
+)
+
+__all__ = [
+    "PASSES",
+    "Chosen",
+    "InputRef",
+    "LocalStep",
+    "Noise",
+    "Outline",
+    "OutputRef",
+    "Pass",
+    "PassReport",
+    "PassRun",
+    "ReuseClock",
+    "Segment",
+    "SiteNodes",
+    "SlotRef",
+    "TokenCount",
+    "Value",
+    "boundary",
+    "outline",
+    "rewrite",
+]

@@ -1,0 +1,217 @@
+"""What passes work on: a segment of the model's graph with typed inputs, outputs and sites.
+
+A segment is self-contained and relative: its inputs and outputs are numbered, its sites are positions, so one rewritten and
+compiled segment serves every block of the same structure.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import ClassVar, Protocol
+
+from torch import fx
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from dicompile.plan import Action, Score, SiteStep, SlotKind, What
+from dicompile.text import graph_text
+
+
+@dataclass(frozen=True, slots=True)
+class Value:
+    """The index-th value that enters (or leaves) the segment in the unmodified model."""
+
+    index: int
+
+    def __str__(self) -> str:
+        return f"value{self.index}"
+
+
+@dataclass(frozen=True, slots=True)
+class SlotRef:
+    """A slot of the site at `position` in the segment."""
+
+    position: int
+    kind: SlotKind
+    age: int = 0
+
+    def __str__(self) -> str:
+        return f"{self.kind.value}[{self.position}]" + (f"-{self.age}" if self.age else "")
+
+
+@dataclass(frozen=True, slots=True)
+class TokenCount:
+    """Number of tokens that the site at `position` refreshes at this step (int)."""
+
+    position: int
+
+    def __str__(self) -> str:
+        return f"count[{self.position}]"
+
+
+@dataclass(frozen=True, slots=True)
+class ReuseClock:
+    """Reuse steps of the site at `position` since it was last computed whole (int)."""
+
+    position: int
+
+    def __str__(self) -> str:
+        return f"clock[{self.position}]"
+
+
+@dataclass(frozen=True, slots=True)
+class Noise:
+    """Uniform random scores for the site at `position`; float32, [b, n]."""
+
+    position: int
+    share_guidance: bool
+
+    def __str__(self) -> str:
+        return f"noise[{self.position}]"
+
+
+@dataclass(frozen=True, slots=True)
+class Chosen:
+    """Indices of the tokens that the site at `position` refreshed; int64, [b, count]."""
+
+    position: int
+
+    def __str__(self) -> str:
+        return f"chosen[{self.position}]"
+
+
+InputRef = Value | SlotRef | TokenCount | ReuseClock | Noise
+OutputRef = Value | SlotRef | Chosen
+
+
+@dataclass(frozen=True, slots=True)
+class LocalStep:
+    """What one site of a segment does, without anything that may differ between steps sharing compiled code.
+
+    Attributes:
+        weights: weights of the action, see `dicompile.plan.Action`.
+        what: which value is remembered.
+        refresh: how tokens are ranked if only some are computed, else None.
+        writes: kinds of slot to write.
+        produces: score that the site's attention delivers, or None.
+        source: position of the site whose score slot ranks the tokens, or None.
+    """
+
+    weights: tuple[float, ...] = (1.0,)
+    what: What = What.CORE
+    refresh: Score | None = None
+    writes: tuple[SlotKind, ...] = ()
+    produces: Score | None = None
+    source: int | None = None
+
+    @property
+    def only_reuses(self) -> bool:
+        """True if the branch does not run at all."""
+        return self.weights[0] == 0.0
+
+    @classmethod
+    def of(cls, step: SiteStep, positions: dict[int, int]) -> LocalStep:
+        """The plan's entry, with sites named by position."""
+        action: Action = step.action
+        return cls(
+            weights=action.weights,
+            what=action.what,
+            refresh=action.tokens.score if action.tokens else None,
+            writes=tuple(slot.kind for slot in step.writes),
+            produces=step.score,
+            source=None if step.source is None else positions[step.source],
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class SiteNodes:
+    """A site as nodes of the segment's graph; see `dicompile.analysis.Site`."""
+
+    stream: fx.Node
+    core: fx.Node
+    update: fx.Node
+    add: fx.Node
+    attention: tuple[fx.Node, ...]
+    token_axis: int
+    tokens: int
+
+
+@dataclass
+class Segment:
+    """A piece of the model's graph that runs as one compiled function.
+
+    Attributes:
+        graph_module: the piece; placeholders align with `inputs`, outputs with `outputs`.
+        inputs: what each placeholder receives.
+        outputs: what each output is.
+        sites: its sites by position.
+        grid: token grid of the model, or None.
+        fake_mode: mode of all ``meta["val"]``.
+        steps: what each site does; empty for the unmodified segment.
+        scores: node of the current raw score of a site, where this segment made one.
+    """
+
+    graph_module: fx.GraphModule
+    inputs: list[InputRef]
+    outputs: list[OutputRef]
+    sites: tuple[SiteNodes, ...]
+    grid: tuple[int, int] | None
+    fake_mode: FakeTensorMode
+    steps: tuple[LocalStep, ...] = ()
+    scores: dict[int, fx.Node] = field(default_factory=dict)
+
+    @property
+    def graph(self) -> fx.Graph:
+        """The graph."""
+        return self.graph_module.graph
+
+    @property
+    def results(self) -> list[fx.Node]:
+        """Nodes that leave the segment, aligned with `outputs`."""
+        return list(next(reversed(self.graph.nodes)).args[0])
+
+    def copy(self, steps: Sequence[LocalStep]) -> Segment:
+        """An independent copy that is to be rewritten for `steps`."""
+        graph, mapping = fx.Graph(), {}
+        graph.output(graph.graph_copy(self.graph, mapping))
+        sites = tuple(
+            replace(
+                site,
+                stream=mapping[site.stream],
+                core=mapping[site.core],
+                update=mapping[site.update],
+                add=mapping[site.add],
+                attention=tuple(mapping[node] for node in site.attention),
+            )
+            for site in self.sites
+        )
+        module = fx.GraphModule(self.graph_module, graph)
+        return Segment(module, [*self.inputs], [*self.outputs], sites, self.grid, self.fake_mode, tuple(steps))
+
+    def __str__(self) -> str:
+        return graph_text(self.graph, [str(ref) for ref in self.inputs], [str(ref) for ref in self.outputs])
+
+
+@dataclass(frozen=True, slots=True)
+class PassReport:
+    """What a pass did.
+
+    Attributes:
+        changed: one line per edit.
+        skipped: one line per candidate that was left alone, with the reason.
+    """
+
+    changed: tuple[str, ...] = ()
+    skipped: tuple[str, ...] = ()
+
+
+class Pass(Protocol):
+    """A rewrite of one segment. It only edits; the pipeline verifies, dumps and times."""
+
+    name: ClassVar[str]
+    exact: ClassVar[bool]
+    """True if the pass never changes a number that the plan did not ask to change."""
+
+    def run(self, segment: Segment) -> PassReport:
+        """Rewrite `segment` in place for its `steps`."""
+        ...

@@ -1,0 +1,103 @@
+"""The only place that makes nodes: every new node gets its value by running the operator on fake tensors."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import fx
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.symbolic_shapes import DimDynamic, StatelessSymbolicContext
+
+from dicompile.passes.base import InputRef, OutputRef, Segment
+
+SYMBOL_HINT = 6
+
+
+class Editor:
+    """Adds inputs, outputs and calls to the graph of one segment.
+
+    Calls go before the node set by `before`, and carry its module path.
+    """
+
+    def __init__(self, segment: Segment) -> None:
+        self.segment = segment
+        self.graph = segment.graph
+        self._anchor: fx.Node | None = None
+
+    @contextlib.contextmanager
+    def before(self, node: fx.Node) -> Iterator[None]:
+        """Insert new calls before `node`."""
+        self._anchor = node
+        with self.graph.inserting_before(node):
+            yield
+        self._anchor = None
+
+    def call(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
+        """Call an operator on nodes and constants."""
+        node = self.graph.call_function(target, args, kwargs)
+        values, keywords = fx.node.map_arg((args, kwargs), lambda parent: parent.meta["val"])
+        with torch.no_grad(), self.segment.fake_mode:
+            node.meta["val"] = target(*values, **keywords)
+        if self._anchor is not None and "nn_module_stack" in self._anchor.meta:
+            node.meta["nn_module_stack"] = self._anchor.meta["nn_module_stack"]
+        return node
+
+    def trace(self, function: Callable[..., torch.Tensor], *nodes: fx.Node | None) -> fx.Node:
+        """Inline a tensor function of tensors as ATen calls; None arguments are passed through."""
+        present = [node for node in nodes if node is not None]
+
+        def positional(*tensors: torch.Tensor) -> torch.Tensor:
+            given = iter(tensors)
+            return function(*(None if node is None else next(given) for node in nodes))
+
+        with torch.no_grad(), self.segment.fake_mode:
+            traced = make_fx(positional, pre_dispatch=True)(*(node.meta["val"] for node in present))
+        arguments = iter(present)
+        copies: dict[fx.Node, Any] = {}
+        for node in traced.graph.nodes:
+            if node.op == "placeholder":
+                copies[node] = next(arguments)
+            elif node.op == "call_function":
+                args, kwargs = fx.node.map_arg((node.args, node.kwargs), copies.__getitem__)
+                copies[node] = self.call(node.target, *args, **kwargs)
+            elif node.op == "output":
+                result: fx.Node = copies[node.args[0]]
+                return result
+        raise AssertionError("a traced function has an output")
+
+    def input(self, reference: InputRef, value: object) -> fx.Node:
+        """The placeholder for `reference`, added if it is new; `value` is a fake tensor or symbolic int."""
+        placeholders = [node for node in self.graph.nodes if node.op == "placeholder"]
+        if reference in self.segment.inputs:
+            return placeholders[self.segment.inputs.index(reference)]
+        first = next(node for node in self.graph.nodes if node.op != "placeholder")
+        with self.graph.inserting_before(first):
+            node = self.graph.placeholder(f"input_{len(placeholders)}")
+        node.meta["val"] = value
+        self.segment.inputs.append(reference)
+        return node
+
+    def int_input(self, reference: InputRef) -> fx.Node:
+        """Placeholder of a symbolic non-negative int."""
+        if reference in self.segment.inputs:
+            return self.input(reference, None)
+        context = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC])
+        shaped = self.segment.fake_mode.from_tensor(
+            torch.empty(SYMBOL_HINT + len(self.segment.inputs), device="meta"), symbolic_context=context
+        )
+        return self.input(reference, shaped.shape[0])
+
+    def tensor_input(self, reference: InputRef, shape: tuple[int, ...], dtype: torch.dtype, like: fx.Node) -> fx.Node:
+        """Placeholder of a contiguous tensor on the device of `like`."""
+        with self.segment.fake_mode:
+            value = torch.empty(shape, dtype=dtype, device=like.meta["val"].device)
+        return self.input(reference, value)
+
+    def output(self, reference: OutputRef, node: fx.Node) -> None:
+        """Let `node` leave the segment as `reference`."""
+        end = next(reversed(self.graph.nodes))
+        end.args = ([*end.args[0], node],)
+        self.segment.outputs.append(reference)

@@ -1,0 +1,75 @@
+"""Cut a piece out of the captured graph and make it a segment of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import fx
+
+from dicompile.analysis import ModelStructure, Site
+from dicompile.capture import Capture
+from dicompile.passes.base import Segment, SiteNodes, Value
+
+
+@dataclass(frozen=True)
+class Outline:
+    """A segment before any rewrite, and where its values come from.
+
+    Attributes:
+        segment: the piece with numbered inputs and outputs.
+        inputs: names of the captured nodes that enter, by number.
+        outputs: names of the captured nodes that leave, by number.
+    """
+
+    segment: Segment
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+
+
+def boundary(nodes: Sequence[fx.Node]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Names of the values that enter and leave a set of nodes, each in order of first use."""
+    inside = set(nodes)
+    entering = dict.fromkeys(p.name for node in nodes for p in node.all_input_nodes if p not in inside)
+    leaving = [node.name for node in nodes if any(user not in inside for user in node.users)]
+    return tuple(entering), tuple(leaving)
+
+
+def outline(capture: Capture, structure: ModelStructure, nodes: Sequence[fx.Node], sites: Sequence[Site]) -> Outline:
+    """Copy `nodes` into a graph of their own.
+
+    Args:
+        capture: the captured model.
+        structure: its structure.
+        nodes: nodes of the captured graph, in order.
+        sites: sites whose branches lie within the nodes.
+    """
+    entering, leaving = boundary(nodes)
+    graph, copies = fx.Graph(), {}
+    named = {node.name: node for node in capture.graph.nodes}
+    for i, name in enumerate(entering):
+        copies[named[name]] = graph.placeholder(f"value_{i}")
+        copies[named[name]].meta = dict(named[name].meta)
+    for node in nodes:
+        copies[node] = graph.node_copy(node, copies.__getitem__)
+    graph.output([copies[named[name]] for name in leaving])
+    segment = Segment(
+        graph_module=fx.GraphModule(capture.graph_module, graph),
+        inputs=[Value(i) for i in range(len(entering))],
+        outputs=[Value(i) for i in range(len(leaving))],
+        sites=tuple(
+            SiteNodes(
+                stream=copies[named[site.source]],
+                core=copies[named[site.core]],
+                update=copies[named[site.update]],
+                add=copies[named[site.add]],
+                attention=tuple(copies[named[name]] for name in site.attention),
+                token_axis=site.tokens.axis,
+                tokens=site.tokens.count,
+            )
+            for site in sites
+        ),
+        grid=structure.grid,
+        fake_mode=capture.fake_mode,
+    )
+    return Outline(segment, entering, leaving)

@@ -1,0 +1,193 @@
+"""Run a branch on the tokens that need it most, and take the stored value for the others.
+
+Before::
+
+    %2: f32[2,64,32] = aten.layer_norm.default(stream, [32])
+    %3: f32[2,64,32] = aten.linear.default(%2, @mlp.weight)
+    %4: f32[2,64,32] = aten.add.Tensor(stream, %3)
+
+After (k = count[0])::
+
+    %2: i64[2,k] = ... the k highest scores
+    %4: f32[2,k,32] = aten.gather.default(stream, 1, %3)
+    %5: f32[2,k,32] = aten.layer_norm.default(%4, [32])
+    %6: f32[2,k,32] = aten.linear.default(%5, @mlp.weight)
+    %7: f32[2,64,32] = aten.scatter.src(value[0], 1, %3, %6)
+    %8: f32[2,64,32] = aten.add.Tensor(stream, %7)
+
+The number of tokens is an input of the compiled code, so one variant serves every ratio. Operands with one value per token,
+such as position tables, are gathered too. Branches that mix tokens never get here: the policy was refused.
+"""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, fx
+
+from dicompile.analysis import Dataflow
+from dicompile.analysis.tokens import RESHAPES, per_token_operands, token_axes
+from dicompile.ops import scores
+from dicompile.passes.base import (
+    Chosen,
+    LocalStep,
+    Noise,
+    PassReport,
+    ReuseClock,
+    Segment,
+    SiteNodes,
+    SlotRef,
+    TokenCount,
+)
+from dicompile.passes.edit import Editor
+from dicompile.passes.score_tokens import raw_score
+from dicompile.plan import Score, ScoreBase, SlotKind
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class RefreshTokens:
+    """Compute some tokens of a site and scatter them into its stored value."""
+
+    name: ClassVar[str] = "refresh-tokens"
+    exact: ClassVar[bool] = True
+
+    def run(self, segment: Segment) -> PassReport:
+        """Rewrite every site whose step refreshes tokens."""
+        changed = []
+        for position, step in enumerate(segment.steps):
+            if step.refresh is not None:
+                _SiteRefresh(segment, position, step, step.refresh).run()
+                changed.append(f"site {position}: tokens by {step.refresh.base.value}")
+        return PassReport(tuple(changed))
+
+
+class _SiteRefresh:
+    """The rewrite of one site."""
+
+    def __init__(self, segment: Segment, position: int, step: LocalStep, score: Score) -> None:
+        self.segment, self.position, self.step, self.score = segment, position, step, score
+        self.site: SiteNodes = segment.sites[position]
+        self.editor = Editor(segment)
+        self.count = self.editor.int_input(TokenCount(position))
+        self.batch, self.tokens, self.width = (int(size) for size in self.site.stream.meta["val"].shape)
+
+    def run(self) -> None:
+        """Choose tokens, run the branch on them, scatter, and store what the plan keeps."""
+        core, editor = self.site.core, self.editor
+        users = list(core.users)
+        value = editor.tensor_input(
+            SlotRef(self.position, SlotKind.VALUE), tuple(core.meta["val"].shape), core.meta["val"].dtype, core
+        )
+        with editor.before(min(users, key=list(self.segment.graph.nodes).index)):
+            chosen = self.choose()
+            copies = self.branch_on(chosen)
+            refreshed = editor.call(aten.scatter.src, value, 1, self.rows(chosen, core), copies[core])
+            stamp = self.stamp_after(chosen) if SlotKind.STAMP in self.step.writes else None
+            raw = self.raw_score_after(chosen, copies) if SlotKind.SCORE in self.step.writes else None
+        for user in users:
+            user.replace_input_with(core, refreshed)
+        end = next(reversed(self.segment.graph.nodes))
+        end.replace_input_with(core, refreshed)
+        editor.output(Chosen(self.position), chosen)
+        stored = {SlotKind.VALUE: refreshed, SlotKind.STAMP: stamp, SlotKind.SCORE: raw}
+        for kind in self.step.writes:
+            node = stored[kind]
+            assert node is not None
+            editor.output(SlotRef(self.position, kind), node)
+
+    def choose(self) -> fx.Node:
+        """Indices of the highest scores; int64, [b, k]. Ties go to the earlier token."""
+        ranked = self.base()
+        if self.score.age_weight:
+            age = self.editor.call(aten.rsub.Scalar, self.stamp(), self.clock())
+            ranked = self.editor.call(aten.add.Tensor, ranked, age, alpha=self.score.age_weight)
+        if self.score.grid_cell:
+            grid, cell, bonus = self.segment.grid, self.score.grid_cell, self.score.grid_bonus
+            assert grid is not None
+            ranked = self.editor.trace(lambda score: scores.with_grid_bonus(score, grid, cell, bonus), ranked)
+        order = self.editor.call(aten.sort.stable, ranked, stable=True, dim=1, descending=True)
+        indices = self.editor.call(operator.getitem, order, 1)
+        return self.editor.call(aten.slice.Tensor, indices, 1, 0, self.count)
+
+    def base(self) -> fx.Node:
+        """Normalised score base; [b, n]."""
+        shared, stream = self.score.share_guidance, self.site.stream
+        if self.score.base is ScoreBase.RANDOM:
+            reference = Noise(self.position, shared)
+            return self.editor.tensor_input(reference, (self.batch, self.tokens), torch.float32, stream)
+        source = self.step.source
+        assert source is not None
+        raw = self.segment.scores.get(source)
+        if raw is None:
+            reference = SlotRef(source, SlotKind.SCORE)
+            raw = self.editor.tensor_input(reference, (self.batch, self.tokens), torch.float32, stream)
+        function = scores.base_from_entropy if self.score.base is ScoreBase.ENTROPY else scores.base_from_attention
+
+        def base(raw: Tensor) -> Tensor:
+            return function(raw, shared=shared)
+
+        return self.editor.trace(base, raw)
+
+    def stamp(self) -> fx.Node:
+        """Reuse step after which every token was last refreshed; int32, [b, n]."""
+        reference = SlotRef(self.position, SlotKind.STAMP)
+        return self.editor.tensor_input(reference, (self.batch, self.tokens), torch.int32, self.site.stream)
+
+    def clock(self) -> fx.Node:
+        """Reuse steps since the site was computed whole; int."""
+        return self.editor.int_input(ReuseClock(self.position))
+
+    def stamp_after(self, chosen: fx.Node) -> fx.Node:
+        """Stamps with the chosen tokens marked as refreshed after this step."""
+        ones = self.editor.call(aten.ones_like.default, chosen, dtype=torch.int32)
+        now = self.editor.call(aten.mul.Tensor, ones, self.editor.call(operator.add, self.clock(), 1))
+        return self.editor.call(aten.scatter.src, self.stamp(), 1, chosen, now)
+
+    def raw_score_after(self, chosen: fx.Node, copies: dict[fx.Node, fx.Node]) -> fx.Node:
+        """The site's own raw score (cross-attention entropy) with the rows of the chosen tokens replaced."""
+        fresh = raw_score(self.editor, copies[self.site.attention[0]], self.score)
+        reference = SlotRef(self.position, SlotKind.SCORE)
+        old = self.editor.tensor_input(reference, (self.batch, self.tokens), torch.float32, self.site.stream)
+        self.segment.scores[self.position] = self.editor.call(aten.scatter.src, old, 1, chosen, fresh)
+        return self.segment.scores[self.position]
+
+    def rows(self, chosen: fx.Node, like: fx.Node, axis: int = 1) -> fx.Node:
+        """Indices expanded to gather or scatter whole rows of `like`; int64, its shape with k tokens."""
+        shape = list(like.meta["val"].shape)
+        view = [self.batch if shape[0] != 1 else 1] + [1] * (len(shape) - 1)
+        view[0], view[axis] = self.batch, self.count
+        shape[0], shape[axis] = self.batch, self.count
+        return self.editor.call(aten.expand.default, self.editor.call(aten.view.default, chosen, view), shape)
+
+    def gather(self, node: fx.Node, chosen: fx.Node, axis: int) -> fx.Node:
+        """The chosen tokens of a value that has a token axis; batch comes first and may be 1."""
+        if node.meta["val"].shape[0] != self.batch:
+            node = self.editor.call(aten.expand.default, node, [self.batch, *node.meta["val"].shape[1:]])
+        return self.editor.call(aten.gather.default, node, axis, self.rows(chosen, node, axis))
+
+    def branch_on(self, chosen: fx.Node) -> dict[fx.Node, fx.Node]:
+        """Copy the branch for the chosen tokens; maps every node that carries tokens to its copy."""
+        flow = Dataflow(self.segment.graph)
+        region = list(flow.members(flow.between(self.site.stream, self.site.core)))
+        axes = token_axes(region, self.site.stream, self.site.token_axis)
+        copies = {self.site.stream: self.gather(self.site.stream, chosen, self.site.token_axis)}
+        for node in region:
+            operands = {parent: self.gather(parent, chosen, axis) for parent, axis in per_token_operands(node, axes)}
+            replaced = {**copies, **operands}
+            args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda parent, r=replaced: r.get(parent, parent))
+            copies[node] = self.editor.call(node.target, *self.resized(node, args, axes[node]), **kwargs)
+            if "nn_module_stack" in node.meta:
+                copies[node].meta["nn_module_stack"] = node.meta["nn_module_stack"]
+        return copies
+
+    def resized(self, node: fx.Node, args: tuple[Any, ...], axis: int) -> tuple[Any, ...]:
+        """Arguments with the literal number of tokens replaced by the count."""
+        if node.target not in RESHAPES:
+            return args
+        shape = [self.count if i == axis else size for i, size in enumerate(args[1])]
+        return args[0], shape, *args[2:]

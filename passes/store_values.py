@@ -1,0 +1,67 @@
+"""Let computed branch outputs leave the segment where a later step reads them.
+
+Before::
+
+    %3: f32[2,64,32] = aten.linear.default(%2, @proj.weight)
+
+After::
+
+    %3: f32[2,64,32] = aten.linear.default(%2, @proj.weight)
+    return value[0] = %3
+
+The fresh output tensor is the cache entry: nothing is copied. Values that are not contiguous are made so, because every
+variant that reads the slot was compiled for one layout.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from dicompile.passes.base import PassReport, Segment, SlotRef
+from dicompile.passes.edit import Editor
+from dicompile.plan import SlotKind, What
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class StoreValues:
+    """Add outputs for the values and token stamps that the plan stores."""
+
+    name: ClassVar[str] = "store-values"
+    exact: ClassVar[bool] = True
+
+    def run(self, segment: Segment) -> PassReport:
+        """Add the outputs of sites that are computed for all tokens."""
+        changed = []
+        for position, step in enumerate(segment.steps):
+            if step.refresh is not None or step.only_reuses:
+                continue
+            if SlotKind.VALUE in step.writes:
+                _store_value(segment, position, step.what)
+            if SlotKind.STAMP in step.writes:
+                _store_stamp(segment, position)
+            changed += [f"site {position}: {kind.value}" for kind in step.writes if kind is not SlotKind.SCORE]
+        return PassReport(tuple(changed))
+
+
+def _store_value(segment: Segment, position: int, what: What) -> None:
+    editor, site = Editor(segment), segment.sites[position]
+    node = site.core if what is What.CORE else site.update
+    if not node.meta["val"].is_contiguous():
+        with editor.before(node.next):
+            node = editor.call(aten.clone.default, node, memory_format=torch.contiguous_format)
+    editor.output(SlotRef(position, SlotKind.VALUE), node)
+
+
+def _store_stamp(segment: Segment, position: int) -> None:
+    editor, site = Editor(segment), segment.sites[position]
+    shape = [int(site.stream.meta["val"].shape[0]), site.tokens]
+    with editor.before(next(reversed(segment.graph.nodes))):
+        zeros = editor.call(
+            aten.zeros.default, shape, dtype=torch.int32, device=site.stream.meta["val"].device, pin_memory=False
+        )
+    editor.output(SlotRef(position, SlotKind.STAMP), zeros)
