@@ -140,7 +140,8 @@ def _with_score_bases(
 
 
 def _may_score(site: SiteStep) -> bool:
-    return any(slot.kind is SlotKind.SCORE for slot in site.writes)
+    """True if the site is computed whole and could deliver a score; a refreshed site updates its own rows itself."""
+    return site.action == COMPUTE and any(slot.kind is SlotKind.SCORE for slot in site.writes)
 
 
 def _with_liveness(steps: Sequence[tuple[SiteStep, ...]]) -> list[tuple[tuple[SiteStep, ...], frozenset[Slot]]]:

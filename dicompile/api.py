@@ -1,0 +1,210 @@
+"""`optimize`, `restore` and what can be asked of an optimized model."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from torch._dynamo.eval_frame import OptimizedModule
+
+from dicompile.analysis import ModelStructure
+from dicompile.backend import backend_for, require_sites
+from dicompile.compiler import CompiledFrame, Options
+from dicompile.errors import (
+    AlreadyOptimized,
+    InvalidSchedule,
+    NotOptimized,
+    NotYetRun,
+    UnsupportedModel,
+)
+from dicompile.lower import check_mode
+from dicompile.plan import Plan, Policy
+from dicompile.policies import get_policy
+from dicompile.runtime import RunReport, SchedulerLink, cache_context, current_session
+
+TIMESTEP_ARGUMENTS = ("timestep", "timesteps", "t", "sigma", "sigmas")
+
+
+def optimize(
+    model: Any, policy: Policy | str | dict[str, Any] = "none", *, schedule: Any = None, mode: str = "inductor"
+) -> Any:
+    """Compile a diffusion transformer with feature caching.
+
+    Args:
+        model: a module, or a diffusers pipeline, whose denoiser is then replaced in place and whose scheduler is followed.
+        policy: a policy, the name of a published one, plain data, or the path of a YAML or JSON file.
+        schedule: for a module: the diffusers scheduler that drives the sampling, a list of timesteps, or a number of steps.
+        mode: "inductor" compiles; "eager" runs the rewritten graphs operator by operator, for debugging.
+
+    Returns:
+        The pipeline itself, or a wrapper of the module that is called like it and passes every attribute through. The
+        module is not changed; `restore` gives it back.
+
+    Raises:
+        UnknownPolicy, InvalidPolicy: the policy does not exist or has an option that does not.
+        InvalidSchedule: a caching policy for a module without a schedule.
+        AlreadyOptimized: restore it first.
+        UnsupportedModel: neither a module nor a pipeline with a denoiser.
+    """
+    chosen = get_policy(policy)
+    check_mode(mode)
+    if isinstance(model, CachedModel):
+        raise AlreadyOptimized(
+            f"this {type(model.original).__name__} is optimized already", fix="model = dicompile.restore(model) first"
+        )
+    if isinstance(model, nn.Module):
+        return CachedModel(model, Options(chosen, _link(schedule, chosen), mode))
+    for name, denoiser in _denoisers(model).items():
+        if isinstance(denoiser, CachedModel):
+            raise AlreadyOptimized(f"the pipeline's {name} is optimized already", fix="dicompile.restore(pipe) first")
+        setattr(model, name, CachedModel(denoiser, Options(chosen, SchedulerLink(model.scheduler), mode)))
+    return model
+
+
+def restore(model: Any) -> Any:
+    """Give back what `optimize` was given: the module itself, or the pipeline with its own denoiser.
+
+    Raises:
+        NotOptimized: it was not optimized.
+    """
+    if isinstance(model, CachedModel):
+        return model.original
+    found = {} if isinstance(model, nn.Module) else _denoisers(model)
+    cached = {name: denoiser for name, denoiser in found.items() if isinstance(denoiser, CachedModel)}
+    if not cached:
+        raise NotOptimized(f"this {type(model).__name__} was not optimized", fix="dicompile.optimize(model, policy)")
+    for name, denoiser in cached.items():
+        setattr(model, name, denoiser.original)
+    return model
+
+
+def structure_of(model: Any) -> ModelStructure:
+    """Structure of an optimized model, as captured at its last first call.
+
+    Raises:
+        NotOptimized, NotYetRun: nothing was captured yet.
+    """
+    return _frame_of(model).structure
+
+
+def plan_of(model: Any) -> Plan:
+    """Plan of an optimized model for its schedule as it is now.
+
+    Raises:
+        NotOptimized, NotYetRun: nothing was captured yet.
+    """
+    frame = _frame_of(model)
+    return frame.programs.plan(frame.run.link.schedule)
+
+
+def report(model: Any) -> RunReport:
+    """What happened in the last generation of this session.
+
+    Raises:
+        NotOptimized, NotYetRun: nothing ran yet.
+    """
+    return current_session().state_of(_frame_of(model).run).report
+
+
+class CachedModel(OptimizedModule):
+    """An optimized module: called like the original, with every attribute of the original where it was.
+
+    It is a ``torch._dynamo.OptimizedModule``, which diffusers, accelerate and peft know how to unwrap.
+    """
+
+    _options: Options | None = None
+    _frames: list[CompiledFrame] | None = None
+
+    def __init__(self, module: nn.Module, options: Options) -> None:
+        backend = backend_for(options, self._remember)
+        super().__init__(module, torch._dynamo.optimize(backend, dynamic=False))
+        self._options, self._frames = options, []
+
+    @property
+    def original(self) -> nn.Module:
+        """The module that was optimized."""
+        module: nn.Module = self._orig_mod
+        return module
+
+    @property
+    def frames(self) -> list[CompiledFrame]:
+        """Everything compiled so far, the latest last."""
+        return self._frames or []
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the model; it samples, so no gradients are recorded."""
+        with torch.no_grad():
+            return super().__call__(*args, **kwargs)
+
+    @contextlib.contextmanager
+    def cache_context(self, name: str, **_: Any) -> Iterator[None]:
+        """Guidance context, as diffusers pipelines open it on their denoiser."""
+        with cache_context(name):
+            yield
+
+    def _remember(self, frame: CompiledFrame) -> None:
+        assert self._options is not None
+        require_sites(frame, self._options, type(self.original).__name__)
+        assert self._frames is not None
+        self._frames.append(frame)
+
+
+def _link(schedule: Any, policy: Policy) -> SchedulerLink:
+    if schedule is not None:
+        return SchedulerLink(schedule)
+    if policy.rules:
+        raise InvalidSchedule(
+            f"policy {policy.name!r} needs a schedule",
+            where="dicompile.optimize",
+            why="a plan says for every step what is computed",
+            fix="optimize(model, policy, schedule=scheduler), or schedule=50 for a number of steps",
+        )
+    return SchedulerLink(1)
+
+
+def _denoisers(pipeline: Any) -> dict[str, nn.Module]:
+    """Components of a pipeline that take a timestep."""
+    components = getattr(pipeline, "components", None)
+    if not isinstance(components, dict) or getattr(pipeline, "scheduler", None) is None:
+        raise UnsupportedModel(
+            f"{type(pipeline).__name__} is neither a torch.nn.Module nor a pipeline with a scheduler",
+            where="dicompile",
+            fix="give the denoiser and its scheduler: optimize(model, policy, schedule=scheduler)",
+        )
+    found = {
+        name: component
+        for name, component in components.items()
+        if isinstance(component, nn.Module) and _takes_timestep(component)
+    }
+    if not found:
+        raise UnsupportedModel(
+            f"{type(pipeline).__name__} has no denoiser",
+            where="dicompile",
+            why=f"no component's forward takes one of {', '.join(TIMESTEP_ARGUMENTS)}",
+            fix="give the denoiser itself: optimize(model, policy, schedule=scheduler)",
+        )
+    return found
+
+
+def _takes_timestep(module: nn.Module) -> bool:
+    original = module.original if isinstance(module, CachedModel) else module
+    return any(name in inspect.signature(original.forward).parameters for name in TIMESTEP_ARGUMENTS)
+
+
+def _frame_of(model: Any) -> CompiledFrame:
+    if not isinstance(model, CachedModel):
+        cached = [] if isinstance(model, nn.Module) else [d for d in _denoisers(model).values() if isinstance(d, CachedModel)]
+        if not cached:
+            raise NotOptimized(f"this {type(model).__name__} was not optimized", fix="dicompile.optimize(model, policy)")
+        model = cached[0]
+    if not model.frames:
+        raise NotYetRun(
+            f"{type(model.original).__name__} has not run yet",
+            why="structure and plan depend on the shapes of the first call",
+            fix="call the model once, or use `dicompile inspect`",
+        )
+    return max(model.frames, key=lambda frame: len(frame.structure.sites))

@@ -1,0 +1,94 @@
+"""``torch.compile(model, backend="dicache", options={...})``: the same flow from Dynamo's side."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import fx
+
+from dicompile.capture import input_names
+from dicompile.compiler import CompiledFrame, Options, Specialiser
+from dicompile.errors import InvalidSetting, NoSitesFound
+from dicompile.lower import check_mode
+from dicompile.policies import get_policy
+from dicompile.runtime import SchedulerLink
+
+log = logging.getLogger("dicompile")
+
+OPTIONS = ("policy", "steps", "schedule", "mode")
+
+
+def dicache(
+    graph: fx.GraphModule, example_inputs: Sequence[Any], *, options: dict[str, Any] | None = None, **_: Any
+) -> Callable[..., Any]:
+    """Compile a captured graph with feature caching.
+
+    Args:
+        graph: what Dynamo captured.
+        example_inputs: its inputs.
+        options: "policy" (name, `Policy` or plain data; default "none"), "steps" (number of sampling steps) or "schedule"
+            (scheduler or timesteps), and "mode".
+
+    Raises:
+        InvalidSetting: an option is unknown, or a caching policy comes without steps.
+    """
+    del example_inputs
+    return backend_for(read_options(options or {}), on_compiled=_say_what_was_found)(graph)
+
+
+def read_options(options: dict[str, Any]) -> Options:
+    """Check the options of the bare backend."""
+    for name in options:
+        if name not in OPTIONS:
+            raise InvalidSetting(
+                f"backend 'dicache' has no option {name!r}", where="torch.compile", fix=f"its options are: {', '.join(OPTIONS)}"
+            )
+    policy = get_policy(options.get("policy", "none"))
+    source = options.get("schedule", options.get("steps"))
+    if source is None:
+        if policy.rules:
+            raise InvalidSetting(
+                f"policy {policy.name!r} needs to know the number of steps",
+                where="torch.compile(backend='dicache')",
+                why="a plan says for every step what is computed",
+                fix="options={'policy': ..., 'steps': 50}",
+            )
+        source = 1
+    mode = options.get("mode", "inductor")
+    check_mode(mode)
+    return Options(policy, SchedulerLink(source), mode)
+
+
+def backend_for(
+    options: Options, on_compiled: Callable[[CompiledFrame], None]
+) -> Callable[..., Callable[..., Any]]:
+    """A Dynamo backend with fixed options."""
+
+    def backend(graph: fx.GraphModule, example_inputs: Sequence[Any] = ()) -> Callable[..., Any]:
+        del example_inputs
+        return Specialiser(graph, input_names(graph.graph), options, on_compiled)
+
+    return backend
+
+
+def _say_what_was_found(frame: CompiledFrame) -> None:
+    if not frame.structure.sites:
+        log.info("no cacheable branch in this graph: compiled without caching")
+
+
+def require_sites(frame: CompiledFrame, options: Options, model: str) -> None:
+    """Raise if a caching policy meets a model without sites.
+
+    Raises:
+        NoSitesFound: it does.
+    """
+    if frame.structure.sites or not options.policy.rules:
+        return
+    raise NoSitesFound(
+        f"{model} has no cacheable branch",
+        where=f"analysis, {frame.structure.flops / 1e9:.3f} GFLOP a call",
+        why="no residual add with a matrix product in its branch depends on the latent",
+        fix="use policy 'none' to compile it without caching",
+    )

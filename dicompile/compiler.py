@@ -1,0 +1,142 @@
+"""The whole flow: capture -> analysis -> plan -> passes -> lower -> runtime.
+
+`compile_frame` is all of it for one graph that Dynamo captured; both front ends end here.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import fx
+
+from dicompile.analysis import ModelStructure, analyse
+from dicompile.capture import Capture, Role, capture_graph
+from dicompile.config import DebugFolder, Settings
+from dicompile.errors import CallOutsideSchedule
+from dicompile.lower import Program, ProgramBuilder, VariantCache
+from dicompile.plan import Plan, Policy, StepPlan, TimestepSchedule, cold_step, make_plan
+from dicompile.runtime import Executor, SchedulerLink
+
+log = logging.getLogger("dicompile")
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the user asked for.
+
+    Attributes:
+        policy: the caching policy.
+        link: where the schedule comes from.
+        mode: "inductor" or "eager".
+        settings: what the environment said.
+    """
+
+    policy: Policy
+    link: SchedulerLink
+    mode: str = "inductor"
+    settings: Settings = field(default_factory=Settings.from_environment)
+
+
+def compile_frame(
+    graph: fx.GraphModule, names: Sequence[tuple[str, bool]], arguments: Sequence[Any], options: Options
+) -> CompiledFrame:
+    """Compile one captured graph for the shapes of `arguments`.
+
+    Raises:
+        CannotCapture: the graph writes to its inputs.
+        PolicyDoesNotFit: the model cannot do what the policy asks for.
+    """
+    debug = DebugFolder(options.settings.debug)
+    capture = capture_graph(graph, names, arguments)
+    debug.write("captured", str(capture))
+    structure = analyse(capture)
+    debug.write("structure", str(structure))
+    programs = Programs(capture, structure, options, debug)
+    executor = Executor(
+        programs,
+        options.link,
+        timestep=capture.input_position(Role.TIMESTEP),
+        latent=capture.input_position(Role.LATENT),
+        seed=options.policy.seed,
+    )
+    return CompiledFrame(structure, programs, executor)
+
+
+@dataclass(frozen=True)
+class CompiledFrame:
+    """One compiled graph: what it is, what is planned, what runs."""
+
+    structure: ModelStructure
+    programs: Programs
+    run: Executor
+
+
+class Programs:
+    """Plans and programs of one captured model, by schedule and step; made on demand and kept."""
+
+    def __init__(self, capture: Capture, structure: ModelStructure, options: Options, debug: DebugFolder) -> None:
+        self.structure, self.policy, self.debug = structure, options.policy, debug
+        self.variants = VariantCache(options.mode, options.settings, debug)
+        self._builder = ProgramBuilder(capture, structure, self.variants)
+        self._plans: dict[TimestepSchedule, Plan] = {}
+        self._steps: dict[tuple[TimestepSchedule, int, bool], tuple[StepPlan, Program]] = {}
+
+    def plan(self, schedule: TimestepSchedule) -> Plan:
+        """The plan for a schedule."""
+        if schedule not in self._plans:
+            self._plans[schedule] = make_plan(self.structure, self.policy, schedule)
+            self.debug.write("plan", str(self._plans[schedule]))
+        return self._plans[schedule]
+
+    def step(self, schedule: TimestepSchedule, index: int) -> tuple[StepPlan, Program]:
+        """What to run at a step.
+
+        Raises:
+            CallOutsideSchedule: the schedule has no such step.
+        """
+        return self._kept(schedule, index, cold=False)
+
+    def cold(self, schedule: TimestepSchedule, index: int) -> tuple[StepPlan, Program]:
+        """What to run at a step when nothing is remembered."""
+        return self._kept(schedule, index, cold=True)
+
+    def _kept(self, schedule: TimestepSchedule, index: int, *, cold: bool) -> tuple[StepPlan, Program]:
+        key = (schedule, index, cold)
+        if key not in self._steps:
+            if index >= schedule.steps:
+                raise CallOutsideSchedule(
+                    f"there is no step {index + 1} in a schedule of {schedule.steps} steps",
+                    where="runtime",
+                    fix="set the scheduler's timesteps before sampling",
+                )
+            plan = self.plan(schedule)
+            step = cold_step(self.structure, plan, index) if cold else plan.steps[index]
+            self._steps[key] = (step, self._builder.program(step))
+        return self._steps[key]
+
+
+@dataclass
+class Specialiser:
+    """A Dynamo graph, compiled anew for every set of symbolic sizes it is called with.
+
+    It is what a ``torch.compile`` backend returns. Compiling at the first call instead of inside the backend keeps
+    dicompile's errors its own.
+    """
+
+    graph: fx.GraphModule
+    names: Sequence[tuple[str, bool]]
+    options: Options
+    on_compiled: Callable[[CompiledFrame], None]
+    frames: dict[tuple[int, ...], CompiledFrame] = field(default_factory=dict)
+
+    def __call__(self, *arguments: Any) -> Any:
+        """Run the frame for the shapes of `arguments`."""
+        sizes = tuple(value for value in arguments if isinstance(value, int))
+        if sizes not in self.frames:
+            frame = compile_frame(self.graph, self.names, arguments, self.options)
+            self.on_compiled(frame)
+            self.frames[sizes] = frame
+        return self.frames[sizes].run(*arguments)

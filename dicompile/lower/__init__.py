@@ -1,0 +1,19 @@
+"""Lower: rewritten segments -> compiled functions, deduplicated, and programs that call them in order."""
+
+from dicompile.lower.inductor import MODES, check_mode, compile_segment
+from dicompile.lower.program import Call, Constant, IntRef, NoiseRead, Program, ProgramBuilder
+from dicompile.lower.variants import Variant, VariantCache
+
+__all__ = [
+    "MODES",
+    "Call",
+    "Constant",
+    "IntRef",
+    "NoiseRead",
+    "Program",
+    "ProgramBuilder",
+    "Variant",
+    "VariantCache",
+    "check_mode",
+    "compile_segment",
+]

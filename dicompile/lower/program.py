@@ -1,0 +1,286 @@
+"""Programs: what one step executes, as a straight line of calls on numbered registers.
+
+A step is cut into prologue, blocks and epilogue. Adjacent blocks that only reuse become one segment (up to
+`LONGEST_RUN` blocks), so that a run of reused blocks is a single fused kernel and compile time still does not grow with depth.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import fx
+
+from dicompile.analysis import ModelStructure, Site, SiteId
+from dicompile.analysis.blocks import structure_key
+from dicompile.capture import Capture
+from dicompile.lower.variants import Variant, VariantCache
+from dicompile.passes import (
+    Chosen,
+    LocalStep,
+    Noise,
+    Outline,
+    ReuseClock,
+    SlotRef,
+    TokenCount,
+    Value,
+    outline,
+)
+from dicompile.plan import Slot, SlotKind, StepPlan
+
+LONGEST_RUN = 8
+
+
+@dataclass(frozen=True, slots=True)
+class IntRef:
+    """An int that differs between the steps that share a program: token count or reuse clock of a site."""
+
+    register: int
+    site: SiteId
+    is_count: bool
+
+
+@dataclass(frozen=True, slots=True)
+class NoiseRead:
+    """Random scores for a site: float32, [batch, tokens]."""
+
+    register: int
+    site: SiteId
+    shape: tuple[int, int]
+    share_guidance: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Constant:
+    """An output of the model that is no tensor."""
+
+    value: Any
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One compiled segment on registers.
+
+    Attributes:
+        name: variant and where it stands, for reports.
+        function: the compiled segment.
+        inputs: registers of its arguments.
+        outputs: registers of its results.
+        frees: registers that nobody reads afterwards.
+    """
+
+    name: str
+    function: Callable[..., Sequence[Any]] = field(repr=False)
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
+    frees: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Program:
+    """Everything one step executes.
+
+    Registers below the number of model inputs hold those; the others start empty.
+
+    Attributes:
+        calls: in order.
+        registers: number of registers.
+        reads: slots to load before the first call.
+        writes: slots to store after the last call.
+        ints: ints to load, taken from the step's plan.
+        noise: random scores to load.
+        chosen: register of the tokens that a site refreshed.
+        results: register of every output of the model; constants as they are.
+    """
+
+    calls: tuple[Call, ...]
+    registers: int
+    reads: tuple[tuple[Slot, int], ...]
+    writes: tuple[tuple[Slot, int], ...]
+    ints: tuple[IntRef, ...]
+    noise: tuple[NoiseRead, ...]
+    chosen: tuple[tuple[SiteId, int], ...]
+    results: tuple[int | Constant, ...]
+
+    def __str__(self) -> str:
+        loads = [f"%{register} = slot {slot}" for slot, register in self.reads]
+        calls = [
+            f"{', '.join(f'%{r}' for r in call.outputs)} = {call.name}({', '.join(f'%{r}' for r in call.inputs)})"
+            for call in self.calls
+        ]
+        stores = [f"slot {slot} = %{register}" for slot, register in self.writes]
+        return "\n".join([*loads, *calls, *stores, f"return {self.results}"])
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """A segment of the unmodified model, with the key under which it shares variants."""
+
+    name: str
+    key: object
+    outline: Outline
+    sites: tuple[Site, ...]
+
+
+class ProgramBuilder:
+    """Builds programs for one captured model."""
+
+    def __init__(self, capture: Capture, structure: ModelStructure, variants: VariantCache) -> None:
+        self.capture, self.structure, self.variants = capture, structure, variants
+        self._nodes = {node.name: node for node in capture.graph.nodes}
+        self._order = {node: i for i, node in enumerate(capture.graph.nodes)}
+        self._pieces: dict[tuple[str, ...], _Piece] = {}
+        self._segments: dict[object, Outline] = {}
+        self._programs: dict[object, Program] = {}
+
+    def program(self, step: StepPlan) -> Program:
+        """The program of a step; steps of equal signature share it."""
+        if step.signature not in self._programs:
+            self._programs[step.signature] = self._build(step)
+        return self._programs[step.signature]
+
+    def _build(self, step: StepPlan) -> Program:
+        pieces = self._cut(step)
+        chosen = self._choose_variants(step, pieces)
+        assembly = _Assembly(self.capture, step)
+        for piece, variant in chosen:
+            assembly.add(piece, variant)
+        return assembly.finish(self._results())
+
+    def _cut(self, step: StepPlan) -> list[_Piece]:
+        structure = self.structure
+        runs: list[list[int]] = []
+        open_run = False
+        for block in structure.blocks:
+            reuses = all(not step.sites[i].action.computes for i in block.sites)
+            if reuses and open_run and len(runs[-1]) < LONGEST_RUN:
+                runs[-1].append(int(block.id))
+            else:
+                runs.append([int(block.id)])
+            open_run = reuses
+        pieces = [self._piece("prologue", structure.prologue, ())]
+        for run in runs:
+            blocks = [structure.blocks[i] for i in run]
+            name = f"block{run[0]}" if len(run) == 1 else f"blocks{run[0]}-{run[-1]}"
+            sites = tuple(site for block in blocks for site in structure.sites_of(block))
+            pieces.append(self._piece(name, tuple(node for block in blocks for node in block.nodes), sites))
+        pieces.append(self._piece("epilogue", structure.epilogue, ()))
+        return [piece for piece in pieces if piece.outline.outputs]
+
+    def _piece(self, name: str, nodes: tuple[str, ...], sites: tuple[Site, ...]) -> _Piece:
+        if nodes not in self._pieces:
+            members = sorted((self._nodes[n] for n in nodes), key=self._order.__getitem__)
+            made = outline(self.capture, self.structure, members, sites)
+            number = {node.name: i for i, node in enumerate(members)}
+            key = (
+                structure_key(members),
+                tuple(number[name] for name in made.outputs),
+                tuple((number[site.core], number[site.update], number[site.add]) for site in sites),
+            )
+            shared = self._segments.setdefault(key, made)
+            made = Outline(shared.segment, made.inputs, made.outputs)
+            self._pieces[nodes] = _Piece(name, key, made, sites)
+        return self._pieces[nodes]
+
+    def _choose_variants(self, step: StepPlan, pieces: Sequence[_Piece]) -> list[tuple[_Piece, Variant]]:
+        """Walk backwards with the values that are still needed, so that every variant computes no more than that."""
+        needed = {node.name for node in self._results() if isinstance(node, fx.Node)}
+        result = []
+        for piece in reversed(pieces):
+            live = frozenset(i for i, name in enumerate(piece.outline.outputs) if name in needed)
+            positions = {int(site.id): i for i, site in enumerate(piece.sites)}
+            steps = tuple(LocalStep.of(step.sites[site.id], positions) for site in piece.sites)
+            variant = self.variants.get(piece.key, piece.name, piece.outline.segment, steps, live)
+            if variant.outputs:
+                result.append((piece, variant))
+                needed.update(piece.outline.inputs[ref.index] for ref in variant.inputs if isinstance(ref, Value))
+        return result[::-1]
+
+    def _results(self) -> list[Any]:
+        return list(next(reversed(self.capture.graph.nodes)).args[0])
+
+
+class _Assembly:
+    """Numbers registers while calls are added."""
+
+    def __init__(self, capture: Capture, step: StepPlan) -> None:
+        self.step = step
+        placeholders = [node.name for node in capture.graph.nodes if node.op == "placeholder"]
+        self.values = {name: i for i, name in enumerate(placeholders)}
+        self.inputs = self.count = len(placeholders)
+        self.slots: dict[Slot, int] = {}
+        self.reads: list[tuple[Slot, int]] = []
+        self.writes: dict[Slot, int] = {}
+        self.ints: list[IntRef] = []
+        self.noise: list[NoiseRead] = []
+        self.chosen: list[tuple[SiteId, int]] = []
+        self.calls: list[Call] = []
+
+    def add(self, piece: _Piece, variant: Variant) -> None:
+        inputs = tuple(self._input(piece, variant, i) for i in range(len(variant.inputs)))
+        outputs = tuple(self._output(piece, ref) for ref in variant.outputs)
+        self.calls.append(Call(f"{piece.name}:{variant.name}", variant.function, inputs, outputs))
+
+    def finish(self, results: Iterable[Any]) -> Program:
+        registers = tuple(self.values[r.name] if isinstance(r, fx.Node) else Constant(r) for r in results)
+        kept = {r for r in registers if isinstance(r, int)} | set(self.writes.values())
+        kept |= {register for _, register in self.chosen} | set(range(self.inputs))
+        return Program(
+            calls=_with_frees(self.calls, kept),
+            registers=self.count,
+            reads=tuple(self.reads),
+            writes=tuple(self.writes.items()),
+            ints=tuple(self.ints),
+            noise=tuple(self.noise),
+            chosen=tuple(self.chosen),
+            results=registers,
+        )
+
+    def _new(self) -> int:
+        self.count += 1
+        return self.count - 1
+
+    def _input(self, piece: _Piece, variant: Variant, index: int) -> int:
+        ref = variant.inputs[index]
+        if isinstance(ref, Value):
+            return self.values[piece.outline.inputs[ref.index]]
+        site = piece.sites[ref.position].id
+        if isinstance(ref, SlotRef):
+            return self._slot(Slot.of(site, ref.kind, ref.age))
+        register = self._new()
+        if isinstance(ref, (TokenCount, ReuseClock)):
+            self.ints.append(IntRef(register, site, isinstance(ref, TokenCount)))
+        elif isinstance(ref, Noise):
+            shape = piece.sites[ref.position].shape[0], piece.sites[ref.position].tokens.count
+            self.noise.append(NoiseRead(register, site, shape, ref.share_guidance))
+        return register
+
+    def _slot(self, slot: Slot) -> int:
+        if slot not in self.slots:
+            self.slots[slot] = self._new()
+            self.reads.append((slot, self.slots[slot]))
+        return self.slots[slot]
+
+    def _output(self, piece: _Piece, ref: object) -> int:
+        register = self._new()
+        if isinstance(ref, Value):
+            self.values[piece.outline.outputs[ref.index]] = register
+        elif isinstance(ref, SlotRef):
+            slot = Slot.of(piece.sites[ref.position].id, ref.kind)
+            self.writes[slot] = register
+            if ref.kind is SlotKind.SCORE:
+                self.slots[slot] = register
+        elif isinstance(ref, Chosen):
+            self.chosen.append((piece.sites[ref.position].id, register))
+        return register
+
+
+def _with_frees(calls: Sequence[Call], kept: set[int]) -> tuple[Call, ...]:
+    seen = set(kept)
+    result = []
+    for call in reversed(calls):
+        last = {r for r in (*call.inputs, *call.outputs) if r not in seen}
+        seen |= last
+        result.append(Call(call.name, call.function, call.inputs, call.outputs, tuple(sorted(last))))
+    return tuple(result[::-1])

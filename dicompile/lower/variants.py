@@ -1,0 +1,73 @@
+"""Variants: a segment specialised to what its sites do; compiled once and shared by all blocks of the same structure."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from dicompile.config import DebugFolder, Settings
+from dicompile.lower.inductor import Compiled, compile_segment
+from dicompile.passes import PASSES, InputRef, LocalStep, OutputRef, PassRun, Segment, rewrite
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A compiled segment.
+
+    Attributes:
+        name: segment and what its sites do, for reports.
+        function: takes one argument per input, returns one tensor per output.
+        inputs: what each argument is.
+        outputs: what each result is.
+        segment: the rewritten segment.
+        runs: what the passes did.
+    """
+
+    name: str
+    function: Compiled = field(repr=False)
+    inputs: tuple[InputRef, ...]
+    outputs: tuple[OutputRef, ...]
+    segment: Segment = field(repr=False)
+    runs: tuple[PassRun, ...] = field(repr=False)
+
+
+class VariantCache:
+    """Rewrites and compiles a segment the first time it is asked for.
+
+    The key is the segment's structure, what its sites do, and which values must leave it. Names, parameters, token counts and
+    step numbers are not part of it, so that the number of compilations does not grow with depth or steps.
+    """
+
+    def __init__(self, mode: str, settings: Settings, debug: DebugFolder) -> None:
+        self.mode, self.settings, self.debug = mode, settings, debug
+        self._variants: dict[object, Variant] = {}
+
+    def get(self, key: object, name: str, segment: Segment, steps: tuple[LocalStep, ...], live: frozenset[int]) -> Variant:
+        """The variant of `segment`; `key` stands for its structure."""
+        full_key = (key, steps, live)
+        if full_key not in self._variants:
+            self._variants[full_key] = self._make(f"{name}-{_spelled(steps)}", segment, steps, live)
+        return self._variants[full_key]
+
+    def _make(self, name: str, segment: Segment, steps: tuple[LocalStep, ...], live: frozenset[int]) -> Variant:
+        rewritten, runs = rewrite(segment, steps, live, PASSES, settings=self.settings, debug=self.debug, name=name)
+        self.debug.write(f"{name}-variant", str(rewritten))
+        function = compile_segment(rewritten, self.mode) if rewritten.outputs else _nothing
+        return Variant(name, function, tuple(rewritten.inputs), tuple(rewritten.outputs), rewritten, runs)
+
+    @property
+    def variants(self) -> tuple[Variant, ...]:
+        """Everything compiled so far."""
+        return tuple(self._variants.values())
+
+
+def _spelled(steps: tuple[LocalStep, ...]) -> str:
+    def letter(step: LocalStep) -> str:
+        if step.refresh is not None:
+            return "t"
+        return "r" if step.only_reuses else "f"
+
+    return "".join(letter(step) for step in steps) or "plain"
+
+
+def _nothing(*_: object) -> tuple[()]:
+    return ()

@@ -1,0 +1,148 @@
+"""One call of the model: find the step, run its program, keep what the plan keeps."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+
+from dicompile.errors import StaleRead
+from dicompile.lower import Constant, Program
+from dicompile.plan import Plan, Slot, SlotKind, StepPlan, TimestepSchedule
+from dicompile.runtime.clock import SchedulerLink, find_step
+from dicompile.runtime.session import ContextState, ModelState, current_context, current_session
+
+
+class ProgramSource(Protocol):
+    """Plans and programs by schedule and step; made on demand."""
+
+    def plan(self, schedule: TimestepSchedule) -> Plan:
+        """The plan for a schedule."""
+        ...
+
+    def step(self, schedule: TimestepSchedule, index: int) -> tuple[StepPlan, Program]:
+        """What to run at a step."""
+        ...
+
+    def cold(self, schedule: TimestepSchedule, index: int) -> tuple[StepPlan, Program]:
+        """What to run at a step when nothing is remembered."""
+        ...
+
+
+class Executor:
+    """A compiled model for one set of input shapes.
+
+    Args:
+        programs: where programs come from.
+        link: where the schedule comes from.
+        timestep: position of the timestep among the inputs, or None.
+        latent: position of the latent among the inputs, or None.
+        seed: of random scores.
+    """
+
+    def __init__(
+        self, programs: ProgramSource, link: SchedulerLink, timestep: int | None, latent: int | None, seed: int = 0
+    ) -> None:
+        self.programs, self.link, self.seed = programs, link, seed
+        self._timestep, self._latent = timestep, latent
+
+    def __call__(self, *inputs: Any) -> Sequence[Any]:
+        """Run one step on the model's inputs; returns its outputs."""
+        state = current_session().state_of(self)
+        try:
+            with torch.no_grad():
+                return self._run(state, inputs)
+        except BaseException:
+            state.begin(None)
+            raise
+
+    def _run(self, state: ModelState, inputs: Sequence[Any]) -> Sequence[Any]:
+        name = current_context()
+        step = find_step(state, self.link, self._tensor(inputs, self._timestep), name)
+        context = self._enter(state, name, step, self._tensor(inputs, self._latent))
+        schedule = self.link.schedule
+        planned, program = self.programs.step(schedule, step)
+        if any(slot not in context.store for slot, _ in program.reads):
+            planned, program = self.programs.cold(schedule, step)
+            state.report.cold_starts.append(step)
+        registers = self._load(program, planned, context, inputs, step)
+        for call in program.calls:
+            results = call.function(*[registers[i] for i in call.inputs])
+            for register, result in zip(call.outputs, results, strict=True):
+                registers[register] = result
+            for register in call.frees:
+                registers[register] = None
+        self._commit(context, planned, program, registers, step)
+        state.report.kinds[planned.kind] += 1
+        return [r.value if isinstance(r, Constant) else registers[r] for r in program.results]
+
+    def _enter(self, state: ModelState, name: str, step: int, latent: torch.Tensor | None) -> ContextState:
+        """The guidance context of this call; several calls at one step in one context are told apart by their order."""
+        if step != state.step:
+            state.calls.clear()
+            state.latent = latent if state.step is None else None
+            state.first_step = step if state.step is None else state.first_step
+            state.step = step
+        elif name in state.calls and step == state.first_step and not _same(latent, state.latent):
+            timestep, token = state.timestep, state.schedule_token
+            state.begin(token)
+            state.timestep, state.step, state.first_step, state.latent = timestep, step, step, latent
+        ordinal = state.calls.get(name, 0)
+        state.calls[name] = ordinal + 1
+        context = state.contexts.setdefault(f"{name}#{ordinal}" if ordinal else name, ContextState())
+        if context.step is not None and step != context.step + 1:
+            context.store.clear()
+        return context
+
+    def _load(
+        self, program: Program, planned: StepPlan, context: ContextState, inputs: Sequence[Any], step: int
+    ) -> list[Any]:
+        registers: list[Any] = [*inputs, *[None] * (program.registers - len(inputs))]
+        for slot, register in program.reads:
+            if slot not in context.store:
+                raise StaleRead(f"slot {slot} was not written", where=f"step {step}", fix="report this")
+            registers[register] = context.store[slot]
+        for item in program.ints:
+            site = planned.sites[item.site]
+            registers[item.register] = site.action.tokens.count if item.is_count and site.action.tokens else site.clock
+        device = self._tensor(inputs, self._latent)
+        for noise in program.noise:
+            registers[noise.register] = self._noise(noise.shape, noise.share_guidance, step, int(noise.site), device)
+        return registers
+
+    def _noise(
+        self, shape: tuple[int, int], share: bool, step: int, site: int, like: torch.Tensor | None
+    ) -> torch.Tensor:
+        device = torch.device("cpu") if like is None else like.device
+        generator = torch.Generator(device).manual_seed(hash((self.seed, step, site)) & 0x7FFFFFFF)
+        batch, tokens = shape
+        drawn = torch.rand(batch // 2 if share else batch, tokens, generator=generator, device=device)
+        return torch.cat([drawn, drawn]) if share else drawn
+
+    def _commit(
+        self, context: ContextState, planned: StepPlan, program: Program, registers: list[Any], step: int
+    ) -> None:
+        """Rebind slots: fresh tensors are the new entries, and what no later step reads is dropped."""
+        store = dict(context.store)
+        for slot, register in program.writes:
+            for age in range(planned.sites[slot.site].history, 0, -1):
+                younger = Slot.of(slot.site, SlotKind.VALUE, age - 1)
+                if slot.kind is SlotKind.VALUE and younger in store:
+                    store[Slot.of(slot.site, SlotKind.VALUE, age)] = store[younger]
+            store[slot] = registers[register]
+        context.store = {slot: tensor for slot, tensor in store.items() if slot in planned.live}
+        context.chosen = {int(site): registers[register] for site, register in program.chosen}
+        context.step = step
+
+    @staticmethod
+    def _tensor(inputs: Sequence[Any], position: int | None) -> torch.Tensor | None:
+        value = None if position is None else inputs[position]
+        return value if isinstance(value, torch.Tensor) else None
+
+
+def _same(first: torch.Tensor | None, second: torch.Tensor | None) -> bool:
+    """True if two latents are the same picture: the two calls are guidance partners."""
+    if first is None or second is None:
+        return first is second
+    return first is second or (first.shape == second.shape and bool(torch.equal(first, second)))

@@ -1,0 +1,131 @@
+"""Who remembers: sessions hold what models remember, one generation at a time, one store per guidance context.
+
+Every thread starts with a session of its own, so that threads never see each other's features. An explicit session
+(``with dicompile.session():``) separates generations that take turns in one thread.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import weakref
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from dicompile.plan import Slot
+from dicompile.runtime.report import RunReport
+
+_SESSION: contextvars.ContextVar[Session] = contextvars.ContextVar("dicompile_session")
+_CONTEXT: contextvars.ContextVar[str] = contextvars.ContextVar("dicompile_context", default="")
+
+
+@dataclass
+class ContextState:
+    """What one guidance context remembers.
+
+    Attributes:
+        step: the last step it ran.
+        store: its slots.
+        chosen: tokens that sites refreshed at that step.
+    """
+
+    step: int | None = None
+    store: dict[Slot, torch.Tensor] = field(default_factory=dict)
+    chosen: dict[int, torch.Tensor] = field(default_factory=dict)
+
+
+@dataclass
+class ModelState:
+    """What a session remembers of one compiled model.
+
+    Attributes:
+        generation: counts generations.
+        step: the last step of the generation.
+        timestep: timestep of that step, where it had to be read.
+        direction: sign of the changes of the timestep, 0 while unknown.
+        schedule_token: identity of the scheduler's timesteps when the generation began.
+        calls: calls so far at this step, per context name.
+        latent: latent of the first call of the step, kept at the first step only.
+        first_step: the step at which the generation began.
+        contexts: per guidance context.
+        report: what happened.
+    """
+
+    generation: int = 0
+    step: int | None = None
+    timestep: float | None = None
+    direction: int = 0
+    schedule_token: object = None
+    calls: dict[str, int] = field(default_factory=dict)
+    latent: torch.Tensor | None = None
+    first_step: int | None = None
+    contexts: dict[str, ContextState] = field(default_factory=dict)
+    report: RunReport = field(default_factory=RunReport)
+
+    def begin(self, schedule_token: object) -> None:
+        """Forget everything: a new generation starts."""
+        generation = self.generation + 1
+        self.__init__()  # type: ignore[misc]
+        self.generation, self.schedule_token = generation, schedule_token
+
+    @property
+    def cache_bytes(self) -> int:
+        """Bytes held now."""
+        return sum(t.numel() * t.element_size() for c in self.contexts.values() for t in c.store.values())
+
+
+class Session:
+    """What models remember for one user of them."""
+
+    def __init__(self) -> None:
+        self._states: weakref.WeakKeyDictionary[Any, ModelState] = weakref.WeakKeyDictionary()
+
+    def state_of(self, executor: Any) -> ModelState:
+        """State of a compiled model in this session."""
+        return self._states.setdefault(executor, ModelState())
+
+    def clear(self) -> None:
+        """Forget everything."""
+        self._states.clear()
+
+
+def current_session() -> Session:
+    """The session of this thread or task; made at first use."""
+    found = _SESSION.get(None)
+    if found is None:
+        found = Session()
+        _SESSION.set(found)
+    return found
+
+
+@contextlib.contextmanager
+def session(own: Session | None = None) -> Iterator[Session]:
+    """Run what follows in a session of its own.
+
+    Args:
+        own: a session to continue; a new one by default.
+    """
+    chosen = own if own is not None else Session()
+    token = _SESSION.set(chosen)
+    try:
+        yield chosen
+    finally:
+        _SESSION.reset(token)
+
+
+@contextlib.contextmanager
+def cache_context(name: str) -> Iterator[None]:
+    """Run what follows in the named guidance context ("cond", "uncond"), as diffusers pipelines ask for."""
+    token = _CONTEXT.set(name)
+    try:
+        yield
+    finally:
+        _CONTEXT.reset(token)
+
+
+def current_context() -> str:
+    """Name of the guidance context; empty outside of any."""
+    return _CONTEXT.get()

@@ -1,0 +1,129 @@
+"""Plug-in for the replay of golden traces: ``meta["policy"]`` -> dicompile policy, recorded inputs -> optimized model.
+
+    python replay_check.py --make tests.golden_plugin:make          # compiled
+    python replay_check.py --make tests.golden_plugin:make_eager    # rewritten graphs, operator by operator
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import torch
+
+import dicompile
+from dicompile.plan import Cadence, Line, Policy, Refresh, Reuse, Rule, TokenScore, Window
+from dicompile.runtime import current_session
+
+NUMBER = r"[-+]?\d+(?:\.\d+)?"
+BASES = {"attention": "attention", "kv-norm": "value-norm", "random": "random"}
+KINDS = {"mlp": "mlp", "cross-attn": "cross-attention"}
+
+
+def make(model: torch.nn.Module, meta: dict[str, Any]) -> Replay:
+    """Callable for one case, compiled by Inductor."""
+    return Replay(model, meta, "inductor")
+
+
+def make_eager(model: torch.nn.Module, meta: dict[str, Any]) -> Replay:
+    """Callable for one case, rewritten graphs run operator by operator."""
+    return Replay(model, meta, "eager")
+
+
+class Replay:
+    """An optimized model that is fed the recorded inputs of one run, in a session of its own."""
+
+    def __init__(self, model: torch.nn.Module, meta: dict[str, Any], mode: str) -> None:
+        self.policy = policy_of(meta)
+        timesteps = [step["timestep"] for step in meta["steps"]]
+        self.model = dicompile.optimize(model, self.policy, schedule=timesteps, mode=mode)
+        self.extra = meta.get("extra_kwargs", {})
+        self.session = None
+        self.last_indices: dict[str, torch.Tensor] | None = None
+
+    def __call__(self, inputs: Any) -> torch.Tensor:
+        with dicompile.session(self.session) as self.session:
+            output = self.model(**inputs, **self.extra, return_dict=False)[0]
+            self.last_indices = self._indices(inputs.step)
+        return output
+
+    def _indices(self, step: int) -> dict[str, torch.Tensor]:
+        """Refreshed tokens of every site that the policy may refresh; none at all is an empty set."""
+        structure, frame = dicompile.structure_of(self.model), self.model.frames[-1]
+        chosen = current_session().state_of(frame.run).contexts[""].chosen
+        planned = dicompile.plan_of(self.model).steps[step]
+        names = {kind: name for name, kind in KINDS.items()}
+        result = {}
+        for site in structure.sites:
+            refreshes = any(isinstance(r.do, Refresh) and r.applies_to(site) for r in self.policy.rules)
+            if refreshes and planned.sites[site.id].action.symbol != "F":
+                empty = torch.empty(site.shape[0], 0, dtype=torch.long)
+                result[f"layer{site.block}.{names[site.kind.value]}"] = chosen.get(int(site.id), empty)
+        return result
+
+
+def policy_of(meta: dict[str, Any]) -> Policy:
+    """The dicompile policy that a recorded case describes."""
+    described = meta["policy"]
+    if described["name"] == "none":
+        return dicompile.NoCache()
+    if described["name"] == "fora":
+        return dicompile.FORA(interval=described["period"])
+    if described["name"] == "toca" and "step_factor" in described:
+        return _toca(described)
+    raise NotImplementedError(f"{described['name']} of {meta['case']} is not supported yet")
+
+
+def _toca(described: dict[str, Any]) -> Policy:
+    has_cross = "cross-attn" in described["module_factor"]
+    grid = described["grid"] or {"cell": 0, "bonus": 0.0}
+    uses_age = described["force_fresh"] == "global"
+    base = "entropy" if has_cross and described["cache_type"] == "attention" else BASES[described["cache_type"]]
+    score = TokenScore(
+        base=base,
+        age_weight=described["soft_fresh_weight"] if uses_age else 0.0,
+        grid_cell=grid["cell"],
+        grid_bonus=grid["bonus"],
+        share_guidance=has_cross or base == "random",
+    )
+    rules = [
+        Rule(
+            sites=(KINDS[module],),
+            do=Refresh(
+                ratio=described["fresh_ratio_R"],
+                factor=factor,
+                by_step=line(described["step_factor"], "s/T"),
+                by_depth=line(described["layer_factor"], "l/27"),
+                depth_denominator=27,
+                score=score,
+            ),
+        )
+        for module, factor in described["module_factor"].items()
+    ]
+    return Policy(name="golden", cadence=cadence(described), rules=(*rules, Rule(do=Reuse())))
+
+
+def line(text: str, variable: str) -> Line:
+    """``"3-4*s/T"`` -> Line(start=3, slope=-4)."""
+    match = re.fullmatch(rf"({NUMBER})(?:({NUMBER})\*{variable}|([-+]){variable})?", text.replace(" ", ""))
+    assert match, f"cannot read {text!r}"
+    slope = match[2] or (match[3] and match[3] + "1") or "0"
+    return Line(start=float(match[1]), slope=float(slope))
+
+
+def cadence(described: dict[str, Any]) -> Cadence:
+    """Which steps are full, from the rule in words."""
+    rule = described["interval_rule"].replace(" ", "")
+    refreshes = described["fresh_ratio_R"] != 0
+    weight = re.search(rf"w=({NUMBER})", rule)
+    stretch = float(weight[1]) if weight and (refreshes or "0ifR=0" not in rule) else 0.0
+    if "1-w+2w" in rule:
+        stretch = -stretch
+    dense = re.search(rf"({NUMBER})ifR!=0andint\(({NUMBER})T\)<=s<int\(({NUMBER})T\)", rule)
+    return Cadence(
+        interval=described["fresh_threshold_K"],
+        counting="down" if "down" in described["index"] else "up",
+        stretch=stretch,
+        dense=Window(interval=int(dense[1]), start=float(dense[2]), end=float(dense[3])) if dense and refreshes else None,
+        decide="block" if described.get("interval_written_by") else "step",
+    )
