@@ -35,9 +35,11 @@ def optimize(
     """Compile a diffusion transformer with feature caching.
 
     Args:
-        model: a module, or a diffusers pipeline, whose denoiser is then replaced in place and whose scheduler is followed.
+        model: a module, or a diffusers pipeline, whose denoiser is then replaced in place and whose scheduler is
+            followed.
         policy: a policy, the name of a published one, plain data, or the path of a YAML or JSON file.
-        schedule: for a module: the diffusers scheduler that drives the sampling, a list of timesteps, or a number of steps.
+        schedule: for a module: the diffusers scheduler that drives the sampling, a list of timesteps, or a number of
+            steps.
         mode: "inductor" compiles; "eager" runs the rewritten graphs operator by operator, for debugging.
 
     Returns:
@@ -121,7 +123,8 @@ class CachedModel(OptimizedModule):
 
     def __init__(self, module: nn.Module, options: Options) -> None:
         backend = backend_for(options, self._remember)
-        super().__init__(module, torch._dynamo.optimize(backend, dynamic=False))
+        context: Any = torch._dynamo.optimize(backend, dynamic=False)  # another type where Dynamo is switched off
+        super().__init__(module, context)
         self._options, self._frames = options, []
 
     @property
@@ -196,15 +199,14 @@ def _takes_timestep(module: nn.Module) -> bool:
 
 
 def _frame_of(model: Any) -> CompiledFrame:
-    if not isinstance(model, CachedModel):
-        cached = [] if isinstance(model, nn.Module) else [d for d in _denoisers(model).values() if isinstance(d, CachedModel)]
-        if not cached:
-            raise NotOptimized(f"this {type(model).__name__} was not optimized", fix="dicompile.optimize(model, policy)")
-        model = cached[0]
-    if not model.frames:
+    found = [model] if isinstance(model, nn.Module) else _denoisers(model).values()
+    cached = next((denoiser for denoiser in found if isinstance(denoiser, CachedModel)), None)
+    if cached is None:
+        raise NotOptimized(f"this {type(model).__name__} was not optimized", fix="dicompile.optimize(model, policy)")
+    if not cached.frames:
         raise NotYetRun(
-            f"{type(model.original).__name__} has not run yet",
+            f"{type(cached.original).__name__} has not run yet",
             why="structure and plan depend on the shapes of the first call",
             fix="call the model once, or use `dicompile inspect`",
         )
-    return max(model.frames, key=lambda frame: len(frame.structure.sites))
+    return max(cached.frames, key=lambda frame: len(frame.structure.sites))

@@ -28,8 +28,8 @@ def dicache(
     Args:
         graph: what Dynamo captured.
         example_inputs: its inputs.
-        options: "policy" (name, `Policy` or plain data; default "none"), "steps" (number of sampling steps) or "schedule"
-            (scheduler or timesteps), and "mode".
+        options: "policy" (name, `Policy` or plain data; default "none"), "steps" (number of sampling steps) or
+            "schedule" (scheduler or timesteps), and "mode".
 
     Raises:
         InvalidSetting: an option is unknown, or a caching policy comes without steps.
@@ -43,7 +43,9 @@ def read_options(options: dict[str, Any]) -> Options:
     for name in options:
         if name not in OPTIONS:
             raise InvalidSetting(
-                f"backend 'dicache' has no option {name!r}", where="torch.compile", fix=f"its options are: {', '.join(OPTIONS)}"
+                f"backend 'dicache' has no option {name!r}",
+                where="torch.compile",
+                fix=f"its options are: {', '.join(OPTIONS)}",
             )
     policy = get_policy(options.get("policy", "none"))
     source = options.get("schedule", options.get("steps"))
@@ -61,9 +63,7 @@ def read_options(options: dict[str, Any]) -> Options:
     return Options(policy, SchedulerLink(source), mode)
 
 
-def backend_for(
-    options: Options, on_compiled: Callable[[CompiledFrame], None]
-) -> Callable[..., Callable[..., Any]]:
+def backend_for(options: Options, on_compiled: Callable[[CompiledFrame], None]) -> Callable[..., Callable[..., Any]]:
     """A Dynamo backend with fixed options."""
 
     def backend(graph: fx.GraphModule, example_inputs: Sequence[Any] = ()) -> Callable[..., Any]:

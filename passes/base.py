@@ -1,7 +1,7 @@
 """What passes work on: a segment of the model's graph with typed inputs, outputs and sites.
 
-A segment is self-contained and relative: its inputs and outputs are numbered, its sites are positions, so one rewritten and
-compiled segment serves every block of the same structure.
+A segment is self-contained and relative: its inputs and outputs are numbered, its sites are positions, so one rewritten
+and compiled segment serves every block of the same structure.
 """
 
 from __future__ import annotations
@@ -172,7 +172,8 @@ class Segment:
 
     def copy(self, steps: Sequence[LocalStep]) -> Segment:
         """An independent copy that is to be rewritten for `steps`."""
-        graph, mapping = fx.Graph(), {}
+        graph = fx.Graph()
+        mapping: dict[fx.Node, fx.Node] = {}
         graph.output(graph.graph_copy(self.graph, mapping))
         sites = tuple(
             replace(

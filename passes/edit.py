@@ -70,7 +70,7 @@ class Editor:
 
     def input(self, reference: InputRef, value: object) -> fx.Node:
         """The placeholder for `reference`, added if it is new; `value` is a fake tensor or symbolic int."""
-        placeholders = [node for node in self.graph.nodes if node.op == "placeholder"]
+        placeholders: list[fx.Node] = [node for node in self.graph.nodes if node.op == "placeholder"]
         if reference in self.segment.inputs:
             return placeholders[self.segment.inputs.index(reference)]
         first = next(node for node in self.graph.nodes if node.op != "placeholder")
@@ -84,7 +84,7 @@ class Editor:
         """Placeholder of a symbolic non-negative int."""
         if reference in self.segment.inputs:
             return self.input(reference, None)
-        context = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC])
+        context: StatelessSymbolicContext[..., Any] = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC])
         shaped = self.segment.fake_mode.from_tensor(
             torch.empty(SYMBOL_HINT + len(self.segment.inputs), device="meta"), symbolic_context=context
         )

@@ -14,8 +14,8 @@ After::
     %2: f32[32] = aten.slice.Tensor(@ada.bias, 0, 64, 96)
     %3: f32[2,32] = aten.linear.default(%0, %1, %2)
 
-Slices of weights are views. Not exact: a narrower product may sum in another order, so results can differ in the last bit.
-Linear layers whose parts are all read are left alone.
+Slices of weights are views. Not exact: a narrower product may sum in another order, so results can differ in the last
+bit. Linear layers whose parts are all read are left alone.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from typing import ClassVar
 import torch
 from torch import fx
 
+from dicompile.nodes import int_argument, node_argument, tensor_of
 from dicompile.passes.base import PassReport, Segment
 from dicompile.passes.edit import Editor
 
@@ -57,19 +58,17 @@ class NarrowLinear:
 def _splits_a_linear(node: fx.Node) -> bool:
     if node.target is not aten.split.Tensor or not isinstance(node.args[1], int):
         return False
-    linear = node.args[0]
-    dim = node.args[2] if len(node.args) > 2 else 0
-    return (
-        linear.target is aten.linear.default
-        and len(linear.users) == 1
-        and dim % linear.meta["val"].ndim == linear.meta["val"].ndim - 1
-    )
+    linear = node_argument(node, 0)
+    if linear.target is not aten.linear.default or len(linear.users) != 1:
+        return False
+    rank = tensor_of(linear).ndim
+    return int_argument(node, 2, 0) % rank == rank - 1
 
 
 def _narrow(segment: Segment, linear: fx.Node, part: fx.Node, width: int) -> None:
     editor = Editor(segment)
-    first = part.args[1] * width
-    last = first + part.meta["val"].shape[-1]
+    first = int_argument(part, 1) * width
+    last = first + tensor_of(part).shape[-1]
     source, *parameters = [argument for argument in linear.args if argument is not None]
     with editor.before(part):
         sliced = [editor.call(aten.slice.Tensor, parameter, 0, first, last) for parameter in parameters]

@@ -15,13 +15,14 @@ After (k = count[0])::
     %7: f32[2,64,32] = aten.scatter.src(value[0], 1, %3, %6)
     %8: f32[2,64,32] = aten.add.Tensor(stream, %7)
 
-The number of tokens is an input of the compiled code, so one variant serves every ratio. Operands with one value per token,
-such as position tables, are gathered too. Branches that mix tokens never get here: the policy was refused.
+The number of tokens is an input of the compiled code, so one variant serves every ratio. Operands with one value per
+token, such as position tables, are gathered too. Branches that mix tokens never get here: the policy was refused.
 """
 
 from __future__ import annotations
 
 import operator
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -118,8 +119,8 @@ class _SiteRefresh:
         """Normalised score base; [b, n]."""
         shared, stream = self.score.share_guidance, self.site.stream
         if self.score.base is ScoreBase.RANDOM:
-            reference = Noise(self.position, shared)
-            return self.editor.tensor_input(reference, (self.batch, self.tokens), torch.float32, stream)
+            noise = Noise(self.position, shared)
+            return self.editor.tensor_input(noise, (self.batch, self.tokens), torch.float32, stream)
         source = self.step.source
         assert source is not None
         raw = self.segment.scores.get(source)
@@ -159,7 +160,7 @@ class _SiteRefresh:
     def rows(self, chosen: fx.Node, like: fx.Node, axis: int = 1) -> fx.Node:
         """Indices expanded to gather or scatter whole rows of `like`; int64, its shape with k tokens."""
         shape = list(like.meta["val"].shape)
-        view = [self.batch if shape[0] != 1 else 1] + [1] * (len(shape) - 1)
+        view: list[Any] = [self.batch if shape[0] != 1 else 1] + [1] * (len(shape) - 1)
         view[0], view[axis] = self.batch, self.count
         shape[0], shape[axis] = self.batch, self.count
         return self.editor.call(aten.expand.default, self.editor.call(aten.view.default, chosen, view), shape)
@@ -178,8 +179,7 @@ class _SiteRefresh:
         copies = {self.site.stream: self.gather(self.site.stream, chosen, self.site.token_axis)}
         for node in region:
             operands = {parent: self.gather(parent, chosen, axis) for parent, axis in per_token_operands(node, axes)}
-            replaced = {**copies, **operands}
-            args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda parent, r=replaced: r.get(parent, parent))
+            args, kwargs = _arguments(node, {**copies, **operands})
             copies[node] = self.editor.call(node.target, *self.resized(node, args, axes[node]), **kwargs)
             if "nn_module_stack" in node.meta:
                 copies[node].meta["nn_module_stack"] = node.meta["nn_module_stack"]
@@ -191,3 +191,8 @@ class _SiteRefresh:
             return args
         shape = [self.count if i == axis else size for i, size in enumerate(args[1])]
         return args[0], shape, *args[2:]
+
+
+def _arguments(node: fx.Node, replaced: Mapping[fx.Node, fx.Node]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Arguments of `node` with some of its operands replaced."""
+    return fx.node.map_arg((node.args, node.kwargs), lambda operand: replaced.get(operand, operand))

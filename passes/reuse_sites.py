@@ -9,8 +9,8 @@ After::
 
     %4: f32[2,64,32] = aten.mul.Tensor(gate, value[0])
 
-The value is the plan's linear combination ``w0 * fresh + w1 * h1 + w2 * h2 + ...``. The branch itself stays in the graph;
-drop-dead removes what nobody reads any more.
+The value is the plan's linear combination ``w0 * fresh + w1 * h1 + w2 * h2 + ...``. The branch itself stays in the
+graph; drop-dead removes what nobody reads any more.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Let attention deliver the raw score of its tokens on steps that compute it.
 
-Later steps rank tokens by what this attention saw, so the score must leave the segment while queries, keys and values are at
-hand. Only [b, n] numbers leave, never a map.
+Later steps rank tokens by what this attention saw, so the score must leave the segment while queries, keys and values
+are at hand. Only [b, n] numbers leave, never a map.
 
 Before::
 
@@ -25,6 +25,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, fx
 
+from dicompile.nodes import node_argument
 from dicompile.ops import scores
 from dicompile.passes.base import PassReport, Segment, SlotRef
 from dicompile.passes.edit import Editor
@@ -61,7 +62,7 @@ def raw_score(editor: Editor, attention: fx.Node, score: Score) -> fx.Node:
         attention: a scaled_dot_product_attention node.
         score: which base, and whether entropies are for a mixture of guidance halves.
     """
-    query, key, value = attention.args[:3]
+    query, key, value = (node_argument(attention, i) for i in range(3))
     mask: Any = attention.args[3] if len(attention.args) > 3 else attention.kwargs.get("attn_mask")
     scale: Any = attention.kwargs.get("scale")
     if score.base is ScoreBase.VALUE_NORM:

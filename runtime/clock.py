@@ -1,8 +1,8 @@
 """Which step is this call?
 
-With a scheduler (or timesteps) the step is looked up; with a step count only, changes of the timestep are counted. A timestep
-on the CPU is simply read. On an accelerator reading waits for the device, so the step comes from the scheduler where
-possible: from its step index, or from the place of the timestep tensor inside ``scheduler.timesteps``.
+With a scheduler (or timesteps) the step is looked up; with a step count only, changes of the timestep are counted. A
+timestep on the CPU is simply read. On an accelerator reading waits for the device, so the step comes from the scheduler
+where possible: from its step index, or from the place of the timestep tensor inside ``scheduler.timesteps``.
 """
 
 from __future__ import annotations

@@ -1,5 +1,7 @@
 """Plug-in for the replay of golden traces: ``meta["policy"]`` -> dicompile policy, recorded inputs -> optimized model.
 
+Run as::
+
     python replay_check.py --make tests.golden_plugin:make          # compiled
     python replay_check.py --make tests.golden_plugin:make_eager    # rewritten graphs, operator by operator
 """
@@ -120,10 +122,11 @@ def cadence(described: dict[str, Any]) -> Cadence:
     if "1-w+2w" in rule:
         stretch = -stretch
     dense = re.search(rf"({NUMBER})ifR!=0andint\(({NUMBER})T\)<=s<int\(({NUMBER})T\)", rule)
+    window = Window(interval=int(dense[1]), start=float(dense[2]), end=float(dense[3])) if dense and refreshes else None
     return Cadence(
         interval=described["fresh_threshold_K"],
         counting="down" if "down" in described["index"] else "up",
         stretch=stretch,
-        dense=Window(interval=int(dense[1]), start=float(dense[2]), end=float(dense[3])) if dense and refreshes else None,
+        dense=window,
         decide="block" if described.get("interval_written_by") else "step",
     )

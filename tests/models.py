@@ -27,7 +27,8 @@ def redraw(model: nn.Module, seed: int = 0) -> nn.Module:
     generator = torch.Generator().manual_seed(seed)
     for parameter in model.parameters():
         scale = 0.2 if parameter.ndim > 1 else 0.1
-        parameter.data = torch.randn(parameter.shape, generator=generator) * scale / max(parameter.shape[-1], 16) ** 0.25
+        fan_in = max(parameter.shape[-1], 16)
+        parameter.data = torch.randn(parameter.shape, generator=generator) * scale / fan_in**0.25
     return model.eval()
 
 

@@ -165,7 +165,8 @@ def _token_fact(branch: Branch, region: Sequence[fx.Node]) -> tuple[TokenFact, i
     axis = 0 if rank == 2 else 1
     count = int(branch.stream.meta["val"].shape[axis])
     if rank != 3:
-        return TokenFact(TokenWise.NO, axis, count, f"the stream has {rank} axes instead of batch, token and channel"), 0
+        why = f"the stream has {rank} axes instead of batch, token and channel"
+        return TokenFact(TokenWise.NO, axis, count, why), 0
     try:
         axes = token_axes(region, branch.stream, axis)
     except MixesTokens as mixed:
@@ -210,4 +211,3 @@ def _token_grid(latent: fx.Node, branches: Sequence[Branch]) -> tuple[int, int] 
 
 def _names(flow: Dataflow, bits: int) -> tuple[str, ...]:
     return tuple(node.name for node in flow.members(bits))
-

@@ -1,8 +1,8 @@
 """Which branches form a block, which nodes belong to it, and which blocks are alike.
 
 Grouping: by module path where the graph has one, else by the shortest repeating pattern of branch fingerprints
-(Weisfeiler-Lehman hashes). Membership: a block owns what its adds need and no earlier block computed; values that several
-blocks share without belonging to any (timestep embedding, caption projection) go to the prologue.
+(Weisfeiler-Lehman hashes). Membership: a block owns what its adds need and no earlier block computed; values that
+several blocks share without belonging to any (timestep embedding, caption projection) go to the prologue.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def branch_fingerprint(flow: Dataflow, branch: Branch) -> str:
         graph.add_node(node.name, label=f"{operator_text(node.target)} {tensor_text(node.meta['val'])}")
     for node in members:
         graph.add_edges_from((parent.name, node.name) for parent in node.all_input_nodes if parent in set(members))
-    return nx.weisfeiler_lehman_graph_hash(graph, node_attr="label")
+    return str(nx.weisfeiler_lehman_graph_hash(graph, node_attr="label"))
 
 
 def _repeats(fingerprints: Sequence[str]) -> list[list[int]]:

@@ -10,6 +10,8 @@ import math
 import torch
 from torch import fx
 
+from dicompile.nodes import node_argument, tensor_of
+
 aten = torch.ops.aten
 
 ATTENTION = aten.scaled_dot_product_attention.default
@@ -46,16 +48,15 @@ def node_flops(node: fx.Node) -> int:
     """Floating-point operations of one node."""
     if not is_heavy(node):
         return 0
-    values = [argument.meta["val"] for argument in node.all_input_nodes]
-    output = node.meta["val"]
+    inputs, output = node.all_input_nodes, tensor_of(node)
     if node.target is ATTENTION:
-        query, key, value = (argument.meta["val"] for argument in node.args[:3])
+        query, key, value = (tensor_of(node_argument(node, i)) for i in range(3))
         return 2 * query.numel() * key.shape[-2] + 2 * math.prod(query.shape[:-1]) * key.shape[-2] * value.shape[-1]
     if node.target is LINEAR:
-        return 2 * output.numel() * values[0].shape[-1]
+        return 2 * output.numel() * tensor_of(inputs[0]).shape[-1]
     if node.target in CONVOLUTIONS:
-        return 2 * output.numel() * math.prod(values[1].shape[1:])
-    left = values[1] if node.target in (aten.addmm.default, aten.baddbmm.default) else values[0]
+        return 2 * output.numel() * math.prod(tensor_of(inputs[1]).shape[1:])
+    left = tensor_of(inputs[1 if node.target in (aten.addmm.default, aten.baddbmm.default) else 0])
     return 2 * output.numel() * left.shape[-1]
 
 

@@ -15,6 +15,7 @@ from torch import fx
 from dicompile.analysis.cost import ATTENTION, is_heavy
 from dicompile.analysis.dataflow import Dataflow
 from dicompile.analysis.structure import SiteKind
+from dicompile.nodes import node_argument
 
 aten = torch.ops.aten
 
@@ -133,7 +134,7 @@ def _stream_behind(node: fx.Node, owner: dict[fx.Node, int]) -> int | None:
         current = queue.pop()
         if current in owner:
             found.append(owner[current])
-        elif current.target in TRANSPORT or current.op == "call_function" and "getitem" in str(current.target):
+        elif current.target in TRANSPORT or (current.op == "call_function" and "getitem" in str(current.target)):
             parents = [parent for parent in current.all_input_nodes if parent not in seen]
             seen.update(parents)
             queue += parents
@@ -142,7 +143,9 @@ def _stream_behind(node: fx.Node, owner: dict[fx.Node, int]) -> int | None:
 
 def _residual_operands(flow: Dataflow, add: fx.Node) -> tuple[fx.Node, fx.Node] | None:
     left, right = add.args[:2]
-    if not isinstance(left, fx.Node) or not isinstance(right, fx.Node) or left is right or add.kwargs.get("alpha", 1) != 1:
+    if not isinstance(left, fx.Node) or not isinstance(right, fx.Node) or left is right:
+        return None
+    if add.kwargs.get("alpha", 1) != 1:
         return None
     shape = add.meta["val"].shape
     if len(shape) < 2 or left.meta["val"].shape != shape or right.meta["val"].shape != shape:
@@ -161,7 +164,7 @@ def _kind(
         return SiteKind.PARALLEL
     from_itself = from_others = False
     for node in attention:
-        key = node.args[1]
+        key = node_argument(node, 1)
         from_itself |= flow.is_ancestor(stream, key)
         from_others |= bool(_nearest_streams(flow, key, streams) & ~flow.bits([stream]))
     if not from_itself:
@@ -184,9 +187,7 @@ def _nearest_streams(flow: Dataflow, node: fx.Node, streams: int) -> int:
     return result
 
 
-def _bypasses(
-    flow: Dataflow, stream: fx.Node, update: fx.Node, attention: tuple[fx.Node, ...], heavy: int
-) -> bool:
+def _bypasses(flow: Dataflow, stream: fx.Node, update: fx.Node, attention: tuple[fx.Node, ...], heavy: int) -> bool:
     """True if a path with a matrix product leads around attention: an MLP beside it in the same branch."""
     blocked = set(attention)
     forward, queue = {stream}, [stream]

@@ -1,8 +1,9 @@
 """Where the token axis is in every node of a branch, and which operator mixes tokens.
 
 Abstract interpretation: starting from the residual stream, each operator either carries the token axis along or mixes
-tokens. A branch that carries it to its end can be recomputed for a subset of its tokens. Attention mixes through keys and
-values; if those do not come from the stream (cross-attention) the branch is still token-wise, otherwise its queries are.
+tokens. A branch that carries it to its end can be recomputed for a subset of its tokens. Attention mixes through keys
+and values; if those do not come from the stream (cross-attention) the branch is still token-wise, otherwise its
+queries are.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from collections.abc import Callable, Collection
 import torch
 from torch import fx
 
+from dicompile.nodes import int_argument, list_argument, node_argument, tensor_of
 from dicompile.text import module_path, operator_text
 
 aten = torch.ops.aten
@@ -56,13 +58,13 @@ def token_axes(region: Collection[fx.Node], stream: fx.Node, axis: int) -> dict[
 
 
 def per_token_operands(node: fx.Node, axes: dict[fx.Node, int]) -> list[tuple[fx.Node, int]]:
-    """Operands of an element-wise node that are not of the stream but have one value per token, with their token axis."""
+    """Operands of an element-wise node that are not of the stream but have a value per token, with their token axis."""
     if node.target not in ELEMENTWISE or node not in axes:
         return []
     result = []
-    rank = node.meta["val"].ndim
+    rank = tensor_of(node).ndim
     for parent in node.all_input_nodes:
-        value = parent.meta["val"]
+        value = tensor_of(parent)
         position = axes[node] - rank + value.ndim
         if parent not in axes and position >= 0 and value.shape[position] != 1:
             result.append((parent, position))
@@ -83,26 +85,26 @@ def _carry_elementwise(node: fx.Node, axes: dict[fx.Node, int]) -> int:
     if not isinstance(node.meta["val"], torch.Tensor):
         raise MixesTokens(node, "returns no tensor")
     rank = node.meta["val"].ndim
-    aligned = {axes[p] + rank - p.meta["val"].ndim for p in node.all_input_nodes if p in axes}
+    aligned = {axes[p] + rank - tensor_of(p).ndim for p in node.all_input_nodes if p in axes}
     if len(aligned) != 1:
         raise MixesTokens(node, "combines tokens along different axes")
     return aligned.pop()
 
 
 def _linear(node: fx.Node, source: fx.Node, axes: dict[fx.Node, int]) -> int:
-    if node.args[0] is not source or axes[source] == source.meta["val"].ndim - 1:
+    if node.args[0] is not source or axes[source] == tensor_of(source).ndim - 1:
         raise MixesTokens(node, "contracts the token axis")
     return axes[source]
 
 
 def _norm(node: fx.Node, source: fx.Node, axes: dict[fx.Node, int]) -> int:
-    if axes[source] >= source.meta["val"].ndim - len(node.args[1]):
+    if axes[source] >= tensor_of(source).ndim - len(list_argument(node, 1)):
         raise MixesTokens(node, "normalises over tokens")
     return axes[source]
 
 
 def _reshape(node: fx.Node, source: fx.Node, axes: dict[fx.Node, int]) -> int:
-    before, after, axis = source.meta["val"].shape, node.meta["val"].shape, axes[source]
+    before, after, axis = tensor_of(source).shape, tensor_of(node).shape, axes[source]
     for candidate in range(len(after)):
         if math.prod(after[:candidate]) == math.prod(before[:axis]) and after[candidate] == before[axis]:
             return candidate
@@ -110,44 +112,42 @@ def _reshape(node: fx.Node, source: fx.Node, axes: dict[fx.Node, int]) -> int:
 
 
 def _transpose(node: fx.Node, source: fx.Node, axes: dict[fx.Node, int]) -> int:
-    rank = source.meta["val"].ndim
-    first, second = (dim % rank for dim in node.args[1:3])
+    rank = tensor_of(source).ndim
+    first, second = int_argument(node, 1) % rank, int_argument(node, 2) % rank
     return {first: second, second: first}.get(axes[source], axes[source])
 
 
 def _permute(node: fx.Node, source: fx.Node, axes: dict[fx.Node, int]) -> int:
-    rank = source.meta["val"].ndim
-    return [dim % rank for dim in node.args[1]].index(axes[source])
+    rank = tensor_of(source).ndim
+    return [dim % rank for dim in list_argument(node, 1)].index(axes[source])
 
 
 def _unsqueeze(node: fx.Node, source: fx.Node, axes: dict[fx.Node, int]) -> int:
-    dim = node.args[1] % node.meta["val"].ndim
+    dim = int_argument(node, 1) % tensor_of(node).ndim
     return axes[source] + (dim <= axes[source])
 
 
 def _split(node: fx.Node, source: fx.Node, axes: dict[fx.Node, int]) -> int:
-    dim = node.args[2] if len(node.args) > 2 else 0
-    if dim % source.meta["val"].ndim == axes[source]:
+    if int_argument(node, 2, 0) % tensor_of(source).ndim == axes[source]:
         raise MixesTokens(node, "splits the token axis")
     return axes[source]
 
 
 def _slice(node: fx.Node, source: fx.Node, axes: dict[fx.Node, int]) -> int:
-    dim = node.args[1] if len(node.args) > 1 else 0
-    if dim % source.meta["val"].ndim == axes[source]:
+    if int_argument(node, 1, 0) % tensor_of(source).ndim == axes[source]:
         raise MixesTokens(node, "takes a range of tokens")
     return axes[source]
 
 
 def _select(node: fx.Node, source: fx.Node, axes: dict[fx.Node, int]) -> int:
-    dim = node.args[1] % source.meta["val"].ndim
+    dim = int_argument(node, 1) % tensor_of(source).ndim
     if dim == axes[source]:
         raise MixesTokens(node, "picks one token")
     return axes[source] - (dim < axes[source])
 
 
 def _unbind(node: fx.Node, source: fx.Node, axes: dict[fx.Node, int]) -> int:
-    dim = (node.args[1] if len(node.args) > 1 else 0) % source.meta["val"].ndim
+    dim = int_argument(node, 1, 0) % tensor_of(source).ndim
     if dim == axes[source]:
         raise MixesTokens(node, "takes tokens apart")
     return axes[source] - (dim < axes[source])
@@ -158,21 +158,20 @@ def _getitem(node: fx.Node, source: fx.Node, axes: dict[fx.Node, int]) -> int:
 
 
 def _cat(node: fx.Node, source: fx.Node, axes: dict[fx.Node, int]) -> int:
-    parts, rank = node.args[0], source.meta["val"].ndim
-    dim = (node.args[1] if len(node.args) > 1 else 0) % rank
-    if dim == axes[source] or any(axes.get(part) != axes[source] for part in parts):
+    dim = int_argument(node, 1, 0) % tensor_of(source).ndim
+    if dim == axes[source] or any(axes.get(part) != axes[source] for part in list_argument(node, 0)):
         raise MixesTokens(node, "joins tokens with others")
     return axes[source]
 
 
 def _attention(node: fx.Node, source: fx.Node, axes: dict[fx.Node, int]) -> int:
-    query, key, value = node.args[:3]
+    query, key, value = (node_argument(node, i) for i in range(3))
     if key in axes or value in axes:
         raise MixesTokens(node, "reads keys and values of all tokens")
     mask = node.args[3] if len(node.args) > 3 else node.kwargs.get("attn_mask")
-    if isinstance(mask, fx.Node) and mask.meta["val"].ndim > 1 and mask.meta["val"].shape[-2] != 1:
+    if isinstance(mask, fx.Node) and tensor_of(mask).ndim > 1 and tensor_of(mask).shape[-2] != 1:
         raise MixesTokens(node, "has a mask of its own for every token")
-    if axes[query] != query.meta["val"].ndim - 2:
+    if axes[query] != tensor_of(query).ndim - 2:
         raise MixesTokens(node, "attends along another axis than tokens")
     return axes[query]
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
+from dicompile.nodes import tensor_of
 from dicompile.text import clean_path
 
 aten = torch.ops.aten
@@ -131,7 +132,7 @@ def _contracts(node: fx.Node) -> bool:
 
 
 def _is_position_table(node: fx.Node) -> bool:
-    value = node.meta["val"]
+    value = tensor_of(node)
     return value.ndim == 2 and value.shape[-1] <= 4
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 from torch._functorch.aot_autograd import aot_export_module
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from dicompile.capture.inputs import Input, Role, assign_roles
@@ -64,10 +64,7 @@ def capture_graph(
         CannotCapture: the graph writes to its inputs.
     """
     fake_mode = FakeTensorMode(shape_env=ShapeEnv())
-    fakes = [
-        fake_mode.from_tensor(value, static_shapes=True) if isinstance(value, torch.Tensor) else value
-        for value in arguments
-    ]
+    fakes = [_fake(value, fake_mode) if isinstance(value, torch.Tensor) else value for value in arguments]
     with (
         torch.inference_mode(mode=False),
         torch.no_grad(),
@@ -75,6 +72,7 @@ def capture_graph(
         fake_mode,
     ):
         graph_module, signature = aot_export_module(dynamo_graph, fakes, trace_joint=False, pre_dispatch=True)
+    assert isinstance(graph_module, fx.GraphModule)
     mutated = [*signature.buffers_to_mutate.values(), *signature.user_inputs_to_mutate.values()]
     if mutated:
         raise CannotCapture(
@@ -86,6 +84,13 @@ def capture_graph(
     _drop_inference_noise(graph_module.graph)
     graph_module.recompile()
     return Capture(graph_module, assign_roles(graph_module.graph, names), fake_mode)
+
+
+def _fake(value: torch.Tensor, mode: FakeTensorMode) -> torch.Tensor:
+    if isinstance(value, FakeTensor):
+        with mode:
+            return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device)
+    return mode.from_tensor(value, static_shapes=True)
 
 
 def _drop_inference_noise(graph: fx.Graph) -> None:

@@ -11,6 +11,7 @@ from typing import Annotated
 
 import typer
 
+from dicompile.cli.inspect import inspect
 from dicompile.errors import DicompileError
 
 DEMO_EXTRA = {"diffusers": "diffusers", "PIL": "pillow"}
@@ -54,3 +55,6 @@ def demo(
             fix="pip install 'dicompile[demo]'",
         ) from None
     run_demo(out, samples=samples or (12 if quick else 75), steps=steps or (20 if quick else 50))
+
+
+app.command()(inspect)

@@ -1,7 +1,7 @@
 """Procedural pictures: one coloured shape at one place on a grey gradient.
 
-A class is a triple (shape, colour, place), so a sample can be wrong in three ways that a small classifier can tell apart.
-Everything else (size, rotation, offset, shade, background) varies freely and has to be invented by the sampler.
+A class is a triple (shape, colour, place), so a sample can be wrong in three ways that a small classifier can tell
+apart. Everything else (size, rotation, offset, shade, background) varies freely and has to be invented by the sampler.
 """
 
 from __future__ import annotations

@@ -25,9 +25,7 @@ def check_mode(mode: str) -> None:
         InvalidSetting: it is not.
     """
     if mode not in MODES:
-        raise InvalidSetting(
-            f"mode {mode!r} does not exist", where="dicompile", fix=f"use one of: {', '.join(MODES)}"
-        )
+        raise InvalidSetting(f"mode {mode!r} does not exist", where="dicompile", fix=f"use one of: {', '.join(MODES)}")
 
 
 def compile_segment(segment: Segment, mode: str) -> Compiled:
@@ -42,7 +40,5 @@ def compile_segment(segment: Segment, mode: str) -> Compiled:
     examples = [node.meta["val"] for node in segment.graph.nodes if node.op == "placeholder"]
     context = torch._guards.TracingContext(segment.fake_mode)
     with torch.no_grad(), torch._guards.tracing(context):
-        compiled: Compiled = standalone_compile(
-            segment.graph_module, examples, dynamic_shapes="from_tracing_context"
-        )
+        compiled: Compiled = standalone_compile(segment.graph_module, examples, dynamic_shapes="from_tracing_context")
     return compiled

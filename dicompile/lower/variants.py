@@ -1,4 +1,4 @@
-"""Variants: a segment specialised to what its sites do; compiled once and shared by all blocks of the same structure."""
+"""Variants: a segment specialised to what its sites do, compiled once and shared by all blocks of the same structure."""
 
 from __future__ import annotations
 
@@ -33,15 +33,17 @@ class Variant:
 class VariantCache:
     """Rewrites and compiles a segment the first time it is asked for.
 
-    The key is the segment's structure, what its sites do, and which values must leave it. Names, parameters, token counts and
-    step numbers are not part of it, so that the number of compilations does not grow with depth or steps.
+    The key is the segment's structure, what its sites do, and which values must leave it. Names, parameters, token
+    counts and step numbers are not part of it, so that the number of compilations does not grow with depth or steps.
     """
 
     def __init__(self, mode: str, settings: Settings, debug: DebugFolder) -> None:
         self.mode, self.settings, self.debug = mode, settings, debug
         self._variants: dict[object, Variant] = {}
 
-    def get(self, key: object, name: str, segment: Segment, steps: tuple[LocalStep, ...], live: frozenset[int]) -> Variant:
+    def get(
+        self, key: object, name: str, segment: Segment, steps: tuple[LocalStep, ...], live: frozenset[int]
+    ) -> Variant:
         """The variant of `segment`; `key` stands for its structure."""
         full_key = (key, steps, live)
         if full_key not in self._variants:

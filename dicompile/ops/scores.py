@@ -48,12 +48,14 @@ def attention_entropy(query: Tensor, key: Tensor, mask: Tensor | None, scale: fl
 
 def value_norm(value: Tensor) -> Tensor:
     """Sum over heads of one minus the norm of each token's value ([b, h, n, d]); float32, [b, n]."""
-    return (1 - value.float().norm(dim=-1)).sum(1)
+    norm: Tensor = value.float().norm(dim=-1)
+    return (1 - norm).sum(1)
 
 
 def unit_length(score: Tensor) -> Tensor:
     """Divide by the Euclidean length over the tokens; [b, n]."""
-    return score / score.norm(dim=-1, keepdim=True).clamp_min(TINY)
+    length: Tensor = score.norm(dim=-1, keepdim=True)
+    return score / length.clamp_min(TINY)
 
 
 def over_guidance_halves(score: Tensor, *, average: bool) -> Tensor:

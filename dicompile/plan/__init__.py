@@ -1,4 +1,4 @@
-"""Plan: structure x policy x timestep schedule -> what every site does at every step, and what must be remembered for it."""
+"""Plan: structure x policy x timestep schedule -> what every site does at every step, and what must be remembered."""
 
 from dicompile.plan.action import COMPUTE, REUSE, Action, Score, ScoreBase, Selection, Slot, SlotKind, What
 from dicompile.plan.plan import Plan, SiteStep, StepPlan

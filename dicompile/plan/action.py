@@ -2,8 +2,9 @@
 
     value = weights[0] * fresh + weights[1] * h1 + weights[2] * h2 + ...
 
-`h1` is the last stored value of the site, `h2` the one before. Computing is ``(1,)``, reusing is ``(0, 1)``, a forecast is
-``(0, w1, w2, ...)``, a learned blend is ``(b, 1 - b)``. A selection restricts `fresh` to chosen tokens; the others keep h1.
+`h1` is the last stored value of the site, `h2` the one before. Computing is ``(1,)``, reusing is ``(0, 1)``, a forecast
+is ``(0, w1, w2, ...)``, a learned blend is ``(b, 1 - b)``. A selection restricts `fresh` to chosen tokens; the others
+keep h1.
 """
 
 from __future__ import annotations
@@ -49,7 +50,8 @@ class Score:
         age_weight: added per reuse step since the token was last refreshed.
         grid_cell: edge of the square cells of the token grid; 0 switches the bonus off.
         grid_bonus: the best token of every cell gets this multiple of its score on top.
-        share_guidance: average the base over the two guidance halves of the batch, so that both refresh the same tokens.
+        share_guidance: average the base over the two guidance halves of the batch, so that both refresh the same
+            tokens.
     """
 
     base: ScoreBase

@@ -123,9 +123,7 @@ class Plan:
         """Step x block picture: one character per site, blocks separated by spaces."""
         lines = []
         for number, step in enumerate(self.steps):
-            cells = " ".join(
-                "".join(step.sites[i].action.symbol for i in block) for block in self.block_sites
-            )
+            cells = " ".join("".join(step.sites[i].action.symbol for i in block) for block in self.block_sites)
             share = step.flops / (self.baseline_flops / len(self.steps)) if self.baseline_flops else 0.0
             timestep = f"{self.schedule.timesteps[number]:8.2f}" if self.schedule.timesteps else ""
             lines.append(f"{number:>4}{timestep} {step.kind:<8} {share:7.1%}  {cells}")

@@ -33,9 +33,7 @@ def plan_actions(structure: ModelStructure, rows: Sequence[Row], schedule: Times
     if len(rows) != schedule.steps or any(len(row) != len(structure.sites) for row in rows):
         raise ValueError(f"{schedule.steps} rows of {len(structure.sites)} actions are needed")
     steps = _with_liveness(_with_reads(structure, rows))
-    plan_steps = tuple(
-        _with_cost(structure, StepPlan(_kind(sites), sites, live)) for sites, live in steps
-    )
+    plan_steps = tuple(_with_cost(structure, StepPlan(_kind(sites), sites, live)) for sites, live in steps)
     all_slots = {slot for step in plan_steps for slot in step.live}
     return Plan(
         policy=name,
@@ -49,7 +47,7 @@ def plan_actions(structure: ModelStructure, rows: Sequence[Row], schedule: Times
 
 
 def cold_step(structure: ModelStructure, plan: Plan, step: int) -> StepPlan:
-    """The same step with everything computed, storing what later steps read: for a run that enters the schedule here."""
+    """The same step with everything computed, storing what later steps read: for a run that enters the schedule."""
     planned = plan.steps[step]
     wanted = {slot for slot in planned.live if slot.age == 0}
     bases = {
@@ -162,9 +160,7 @@ def _live_site(site: SiteStep, number: int, live: set[Slot]) -> tuple[SiteStep, 
     shifts = site.action.computes and site.action.tokens is None
     own = {slot for slot in live if slot.site == number and slot.kind is SlotKind.VALUE}
     history = max((slot.age for slot in own), default=0) if shifts else 0
-    writes = tuple(
-        slot for slot in site.writes if slot in live or (slot.kind is SlotKind.VALUE and shifts and own)
-    )
+    writes = tuple(slot for slot in site.writes if slot in live or (slot.kind is SlotKind.VALUE and shifts and own))
     live = live - set(writes)
     if shifts:
         live = (live - own) | {replace(slot, age=slot.age - 1) for slot in own if slot.age > 0}

@@ -41,8 +41,8 @@ class Window(_Data):
 class Cadence(_Data):
     """Which steps compute everything.
 
-    With ``s`` the step index (counted as `counting` says), ``S`` the number of steps and ``q = s / S``, a step is full if it
-    is among the first `warmup` ones or if ``s`` is a multiple of the interval set by the latest full step,
+    With ``s`` the step index (counted as `counting` says), ``S`` the number of steps and ``q = s / S``, a step is full
+    if it is among the first `warmup` ones or if ``s`` is a multiple of the interval set by the latest full step,
     ``round(interval / (1 + stretch * (1 - 2 q)))`` or that of `dense`.
 
     Attributes:
@@ -51,8 +51,8 @@ class Cadence(_Data):
         warmup: number of steps at the start that are always full.
         stretch: how much the interval changes over the run, unitless.
         dense: part of the run with an interval of its own.
-        decide: "step": once for all blocks. "block": again in every block, as the reference code of ToCa does; where the
-            interval changes, the first block is then full and the others are not.
+        decide: "step": once for all blocks. "block": again in every block, as the reference code of ToCa does; where
+            the interval changes, the first block is then full and the others are not.
     """
 
     interval: PositiveInt = 1
@@ -124,7 +124,8 @@ class Reuse(_Data):
 class Refresh(_Data):
     """Compute the highest-ranked tokens and keep the stored value of the others.
 
-    The number of tokens is ``int(clamp(float32(ratio * by_step(q) * by_depth(d) * factor), 0, 1) * n)``; none means `Reuse`.
+    The number of tokens is ``int(clamp(float32(ratio * by_step(q) * by_depth(d) * factor), 0, 1) * n)``; none means
+    `Reuse`.
 
     Attributes:
         ratio: share of tokens before the factors.
@@ -210,8 +211,8 @@ class Policy(_Data):
         """Raise if the policy asks for something that the model cannot do.
 
         Raises:
-            PolicyDoesNotFit: a site to be refreshed mixes tokens, has no attention to be scored by, or the token grid or
-                batch does not allow the score.
+            PolicyDoesNotFit: a site to be refreshed mixes tokens, has no attention to be scored by, or the token grid
+                or batch does not allow the score.
         """
         for site in structure.sites:
             rule = next((rule for rule in self.rules if rule.applies_to(site)), None)
@@ -229,10 +230,11 @@ class Policy(_Data):
             )
         if score_source(structure, site, ScoreBase(score.base)) is None and score.base != "random":
             wanted = "cross-attention" if score.base == "entropy" else "self-attention"
+            present = (s.kind.value for s in structure.sites_of(structure.blocks[site.block]))
             raise PolicyDoesNotFit(
                 f"policy {self.name!r} ranks tokens by {score.base}, for which there is no {wanted} in the block",
                 where=where,
-                why=f"the block has {', '.join(s.kind.value for s in structure.sites_of(structure.blocks[site.block]))}",
+                why=f"the block has {', '.join(present)}",
                 fix="choose another score, for example score='random'",
             )
         if score.grid_cell:

@@ -52,6 +52,8 @@ def _call(name: str, options: dict[str, Any]) -> Policy:
     for option in options:
         if option not in known:
             raise InvalidPolicy(
-                f"policy {name!r} has no option {option!r}", where="options", fix=f"its options are: {', '.join(known) or 'none'}"
+                f"policy {name!r} has no option {option!r}",
+                where="options",
+                fix=f"its options are: {', '.join(known) or 'none'}",
             )
     return function(**options)

@@ -5,10 +5,11 @@ from __future__ import annotations
 from dicompile.plan import Cadence, Policy, Reuse, Rule
 
 
-def FORA(interval: int = 3) -> Policy:  # noqa: N802
+def FORA(interval: int = 3) -> Policy:
     """Fast-forward caching: a fixed period, branch outputs stored before their gates and gated anew.
 
-    A step is full if it is the first one or if its index, counted down to 0 at the last step, is a multiple of `interval`.
+    A step is full if it is the first one or if its index, counted down to 0 at the last step, is a multiple of
+    `interval`.
 
     Args:
         interval: steps from one full step to the next.

@@ -5,6 +5,6 @@ from __future__ import annotations
 from dicompile.plan import Policy
 
 
-def NoCache() -> Policy:  # noqa: N802 - policies read like the methods they are named after
+def NoCache() -> Policy:
     """Compute everything at every step: compilation alone, and the reference for every other policy."""
     return Policy(name="none")

@@ -10,7 +10,7 @@ from dicompile.plan import Cadence, Line, Policy, Refresh, Reuse, Rule, TokenSco
 ScoreName = Literal["attention", "entropy", "value-norm", "random"]
 
 
-def ToCa(  # noqa: N802
+def ToCa(
     interval: int = 3,
     ratio: float = 0.07,
     schedule: Literal["ddim50", "ddpm250"] = "ddim50",
@@ -67,7 +67,7 @@ def ToCa(  # noqa: N802
     return Policy(name=f"toca-{interval}", cadence=cadence, rules=rules, seed=seed)
 
 
-def ToCaPixArt(  # noqa: N802
+def ToCaPixArt(
     interval: int = 3,
     ratio: float = 0.3,
     score: ScoreName = "entropy",
@@ -85,7 +85,8 @@ def ToCaPixArt(  # noqa: N802
 
     Args:
         interval: base number of steps from one full step to the next, K, growing from K/0.8 to K/1.2 over the run.
-        ratio: base share of tokens, R; times 1.9 - 1.8 s/S, times 1.6 - 1.2 d, times 0.6 (cross-attention) or 1.6 (MLP).
+        ratio: base share of tokens, R; times 1.9 - 1.8 s/S, times 1.6 - 1.2 d, times 0.6 (cross-attention) or 1.6
+            (MLP).
         score: token score: entropy of the cross-attention map (s2), attention received, value norm, or random.
         age_weight: weight of s3, per reuse step and interval.
         grid_cell: edge of the cells of s4, in tokens; 0 for none.

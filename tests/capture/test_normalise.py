@@ -1,0 +1,156 @@
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+from dicompile.capture import Capture
+from dicompile.errors import CannotCapture
+from tests.capture.captured import captured, operators, run_graph, sample, tiny
+from tests.models import MODELS, capture, plain_dit
+
+
+def is_in_place(node: fx.Node) -> bool:
+    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
+
+
+def first(output: Tensor | tuple[Tensor, ...]) -> Tensor:
+    return output[0] if isinstance(output, tuple) else output
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_graph_computes_bitwise_what_the_model_computes(name: str) -> None:
+    model, inputs = sample(name)
+    with torch.no_grad():
+        expected = first(model(**inputs))
+    assert torch.equal(run_graph(captured(name), model, inputs), expected)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_graph_is_functional_and_free_of_dropout_and_assertions(name: str) -> None:
+    found = captured(name)
+    assert not [node.name for node in found.graph.nodes if is_in_place(node)]
+    assert not {op for op in operators(found) if "dropout" in op or "assert" in op}
+    assert all(isinstance(n.target, torch._ops.OpOverload) or "getitem" in str(n.target) for n in calls(found))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_attention_linear_and_norm_stay_single_operators(name: str) -> None:
+    kept = {"aten.scaled_dot_product_attention.default", "aten.linear.default", "aten.layer_norm.default"}
+    assert kept <= operators(captured(name))
+
+
+def calls(found: Capture) -> list[fx.Node]:
+    return [node for node in found.graph.nodes if node.op == "call_function"]
+
+
+class WritesInPlace(nn.Module):
+    """Rotates half of the channels by writing into slices, as many RoPE implementations do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        rotated = torch.empty_like(x)
+        rotated[..., 0::2] = x[..., 1::2] * torch.cos(t)[:, None, None]
+        rotated[..., 1::2] = x[..., 0::2]
+        rotated[:, :2] *= 2
+        return self.linear(rotated.add_(1)).relu_()
+
+
+def test_in_place_writes_of_the_model_become_dataflow() -> None:
+    model, inputs = WritesInPlace(), {"x": torch.randn(2, 4, 8), "t": torch.full((2,), 0.5)}
+    found = tiny(model, **inputs)
+    assert not [node.name for node in found.graph.nodes if is_in_place(node)]
+    assert torch.equal(run_graph(found, model, inputs), model(**inputs))
+    placeholder = next(node for node in found.graph.nodes if node.name.startswith("arg") and node.meta["val"].ndim == 3)
+    linear = next(node for node in found.graph.nodes if node.target is torch.ops.aten.linear.default)
+    assert placeholder in ancestors(linear), "the write is not on a path from the input to the layer that reads it"
+
+
+def ancestors(node: fx.Node) -> set[fx.Node]:
+    found, queue = set(), [node]
+    while queue:
+        new = [parent for parent in queue.pop().all_input_nodes if parent not in found]
+        found.update(new)
+        queue += new
+    return found
+
+
+class Dropouts(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+        self.dropout = nn.Dropout(0.5)
+
+    def forward(self, x: Tensor, t: Tensor, always: bool) -> Tensor:
+        x = self.dropout(self.linear(x)) * F.dropout(t, 0.0, training=True).to(torch.float32)[:, None, None]
+        return F.dropout(x, 0.25, training=always)
+
+
+def test_dropout_that_does_nothing_is_removed_and_the_one_that_acts_is_kept() -> None:
+    inputs = {"x": torch.randn(2, 4, 8), "t": torch.ones(2)}
+    assert not {op for op in operators(tiny(Dropouts(), **inputs, always=False)) if "dropout" in op}
+    active = [node for node in calls(tiny(Dropouts(), **inputs, always=True)) if "dropout" in str(node.target)]
+    assert [node.args[1:] for node in active] == [(0.25, True)]
+
+
+class WritesItsInput(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+
+    def forward(self, t: Tensor, latent: Tensor) -> Tensor:
+        latent.mul_(2)
+        return self.linear(latent) * t[:, None, None]
+
+
+class WritesItsBuffer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+        self.register_buffer("calls", torch.zeros(8))
+
+    def forward(self, t: Tensor, latent: Tensor) -> Tensor:
+        self.calls += 1
+        return self.linear(latent) * t[:, None, None] + self.calls
+
+
+@pytest.mark.parametrize(("model", "written"), [(WritesItsInput(), "latent"), (WritesItsBuffer(), "calls")])
+def test_a_model_that_writes_to_its_inputs_is_refused_by_the_name_of_the_input(model: nn.Module, written: str) -> None:
+    with pytest.raises(CannotCapture) as error:
+        tiny(model, t=torch.ones(2), latent=torch.randn(2, 4, 8))
+    assert str(error.value) == (
+        f"the model writes to its inputs: {written}\n"
+        "  where: capture\n"
+        "  why:   a step that is skipped could not repeat the write\n"
+        "  fix:   copy the tensor inside the model before writing to it"
+    )
+
+
+@pytest.mark.parametrize("name", ["pixart", "plain_dit"])
+def test_two_captures_print_the_same_text(name: str) -> None:
+    assert str(captured(name)) == str(capture(MODELS[name]()))
+
+
+def test_nodes_print_with_operator_inputs_and_module_path() -> None:
+    lines = str(captured("plain_dit")).splitlines()
+    assert "@blocks.0.qkv.weight: f32[96,32] = input" in lines
+    number = next(line.split(":")[0] for line in lines if line.endswith("# blocks.0.qkv"))
+    source = next(line for line in lines if line.endswith("# blocks.0.qkv")).split("(")[1].split(",")[0]
+    assert f"{number}: f32[4,64,96] = aten.linear.default({source}, @blocks.0.qkv.weight, @blocks.0.qkv.bias)  # blocks.0.qkv" in lines
+
+
+def test_values_are_fake_and_keep_the_sizes_of_the_call() -> None:
+    found = capture(plain_dit(layers=1))
+    values = [node.meta["val"] for node in calls(found) if isinstance(node.meta["val"], Tensor)]
+    assert all(isinstance(value, torch._subclasses.FakeTensor) and value.fake_mode is found.fake_mode for value in values)
+    assert all(isinstance(size, int) for value in values for size in value.shape)
+
+
+def test_capture_under_inference_mode_makes_the_same_graph() -> None:
+    with torch.inference_mode():
+        found = capture(plain_dit(layers=1))
+    assert str(found) == str(capture(plain_dit(layers=1)))
