@@ -26,6 +26,10 @@ from dicompile.plan import Plan, Policy
 from dicompile.policies import get_policy
 from dicompile.runtime import RunReport, SchedulerLink, cache_context, current_session
 
+# Dynamo compiles a forward 8 times, for all instances of its class together, and then runs it as it is without a word.
+# torch 2.13 can count per instance; every shape of the inputs is one compilation.
+_CAN_ISOLATE = "isolate_recompiles" in inspect.signature(torch._dynamo.eval_frame._optimize).parameters
+_OWN_LIMIT: dict[str, Any] = {"isolate_recompiles": True, "recompile_limit": 128} if _CAN_ISOLATE else {}
 TIMESTEP_ARGUMENTS = ("timestep", "timesteps", "t", "sigma", "sigmas")
 
 
@@ -123,7 +127,7 @@ class CachedModel(OptimizedModule):
 
     def __init__(self, module: nn.Module, options: Options) -> None:
         backend = backend_for(options, self._remember)
-        context: Any = torch._dynamo.optimize(backend, dynamic=False)  # another type where Dynamo is switched off
+        context: Any = torch._dynamo.optimize(backend, dynamic=False, **_OWN_LIMIT)  # Any: Dynamo may be switched off
         super().__init__(module, context)
         self._options, self._frames = options, []
 

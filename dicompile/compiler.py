@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-import logging
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,8 +19,6 @@ from dicompile.errors import CallOutsideSchedule
 from dicompile.lower import Program, ProgramBuilder, VariantCache
 from dicompile.plan import Plan, Policy, StepPlan, TimestepSchedule, cold_step, make_plan
 from dicompile.runtime import Executor, SchedulerLink
-
-log = logging.getLogger("dicompile")
 
 
 @dataclass(frozen=True)
@@ -39,6 +37,11 @@ class Options:
     mode: str = "inductor"
     settings: Settings = field(default_factory=Settings.from_environment)
 
+    @functools.cached_property
+    def debug(self) -> DebugFolder:
+        """Where the text of every stage goes; one folder for all graphs of a model."""
+        return DebugFolder(self.settings.debug)
+
 
 def compile_frame(
     graph: fx.GraphModule, names: Sequence[tuple[str, bool]], arguments: Sequence[Any], options: Options
@@ -49,12 +52,11 @@ def compile_frame(
         CannotCapture: the graph writes to its inputs.
         PolicyDoesNotFit: the model cannot do what the policy asks for.
     """
-    debug = DebugFolder(options.settings.debug)
     capture = capture_graph(graph, names, arguments)
-    debug.write("captured", str(capture))
+    options.debug.write("captured", str(capture))
     structure = analyse(capture)
-    debug.write("structure", str(structure))
-    programs = Programs(capture, structure, options, debug)
+    options.debug.write("structure", str(structure))
+    programs = Programs(capture, structure, options)
     executor = Executor(
         programs,
         options.link,
@@ -77,9 +79,9 @@ class CompiledFrame:
 class Programs:
     """Plans and programs of one captured model, by schedule and step; made on demand and kept."""
 
-    def __init__(self, capture: Capture, structure: ModelStructure, options: Options, debug: DebugFolder) -> None:
-        self.structure, self.policy, self.debug = structure, options.policy, debug
-        self.variants = VariantCache(options.mode, options.settings, debug)
+    def __init__(self, capture: Capture, structure: ModelStructure, options: Options) -> None:
+        self.structure, self.policy, self.debug = structure, options.policy, options.debug
+        self.variants = VariantCache(options.mode, options.settings, options.debug)
         self._builder = ProgramBuilder(capture, structure, self.variants)
         self._plans: dict[TimestepSchedule, Plan] = {}
         self._steps: dict[tuple[TimestepSchedule, int, bool], tuple[StepPlan, Program]] = {}
@@ -115,6 +117,7 @@ class Programs:
             plan = self.plan(schedule)
             step = cold_step(self.structure, plan, index) if cold else plan.steps[index]
             self._steps[key] = (step, self._builder.program(step))
+            self.debug.write(f"step{index}-{step.kind}", str(self._steps[key][1]))
         return self._steps[key]
 
 

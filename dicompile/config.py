@@ -48,12 +48,11 @@ class DebugFolder:
 
     def __init__(self, folder: Path | None) -> None:
         self.folder = folder
-        self._count = 0
 
     def write(self, name: str, text: str) -> None:
-        """Write `text` as the next file, ``NNN-name.txt``."""
+        """Write `text` as the next file, ``NNN-name.txt``; what is there already is kept."""
         if self.folder is None:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
-        (self.folder / f"{self._count:03d}-{name}.txt").write_text(text + "\n", encoding="utf-8")
-        self._count += 1
+        number = sum(1 for _ in self.folder.glob("*.txt"))
+        (self.folder / f"{number:03d}-{name}.txt").write_text(text + "\n", encoding="utf-8")

@@ -1,6 +1,6 @@
 """Typed access to fx nodes, whose values and arguments fx itself types as nearly anything.
 
-Only positional arguments are read: that is where graphs captured below the dispatcher keep whatever is not keyword-only.
+Only positional arguments are read: that is where captured ATen graphs keep whatever is not keyword-only.
 """
 
 from __future__ import annotations

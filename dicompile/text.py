@@ -25,6 +25,7 @@ DTYPES = {
     torch.int32: "i32",
     torch.bool: "b8",
 }
+_SYMBOL = re.compile(r"\bs\d+\b")  # torch numbers the symbols of sizes differently in every process
 _ITEM = re.compile(r"\[['\"]?([^\]'\"]+)['\"]?\]")
 
 
@@ -72,11 +73,14 @@ def graph_text(graph: fx.Graph, inputs: Sequence[str] = (), outputs: Sequence[st
         outputs: names of the outputs, in order.
     """
     names: dict[fx.Node, str] = {}
+    symbols: dict[str, str] = {}
     lines = []
     given = iter(inputs)
     for node in graph.nodes:
         if node.op == "placeholder":
             names[node] = next(given, node.name)
+            if isinstance(node.meta.get("val"), torch.SymInt):
+                symbols[str(node.meta["val"])] = names[node]
             lines.append(f"{names[node]}: {tensor_text(node.meta.get('val'))} = input")
         elif node.op == "output":
             results = [_argument_text(item, names) for item in node.args[0]]
@@ -91,7 +95,7 @@ def graph_text(graph: fx.Graph, inputs: Sequence[str] = (), outputs: Sequence[st
                 f"{names[node]}: {tensor_text(node.meta.get('val'))} = {operator_text(node.target)}"
                 f"({', '.join(arguments)})" + (f"  # {path}" if path else "")
             )
-    return "\n".join(lines)
+    return _SYMBOL.sub(lambda symbol: symbols.get(symbol[0], symbol[0]), "\n".join(lines))
 
 
 def _argument_text(item: object, names: Mapping[fx.Node, str]) -> str:

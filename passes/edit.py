@@ -13,7 +13,7 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, StatelessSymbolicC
 
 from dicompile.passes.base import InputRef, OutputRef, Segment
 
-SYMBOL_HINT = 6
+UNBOUNDED = 1024
 
 
 class Editor:
@@ -80,15 +80,22 @@ class Editor:
         self.segment.inputs.append(reference)
         return node
 
-    def int_input(self, reference: InputRef) -> fx.Node:
-        """Placeholder of a symbolic non-negative int."""
+    def int_input(self, reference: InputRef, below: int = UNBOUNDED) -> fx.Node:
+        """Placeholder of a symbolic non-negative int, which is traced with an example that is less than `below`."""
         if reference in self.segment.inputs:
             return self.input(reference, None)
         context: StatelessSymbolicContext[..., Any] = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC])
         shaped = self.segment.fake_mode.from_tensor(
-            torch.empty(SYMBOL_HINT + len(self.segment.inputs), device="meta"), symbolic_context=context
+            torch.empty(self._unused_size(below), device="meta"), symbolic_context=context
         )
         return self.input(reference, shaped.shape[0])
+
+    def _unused_size(self, below: int) -> int:
+        """A size that no value of the graph has: one that had it would be taken for the symbol."""
+        shapes = [getattr(node.meta.get("val"), "shape", ()) for node in self.graph.nodes]
+        taken = {size.node.hint if isinstance(size, torch.SymInt) else size for shape in shapes for size in shape}
+        free = [size for size in range(2, below) if size not in taken] or [max(2, below - 1)]
+        return min(free, key=lambda size: abs(size - below // 4))
 
     def tensor_input(self, reference: InputRef, shape: tuple[int, ...], dtype: torch.dtype, like: fx.Node) -> fx.Node:
         """Placeholder of a contiguous tensor on the device of `like`."""

@@ -74,8 +74,8 @@ class _SiteRefresh:
         self.segment, self.position, self.step, self.score = segment, position, step, score
         self.site: SiteNodes = segment.sites[position]
         self.editor = Editor(segment)
-        self.count = self.editor.int_input(TokenCount(position))
         self.batch, self.tokens, self.width = (int(size) for size in self.site.stream.meta["val"].shape)
+        self.count = self.editor.int_input(TokenCount(position), below=self.tokens)
 
     def run(self) -> None:
         """Choose tokens, run the branch on them, scatter, and store what the plan keeps."""
@@ -165,8 +165,12 @@ class _SiteRefresh:
         shape[0], shape[axis] = self.batch, self.count
         return self.editor.call(aten.expand.default, self.editor.call(aten.view.default, chosen, view), shape)
 
-    def gather(self, node: fx.Node, chosen: fx.Node, axis: int) -> fx.Node:
-        """The chosen tokens of a value that has a token axis; batch comes first and may be 1."""
+    def gather(self, node: fx.Node, chosen: fx.Node, axis: int, rank: int = 0) -> fx.Node:
+        """The chosen tokens of a value with a token axis; batch comes first, and may be 1 or, up to `rank`, missing."""
+        missing = max(0, rank - node.meta["val"].ndim)
+        if missing:
+            node = self.editor.call(aten.view.default, node, [*[1] * missing, *node.meta["val"].shape])
+            axis += missing
         if node.meta["val"].shape[0] != self.batch:
             node = self.editor.call(aten.expand.default, node, [self.batch, *node.meta["val"].shape[1:]])
         return self.editor.call(aten.gather.default, node, axis, self.rows(chosen, node, axis))
@@ -178,7 +182,8 @@ class _SiteRefresh:
         axes = token_axes(region, self.site.stream, self.site.token_axis)
         copies = {self.site.stream: self.gather(self.site.stream, chosen, self.site.token_axis)}
         for node in region:
-            operands = {parent: self.gather(parent, chosen, axis) for parent, axis in per_token_operands(node, axes)}
+            rank = node.meta["val"].ndim
+            operands = {p: self.gather(p, chosen, axis, rank) for p, axis in per_token_operands(node, axes)}
             args, kwargs = _arguments(node, {**copies, **operands})
             copies[node] = self.editor.call(node.target, *self.resized(node, args, axes[node]), **kwargs)
             if "nn_module_stack" in node.meta:

@@ -43,6 +43,17 @@ class SchedulerLink:
         assert self._schedule is not None
         return self._schedule
 
+    def among_equals(self, step: int) -> int:
+        """The evaluation that a live scheduler stands at, if it has the timestep of `step`.
+
+        Samplers of second order evaluate a timestep twice, which looks like a guidance partner otherwise.
+        """
+        index = getattr(self.source, "step_index", None) if self.is_live else None
+        timesteps = self.schedule.timesteps
+        if index is None or index >= len(timesteps) or timesteps[index] != timesteps[step]:
+            return step
+        return int(index)
+
     def index_without_reading(self, timestep: torch.Tensor) -> int | None:
         """Step of a timestep on an accelerator, from host-side facts only; None if there are none."""
         if not self.is_live:
@@ -85,7 +96,7 @@ def _look_up(
             return index, None
     value = float(timestep.max().item())
     if schedule.timesteps:
-        return _find_value(state, schedule, value), value
+        return link.among_equals(_find_value(state, schedule, value)), value
     return _count_change(state, link, schedule, value), value
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -14,6 +15,8 @@ from dicompile.text import clean_path
 
 aten = torch.ops.aten
 SINUSOIDS = (aten.sin.default, aten.cos.default)
+# How Dynamo spells the root module's own tensors; those of its children are spelled without __dict__.
+_OWN_TENSORS = re.compile(r"\.__dict__\['(_parameters|_buffers)'\]")
 
 
 class Role(enum.Enum):
@@ -56,6 +59,7 @@ def _source_name(placeholder: fx.Node) -> tuple[str, bool]:
     if source is None:
         return placeholder.name, False
     name = source.name if isinstance(source.name, str) else source.name()
+    name = _OWN_TENSORS.sub(r".\1", name)
     owned = "_parameters[" in name or "_buffers[" in name or name.startswith(("L['self'].", "G["))
     return clean_path(name), owned
 

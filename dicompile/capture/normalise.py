@@ -73,7 +73,8 @@ def capture_graph(
     ):
         graph_module, signature = aot_export_module(dynamo_graph, fakes, trace_joint=False, pre_dispatch=True)
     assert isinstance(graph_module, fx.GraphModule)
-    mutated = [*signature.buffers_to_mutate.values(), *signature.user_inputs_to_mutate.values()]
+    written = signature.user_inputs_to_mutate.values()
+    mutated = [name for (name, _), argument in zip(names, signature.user_inputs, strict=True) if argument in written]
     if mutated:
         raise CannotCapture(
             f"the model writes to its inputs: {', '.join(mutated)}",

@@ -1,4 +1,4 @@
-"""``dicompile inspect MODEL``: what is cacheable, what each policy would do, what it would save; nothing is compiled."""
+"""``dicompile inspect MODEL``: what is cacheable, what each policy would do and save; nothing is compiled."""
 
 from __future__ import annotations
 
@@ -77,7 +77,8 @@ def site_table(structure: ModelStructure) -> Table:
             label = path = ""
         table.add_section()
     rest = structure.flops - sum(site.flops for site in structure.sites)
-    table.add_row("outside", "embeddings, modulation, head", "", "", operations(rest), f"{rest / structure.flops:.1%}", "")
+    share = f"{rest / structure.flops:.1%}"
+    table.add_row("outside", "embeddings, modulation, head", "", "", operations(rest), share, "")
     return table
 
 

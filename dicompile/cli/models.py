@@ -24,7 +24,7 @@ TEXT_TOKENS = 77
 
 
 class Loaded(NamedTuple):
-    """A model to look at: its name, the module, keyword arguments of its forward, and the mode of their fake tensors."""
+    """A model to look at: its name, module, keyword arguments of its forward, and the mode of their fake tensors."""
 
     name: str
     module: nn.Module
@@ -113,7 +113,7 @@ def example_inputs(module: nn.Module, batch: int, size: int | None) -> dict[str,
     Raises:
         DicompileError: a required argument has no usual meaning.
     """
-    config: Mapping[str, Any] = dict(module.config)
+    config: Mapping[str, Any] = getattr(module, "config", {})
     edge = size or config.get("sample_size") or 32
     makers = _argument_makers(config, batch, int(edge))
     parameters = inspect.signature(inspect.unwrap(module.forward)).parameters

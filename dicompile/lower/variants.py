@@ -1,4 +1,4 @@
-"""Variants: a segment specialised to what its sites do, compiled once and shared by all blocks of the same structure."""
+"""Variants: a segment specialised to what its sites do, compiled once, shared by all blocks of the same structure."""
 
 from __future__ import annotations
 

@@ -71,16 +71,16 @@ class TimestepSchedule:
             timestep: what the model received; may have been divided by one of `scales` and rounded to half precision.
             after: index of the evaluation before, which resolves repeated timesteps (second-order samplers).
         """
-        for scale in self.scales:
-            value = timestep * scale
-            distances = [abs(value - t) for t in self.timesteps]
-            nearest = min(distances)
-            if nearest <= self._tolerance(distances.index(nearest)):
-                matches = [i for i, d in enumerate(distances) if d <= nearest + SAME * scale * 1e-3]
-                if after is None:
-                    return matches[0]
-                return next((i for i in matches if i >= after), matches[0])
-        return None
+        matches = [step for scale in self.scales for step in self._steps_at(timestep * scale, SAME * scale * 1e-3)]
+        following = [step for step in matches if after is None or step >= after]
+        return min(following or matches, default=None)
+
+    def _steps_at(self, value: float, same: float) -> list[int]:
+        distances = [abs(value - t) for t in self.timesteps]
+        nearest = min(distances)
+        if nearest > self._tolerance(distances.index(nearest)):
+            return []
+        return [i for i, distance in enumerate(distances) if distance <= nearest + same]
 
     def _tolerance(self, index: int) -> float:
         """A quarter of the distance to the next different timestep, at most the rounding of bfloat16."""
