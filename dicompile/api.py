@@ -89,7 +89,7 @@ def restore(model: Any) -> Any:
 
 
 def structure_of(model: Any) -> ModelStructure:
-    """Structure of an optimized model, as captured at its last first call.
+    """Structure of an optimized model for the shapes that ran last.
 
     Raises:
         NotOptimized, NotYetRun: nothing was captured yet.
@@ -213,4 +213,9 @@ def _frame_of(model: Any) -> CompiledFrame:
             why="structure and plan depend on the shapes of the first call",
             fix="call the model once, or use `dicompile inspect`",
         )
-    return max(cached.frames, key=lambda frame: len(frame.structure.sites))
+    session = current_session()
+
+    def size_then_age(frame: CompiledFrame) -> tuple[int, int]:
+        return len(frame.structure.sites), session.state_of(frame.run).generation
+
+    return max(reversed(cached.frames), key=size_then_age)

@@ -53,9 +53,9 @@ def compile_frame(
         PolicyDoesNotFit: the model cannot do what the policy asks for.
     """
     capture = capture_graph(graph, names, arguments)
-    options.debug.write("captured", str(capture))
+    options.debug.write("captured", capture)
     structure = analyse(capture)
-    options.debug.write("structure", str(structure))
+    options.debug.write("structure", structure)
     programs = Programs(capture, structure, options)
     executor = Executor(
         programs,
@@ -90,7 +90,7 @@ class Programs:
         """The plan for a schedule."""
         if schedule not in self._plans:
             self._plans[schedule] = make_plan(self.structure, self.policy, schedule)
-            self.debug.write("plan", str(self._plans[schedule]))
+            self.debug.write("plan", self._plans[schedule])
         return self._plans[schedule]
 
     def step(self, schedule: TimestepSchedule, index: int) -> tuple[StepPlan, Program]:
@@ -117,7 +117,7 @@ class Programs:
             plan = self.plan(schedule)
             step = cold_step(self.structure, plan, index) if cold else plan.steps[index]
             self._steps[key] = (step, self._builder.program(step))
-            self.debug.write(f"step{index}-{step.kind}", str(self._steps[key][1]))
+            self.debug.write(f"step{index}-{step.kind}", self._steps[key][1])
         return self._steps[key]
 
 

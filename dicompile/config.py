@@ -49,10 +49,10 @@ class DebugFolder:
     def __init__(self, folder: Path | None) -> None:
         self.folder = folder
 
-    def write(self, name: str, text: str) -> None:
-        """Write `text` as the next file, ``NNN-name.txt``; what is there already is kept."""
+    def write(self, name: str, content: object) -> None:
+        """Write the text of `content` as the next file, ``NNN-name.txt``; what is there already is kept."""
         if self.folder is None:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
         number = sum(1 for _ in self.folder.glob("*.txt"))
-        (self.folder / f"{number:03d}-{name}.txt").write_text(text + "\n", encoding="utf-8")
+        (self.folder / f"{number:03d}-{name}.txt").write_text(f"{content}\n", encoding="utf-8")

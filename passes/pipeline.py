@@ -59,7 +59,7 @@ def rewrite(
     check_names(passes, settings)
     result = segment.copy(steps)
     _keep_outputs(result, live)
-    debug.write(f"{name}-captured", str(result))
+    debug.write(f"{name}-captured", result)
     runs = []
     for item in passes:
         if item.name in settings.disabled_passes:
@@ -69,7 +69,7 @@ def rewrite(
         runs.append(PassRun(item.name, report, time.perf_counter() - start))
         verify(result, item.name)
         if report.changed:
-            debug.write(f"{name}-{item.name}", "\n".join([*(f"# {line}" for line in report.changed), str(result)]))
+            debug.write(f"{name}-{item.name}", _Commented(report.changed, result))
     result.graph_module.recompile()
     return result, tuple(runs)
 
@@ -95,13 +95,12 @@ def verify(segment: Segment, after: str) -> None:
     Raises:
         IllegalGraph: it is not.
     """
-    segment.graph.lint()
+    complaint = _lint(segment.graph)
     placeholders = [node for node in segment.graph.nodes if node.op == "placeholder"]
-    complaint = None
     if len(placeholders) != len(segment.inputs) or len(segment.results) != len(segment.outputs):
         complaint = "inputs or outputs do not match their references"
     for node in segment.graph.nodes:
-        if node.op == "call_function" and not _is_legal(node):
+        if node.op not in ("placeholder", "output") and not _is_legal(node):
             complaint = f"{node.format_node()} is not an ATen operator"
         elif node.op != "output" and "val" not in node.meta:
             complaint = f"{node.name} has no value"
@@ -109,8 +108,28 @@ def verify(segment: Segment, after: str) -> None:
         raise IllegalGraph(complaint, where=f"after pass {after}", fix="report this with DICOMPILE_DEBUG=folder")
 
 
+@dataclass(frozen=True)
+class _Commented:
+    """A segment under the lines of a report; made into text only where somebody reads it."""
+
+    lines: Sequence[str]
+    segment: Segment
+
+    def __str__(self) -> str:
+        return "\n".join([*(f"# {line}" for line in self.lines), str(self.segment)])
+
+
+def _lint(graph: fx.Graph) -> str | None:
+    try:
+        graph.lint()
+    except RuntimeError as error:
+        return str(error).splitlines()[0]
+    return None
+
+
 def _is_legal(node: fx.Node) -> bool:
-    return isinstance(node.target, torch._ops.OpOverload) or node.target in LEGAL_FUNCTIONS
+    known = isinstance(node.target, torch._ops.OpOverload) or node.target in LEGAL_FUNCTIONS
+    return node.op == "call_function" and known
 
 
 def _keep_outputs(segment: Segment, live: frozenset[int]) -> None:

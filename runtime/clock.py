@@ -7,6 +7,7 @@ where possible: from its step index, or from the place of the timestep tensor in
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import torch
@@ -14,6 +15,8 @@ import torch
 from dicompile.errors import CallOutsideSchedule
 from dicompile.plan import TimestepSchedule
 from dicompile.runtime.session import ModelState
+
+log = logging.getLogger("dicompile")
 
 
 class SchedulerLink:
@@ -127,6 +130,8 @@ def _count_change(state: ModelState, link: SchedulerLink, schedule: TimestepSche
         return state.step or 0
     direction = 1 if value > state.timestep else -1
     if schedule.steps == 1 or (state.direction and direction != state.direction):
+        if state.step + 1 < schedule.steps:
+            log.warning("the last run made %d of %d planned steps", state.step + 1, schedule.steps)
         state.begin(link.token)
         return 0
     state.direction = direction

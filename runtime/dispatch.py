@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -12,6 +13,8 @@ from dicompile.lower import Constant, Program
 from dicompile.plan import Plan, Slot, SlotKind, StepPlan, TimestepSchedule
 from dicompile.runtime.clock import SchedulerLink, find_step
 from dicompile.runtime.session import ContextState, ModelState, current_context, current_session
+
+log = logging.getLogger("dicompile")
 
 
 class ProgramSource(Protocol):
@@ -66,6 +69,7 @@ class Executor:
         if any(slot not in context.store for slot, _ in program.reads):
             planned, program = self.programs.cold(schedule, step)
             state.report.cold_starts.append(step)
+            log.info("step %d computes everything: nothing is stored for it in this run", step)
         registers = self._load(program, planned, context, inputs, step)
         for call in program.calls:
             results = call.function(*[registers[i] for i in call.inputs])

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import itertools
 import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -18,6 +19,7 @@ import torch
 from dicompile.plan import Slot
 from dicompile.runtime.report import RunReport
 
+_GENERATIONS = itertools.count(1)
 _SESSION: contextvars.ContextVar[Session] = contextvars.ContextVar("dicompile_session")
 _CONTEXT: contextvars.ContextVar[str] = contextvars.ContextVar("dicompile_context", default="")
 
@@ -42,7 +44,7 @@ class ModelState:
     """What a session remembers of one compiled model.
 
     Attributes:
-        generation: counts generations.
+        generation: number of the generation, counted over all models; 0 before the first one.
         step: the last step of the generation.
         timestep: timestep of that step, where it had to be read.
         direction: sign of the changes of the timestep, 0 while unknown.
@@ -67,9 +69,8 @@ class ModelState:
 
     def begin(self, schedule_token: object) -> None:
         """Forget everything: a new generation starts."""
-        generation = self.generation + 1
         self.__init__()  # type: ignore[misc]
-        self.generation, self.schedule_token = generation, schedule_token
+        self.generation, self.schedule_token = next(_GENERATIONS), schedule_token
 
     @property
     def cache_bytes(self) -> int:

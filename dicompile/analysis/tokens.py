@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 
 import torch
 from torch import fx
@@ -91,14 +91,20 @@ def _carry_elementwise(node: fx.Node, axes: dict[fx.Node, int]) -> int:
     return aligned.pop()
 
 
+def _any_carries(operands: Iterable[object], axes: dict[fx.Node, int]) -> bool:
+    return any(isinstance(operand, fx.Node) and operand in axes for operand in operands)
+
+
 def _linear(node: fx.Node, source: fx.Node, axes: dict[fx.Node, int]) -> int:
-    if node.args[0] is not source or axes[source] == tensor_of(source).ndim - 1:
+    contracted = axes[source] == tensor_of(source).ndim - 1
+    if node.args[0] is not source or contracted or _any_carries(node.args[1:], axes):
         raise MixesTokens(node, "contracts the token axis")
     return axes[source]
 
 
 def _norm(node: fx.Node, source: fx.Node, axes: dict[fx.Node, int]) -> int:
-    if axes[source] >= tensor_of(source).ndim - len(list_argument(node, 1)):
+    normalised = axes[source] >= tensor_of(source).ndim - len(list_argument(node, 1))
+    if normalised or _any_carries(node.args[2:4], axes):
         raise MixesTokens(node, "normalises over tokens")
     return axes[source]
 
@@ -169,7 +175,10 @@ def _attention(node: fx.Node, source: fx.Node, axes: dict[fx.Node, int]) -> int:
     if key in axes or value in axes:
         raise MixesTokens(node, "reads keys and values of all tokens")
     mask = node.args[3] if len(node.args) > 3 else node.kwargs.get("attn_mask")
-    if isinstance(mask, fx.Node) and tensor_of(mask).ndim > 1 and tensor_of(mask).shape[-2] != 1:
+    causal = node.args[5] if len(node.args) > 5 else node.kwargs.get("is_causal")
+    if isinstance(mask, fx.Node):
+        causal = causal or mask in axes or (tensor_of(mask).ndim > 1 and tensor_of(mask).shape[-2] != 1)
+    if causal:
         raise MixesTokens(node, "has a mask of its own for every token")
     if axes[query] != tensor_of(query).ndim - 2:
         raise MixesTokens(node, "attends along another axis than tokens")

@@ -52,7 +52,7 @@ class VariantCache:
 
     def _make(self, name: str, segment: Segment, steps: tuple[LocalStep, ...], live: frozenset[int]) -> Variant:
         rewritten, runs = rewrite(segment, steps, live, PASSES, settings=self.settings, debug=self.debug, name=name)
-        self.debug.write(f"{name}-variant", str(rewritten))
+        self.debug.write(f"{name}-variant", rewritten)
         function = compile_segment(rewritten, self.mode) if rewritten.outputs else _nothing
         return Variant(name, function, tuple(rewritten.inputs), tuple(rewritten.outputs), rewritten, runs)
 

@@ -10,13 +10,21 @@ from torch import Tensor, fx, nn
 
 from dicompile.analysis import ModelStructure, analyse
 from dicompile.capture import Capture, Role
-from tests.models import MODELS, Sample, capture
+from tests.models import MODELS, Sample, capture, plain_dit
 
 
 @functools.cache
 def sample(name: str) -> Sample:
     torch.manual_seed(0)
     return MODELS[name]()
+
+
+@functools.cache
+def one_block() -> tuple[Sample, Capture]:
+    """A plain DiT of one block, for tests that look at capture itself."""
+    torch.manual_seed(0)
+    small = plain_dit(layers=1)
+    return small, capture(small)
 
 
 @functools.cache

@@ -1,0 +1,246 @@
+"""Programs: few variants whatever the depth, runs of reused blocks fused, registers freed, layouts as compiled."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from dicompile.analysis import analyse
+from dicompile.compiler import Options, Programs
+from dicompile.lower import Call, Constant, Program
+from dicompile.passes import Segment
+from dicompile.plan import Plan, Policy, Refresh, Reuse, Rule, TimestepSchedule, TokenScore
+from dicompile.policies import get_policy
+from dicompile.runtime import SchedulerLink
+from tests.models import MODELS, Sample, capture, dit, optimized, plain_dit, run, timesteps
+from tests.passes.segments import Attention, Channels, Mlp, chain
+
+STEPS = 9
+SCHEDULE = TimestepSchedule.of(tuple(timesteps(STEPS)))
+
+
+def programs(sample: Sample, policy: Any, steps: int = STEPS) -> Programs:
+    """Plans and programs of a sample's model, nothing compiled and nothing run."""
+    captured = capture(sample)
+    options = Options(get_policy(policy), SchedulerLink(tuple(timesteps(steps))), mode="eager")
+    return Programs(captured, analyse(captured), options)
+
+
+def all_programs(made: Programs, schedule: TimestepSchedule = SCHEDULE) -> list[Program]:
+    """The program of every step, and of every step entered cold."""
+    return [make(schedule, i)[1] for make in (made.step, made.cold) for i in range(schedule.steps)]
+
+
+def plan(made: Programs) -> Plan:
+    return made.plan(SCHEDULE)
+
+
+def kinds(made: Programs) -> list[str]:
+    """Variants by what their sites do, whatever block they were first made for."""
+    all_programs(made)
+    return sorted(variant.name.rpartition("-")[2] for variant in made.variants.variants)
+
+
+@pytest.mark.parametrize("policy", ["none", "fora", "toca"])
+def test_the_number_of_variants_does_not_grow_with_depth(policy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dicompile.lower.program.LONGEST_RUN", 2)  # first run, runs between, shorter last one
+    assert kinds(programs(plain_dit(9), policy)) == kinds(programs(plain_dit(5), policy))
+
+
+def test_blocks_that_compute_share_their_variants_at_any_depth() -> None:
+    def computing(layers: int) -> list[str]:
+        return [kind for kind in kinds(programs(dit(layers), "toca")) if kind.strip("r")]
+
+    assert computing(12) == computing(4)
+
+
+@pytest.mark.parametrize("policy", ["none", "fora", "toca"])
+def test_the_number_of_variants_does_not_grow_with_steps(policy: str) -> None:
+    made = programs(plain_dit(2), policy)
+    few = kinds(made)
+    all_programs(made, TimestepSchedule.of(tuple(timesteps(5 * STEPS))))
+    assert kinds(made) == few
+
+
+def names(program: Program) -> list[str]:
+    return [call.name.split(":")[0] for call in program.calls]
+
+
+def test_a_run_of_reused_blocks_is_one_call_of_at_most_eight_blocks() -> None:
+    made = programs(plain_dit(12), "fora")
+    kind_of_step = {step.kind: i for i, step in enumerate(plan(made).steps)}
+    assert names(made.step(SCHEDULE, kind_of_step["reuse"])[1]) == [
+        "prologue", "blocks0-7", "blocks8-11", "epilogue",
+    ]  # fmt: skip
+    assert len(made.step(SCHEDULE, kind_of_step["full"])[1].calls) == 14
+
+
+def test_a_block_that_computes_anything_ends_a_run() -> None:
+    def middle(sites: Sequence[Any]) -> bool:
+        return any(site.action.computes for site in sites)
+
+    refresh = Refresh(ratio=0.3, by_depth={"start": 0.0, "slope": 1.0}, score=TokenScore(base="random"))
+    policy = Policy(
+        name="deep-first", cadence={"interval": 3}, rules=(Rule(sites=("mlp",), do=refresh), Rule(do=Reuse()))
+    )
+    made = programs(plain_dit(4), policy)
+    step = next(i for i, s in enumerate(plan(made).steps) if s.kind == "partial")
+    assert not middle(plan(made).steps[step].sites[:2])
+    assert names(made.step(SCHEDULE, step)[1]) == ["prologue", "block0", "block1", "block2", "block3", "epilogue"]
+
+
+def test_no_policy_no_slots() -> None:
+    made = programs(plain_dit(2), "none")
+    assert plan(made).slots == ()
+    assert plan(made).cache_bytes == 0
+    for program in all_programs(made):
+        assert (program.reads, program.writes, program.ints, program.noise, program.chosen) == ((), (), (), (), ())
+
+
+def test_steps_that_differ_in_token_counts_only_share_a_program() -> None:
+    made = programs(plain_dit(1), "toca", steps=30)
+    schedule = TimestepSchedule.of(tuple(timesteps(30)))
+    partial = [made.step(schedule, i) for i, step in enumerate(made.plan(schedule).steps) if step.kind == "partial"]
+    counts = {step.sites[1].action.tokens.count for step, _ in partial if step.sites[1].action.tokens is not None}
+    assert len(counts) > 3
+    assert len({id(program) for _, program in partial}) == 2  # with and without a step after it that reads
+
+
+STORE = """\
+%19, %20 = prologue:prologue-plain(%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10)
+%21, %22, %23 = block0:block0-ff(%20, %11, %12, %19, %13, %14, %15, %16, %17, %18, %24, %25)
+%26 = epilogue:epilogue-plain(%20, %27, %28, %21, %29, %30)
+slot value[0] = %22
+slot value[1] = %23
+return (26,)"""
+REUSE = """\
+%37 = slot value[0]
+%38 = slot value[1]
+%35, %36 = prologue:prologue-plain(%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10)
+%39 = block0:block0-rr(%36, %11, %12, %35, %37, %38)
+%40 = epilogue:epilogue-plain(%36, %21, %22, %39, %23, %24)
+return (40,)"""
+
+
+def test_a_program_prints_as_loads_calls_and_stores() -> None:
+    made = programs(plain_dit(1), "fora")
+    texts = [str(made.step(SCHEDULE, i)[1]) for i in range(2)]
+    assert texts == [STORE, REUSE]
+
+
+def check_registers(program: Program, inputs: int) -> None:
+    """Nothing is read before it is there or after it was freed; nothing is kept that nobody needs."""
+    held = set(range(inputs)) | {register for _, register in program.reads}
+    held |= {item.register for item in (*program.ints, *program.noise)}
+    for call in program.calls:
+        assert held.issuperset(call.inputs)
+        assert held.isdisjoint(call.outputs)
+        held |= set(call.outputs)
+        assert held.issuperset(call.frees)
+        held -= set(call.frees)
+    results = {register for register in program.results if not isinstance(register, Constant)}
+    kept = results | {register for _, register in (*program.writes, *program.chosen)}
+    assert held - set(range(inputs)) == kept - set(range(inputs))
+    assert max((r for call in program.calls for r in (*call.inputs, *call.outputs)), default=0) < program.registers
+
+
+@pytest.mark.parametrize("policy", ["none", "fora", "toca"])
+@pytest.mark.parametrize("layers", [1, 3])
+def test_registers_are_filled_before_they_are_read_and_freed_after_their_last_use(policy: str, layers: int) -> None:
+    made = programs(plain_dit(layers), policy)
+    for program in all_programs(made):
+        check_registers(program, inputs=len(made.structure.inputs))
+
+
+def test_a_register_is_freed_by_the_last_call_that_uses_it() -> None:
+    program = programs(plain_dit(2), "none").step(SCHEDULE, 0)[1]
+    first, second, last = program.calls[-3:]
+    stream = second.outputs[0]
+    assert stream in last.frees
+    assert first.outputs[0] in second.frees
+
+
+class Backwards(nn.Module):
+    """A block with the branch first in its sum, so that the layout of the sum follows the branch."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return (self.inner(x) - x) + x
+
+
+def channels() -> Sample:
+    return chain(Channels(), Mlp(), Channels(), Mlp())
+
+
+def attention() -> Sample:
+    return chain(Attention(), Mlp(), Attention(), Mlp())
+
+
+LAYOUTS: dict[str, Callable[..., Sample]] = {**MODELS, "channels": channels, "attention": attention}
+
+
+def checked(complaints: list[str]) -> Callable[[Segment, str], Callable[..., Any]]:
+    """A compiler that runs operator by operator and compares every argument and result with what was promised."""
+
+    def compile_segment(segment: Segment, _: str) -> Callable[..., Any]:
+        expected = [node.meta["val"] for node in segment.graph.nodes if node.op == "placeholder"]
+
+        def call(*arguments: Any) -> Any:
+            results = segment.graph_module(*arguments)
+            promised = [*expected, *(node.meta["val"] for node in segment.results)]
+            for ref, fake, real in zip(
+                [*segment.inputs, *segment.outputs], promised, [*arguments, *results], strict=True
+            ):
+                if isinstance(fake, torch.Tensor) and not same_layout(fake, real):
+                    complaints.append(f"{ref}: {fake.shape} {fake.stride()}, got {real.shape} {real.stride()}")
+            return results
+
+        return call
+
+    return compile_segment
+
+
+def same_layout(fake: torch.Tensor, real: torch.Tensor) -> bool:
+    """True if dtype, shape and strides agree; symbolic sizes and strides of axes with one element are not compared."""
+    if any(isinstance(size, torch.SymInt) for size in fake.shape):
+        return fake.dtype == real.dtype and fake.ndim == real.ndim
+    strides = [(a, b) for a, b, n in zip(fake.stride(), real.stride(), fake.shape, strict=True) if n != 1]
+    return fake.dtype == real.dtype and fake.shape == real.shape and all(a == b for a, b in strides)
+
+
+@pytest.mark.parametrize("model", LAYOUTS)
+def test_every_variant_gets_and_gives_values_of_the_layout_it_was_compiled_for(
+    model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    complaints: list[str] = []
+    monkeypatch.setattr("dicompile.lower.variants.compile_segment", checked(complaints))
+    refresh = Refresh(ratio=0.3, score=TokenScore(base="random"))
+    rules = (Rule(do=Reuse()),) if model == "channels" else (Rule(sites=("mlp",), do=refresh), Rule(do=Reuse()))
+    sample = LAYOUTS[model]()
+    if model in MODELS:
+        policy = Policy(name="refresh", cadence={"interval": 3}, rules=rules)
+        run(optimized(sample, policy, STEPS), sample.inputs, timesteps(STEPS))
+    else:
+        made = dicompile_steps(sample, Policy(name="refresh", cadence={"interval": 3}, rules=rules))
+        for _ in range(STEPS):
+            made(**sample.inputs)
+    assert complaints == []
+
+
+def dicompile_steps(sample: Sample, policy: Policy) -> Any:
+    import dicompile
+
+    return dicompile.optimize(sample.model, policy, schedule=STEPS, mode="eager")
+
+
+def test_calls_of_one_variant_share_its_function() -> None:
+    program = programs(plain_dit(4), "none").step(SCHEDULE, 0)[1]
+    blocks: list[Call] = [call for call in program.calls if call.name.startswith("block")]
+    assert blocks[1].function is blocks[2].function is blocks[3].function

@@ -1,0 +1,198 @@
+"""Small segments for pass tests: models of a few nodes, captured, with one block outlined."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+from dicompile.analysis import analyse
+from dicompile.config import DebugFolder, Settings
+from dicompile.passes import InputRef, LocalStep, OutputRef, Pass, PassReport, Segment, Value, outline, rewrite
+from tests.models import Sample, capture, redraw
+
+BATCH, TOKENS, WIDTH, HEADS, WORDS = 2, 16, 8, 2, 5
+FULL, REUSE = LocalStep(), LocalStep(weights=(0.0, 1.0))
+
+
+class Mlp(nn.Module):
+    """``x + gate * mlp(norm(x))``: the smallest residual site."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(WIDTH, 2 * WIDTH), nn.Linear(2 * WIDTH, WIDTH)
+        self.gate = nn.Parameter(torch.ones(WIDTH))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.gate * self.down(F.gelu(self.up(F.layer_norm(x, (WIDTH,)))))
+
+
+class Positioned(nn.Module):
+    """An MLP whose branch adds a position table of its own: one row per token, with or without a batch axis."""
+
+    def __init__(self, *leading: int) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(WIDTH, 2 * WIDTH), nn.Linear(2 * WIDTH, WIDTH)
+        self.table = nn.Parameter(torch.ones(*leading, TOKENS, WIDTH))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.down(F.gelu(self.up(x + self.table)))
+
+
+class Modulated(nn.Module):
+    """An MLP with shift, scale and gate from one linear layer, in the way of adaLN."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(WIDTH, 2 * WIDTH), nn.Linear(2 * WIDTH, WIDTH)
+        self.ada = nn.Linear(WIDTH, 3 * WIDTH)
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        shift, scale, gate = self.ada(c).chunk(3, dim=-1)
+        return x + gate * self.down(F.gelu(self.up(x * (1 + scale) + shift)))
+
+
+class Attention(nn.Module):
+    """``x + attention(x)``; keys and values come from `c` where it is given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.query, self.key, self.value, self.proj = (nn.Linear(WIDTH, WIDTH) for _ in range(4))
+
+    def split(self, x: Tensor) -> Tensor:
+        return x.view(x.shape[0], x.shape[1], HEADS, WIDTH // HEADS).transpose(1, 2)
+
+    def forward(self, x: Tensor, c: Tensor | None = None) -> Tensor:
+        source = x if c is None else c
+        query, key, value = self.split(self.query(x)), self.split(self.key(source)), self.split(self.value(source))
+        attended = F.scaled_dot_product_attention(query, key, value)
+        return x + self.proj(attended.transpose(1, 2).reshape(x.shape))
+
+
+class Channels(nn.Module):
+    """A branch whose output is not contiguous: a convolution over the tokens, with channels first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mix = nn.Conv1d(WIDTH, WIDTH, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.mix(x.transpose(1, 2)).transpose(1, 2)
+
+
+class Chain(nn.Module):
+    """Blocks one after the other on a latent that is a token sequence already, ``x: [b, n, d]``."""
+
+    def __init__(self, *blocks: nn.Module) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(blocks)
+
+    def forward(self, x: Tensor, c: Tensor | None = None) -> Tensor:
+        for block in self.blocks:
+            x = block(x) if c is None else block(x, c)
+        return x
+
+
+def chain(*blocks: nn.Module, c: Tensor | None = None) -> Sample:
+    """A chain of blocks with inputs for it."""
+    inputs = {"x": torch.randn(BATCH, TOKENS, WIDTH)} | ({} if c is None else {"c": c})
+    return Sample(redraw(Chain(*blocks)), inputs)
+
+
+@dataclass(frozen=True)
+class Cut:
+    """A block as a segment, and the values that enter it when the model runs on its inputs."""
+
+    segment: Segment
+    arguments: dict[InputRef, Any]
+
+    def output(self) -> Tensor:
+        """The value that leaves the unmodified block."""
+        return run_segment(self.segment, self.arguments)[Value(0)]
+
+    def core(self, position: int = 0) -> Tensor:
+        """Branch output of a site before its gate, everything computed."""
+        return self.peek(self.segment.sites[position].core)
+
+    def update(self, position: int = 0) -> Tensor:
+        """Branch output of a site after its gate, everything computed."""
+        return self.peek(self.segment.sites[position].update)
+
+    def peek(self, wanted: fx.Node) -> Tensor:
+        """Value of a node of the unmodified block."""
+        placeholders = (node for node in self.segment.graph.nodes if node.op == "placeholder")
+        values = {node: self.arguments[ref] for node, ref in zip(placeholders, self.segment.inputs, strict=True)}
+        for node in self.segment.graph.nodes:
+            if node.op == "call_function":
+                args, kwargs = fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
+                with torch.no_grad():
+                    values[node] = node.target(*args, **kwargs)
+        return values[wanted]
+
+
+def cut(sample: Sample, block: int = 0) -> Cut:
+    """Outline one block of a sample's model."""
+    captured = capture(sample)
+    structure = analyse(captured)
+    nodes = {node.name: node for node in captured.graph.nodes}
+    found = structure.blocks[block]
+    made = outline(captured, structure, [nodes[name] for name in found.nodes], structure.sites_of(found))
+    given = {**dict(sample.model.named_parameters()), **sample.inputs}
+    inputs = [node for node in captured.graph.nodes if node.op == "placeholder"]
+    values = {node: given[item.name] for node, item in zip(inputs, captured.inputs, strict=True)}
+    for node in captured.graph.nodes:
+        if node.op == "call_function":
+            args, kwargs = fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
+            with torch.no_grad():
+                values[node] = node.target(*args, **kwargs)
+    return Cut(made.segment, {Value(i): values[nodes[name]] for i, name in enumerate(made.inputs)})
+
+
+@functools.cache
+def mlp_block() -> Cut:
+    """An MLP on its own."""
+    return cut(chain(Mlp()))
+
+
+@functools.cache
+def modulated_block() -> Cut:
+    """An MLP with modulation."""
+    return cut(chain(Modulated(), c=torch.randn(BATCH, 1, WIDTH)))
+
+
+@functools.cache
+def self_attention_block() -> Cut:
+    """Self-attention on its own."""
+    return cut(chain(Attention()))
+
+
+@functools.cache
+def cross_attention_block() -> Cut:
+    """Cross-attention that follows another block: the first one's queries are the latent's own."""
+    return cut(chain(Attention(), Attention(), c=torch.randn(BATCH, WORDS, WIDTH)), 1)
+
+
+def rewritten(segment: Segment, steps: Sequence[LocalStep], *passes: Pass, live: Iterable[int] = (0,)) -> Segment:
+    """A copy of `segment`, rewritten by `passes` alone."""
+    return reported(segment, steps, *passes, live=live)[0]
+
+
+def reported(
+    segment: Segment, steps: Sequence[LocalStep], *passes: Pass, live: Iterable[int] = (0,)
+) -> tuple[Segment, list[PassReport]]:
+    """The same, with what the passes said."""
+    debug = DebugFolder(None)
+    result, runs = rewrite(segment, steps, frozenset(live), passes, settings=Settings(), debug=debug, name="test")
+    return result, [run.report for run in runs]
+
+
+def run_segment(segment: Segment, values: Mapping[InputRef, Any]) -> dict[OutputRef, Tensor]:
+    """Run a segment operator by operator; values that it does not ask for are ignored."""
+    with torch.no_grad():
+        results = segment.graph_module(*[values[ref] for ref in segment.inputs])
+    return dict(zip(segment.outputs, results, strict=True))

@@ -1,0 +1,124 @@
+"""score-tokens: attention delivers one number per token, and is not touched itself."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dicompile.passes import LocalStep, SlotRef, Value
+from dicompile.passes.score_tokens import ScoreTokens
+from dicompile.plan import Score, ScoreBase, SlotKind
+from tests.passes.segments import (
+    BATCH,
+    FULL,
+    HEADS,
+    TOKENS,
+    WIDTH,
+    Attention,
+    Cut,
+    chain,
+    cross_attention_block,
+    cut,
+    reported,
+    rewritten,
+    run_segment,
+    self_attention_block,
+)
+
+SCORE = SlotRef(0, SlotKind.SCORE)
+FLOAT32 = 1e-5
+"""Scores are computed in float32 and here in float64."""
+
+NORM = """\
+%18: f32[2,2,16,4] = aten.scaled_dot_product_attention.default(%11, %14, %17)  # blocks.0
+%19: f32[2,2,16,4] = aten.to.dtype(%17, torch.float32)  # blocks.0
+%20: f32[2,2,16] = aten.linalg_vector_norm.default(%19, 2, [-1])  # blocks.0
+%21: f32[2,2,16] = aten.rsub.Scalar(%20, 1)  # blocks.0
+%22: f32[2,16] = aten.sum.dim_IntList(%21, [1])  # blocks.0"""
+
+
+def produce(base: ScoreBase, *, shared: bool = False) -> LocalStep:
+    return LocalStep(produces=Score(base, share_guidance=shared), writes=(SlotKind.SCORE,))
+
+
+def operands(block: Cut) -> list[Tensor]:
+    """Query, key and value of the block's attention: [b, h, n, d] each."""
+    return [block.peek(operand).double() for operand in block.segment.sites[0].attention[0].args[:3]]
+
+
+def attention_map(query: Tensor, key: Tensor, scale: float = (WIDTH // HEADS) ** -0.5) -> Tensor:
+    return (query @ key.transpose(-2, -1) * scale).softmax(-1).mean(1)
+
+
+def test_the_score_leaves_the_segment_beside_attention() -> None:
+    segment, (report,) = reported(self_attention_block().segment, [produce(ScoreBase.VALUE_NORM)], ScoreTokens())
+    assert NORM in str(segment)
+    assert str(segment).endswith("return score[0] = %22")
+    assert report.changed == ("site 0: value-norm",)
+
+
+@pytest.mark.parametrize("base", [ScoreBase.ATTENTION, ScoreBase.VALUE_NORM, ScoreBase.ENTROPY])
+def test_the_output_does_not_change_by_a_bit(base: ScoreBase) -> None:
+    block = self_attention_block()
+    results = run_segment(rewritten(block.segment, [produce(base)], ScoreTokens()), block.arguments)
+    assert torch.equal(results[Value(0)], block.output())
+
+
+@pytest.mark.parametrize("base", [ScoreBase.ATTENTION, ScoreBase.VALUE_NORM])
+def test_self_attention_scores_every_token_by(base: ScoreBase) -> None:
+    block = self_attention_block()
+    query, key, value = operands(block)
+    expected = attention_map(query, key).sum(1) if base is ScoreBase.ATTENTION else (1 - value.norm(dim=-1)).sum(1)
+    result = run_segment(rewritten(block.segment, [produce(base)], ScoreTokens()), block.arguments)[SCORE]
+    assert result.shape == (BATCH, TOKENS)
+    torch.testing.assert_close(result.double(), expected, rtol=FLOAT32, atol=FLOAT32)
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_cross_attention_scores_every_token_by_the_entropy_of_its_row(shared: bool) -> None:
+    block = cross_attention_block()
+    segment = rewritten(block.segment, [produce(ScoreBase.ENTROPY, shared=shared)], ScoreTokens())
+    result = run_segment(segment, block.arguments)[SCORE]
+    query, key, _ = operands(block)
+    rows = attention_map(query, key) * (0.5 if shared else 1.0)
+    torch.testing.assert_close(result.double(), -(rows * (rows + 1e-7).log()).sum(-1), rtol=FLOAT32, atol=FLOAT32)
+
+
+class Masked(Attention):
+    """Attention that does not see the last four words, with a scale of its own."""
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        query, key, value = self.split(self.query(x)), self.split(self.key(c)), self.split(self.value(c))
+        mask = (torch.arange(c.shape[1]) < c.shape[1] - 4).view(1, 1, 1, -1)
+        attended = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=2.0)
+        return x + self.proj(attended.transpose(1, 2).reshape(x.shape))
+
+
+def test_masked_words_and_the_scale_of_attention_count_as_they_do_in_attention() -> None:
+    block = cut(chain(Masked(), c=torch.randn(BATCH, 7, WIDTH)))
+    segment = rewritten(block.segment, [produce(ScoreBase.ENTROPY)], ScoreTokens())
+    query, key, _ = operands(block)
+    rows = attention_map(query, key[..., :3, :], scale=2.0)
+    torch.testing.assert_close(
+        run_segment(segment, block.arguments)[SCORE].double(),
+        -(rows * (rows + 1e-7).log()).sum(-1),
+        rtol=FLOAT32,
+        atol=FLOAT32,
+    )
+
+
+def test_no_attention_map_leaves_the_segment() -> None:
+    for base in (ScoreBase.ATTENTION, ScoreBase.VALUE_NORM, ScoreBase.ENTROPY):
+        segment = rewritten(self_attention_block().segment, [produce(base)], ScoreTokens())
+        assert [tuple(node.meta["val"].shape) for node in segment.results] == [
+            (BATCH, TOKENS, WIDTH), (BATCH, TOKENS),
+        ]  # fmt: skip
+
+
+def test_attention_that_nobody_is_ranked_by_is_left_alone() -> None:
+    block = self_attention_block()
+    segment, (report,) = reported(block.segment, [FULL], ScoreTokens())
+    assert str(segment) == str(block.segment)
+    assert report.changed == ()

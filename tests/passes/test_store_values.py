@@ -1,0 +1,82 @@
+"""store-values: computed branch outputs and token stamps leave the segment, as they are, in one layout."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from dicompile.passes import LocalStep, SlotRef, Value
+from dicompile.passes.reuse_sites import ReuseSites
+from dicompile.passes.store_values import StoreValues
+from dicompile.plan import Score, ScoreBase, SlotKind, What
+from tests.passes.segments import REUSE, Channels, chain, cut, mlp_block, reported, rewritten, run_segment
+
+VALUE, STAMP = SlotRef(0, SlotKind.VALUE), SlotRef(0, SlotKind.STAMP)
+WITH_BOTH = """\
+%6: f32[2,16,8] = aten.layer_norm.default(value0, [8])  # blocks.0
+%7: f32[2,16,16] = aten.linear.default(%6, value1, value2)  # blocks.0.up
+%8: f32[2,16,16] = aten.gelu.default(%7)  # blocks.0
+%9: f32[2,16,8] = aten.linear.default(%8, value3, value4)  # blocks.0.down
+%10: f32[2,16,8] = aten.mul.Tensor(value5, %9)  # blocks.0
+%11: f32[2,16,8] = aten.add.Tensor(value0, %10)  # blocks.0
+%12: i32[2,16] = aten.zeros.default([2, 16], dtype=torch.int32, device=cpu, pin_memory=False)
+return value0 = %11
+return value[0] = %9
+return stamp[0] = %12"""
+
+
+def test_the_branch_output_before_its_gate_and_fresh_stamps_leave_the_segment() -> None:
+    block = mlp_block()
+    segment, (report,) = reported(block.segment, [LocalStep(writes=(VALUE.kind, STAMP.kind))], StoreValues())
+    assert "\n".join(str(segment).splitlines()[6:]) == WITH_BOTH
+    assert report.changed == ("site 0: value", "site 0: stamp")
+
+
+@pytest.mark.parametrize("what", What)
+def test_what_is_stored_is_the_fresh_tensor_and_the_output_does_not_change_by_a_bit(what: What) -> None:
+    block = mlp_block()
+    results = run_segment(
+        rewritten(block.segment, [LocalStep(what=what, writes=(VALUE.kind, STAMP.kind))], StoreValues()),
+        block.arguments,
+    )
+    assert torch.equal(results[Value(0)], block.output())
+    assert torch.equal(results[VALUE], block.core() if what is What.CORE else block.update())
+    assert not results[STAMP].any()
+
+
+def test_a_branch_output_with_another_layout_is_stored_contiguous() -> None:
+    block = cut(chain(Channels()))
+    assert not block.core().is_contiguous()
+    segment = rewritten(block.segment, [LocalStep(writes=(VALUE.kind,))], StoreValues())
+    results = run_segment(segment, block.arguments)
+    assert results[VALUE].is_contiguous()
+    assert torch.equal(results[VALUE], block.core())
+    assert torch.equal(results[Value(0)], block.output())
+    assert str(segment).count("aten.clone.default") == 1
+
+
+def test_a_contiguous_branch_output_is_not_copied() -> None:
+    segment = rewritten(mlp_block().segment, [LocalStep(writes=(VALUE.kind,))], StoreValues())
+    assert "clone" not in str(segment)
+
+
+def test_a_blend_stores_the_fresh_value_not_the_blend() -> None:
+    block = mlp_block()
+    step = LocalStep(weights=(0.25, 0.75), writes=(VALUE.kind,))
+    old = torch.randn_like(block.core())
+    segment = rewritten(block.segment, [step], ReuseSites(), StoreValues())
+    results = run_segment(segment, {**block.arguments, VALUE: old})
+    assert torch.equal(results[VALUE], block.core())
+    assert not torch.allclose(results[Value(0)], block.output())
+
+
+@pytest.mark.parametrize(
+    "step",
+    [REUSE, LocalStep(), LocalStep(refresh=Score(ScoreBase.RANDOM), writes=(VALUE.kind, STAMP.kind))],
+    ids=["reused", "computed but never read", "refreshed by tokens, which stores for itself"],
+)
+def test_nothing_is_stored_for_a_site_that_is(step: LocalStep) -> None:
+    block = mlp_block()
+    segment, (report,) = reported(block.segment, [step], StoreValues())
+    assert str(segment) == str(block.segment)
+    assert report.changed == ()

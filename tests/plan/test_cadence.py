@@ -1,0 +1,132 @@
+"""Which steps are full: the published patterns, and the decision rule written out block by block."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dicompile.plan import Cadence, Window
+from dicompile.policies import FORA, ToCa, ToCaPixArt
+
+
+def letters(cadence: Cadence, steps: int) -> str:
+    """One letter per step: F full, o only the first block, . neither."""
+    return "".join({(True, True): "F", (True, False): "o", (False, False): "."}[s] for s in cadence.full_steps(steps))
+
+
+def indices(cadence: Cadence, steps: int, letter: str = "F") -> list[int]:
+    return [cadence.index(step, steps) for step, kind in enumerate(letters(cadence, steps)) if kind == letter]
+
+
+def test_toca_on_dit_with_50_steps_repeats_the_reference_code() -> None:
+    cadence = ToCa(interval=3, decide="block").cadence
+    pattern = letters(cadence, 50)
+    assert (pattern.count("F"), pattern.count("."), pattern.count("o")) == (18, 30, 2)
+    assert indices(cadence, 50, "o") == [45, 32]
+    assert pattern.startswith("F...oF")
+    assert pattern[50 - 20 :] == ".F" * 10  # s <= 19 alternates
+
+
+def test_toca_on_dit_with_250_steps_repeats_the_reference_code() -> None:
+    pattern = letters(ToCa(interval=4, schedule="ddpm250", decide="block").cadence, 250)
+    assert (pattern.count("F"), pattern.count("."), pattern.count("o")) == (72, 176, 2)
+
+
+def test_toca_on_pixart_with_20_steps_repeats_the_reference_code() -> None:
+    cadence = ToCaPixArt(interval=3, decide="block").cadence
+    assert indices(cadence, 20) == [0, 6, 9, 12, 15, 18]
+    assert indices(cadence, 20, "o") == [4]
+
+
+def test_deciding_once_per_step_makes_the_half_full_steps_full() -> None:
+    for quirky, clean, steps in [
+        (ToCa(decide="block"), ToCa(), 50),
+        (ToCa(interval=4, schedule="ddpm250", decide="block"), ToCa(interval=4, schedule="ddpm250"), 250),
+        (ToCaPixArt(decide="block"), ToCaPixArt(), 20),
+    ]:
+        assert letters(clean.cadence, steps) == letters(quirky.cadence, steps).replace("o", "F")
+
+
+@pytest.mark.parametrize(
+    ("steps", "interval", "full"),
+    [
+        (10, 4, [9, 8, 4, 0]),
+        (11, 3, [10, 9, 6, 3, 0]),
+        (5, 1, [4, 3, 2, 1, 0]),
+        (4, 9, [3, 0]),
+        (1, 3, [0]),
+    ],
+)
+def test_fora_is_full_at_the_first_step_and_at_multiples_counted_down(steps: int, interval: int, full: list[int]) -> None:
+    assert indices(FORA(interval=interval).cadence, steps) == full
+
+
+def test_toca_without_refreshed_tokens_is_fora() -> None:
+    cadence = ToCa(interval=3, ratio=0.0).cadence
+    assert indices(cadence, 50) == [49, *range(48, -1, -3)]
+    assert letters(cadence, 50) == letters(FORA(interval=3).cadence, 50)
+    assert (letters(cadence, 50).count("F"), letters(cadence, 50).count(".")) == (18, 32)
+
+
+def test_warm_up_steps_are_full_and_counting_up_starts_at_zero() -> None:
+    assert letters(Cadence(interval=4, warmup=3, counting="up"), 10) == "FFF.F...F."
+
+
+def test_no_cadence_given_computes_always() -> None:
+    assert letters(Cadence(), 7) == "F" * 7
+
+
+def test_the_window_sets_its_own_interval_by_the_index_of_the_full_step() -> None:
+    """Counting down over 20 steps the window is s = 4 .. 7; outside it the interval is 5."""
+    cadence = Cadence(interval=5, dense=Window(start=0.2, end=0.4, interval=2))
+    assert indices(cadence, 20) == [19, 15, 10, 5, 4, 2, 0]
+
+
+def naive(cadence: Cadence, steps: int, blocks: int = 3) -> list[list[bool]]:
+    """The rule as the reference code runs it: every block decides, the first one rewrites the interval."""
+    stored, result = cadence.interval, []
+    for step in range(steps):
+        s = steps - 1 - step if cadence.counting == "down" else step
+        row: list[bool] = []
+        for block in range(blocks):
+            if cadence.decide == "step" and block:
+                row.append(row[0])
+                continue
+            full = step < cadence.warmup or s % stored == 0
+            row.append(full)
+            if full and block == 0:
+                f = 1 + cadence.stretch * (1 - 2 * s / steps)
+                stored = max(1, int(np.rint(np.float32(cadence.interval / f))))
+                w = cadence.dense
+                if w is not None and int(w.start * steps) <= s < int(w.end * steps):
+                    stored = w.interval
+        result.append(row)
+    return result
+
+
+windows = st.builds(
+    Window, start=st.floats(0, 1), end=st.floats(0, 1), interval=st.integers(1, 5)
+)
+cadences = st.builds(
+    Cadence,
+    interval=st.integers(1, 7),
+    counting=st.sampled_from(["up", "down"]),
+    warmup=st.integers(1, 4),
+    stretch=st.sampled_from([-0.2, 0.0, 0.4, 0.9]),
+    dense=st.none() | windows,
+    decide=st.sampled_from(["step", "block"]),
+)
+
+
+@given(cadences, st.integers(1, 40))
+def test_the_decision_is_the_one_of_the_reference_code(cadence: Cadence, steps: int) -> None:
+    expected = naive(cadence, steps)
+    assert [list(pair) for pair in cadence.full_steps(steps)] == [row[:2] for row in expected]
+    assert all(len(set(row[1:])) == 1 for row in expected)
+
+
+@given(cadences, st.integers(1, 40))
+def test_the_first_steps_are_always_full(cadence: Cadence, steps: int) -> None:
+    assert all(pair == (True, True) for pair in cadence.full_steps(steps)[: cadence.warmup])

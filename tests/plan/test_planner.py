@@ -1,0 +1,285 @@
+"""Liveness against brute force: the plan is simulated beside a run that remembers everything."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dicompile.analysis import ModelStructure, SiteKind
+from dicompile.plan import (
+    COMPUTE,
+    REUSE,
+    Action,
+    Plan,
+    Score,
+    ScoreBase,
+    Selection,
+    SiteStep,
+    Slot,
+    SlotKind,
+    StepPlan,
+    TimestepSchedule,
+    cold_step,
+    make_plan,
+    plan_actions,
+)
+from dicompile.policies import FORA, NoCache, ToCa, ToCaPixArt
+from tests.plan.toys import TOKENS, toy
+
+STRUCTURE = toy([("self-attention", "cross-attention", "mlp"), ("self-attention", "mlp")])
+VALUE, STAMP, SCORE = SlotKind.VALUE, SlotKind.STAMP, SlotKind.SCORE
+FORECASTS = (Action((0.0, 2.0, -1.0)), Action((0.0, 3.0, -3.0, 1.0)))
+BLEND = Action((0.5, 0.5))
+
+
+def refresh(base: ScoreBase = ScoreBase.ATTENTION, age_weight: float = 0.25, count: int = 4) -> Action:
+    return Action(tokens=Selection(Score(base, age_weight=age_weight), count))
+
+
+class Memory:
+    """Slots of a run; contents are numbered by the order in which they were made."""
+
+    def __init__(self, structure: ModelStructure) -> None:
+        self.structure = structure
+        self.slots: dict[Slot, int] = {}
+        self.made = 0
+
+    def store(self, slot: Slot, content: int, ages: int) -> None:
+        """Rebind a slot; of a value, the older ones first move up, as far as `ages`."""
+        for age in range(ages, 0, -1):
+            younger = replace(slot, age=age - 1)
+            if younger in self.slots:
+                self.slots[replace(slot, age=age)] = self.slots[younger]
+        self.slots[slot] = content
+
+    def produced(self, site: int, action: Action, own_score: bool) -> list[tuple[Slot, bool]]:
+        """Slots that an action gives a new content, and whether it starts a new age."""
+        shifts = action.computes and action.tokens is None
+        kinds = [VALUE] if action.computes else []
+        kinds += [STAMP] if action == COMPUTE or action.tokens else []
+        kinds += [SCORE] if action == COMPUTE or own_score else []
+        return [(Slot.of(self.structure.sites[site].id, kind), shifts and kind is VALUE) for kind in kinds]
+
+
+def needed(structure: ModelStructure, site: int, step: SiteStep) -> set[Slot]:
+    """What an action cannot do without."""
+    own, action = structure.sites[site].id, step.action
+    if action.tokens is None:
+        return {Slot.of(own, VALUE, age) for age, weight in enumerate(action.weights[1:]) if weight}
+    slots = {Slot.of(own, VALUE)}
+    if action.tokens.score.age_weight or Slot.of(own, STAMP) in step.writes:
+        slots.add(Slot.of(own, STAMP))
+    source = attention_of(structure, site, action.tokens.score.base)
+    return slots if source is None else slots | {Slot.of(structure.sites[source].id, SCORE)}
+
+
+def attention_of(structure: ModelStructure, site: int, base: ScoreBase) -> int | None:
+    if base is ScoreBase.RANDOM:
+        return None
+    kind = SiteKind.CROSS_ATTENTION if base is ScoreBase.ENTROPY else SiteKind.SELF_ATTENTION
+    block = structure.blocks[structure.sites[site].block]
+    return next((int(s.id) for s in structure.sites_of(block) if s.kind is kind), None)
+
+
+def simulate(structure: ModelStructure, plan: Plan, steps: Sequence[StepPlan], begin: int = 0) -> None:
+    """Run a plan; fails if a read does not find the latest content, or if anything is kept or stored for nobody."""
+    everything, kept = Memory(structure), Memory(structure)
+    wanted_score: dict[int, Score | None] = {}
+    written: dict[tuple[Slot, int], int] = {}
+    held: dict[int, dict[Slot, int]] = {}
+    read: dict[int, int] = {}
+    clocks = [0] * len(structure.sites)
+    for number, planned in enumerate(steps, begin):
+        for i, step in enumerate(planned.sites):
+            action = step.action
+            assert set(step.reads) == needed(structure, i, step), f"step {number}, site {i}"
+            for slot in step.reads:
+                assert slot in kept.slots, f"step {number}, site {i} reads {slot}, which is not there"
+                assert kept.slots[slot] == everything.slots[slot], f"step {number}, site {i} reads an old {slot}"
+                read[kept.slots[slot]] = number
+                if slot.kind is SCORE:
+                    assert action.tokens is not None
+                    delivered = wanted_score[int(slot.site)]
+                    assert delivered is not None and delivered.base is action.tokens.score.base
+            if begin == 0:
+                clocks[i] = 0 if action == COMPUTE else clocks[i]
+                assert step.clock == clocks[i], f"step {number}, site {i}"
+                clocks[i] += action != COMPUTE
+            own_score = action.tokens is not None and attention_of(structure, i, action.tokens.score.base) == i
+            produced = everything.produced(i, action, own_score)
+            assert set(step.writes) <= {slot for slot, _ in produced}
+            for slot, shifts in produced:
+                everything.made += 1
+                content = everything.made
+                everything.store(slot, content, 9 if shifts else 0)
+                if slot in step.writes:
+                    kept.store(slot, content, step.history if shifts else 0)
+                    written[slot, content] = number
+                    if slot.kind is SCORE and action == COMPUTE:
+                        assert step.score is not None
+                        wanted_score[int(slot.site)] = step.score
+        kept.slots = {slot: content for slot, content in kept.slots.items() if slot in planned.live}
+        assert set(kept.slots) == set(planned.live), f"step {number} keeps slots that nobody wrote"
+        held[number] = kept.slots
+    for (slot, content), number in written.items():
+        assert content in read, f"step {number} writes {slot}, which nobody reads"
+    for number, slots in held.items():
+        for slot, content in slots.items():
+            assert read.get(content, -1) > number, f"{slot} is kept after step {number} for nobody"
+
+
+def possible(structure: ModelStructure, site: int, stores: int, base: ScoreBase) -> list[Action]:
+    """Actions that make sense for a site that stored `stores` values so far."""
+    actions = [COMPUTE, REUSE, BLEND] + [f for f in FORECASTS if f.history <= stores]
+    kind = structure.sites[site].kind
+    if kind is not SiteKind.SELF_ATTENTION and (base is ScoreBase.RANDOM or attention_of(structure, site, base) is not None):
+        actions += [refresh(base), refresh(base, age_weight=0.0)]
+    return actions
+
+
+@st.composite
+def rows(draw: st.DrawFn, *, forecasts: bool = True) -> list[tuple[Action, ...]]:
+    base = draw(st.sampled_from(list(ScoreBase)))
+    sites = range(len(STRUCTURE.sites))
+    stores = [1] * len(sites)
+    result = [(COMPUTE,) * len(sites)]
+    for _ in range(draw(st.integers(0, 9))):
+        row = []
+        for i in sites:
+            choices = [a for a in possible(STRUCTURE, i, stores[i], base) if forecasts or a.history <= 1]
+            row.append(draw(st.sampled_from(choices)))
+            stores[i] += row[-1].computes and row[-1].tokens is None
+        result.append(tuple(row))
+    return result
+
+
+def planned(structure: ModelStructure, actions: Sequence[tuple[Action, ...]]) -> Plan:
+    return plan_actions(structure, actions, TimestepSchedule(len(actions)), "test")
+
+
+@settings(max_examples=200, deadline=None)
+@given(rows())
+def test_every_read_finds_the_latest_write_and_nothing_is_stored_or_kept_for_nobody(
+    actions: list[tuple[Action, ...]],
+) -> None:
+    plan = planned(STRUCTURE, actions)
+    simulate(STRUCTURE, plan, plan.steps)
+    assert plan.steps[-1].live == frozenset()
+    assert plan.cache_bytes == max(sum(plan.slot_bytes[slot] for slot in step.live) for step in plan.steps)
+
+
+@settings(max_examples=100, deadline=None)
+@given(rows(forecasts=False), st.data())
+def test_a_run_that_enters_at_any_step_finds_what_it_reads_after_one_cold_step(
+    actions: list[tuple[Action, ...]], data: st.DataObject
+) -> None:
+    plan = planned(STRUCTURE, actions)
+    begin = data.draw(st.integers(0, len(actions) - 1))
+    cold = cold_step(STRUCTURE, plan, begin)
+    assert all(site.action == COMPUTE and not site.reads for site in cold.sites)
+    assert (cold.kind, cold.flops) == ("cold", STRUCTURE.flops)
+    simulate(STRUCTURE, plan, [cold, *plan.steps[begin + 1 :]], begin or -1)
+
+
+@pytest.mark.parametrize(
+    ("policy", "steps"),
+    [
+        (FORA(interval=3), 12),
+        (ToCa(grid_cell=2), 50),
+        (ToCa(score="random", grid_cell=0, decide="block"), 50),
+        (ToCa(score="value-norm", age_weight=0.0), 20),
+        (NoCache(), 5),
+    ],
+)
+def test_published_policies_read_only_what_is_there(policy: object, steps: int) -> None:
+    plan = make_plan(STRUCTURE, policy, TimestepSchedule(steps))  # type: ignore[arg-type]
+    simulate(STRUCTURE, plan, plan.steps)
+
+
+def test_toca_for_pixart_reads_only_what_is_there() -> None:
+    structure = toy([("self-attention", "cross-attention", "mlp")] * 2)
+    for decide in ("step", "block"):
+        plan = make_plan(structure, ToCaPixArt(decide=decide), TimestepSchedule(20))  # type: ignore[arg-type]
+        simulate(structure, plan, plan.steps)
+
+
+def test_no_cache_remembers_nothing() -> None:
+    plan = make_plan(STRUCTURE, NoCache(), TimestepSchedule(4))
+    assert plan.slots == ()
+    assert all(site == SiteStep(COMPUTE) for step in plan.steps for site in step.sites)
+
+
+def test_a_full_step_before_another_one_stores_nothing() -> None:
+    plan = planned(toy([("mlp",)]), [(COMPUTE,), (COMPUTE,), (REUSE,), (REUSE,)])
+    value = Slot.of(STRUCTURE.sites[0].id, VALUE)
+    assert [step.sites[0].writes for step in plan.steps] == [(), (value,), (), ()]
+    assert [sorted(step.live) for step in plan.steps] == [[], [value], [value], []]
+
+
+def test_a_forecast_keeps_as_many_values_as_it_reads() -> None:
+    plan = planned(toy([("mlp",)]), [(COMPUTE,), (COMPUTE,), (COMPUTE,), (FORECASTS[0],), (COMPUTE,)])
+    assert [step.sites[0].history for step in plan.steps] == [0, 0, 1, 0, 0]
+    assert [[str(slot) for slot in sorted(step.live)] for step in plan.steps] == [
+        [],
+        ["value[0]"],
+        ["value[0]", "value[0]-1"],
+        [],
+        [],
+    ]
+
+
+def test_only_the_full_step_before_a_refresh_scores_its_attention() -> None:
+    structure = toy([("self-attention", "mlp")])
+    partial = (REUSE, refresh(ScoreBase.VALUE_NORM))
+    plan = planned(structure, [(COMPUTE, COMPUTE)] * 2 + [partial] * 2 + [(COMPUTE, COMPUTE)] * 2)
+    score = Score(ScoreBase.VALUE_NORM)
+    assert [step.sites[0].score for step in plan.steps] == [None, score, None, None, None, None]
+    assert [step.sites[1].source for step in plan.steps] == [None, None, 0, 0, None, None]
+
+
+def test_attention_that_runs_in_the_same_step_scores_for_it() -> None:
+    structure = toy([("self-attention", "mlp")])
+    plan = planned(structure, [(COMPUTE, COMPUTE), (COMPUTE, refresh())])
+    assert [step.sites[0].score for step in plan.steps] == [None, Score(ScoreBase.ATTENTION)]
+    assert Slot.of(structure.sites[0].id, SCORE) not in plan.steps[0].live
+
+
+def test_only_the_first_block_is_full_where_the_reference_code_decides_twice() -> None:
+    structure = toy([("self-attention", "mlp")] * 3)
+    plan = make_plan(structure, ToCa(decide="block"), TimestepSchedule(50))
+    step = plan.steps[4]  # s = 45
+    assert [site.action.symbol for site in step.sites] == ["F", "F", ".", ".", ".", "."]
+    assert step.kind == "mixed"
+
+
+@pytest.mark.parametrize("actions", [[], [(COMPUTE,)], [(COMPUTE, COMPUTE), (COMPUTE,)]])
+def test_a_table_of_the_wrong_size_is_refused(actions: list[tuple[Action, ...]]) -> None:
+    with pytest.raises(ValueError, match="2 rows of 2 actions are needed"):
+        plan_actions(toy([("self-attention", "mlp")]), actions, TimestepSchedule(2), "test")
+
+
+@pytest.mark.parametrize(
+    ("row", "kind"),
+    [
+        ((COMPUTE, COMPUTE), "full"),
+        ((REUSE, REUSE), "reuse"),
+        ((REUSE, refresh(count=TOKENS)), "partial"),
+        ((REUSE, COMPUTE), "mixed"),
+        ((FORECASTS[0], REUSE), "reuse"),
+    ],
+)
+def test_the_kind_of_a_step(row: tuple[Action, ...], kind: str) -> None:
+    plan = planned(toy([("self-attention", "mlp")]), [(COMPUTE, COMPUTE), (COMPUTE, COMPUTE), row])
+    assert [step.kind for step in plan.steps] == ["full", "full", kind]
+
+
+def test_steps_that_differ_in_token_counts_and_clocks_only_share_a_program() -> None:
+    structure = toy([("self-attention", "mlp")])
+    rows = [(COMPUTE, COMPUTE), (REUSE, refresh(count=4)), (REUSE, refresh(count=5)), (REUSE, refresh()), (REUSE, REUSE)]
+    signatures = [step.signature for step in planned(structure, rows).steps]
+    assert signatures[1] == signatures[2]
+    assert len(set(signatures)) == 4  # the last refresh writes no stamp, since nobody reads it

@@ -1,0 +1,370 @@
+"""`optimize`, `restore` and the questions an optimized model answers."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import dicompile
+from dicompile.errors import AlreadyOptimized, InvalidSchedule, InvalidSetting, NotOptimized, NotYetRun
+from dicompile.plan import Policy
+from tests import models
+from tests.models import MODELS, Sample, optimized, run, timesteps
+
+STEPS = 6
+INDUCTOR_TOLERANCE = 1e-5
+"""Float32 sums in another order, relative to the largest output; ten times what was measured (1e-6)."""
+
+POLICIES: dict[str, list[Policy]] = {
+    "dit": [dicompile.FORA(interval=2), dicompile.ToCa(interval=3, ratio=0.2)],
+    "pixart": [dicompile.FORA(interval=2), dicompile.ToCaPixArt(interval=3)],
+    "sd3": [dicompile.FORA(interval=2)],
+    "flux": [dicompile.FORA(interval=2)],
+    "plain_dit": [dicompile.FORA(interval=2), dicompile.ToCa(interval=3, ratio=0.2)],
+}
+CASES = [pytest.param((name, policy), id=f"{name}-{policy.name}") for name, own in POLICIES.items() for policy in own]
+
+
+class Cached(NamedTuple):
+    """A model with its rewritten graphs run operator by operator, and its first run."""
+
+    sample: Sample
+    policy: Policy
+    uncached: list[Tensor]
+    model: Any
+    outputs: list[Tensor]
+
+
+@pytest.fixture(scope="module", params=CASES)
+def cached(request: pytest.FixtureRequest) -> Cached:
+    torch.manual_seed(0)
+    name, policy = request.param
+    sample = MODELS[name](2)
+    uncached = run(sample.model, sample.inputs, timesteps(STEPS), seed=3)
+    model = optimized(sample, policy, STEPS)
+    return Cached(sample, policy, uncached, model, run(model, sample.inputs, timesteps(STEPS), seed=3))
+
+
+def error(got: list[Tensor], wanted: list[Tensor]) -> float:
+    """Largest difference over all steps, relative to the largest output."""
+    scale = max(float(w.abs().max()) for w in wanted)
+    return max(float((g - w).abs().max()) for g, w in zip(got, wanted, strict=True)) / scale
+
+
+def same(first: list[Tensor], second: list[Tensor]) -> bool:
+    """True if two runs are equal bit by bit."""
+    return all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def owned(module: nn.Module) -> dict[str, Any]:
+    """Everything reachable as an attribute of a module, its children and their classes, by identity."""
+    found: dict[str, Any] = {}
+    for path, child in module.named_modules():
+        for owner in (child, type(child)):
+            for name, value in vars(owner).items():
+                key = f"{path}.{'' if owner is child else 'class.'}{name}"
+                found[key] = dict(value) if isinstance(value, dict) else id(value)
+    return found
+
+
+# Numerics.
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_compiled_without_caching_equals_the_model(name: str) -> None:
+    sample = MODELS[name](2)
+    wanted = run(sample.model, sample.inputs, timesteps(2))
+    model = optimized(sample, "none", 2, mode="inductor")
+    assert error(run(model, sample.inputs, timesteps(2)), wanted) < INDUCTOR_TOLERANCE
+    assert len(model.frames) == 1
+
+
+def test_a_plan_that_computes_everything_equals_no_caching_bit_by_bit() -> None:
+    sample = models.plain_dit(2)
+    plain = run(optimized(sample, "none", STEPS, mode="inductor"), sample.inputs, timesteps(STEPS))
+    always = optimized(sample, dicompile.FORA(interval=1), STEPS, mode="inductor")
+    assert same(run(always, sample.inputs, timesteps(STEPS)), plain)
+    assert dicompile.report(always).kinds == {"full": STEPS}
+
+
+def test_caching_changes_the_steps_that_reuse_and_no_others(cached: Cached) -> None:
+    kinds = [step.kind for step in dicompile.plan_of(cached.model).steps]
+    assert "full" in kinds
+    assert set(kinds) - {"full"}
+    for step, kind in enumerate(kinds):
+        assert torch.equal(cached.outputs[step], cached.uncached[step]) == (kind == "full"), f"step {step} is {kind}"
+
+
+def test_a_run_follows_its_plan(cached: Cached) -> None:
+    kinds = [step.kind for step in dicompile.plan_of(cached.model).steps]
+    assert dicompile.report(cached.model).kinds == {kind: kinds.count(kind) for kind in set(kinds)}
+    assert dicompile.report(cached.model).cold_starts == []
+
+
+def test_two_runs_with_one_seed_are_equal_bit_by_bit(cached: Cached) -> None:
+    sample, model = cached.sample, cached.model
+    assert not same(run(model, sample.inputs, timesteps(STEPS), seed=4), cached.outputs)
+    assert same(run(model, sample.inputs, timesteps(STEPS), seed=3), cached.outputs)
+
+
+@pytest.mark.parametrize("cached", [case for case in CASES if "plain_dit" in case.id], indirect=True)
+def test_compiled_runs_are_equal_to_each_other_bit_by_bit_and_close_to_the_rewritten_graphs(cached: Cached) -> None:
+    sample = cached.sample
+    model = optimized(sample, cached.policy, STEPS, mode="inductor")
+    first = run(model, sample.inputs, timesteps(STEPS), seed=3)
+    run(model, sample.inputs, timesteps(STEPS), seed=4)
+    assert same(run(model, sample.inputs, timesteps(STEPS), seed=3), first)
+    assert error(first, cached.outputs) < INDUCTOR_TOLERANCE
+
+
+# Compilation.
+
+
+def test_another_timestep_does_not_recompile() -> None:
+    torch._dynamo.utils.counters.clear()
+    sample = models.plain_dit(2)
+    model = optimized(sample, dicompile.FORA(interval=2), STEPS)
+    run(model, sample.inputs, timesteps(STEPS))
+    run(model, sample.inputs, timesteps(STEPS), seed=1)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    assert len(model.frames) == 1
+
+
+def test_the_number_of_compilations_does_not_grow_with_depth_or_steps() -> None:
+    counts = []
+    for layers, steps in ((3, 6), (6, 12)):
+        sample = models.plain_dit(layers)
+        model = optimized(sample, dicompile.FORA(interval=2), steps)
+        run(model, sample.inputs, timesteps(steps))
+        counts.append(len(model.frames[0].programs.variants.variants))
+    assert counts[0] == counts[1]
+
+
+@torch._dynamo.config.patch(recompile_limit=2)
+def test_every_model_of_a_class_is_optimized_however_many_there_are() -> None:
+    """Dynamo keeps compiled code by class and runs a model uncompiled when that fills up."""
+    for _ in range(3):
+        sample = models.plain_dit(1)
+        model = optimized(sample, dicompile.FORA(interval=2), 2)
+        run(model, sample.inputs, timesteps(2))
+        assert len(model.frames) == 1
+
+
+@torch._dynamo.config.patch(recompile_limit=2)
+def test_every_batch_size_is_optimized_however_many_there_are() -> None:
+    sample = models.plain_dit(1)
+    model = optimized(sample, dicompile.FORA(interval=2), 2)
+    for batch in (1, 2, 3, 4):
+        run(model, {name: value[:batch] for name, value in sample.inputs.items()}, timesteps(2))
+    assert len(model.frames) == 4
+
+
+def test_another_dtype_recompiles_and_still_works() -> None:
+    sample = models.dit(2)
+    model = optimized(sample, dicompile.FORA(interval=2), STEPS)
+    run(model, sample.inputs, timesteps(STEPS))
+    model.to(torch.bfloat16)
+    assert sample.model.dtype is model.dtype is torch.bfloat16
+    inputs = sample.inputs | {"hidden_states": sample.inputs["hidden_states"].bfloat16(), "timestep": torch.full((4,), 999)}
+    with torch.no_grad():
+        wanted = sample.model(**inputs)[0]
+    got = model(**inputs)[0]
+    assert got.dtype is torch.bfloat16
+    assert torch.equal(got, wanted)
+    assert len(model.frames) == 2
+    assert dicompile.structure_of(model).sites[0].itemsize == 2
+
+
+def test_half_of_the_wrapper_is_half_of_the_module() -> None:
+    sample = models.plain_dit(1)
+    model = optimized(sample, "none", 2)
+    model.half()
+    assert {p.dtype for p in sample.model.parameters()} == {torch.float16}
+
+
+@pytest.mark.parametrize("mode", ["eager", "inductor"])
+def test_a_weight_edited_in_place_is_used_by_the_next_run(mode: str) -> None:
+    sample = models.plain_dit(2)
+    model = optimized(sample, dicompile.FORA(interval=2), 3, mode=mode)
+    before = run(model, sample.inputs, timesteps(3))
+    with torch.no_grad():
+        sample.model.blocks[1].mlp[2].weight.mul_(2)
+        sample.model.head.bias.add_(1)
+    after = run(model, sample.inputs, timesteps(3))
+    assert not torch.equal(before[0], after[0])
+    wanted = run(copy.deepcopy(sample.model), sample.inputs, timesteps(3))
+    assert error(after[:1], wanted[:1]) < INDUCTOR_TOLERANCE
+    assert len(model.frames) == 1
+
+
+def test_loaded_weights_are_used_by_the_next_run() -> None:
+    sample = models.plain_dit(2)
+    model = optimized(sample, dicompile.FORA(interval=2), 2)
+    run(model, sample.inputs, timesteps(2))
+    other = models.redraw(copy.deepcopy(sample.model), seed=5)
+    sample.model.load_state_dict(other.state_dict())
+    got = run(model, sample.inputs, timesteps(2))
+    assert torch.equal(got[0], run(other, sample.inputs, timesteps(2))[0])
+
+
+def test_no_gradients_are_recorded() -> None:
+    sample = models.plain_dit(1)
+    assert sample.model(**sample.inputs).requires_grad
+    assert not dicompile.optimize(sample.model, mode="eager")(**sample.inputs).requires_grad
+
+
+# The wrapper and the module in it.
+
+
+def test_the_module_stays_reachable_through_the_wrapper() -> None:
+    sample = models.dit(1)
+    model = optimized(sample, "none", 1)
+    assert model.config is sample.model.config
+    assert model.dtype is sample.model.dtype is torch.float32
+    assert model.transformer_blocks is sample.model.transformer_blocks
+    assert model.original is sample.model
+    assert all(a is b for a, b in zip(model.parameters(), sample.model.parameters(), strict=True))
+    weights = {name.removeprefix("_orig_mod."): tensor for name, tensor in model.state_dict().items()}
+    assert weights.keys() == sample.model.state_dict().keys()
+    assert all(weights[name].data_ptr() == tensor.data_ptr() for name, tensor in sample.model.state_dict().items())
+
+
+def test_attributes_set_on_the_wrapper_land_on_the_module() -> None:
+    sample = models.dit(1)
+    model = optimized(sample, "none", 1)
+    model.note = "mine"
+    assert sample.model.note == "mine"
+    model.train()
+    assert sample.model.training
+
+
+def test_nothing_is_patched_on_the_module() -> None:
+    sample = models.dit(2)
+    before = owned(sample.model)
+    model = optimized(sample, dicompile.FORA(interval=2), 3)
+    run(model, sample.inputs, timesteps(3))
+    assert owned(sample.model) == before
+    assert all(
+        not hooks
+        for child in sample.model.modules()
+        for hooks in (child._forward_hooks, child._forward_pre_hooks, child._backward_hooks)
+    )
+    assert all("forward" not in vars(child) for child in sample.model.modules())
+
+
+def test_restore_gives_the_module_back_as_it_was() -> None:
+    sample = models.dit(2)
+    before = run(sample.model, sample.inputs, timesteps(3))
+    model = optimized(sample, dicompile.FORA(interval=2), 3)
+    assert not same(run(model, sample.inputs, timesteps(3)), before)
+    assert dicompile.restore(model) is sample.model
+    assert same(run(sample.model, sample.inputs, timesteps(3)), before)
+
+
+def test_a_restored_module_can_be_optimized_again() -> None:
+    sample = models.plain_dit(1)
+    model = optimized(Sample(dicompile.restore(optimized(sample, "none", 2)), {}), dicompile.FORA(interval=2), 2)
+    run(model, sample.inputs, timesteps(2))
+    assert dicompile.plan_of(model).policy == "fora-2"
+
+
+def test_optimizing_twice_is_refused() -> None:
+    model = optimized(models.plain_dit(1), "none", 1)
+    with pytest.raises(AlreadyOptimized, match="PlainDiT is optimized already"):
+        dicompile.optimize(model, "none")
+
+
+def test_restoring_what_was_not_optimized_is_refused() -> None:
+    with pytest.raises(NotOptimized, match="this PlainDiT was not optimized"):
+        dicompile.restore(models.plain_dit(1).model)
+
+
+# Arguments.
+
+
+def test_a_caching_policy_needs_a_schedule() -> None:
+    with pytest.raises(InvalidSchedule, match="policy 'fora-3' needs a schedule"):
+        dicompile.optimize(models.plain_dit(1).model, "fora")
+
+
+def test_no_caching_needs_no_schedule() -> None:
+    sample = models.plain_dit(1)
+    model = dicompile.optimize(sample.model, mode="eager")
+    assert same(run(model, sample.inputs, timesteps(3)), run(sample.model, sample.inputs, timesteps(3)))
+
+
+def test_an_unknown_mode_is_refused_with_the_known_ones() -> None:
+    with pytest.raises(InvalidSetting, match="inductor, eager"):
+        dicompile.optimize(models.plain_dit(1).model, "none", mode="fast")
+
+
+@pytest.mark.parametrize("schedule", [4, timesteps(4), torch.tensor(timesteps(4)), dicompile.TimestepSchedule(4)])
+def test_a_schedule_may_be_a_number_a_list_a_tensor_or_a_schedule(schedule: Any) -> None:
+    sample = models.plain_dit(1)
+    model = dicompile.optimize(sample.model, dicompile.FORA(interval=2), schedule=schedule, mode="eager")
+    run(model, sample.inputs, timesteps(4))
+    assert dicompile.report(model).kinds == {"full": 3, "reuse": 1}
+
+
+@pytest.mark.parametrize(
+    "policy", ["fora", dicompile.FORA(), dicompile.FORA().to_dict()], ids=["name", "policy", "plain data"]
+)
+def test_a_policy_may_be_a_name_a_policy_or_plain_data(policy: Any) -> None:
+    sample = models.plain_dit(1)
+    model = optimized(sample, policy, 4)
+    run(model, sample.inputs, timesteps(4))
+    assert dicompile.plan_of(model).policy == "fora-3"
+
+
+# Questions.
+
+
+@pytest.mark.parametrize("ask", [dicompile.plan_of, dicompile.structure_of, dicompile.report])
+def test_questions_before_the_first_call_are_refused(ask: Any) -> None:
+    with pytest.raises(NotYetRun, match="PlainDiT has not run yet"):
+        ask(optimized(models.plain_dit(1), "none", 1))
+
+
+@pytest.mark.parametrize("ask", [dicompile.plan_of, dicompile.structure_of, dicompile.report])
+def test_questions_about_an_untouched_module_are_refused(ask: Any) -> None:
+    with pytest.raises(NotOptimized, match="this PlainDiT was not optimized"):
+        ask(models.plain_dit(1).model)
+
+
+def test_structure_plan_and_report_print_themselves() -> None:
+    sample = models.plain_dit(2)
+    model = optimized(sample, dicompile.FORA(interval=2), 4)
+    run(model, sample.inputs, timesteps(4))
+    structure = str(dicompile.structure_of(model)).splitlines()
+    assert structure[0] == "inputs   x: latent, t: timestep, y: conditioning"
+    assert sum("self-attention" in line for line in structure) == sum(" mlp " in line for line in structure) == 2
+    plan = str(dicompile.plan_of(model)).splitlines()
+    assert plan[0].startswith("fora-2: 4 steps (3 full, 1 reuse), ")
+    assert [line.split()[-2:] for line in plan[2:]] == [["FF", "FF"], ["FF", "FF"], ["..", ".."], ["FF", "FF"]]
+    assert str(dicompile.report(model)) == "4 calls: 3 full, 1 reuse"
+
+
+def test_the_plan_does_not_depend_on_the_mode() -> None:
+    sample = models.plain_dit(2)
+    texts = []
+    for mode in ("inductor", "eager"):
+        model = optimized(sample, dicompile.ToCa(interval=3, ratio=0.2), 9, mode=mode)
+        run(model, sample.inputs, timesteps(9)[:1])
+        texts.append(str(dicompile.plan_of(model)))
+    assert texts[0] == texts[1]
+    assert "t" in texts[0].split("\n", 2)[2]
+
+
+def test_questions_are_about_the_shapes_that_ran_last() -> None:
+    sample = models.plain_dit(1)
+    halves = {name: value[:2] for name, value in sample.inputs.items()}
+    model = optimized(sample, dicompile.FORA(interval=2), 4)
+    for inputs, steps in ((sample.inputs, 4), (halves, 3), (sample.inputs, 2), (halves, 1)):
+        run(model, inputs, timesteps(4)[:steps])
+        assert dicompile.structure_of(model).sites[0].shape[0] == len(inputs["x"])
+        assert dicompile.report(model).kinds.total() == steps
+    assert len(model.frames) == 2

@@ -1,0 +1,158 @@
+"""``torch.compile(model, backend="dicache")``."""
+
+from __future__ import annotations
+
+import logging
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import dicompile
+from dicompile.plan import Policy
+from tests import models
+from tests.models import MODELS, run, timesteps
+
+STEPS = 6
+CASES = [
+    ("plain_dit", dicompile.FORA(interval=2)),
+    ("plain_dit", dicompile.ToCa(interval=3, ratio=0.2)),
+    ("dit", dicompile.FORA(interval=2)),
+    ("dit", dicompile.ToCa(interval=3, ratio=0.2)),
+]
+
+
+@pytest.fixture(autouse=True)
+def fresh_dynamo() -> None:
+    """Every test compiles anew, with static shapes first."""
+    torch._dynamo.reset()
+
+
+def compiled(model: nn.Module, fullgraph: bool = True, **options: Any) -> Any:
+    return torch.compile(model, backend="dicache", fullgraph=fullgraph, options=options)
+
+
+def same(first: list[torch.Tensor], second: list[torch.Tensor]) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize(("name", "policy"), CASES, ids=[f"{name}-{policy.name}" for name, policy in CASES])
+def test_it_does_what_optimize_does(name: str, policy: Policy) -> None:
+    sample = MODELS[name](2)
+    wanted = run(dicompile.optimize(sample.model, policy, schedule=STEPS, mode="eager"), sample.inputs, timesteps(STEPS))
+    model = compiled(sample.model, policy=policy, steps=STEPS, mode="eager")
+    got = run(model, sample.inputs, timesteps(STEPS))
+    assert same(got, wanted)
+    assert not same(got, run(sample.model, sample.inputs, timesteps(STEPS)))
+    assert same(run(model, sample.inputs, timesteps(STEPS)), got)
+
+
+def test_it_does_what_optimize_does_compiled() -> None:
+    sample = models.plain_dit(2)
+    policy = dicompile.FORA(interval=2)
+    wanted = run(dicompile.optimize(sample.model, policy, schedule=4), sample.inputs, timesteps(4))
+    assert same(run(compiled(sample.model, policy=policy, steps=4), sample.inputs, timesteps(4)), wanted)
+
+
+def test_a_schedule_of_timesteps_does_what_a_number_of_steps_does() -> None:
+    sample = models.plain_dit(1)
+    by_number = compiled(sample.model, policy="fora", steps=4, mode="eager")
+    wanted = run(by_number, sample.inputs, timesteps(4))
+    torch._dynamo.reset()
+    by_timesteps = compiled(sample.model, policy="fora", schedule=timesteps(4), mode="eager")
+    assert same(run(by_timesteps, sample.inputs, timesteps(4)), wanted)
+
+
+def test_without_options_it_compiles_and_caches_nothing() -> None:
+    sample = models.plain_dit(1)
+    wanted = run(sample.model, sample.inputs, timesteps(2))
+    got = run(torch.compile(sample.model, backend="dicache"), sample.inputs, timesteps(2))
+    assert all(torch.allclose(a, b, rtol=0, atol=1e-5) for a, b in zip(got, wanted, strict=True))
+    assert "dicache" in torch._dynamo.list_backends()
+
+
+WITHOUT_IMPORT = """
+import sys
+import torch
+from torch import nn
+
+class Residual(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.mlp = nn.Sequential(nn.LayerNorm(16), nn.Linear(16, 32), nn.GELU(), nn.Linear(32, 16))
+
+    def forward(self, x):
+        return x + self.mlp(x)
+
+torch.manual_seed(0)
+model = nn.Sequential(nn.Linear(16, 16), Residual(), Residual(), nn.Linear(16, 16)).eval()
+compiled = torch.compile(model, backend="dicache", options={"policy": "fora", "steps": 3, "mode": "eager"})
+assert not any(name.startswith("dicompile") for name in sys.modules)
+with torch.no_grad():
+    latents = [torch.randn(2, 8, 16) for _ in range(3)]
+    print([torch.equal(compiled(x), model(x)) for x in latents])
+"""
+
+
+def test_torch_compile_finds_it_without_importing_dicompile() -> None:
+    done = subprocess.run([sys.executable, "-c", WITHOUT_IMPORT], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split("\n")[-2] == "[True, False, True]"
+
+
+def test_an_unknown_option_is_named_with_the_known_ones() -> None:
+    sample = models.plain_dit(1)
+    with pytest.raises(torch._dynamo.exc.BackendCompilerFailed) as caught:
+        run(compiled(sample.model, polcy="fora"), sample.inputs, [999])
+    assert (
+        "InvalidSetting: backend 'dicache' has no option 'polcy'\n"
+        "  where: torch.compile\n"
+        "  fix:   its options are: policy, steps, schedule, mode"
+    ) in str(caught.value)
+
+
+def test_a_caching_policy_needs_a_number_of_steps() -> None:
+    sample = models.plain_dit(1)
+    with pytest.raises(torch._dynamo.exc.BackendCompilerFailed) as caught:
+        run(compiled(sample.model, policy="fora"), sample.inputs, [999])
+    assert (
+        "InvalidSetting: policy 'fora-3' needs to know the number of steps\n"
+        "  where: torch.compile(backend='dicache')\n"
+        "  why:   a plan says for every step what is computed\n"
+        "  fix:   options={'policy': ..., 'steps': 50}"
+    ) in str(caught.value)
+
+
+def test_a_model_without_residual_branches_compiles_and_one_line_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    model = nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 8)).eval()
+    latent = torch.randn(2, 8)
+    with caplog.at_level(logging.INFO, logger="dicompile"), torch.no_grad():
+        got = compiled(model, policy="fora", steps=3, mode="eager")
+        assert all(torch.equal(got(latent * i), model(latent * i)) for i in range(3))
+    lines = [record.getMessage() for record in caplog.records if record.name.startswith("dicompile")]
+    assert lines == ["no cacheable branch in this graph: compiled without caching"]
+
+
+@pytest.mark.parametrize("dynamic", [None, True, False])
+@pytest.mark.parametrize("name", ["plain_dit", "dit"])
+def test_every_batch_size_gets_what_it_gets_alone(name: str, dynamic: bool | None) -> None:
+    sample = MODELS[name](2)
+    model = torch.compile(
+        sample.model,
+        backend="dicache",
+        dynamic=dynamic,
+        fullgraph=True,
+        options={"policy": dicompile.FORA(interval=2), "steps": 4, "mode": "eager"},
+    )
+
+    def batch(size: int) -> dict[str, Any]:
+        return {k: v[:size] if isinstance(v, torch.Tensor) else v for k, v in sample.inputs.items()}
+
+    got = [run(model, batch(size), timesteps(4)) for size in (2, 4, 2)]
+    assert same(got[0], got[2])
+    for size, outputs in ((2, got[0]), (4, got[1])):
+        alone = dicompile.optimize(sample.model, dicompile.FORA(interval=2), schedule=4, mode="eager")
+        assert same(outputs, run(alone, batch(size), timesteps(4)))
