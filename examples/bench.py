@@ -1,8 +1,9 @@
 """How much of the saved work arrives as saved time.
 
 For a DiT (12 blocks, width 384, 2 x 256 tokens) and a PixArt of like size: eager, torch.compile, and dicompile with the
-policies none, FORA 3 and ToCa 3, all in one run and interleaved, because shared machines drift. Prints the time of every kind
-of step, the speedup over torch.compile, the FLOP speedup, and their ratio ("arrival"); then compile times, cold and warm::
+policies none, FORA 3 and ToCa 3, all in one run and interleaved, because shared machines drift. Prints the time of
+every kind of step, the speedup over torch.compile, the FLOP speedup, and their ratio ("arrival"); then compile times,
+cold and warm::
 
     python examples/bench.py
     python examples/bench.py --device cuda --dtype bfloat16
@@ -100,8 +101,10 @@ def contestants(name: str, blocks: int, steps: list[int], device: str, dtype: to
     inputs = {k: v.to(dtype) if isinstance(v, torch.Tensor) and v.is_floating_point() else v for k, v in inputs.items()}
     full = ["full"] * len(steps)
     found = [Contestant("eager", model, full), Contestant("torch.compile", torch.compile(model, dynamic=False), full)]
-    for policy in (dicompile.NoCache(), dicompile.FORA(3), toca):
-        found.append(Contestant(f"dicompile {policy.name}", dicompile.optimize(model, policy, schedule=steps), full))
+    found += [
+        Contestant(f"dicompile {policy.name}", dicompile.optimize(model, policy, schedule=steps), full)
+        for policy in (dicompile.NoCache(), dicompile.FORA(3), toca)
+    ]
     for contestant in found:
         run(contestant, inputs, steps, device, dtype, record=False)
         if contestant.name.startswith("dicompile"):
@@ -169,7 +172,8 @@ def compile_times(name: str, policy: str, blocks: int) -> tuple[float, float]:
         environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": cache}
         command = [sys.executable, __file__, "--compile-only", name, policy, "--blocks", str(blocks)]
         outputs = [
-            subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout for _ in range(2)
+            subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+            for _ in range(2)
         ]
     cold, warm = (json.loads(output.splitlines()[-1]) for output in outputs)
     return cold, warm
@@ -210,7 +214,8 @@ def main() -> None:
     if arguments.quick:
         arguments.blocks, arguments.steps, arguments.rounds, arguments.no_compile_times = 2, 6, 1, True
     console = Console()
-    console.print(f"torch {torch.__version__}, {arguments.device}, {arguments.dtype}, {torch.get_num_threads()} threads")
+    threads = torch.get_num_threads()
+    console.print(f"torch {torch.__version__}, {arguments.device}, {arguments.dtype}, {threads} threads")
     steps = [round(999 - i * 999 / arguments.steps) for i in range(arguments.steps)]
     for name in arguments.model or MODELS:
         dtype = getattr(torch, arguments.dtype)

@@ -165,7 +165,10 @@ def _live_site(site: SiteStep, number: int, live: set[Slot]) -> tuple[SiteStep, 
     if shifts:
         live = (live - own) | {replace(slot, age=slot.age - 1) for slot in own if slot.age > 0}
     score = site.score if any(slot.kind is SlotKind.SCORE for slot in writes) else None
-    return replace(site, writes=writes, history=history, score=score), live | set(site.reads)
+    # Stamping the chosen tokens starts from the stamps of the others, even where the score does not count ages.
+    stamps = [slot for slot in writes if slot.kind is SlotKind.STAMP and site.action.tokens and slot not in site.reads]
+    reads = (*site.reads, *stamps)
+    return replace(site, reads=reads, writes=writes, history=history, score=score), live | set(reads)
 
 
 def _kind(sites: Sequence[SiteStep]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -211,16 +212,19 @@ class Policy(_Data):
         """Raise if the policy asks for something that the model cannot do.
 
         Raises:
-            PolicyDoesNotFit: a site to be refreshed mixes tokens, has no attention to be scored by, or the token grid
-                or batch does not allow the score.
+            PolicyDoesNotFit: a site to be refreshed mixes tokens, has no attention to be scored by, or shares it with
+                a site that wants another score, or the token grid or batch does not allow the score.
         """
+        refreshed = []
         for site in structure.sites:
             rule = next((rule for rule in self.rules if rule.applies_to(site)), None)
             if rule is not None and isinstance(rule.do, Refresh):
                 self._check_refresh(structure, site, rule.do.score)
+                refreshed.append((site, rule.do.score))
+        self._check_one_score(structure, refreshed)
 
     def _check_refresh(self, structure: ModelStructure, site: Site, score: TokenScore) -> None:
-        where = f"site {site.id}, {site.name} ({site.kind.value})"
+        where = _where(site)
         if site.tokens.wise is not TokenWise.YES:
             raise PolicyDoesNotFit(
                 f"policy {self.name!r} refreshes single tokens, which this branch does not allow",
@@ -238,7 +242,7 @@ class Policy(_Data):
                 fix="choose another score, for example score='random'",
             )
         if score.grid_cell:
-            self._check_grid(structure.grid, score, where)
+            self._check_grid(structure.grid, site, score, where)
         if score.share_guidance and site.shape[0] % 2:
             raise PolicyDoesNotFit(
                 f"policy {self.name!r} shares tokens between guidance halves, but the batch is {site.shape[0]}",
@@ -247,14 +251,38 @@ class Policy(_Data):
                 fix="set share_guidance=False",
             )
 
-    def _check_grid(self, grid: tuple[int, int] | None, score: TokenScore, where: str) -> None:
-        if grid is None or any(edge % score.grid_cell for edge in grid):
-            raise PolicyDoesNotFit(
-                f"policy {self.name!r} gives a bonus per {score.grid_cell}x{score.grid_cell} cell of tokens",
-                where=where,
-                why="the token grid is unknown" if grid is None else f"the token grid is {grid[0]}x{grid[1]}",
-                fix="set grid_cell=0 to switch the bonus off",
-            )
+    def _check_grid(self, grid: tuple[int, int] | None, site: Site, score: TokenScore, where: str) -> None:
+        if grid is None:
+            why = "the token grid is unknown"
+        elif grid[0] * grid[1] != site.tokens.count:
+            why = f"the branch has {site.tokens.count} tokens, the token grid is {grid[0]}x{grid[1]}"
+        elif any(edge % score.grid_cell for edge in grid):
+            why = f"the token grid is {grid[0]}x{grid[1]}"
+        else:
+            return
+        raise PolicyDoesNotFit(
+            f"policy {self.name!r} gives a bonus per {score.grid_cell}x{score.grid_cell} cell of tokens",
+            where=where,
+            why=why,
+            fix="set grid_cell=0 to switch the bonus off",
+        )
+
+    def _check_one_score(self, structure: ModelStructure, refreshed: Sequence[tuple[Site, TokenScore]]) -> None:
+        asked: dict[int, tuple[Site, TokenScore]] = {}
+        for site, score in refreshed:
+            source = score_source(structure, site, ScoreBase(score.base))
+            if source is None:
+                continue
+            first, other = asked.setdefault(int(source.id), (site, score))
+            shares_differ = score.base == "entropy" and score.share_guidance != other.share_guidance
+            if score.base != other.base or shares_differ:
+                raise PolicyDoesNotFit(
+                    f"policy {self.name!r} asks two different scores of one attention",
+                    where=_where(site),
+                    why=f"site {source.id} keeps one score per token: {other.base} for site {first.id}, "
+                    f"{score.base} for this one",
+                    fix="rank both kinds of site by the same base, with the same share_guidance",
+                )
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data: what JSON and YAML hold."""
@@ -280,6 +308,8 @@ class Policy(_Data):
             return cls.model_validate(data)
         except ValidationError as error:
             raise invalid_policy(source, error) from None
+        except TypeError as error:  # pydantic calls our constructors with keywords
+            raise InvalidPolicy("an option's name is not text", where=source, why=str(error)) from None
 
     @classmethod
     def from_yaml(cls, text: str, source: str = "YAML") -> Policy:
@@ -304,6 +334,10 @@ def score_source(structure: ModelStructure, site: Site, base: ScoreBase) -> Site
         return None
     block = structure.blocks[site.block]
     return next((s for s in structure.sites_of(block) if s.kind is kind and s.stream == site.stream), None)
+
+
+def _where(site: Site) -> str:
+    return f"site {site.id}, {site.name} ({site.kind.value})"
 
 
 def invalid_policy(source: str, error: ValidationError) -> InvalidPolicy:

@@ -53,16 +53,15 @@ class TimestepSchedule:
                 why="set_timesteps was not called",
                 fix="call scheduler.set_timesteps(steps) before the first call of the model",
             )
-        if hasattr(timesteps, "tolist"):
-            timesteps = timesteps.tolist()
-        if not isinstance(timesteps, Sequence) or isinstance(timesteps, str):
+        values = _numbers(timesteps)
+        if values is None:
             raise InvalidSchedule(
                 f"cannot read a schedule from {type(source).__name__}",
                 where="TimestepSchedule.of",
                 fix="give a number of steps, a list of timesteps, or a diffusers scheduler",
             )
         scale = float(getattr(getattr(source, "config", None), "num_train_timesteps", 1000) or 1000)
-        return _shared(tuple(float(t) for t in timesteps), (1.0, scale))
+        return _shared(values, (1.0, scale))
 
     def step_of(self, timestep: float, after: int | None) -> int | None:
         """Index of the evaluation at `timestep`, or None if it is not on the schedule.
@@ -87,6 +86,17 @@ class TimestepSchedule:
         here = self.timesteps[index]
         gaps = [abs(t - here) for t in self.timesteps if t != here]
         return min(0.25 * min(gaps, default=1.0), max(abs(here) / 128, SAME))
+
+
+def _numbers(timesteps: Any) -> tuple[float, ...] | None:
+    if hasattr(timesteps, "tolist"):
+        timesteps = timesteps.tolist()
+    if not isinstance(timesteps, Sequence) or isinstance(timesteps, str):
+        return None
+    try:
+        return tuple(float(timestep) for timestep in timesteps)
+    except (TypeError, ValueError):
+        return None
 
 
 @functools.lru_cache(maxsize=64)

@@ -28,8 +28,14 @@ def get_policy(source: Policy | str | dict[str, Any], **options: Any) -> Policy:
 
     Raises:
         UnknownPolicy: no policy and no file has this name.
-        InvalidPolicy: an option is unknown or out of range.
+        InvalidPolicy: an option is unknown or out of range, or given beside a policy that is complete without.
     """
+    if options and (not isinstance(source, str) or source not in POLICIES):
+        raise InvalidPolicy(
+            f"options are given, but the policy is not a published name: {', '.join(options)}",
+            where="get_policy",
+            fix="change the policy itself",
+        )
     if isinstance(source, Policy):
         return source
     if isinstance(source, dict):

@@ -1,8 +1,8 @@
 """Lower the variants of a DiT block for an H200 on a machine without a GPU, and print what came out as JSON.
 
-Inductor generates Triton from fake CUDA tensors once torch believes in a device, and Triton compiles that to cubins with the
-ptxas of its wheel. The belief must not leak into other tests, so this is a program: run it in a process of its own,
-``python -m tests.lower.deviceless``. It knows internals of torch 2.13.
+Inductor generates Triton from fake CUDA tensors once torch believes in a device, and Triton compiles that to cubins
+with the ptxas of its wheel. The belief must not leak into other tests, so this is a program that runs in a process of
+its own: ``TRITON_DUMP_PTXAS_LOG=1 python -m tests.lower.deviceless``. It knows internals of torch 2.13.
 """
 
 from __future__ import annotations
@@ -16,13 +16,16 @@ import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
+from math import prod
 from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
+import sympy
 import torch
 import torch._inductor.config as inductor_config
 from torch import Tensor, fx
+from torch._C import DispatchKey
 from torch._dispatch.python import enable_python_dispatcher
 from torch._dynamo.device_interface import CudaInterface
 from torch._inductor.async_compile import AsyncCompile
@@ -59,10 +62,16 @@ PROPERTIES = SimpleNamespace(
 
 @dataclass
 class Kernel:
-    """A Triton kernel with one entry of each list per configuration that autotuning would try."""
+    """A Triton kernel: one entry per configuration that autotuning would try.
 
+    Attributes:
+        name: name at its first launch.
+        cubin_bytes: size of the machine code.
+        spilled_bytes: bytes that ptxas stores and loads because registers ran out; empty if its log could not be read.
+    """
+
+    name: str
     cubin_bytes: list[int] = field(default_factory=list)
-    registers: list[int] = field(default_factory=list)
     spilled_bytes: list[int] = field(default_factory=list)
 
 
@@ -71,10 +80,10 @@ class Lowered:
     """What one variant became.
 
     Attributes:
-        calls: launches of Triton kernels under "triton", extern calls under the name of their operator.
-        copies: launches of Triton kernels that only copy a tensor of full size.
-        bytes: bytes that all kernels read and write; symbolic sizes count as in the example that they were traced with.
-        ints: symbolic ints among the arguments, with the number of launches and extern calls that use each.
+        calls: launches of Triton kernels ("triton"), and calls of library operators by kind or name.
+        copies: launches of Triton kernels that only copy or cast a tensor as large as the residual stream, or larger.
+        bytes: bytes that everything reads and writes; symbolic sizes count as in the example that they were traced for.
+        ints: symbolic ints among the arguments, with the number of launches and calls that use each.
     """
 
     calls: dict[str, int]
@@ -115,13 +124,16 @@ def pretended_cuda() -> Iterator[None]:
     """Let Inductor and Triton compile for an H200 that is not there; nothing may run."""
     import triton
 
-    for_any_device = joint_graph.lazy_init
+    for_device, attention = joint_graph.lazy_init, aten.scaled_dot_product_attention.default
+    caches = (_triton.has_triton.cache_clear, attention._dispatch_cache.clear)
     with contextlib.ExitStack() as stack:
 
         def replace(owner: Any, **stubs: Any) -> None:
             for name, stub in stubs.items():
                 stack.enter_context(patch.object(owner, name, stub, create=True))
 
+        for clear in caches:
+            stack.callback(clear)
         for interface in (CudaInterface, CudaInterface.Worker):
             replace(interface, get_device_properties=always(PROPERTIES), current_device=always(0))
         replace(
@@ -140,7 +152,7 @@ def pretended_cuda() -> Iterator[None]:
         # Padding a GEMM is decided by a benchmark, unless it is bound by memory.
         replace(torch._inductor.utils, get_device_tflops=always(TFLOPS), get_gpu_dram_gbps=always(DRAM_GB_PER_S))
         # Patterns are traced on real scalars; the device is not part of them.
-        replace(joint_graph, lazy_init=lambda *_: for_any_device(torch.device("cpu")))
+        replace(joint_graph, lazy_init=lambda *_: for_device(torch.device("cpu")))
         # standalone_compile runs every kernel to choose its configuration.
         replace(PythonWrapperCodegen, generate_and_run_autotune_block=always(None))
         replace(triton_helpers, set_driver_to_gpu=always(None))
@@ -151,13 +163,10 @@ def pretended_cuda() -> Iterator[None]:
         # Folding constants computes them on the device.
         library = stack.enter_context(torch.library._scoped_library("aten", "IMPL"))
         library.impl("full", _full_on_cpu, "CUDA")
-        stack.enter_context(patch.dict(aten.scaled_dot_product_attention.default.py_kernels, {COMPOSITE: _attention}))
-        _triton.has_triton.cache_clear()
-        stack.callback(_triton.has_triton.cache_clear)
+        stack.enter_context(patch.dict(attention.py_kernels, {DispatchKey.CompositeImplicitAutograd: _attention}))
+        for clear in caches:
+            clear()
         yield
-
-
-COMPOSITE = torch._C.DispatchKey.CompositeImplicitAutograd
 
 
 def _full_on_cpu(size: list[int], value: float, *, dtype: torch.dtype | None = None, **_: Any) -> Tensor:
@@ -168,7 +177,7 @@ def _attention(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, dropout: float = 0.0, causal: bool = False,
     *, scale: float | None = None, enable_gqa: bool = False,
 ) -> Tensor:  # fmt: skip
-    """The fused call that a CUDA build chooses; a CPU build knows no fused attention for CUDA and would spell it out."""
+    """One fused call, as a CUDA build chooses; a CPU build knows none for CUDA and would write the products out."""
     assert mask is None
     assert not enable_gqa
     return aten._scaled_dot_product_flash_attention.default(query, key, value, dropout, causal, scale=scale)[0]
@@ -182,8 +191,8 @@ def captured() -> Capture:
     with torch.device("meta"):
         model = DiTTransformer2DModel(
             num_attention_heads=HEADS, attention_head_dim=HEAD_WIDTH, in_channels=4, out_channels=8, num_layers=LAYERS,
-            sample_size=size, patch_size=2, attention_bias=True, activation_fn="gelu-approximate", num_embeds_ada_norm=10,
-            norm_type="ada_norm_zero", norm_elementwise_affine=False, norm_eps=1e-6,
+            sample_size=size, patch_size=2, attention_bias=True, activation_fn="gelu-approximate",
+            num_embeds_ada_norm=10, norm_type="ada_norm_zero", norm_elementwise_affine=False, norm_eps=1e-6,
         )  # fmt: skip
         inputs = {
             "hidden_states": torch.empty(BATCH, 4, size, size, dtype=torch.bfloat16),
@@ -211,7 +220,7 @@ def move_to_cuda(capture: Capture) -> None:
                 node.meta["val"] = node.target(*args, **kwargs)
 
 
-def variants(capture: Capture) -> dict[str, Variant]:
+def find_variants(capture: Capture) -> dict[str, Variant]:
     """Every variant of a block in the middle that the policies need, not compiled yet."""
     structure = analyse(capture)
     cache = VariantCache("eager", Settings(), DebugFolder(None))
@@ -259,16 +268,15 @@ class Lowering:
             patch.object(AsyncCompile, "triton", self._keep_kernel),
         ):
             compile_segment(variant.segment, "inductor")
-        body = next(
-            node for node in ast.walk(ast.parse(self._code)) if isinstance(node, ast.FunctionDef) and node.name == "call"
-        )
-        launches = [node for node in ast.walk(body) if isinstance(node, ast.Call) and called(node)]
+        functions = [node for node in ast.walk(ast.parse(self._code)) if isinstance(node, ast.FunctionDef)]
+        body = next(function for function in functions if function.name == "call")
+        calls = [node for node in ast.walk(body) if isinstance(node, ast.Call) and kind_of(node)]
         return Lowered(
-            calls=dict(Counter(called(launch) for launch in launches)),
-            copies=sum(self._is_full_copy(launch) for launch in launches),
+            calls=dict(Counter(kind_of(call) for call in calls)),
+            copies=sum(self._is_copy(call) for call in calls),
             bytes=self._bytes,
             ints={
-                str(reference): len(uses_of(f"arg{position}_1", body, launches))
+                str(reference): len(uses_of(f"arg{position}_1", body, calls))
                 for position, reference in enumerate(variant.inputs)
                 if isinstance(reference, (TokenCount, ReuseClock))
             },
@@ -281,31 +289,41 @@ class Lowering:
     def _keep_kernel(self, name: str, source: str, device_str: str = "cuda") -> None:
         assert device_str == "cuda"
         self.kernels.setdefault(source.replace(name, "kernel"), (name, source))
-        if re.search(r"(tmp\d+) = tl\.load\([^\n]*\n\s*tl\.store\([^\n]*, \1, [^\n]*\n\s*$", source):
+        if only_copies(source):
             self._copies.add(name)
 
-    def _is_full_copy(self, launch: ast.Call) -> bool:
-        sizes = [argument.value for argument in launch.args if isinstance(argument, ast.Constant)]
-        return ast.unparse(launch.func).removesuffix(".run") in self._copies and BATCH * TOKENS * WIDTH in sizes
+    def _is_copy(self, call: ast.Call) -> bool:
+        sizes = [argument.value for argument in call.args if isinstance(argument, ast.Constant)]
+        return ast.unparse(call.func).removesuffix(".run") in self._copies and prod(sizes) >= BATCH * TOKENS * WIDTH
 
 
-def called(node: ast.Call) -> str:
-    """What a call in generated code computes: "triton", the name of an operator, or nothing."""
+def only_copies(source: str) -> bool:
+    """True if a Triton kernel stores what it loaded, at most in another order or type."""
+    values = re.findall(r"^ +(tmp\d+ = .*)", source, re.MULTILINE)
+    casts = [value for value in values if re.fullmatch(r"tmp\d+ = \(?tmp\d+\)?\.to\(tl\.\w+\)", value)]
+    return source.count("tl.load(") == source.count("tl.store(") == 1 and len(values) == 1 + len(casts)
+
+
+def kind_of(node: ast.Call) -> str:
+    """What a call in generated code does: "triton", "gemm", "attention", the name of another operator, or nothing."""
     path = ast.unparse(node.func)
     if path.startswith("triton_") and path.endswith(".run"):
         return "triton"
-    if path.startswith(("extern_kernels.", "torch.ops.aten.")):
-        return path.removeprefix("extern_kernels.").removeprefix("torch.ops.aten.").removesuffix(".default")
-    return ""
+    name = re.match(r"(?:extern_kernels|torch\.ops\.\w+|aten)\.(\w+)", path)
+    if name is None:
+        return ""
+    if name[1] in ("mm", "addmm", "bmm", "baddbmm"):
+        return "gemm"
+    return "attention" if name[1].startswith("_scaled_dot_product") else name[1]
 
 
-def uses_of(argument: str, body: ast.FunctionDef, launches: Iterable[ast.Call]) -> list[ast.Call]:
-    """Launches that read an int argument of the generated code, directly or through arithmetic on it."""
+def uses_of(argument: str, body: ast.FunctionDef, calls: Iterable[ast.Call]) -> list[ast.Call]:
+    """Calls that read an int argument of the generated code, directly or through arithmetic on it."""
     names = {argument}
     for node in body.body + [inner for block in body.body if isinstance(block, ast.With) for inner in block.body]:
         if isinstance(node, ast.Assign) and not any(isinstance(part, ast.Call) for part in ast.walk(node.value)):
             names |= {ast.unparse(target) for target in node.targets if names & _names(node.value)}
-    return [launch for launch in launches if names & _names(launch)]
+    return [call for call in calls if names & _names(call)]
 
 
 def _names(node: ast.AST) -> set[str]:
@@ -314,26 +332,25 @@ def _names(node: ast.AST) -> set[str]:
 
 def compile_kernel(name: str, source: str) -> Kernel:
     """Compile a kernel in every configuration, and read what ptxas says about it."""
-    autotuner = getattr(PyCodeCache.load(source), name)
-    result = Kernel()
+    autotuner, kernel = getattr(PyCodeCache.load(source), name), Kernel(name)
     for configuration in autotuner.configs:
         with contextlib.redirect_stdout(io.StringIO()) as log:
             compiled = autotuner._precompile_config(configuration).kernel
-        result.cubin_bytes.append(len(compiled.asm["cubin"]))
-        result.registers += [int(number) for number in re.findall(r"Used (\d+) registers", log.getvalue())]
-        result.spilled_bytes.append(sum(map(int, re.findall(r"(\d+) bytes spill (?:stores|loads)", log.getvalue()))))
-    return result
+        kernel.cubin_bytes.append(len(compiled.asm["cubin"]))
+        stores = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", log.getvalue())
+        kernel.spilled_bytes += [int(stored) + int(loaded) for stored, loaded in stores]
+    return kernel
 
 
-def broken_assumptions(capture: Capture) -> list[str]:
-    """What compiling assumed of the symbolic ints that is not true for every token count."""
-    environment = capture.fake_mode.shape_env
-    assert environment is not None
-    broken = []
-    for guard in environment.guards:
-        for symbol in guard.expr.free_symbols:
-            broken += [f"{guard.expr}: {value}" for value in range(1, TOKENS + 1) if guard.expr.subs(symbol, value) == False]  # noqa: E712
-    return broken
+def untrue_assumptions(capture: Capture) -> list[str]:
+    """What was assumed of the symbolic ints and does not hold for every count of fewer than all tokens."""
+    assert capture.fake_mode.shape_env is not None
+    return [
+        f"{guard.expr} fails for {value}"
+        for guard in capture.fake_mode.shape_env.guards
+        for value in range(1, TOKENS)
+        if guard.expr.subs(dict.fromkeys(guard.expr.free_symbols, value)) != sympy.true
+    ]
 
 
 def main() -> None:
@@ -341,16 +358,9 @@ def main() -> None:
     with pretended_cuda():
         move_to_cuda(capture)
         lowering = Lowering()
-        lowered = {name: lowering.lower(variant) for name, variant in variants(capture).items()}
-        kernels = {name: compile_kernel(name, source) for name, source in lowering.kernels.values()}
-    found = {
-        "variants": {name: asdict(variant) for name, variant in lowered.items()},
-        "kernels": {name: asdict(kernel) for name, kernel in kernels.items()},
-        "broken_assumptions": broken_assumptions(capture),
-        "guards": [str(g.expr) for g in capture.fake_mode.shape_env.guards],
-        "ranges": {str(k): str(v) for k, v in capture.fake_mode.shape_env.var_to_range.items()},
-    }
-    import os; json.dump(lowering.kernels, open("/tmp/dl/kernels.json","w"))
+        variants = {name: asdict(lowering.lower(variant)) for name, variant in find_variants(capture).items()}
+        kernels = [asdict(compile_kernel(name, source)) for name, source in lowering.kernels.values()]
+    found = {"variants": variants, "kernels": kernels, "untrue_assumptions": untrue_assumptions(capture)}
     json.dump(found, sys.stdout)
 
 

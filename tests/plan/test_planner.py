@@ -85,15 +85,15 @@ def attention_of(structure: ModelStructure, site: int, base: ScoreBase) -> int |
     return next((int(s.id) for s in structure.sites_of(block) if s.kind is kind), None)
 
 
-def simulate(structure: ModelStructure, plan: Plan, steps: Sequence[StepPlan], begin: int = 0) -> None:
-    """Run a plan; fails if a read does not find the latest content, or if anything is kept or stored for nobody."""
+def simulate(structure: ModelStructure, steps: Sequence[StepPlan], *, cold: bool = False) -> None:
+    """Run steps; fails if a read does not find the latest content, or if anything is kept or stored for nobody."""
     everything, kept = Memory(structure), Memory(structure)
     wanted_score: dict[int, Score | None] = {}
     written: dict[tuple[Slot, int], int] = {}
     held: dict[int, dict[Slot, int]] = {}
     read: dict[int, int] = {}
     clocks = [0] * len(structure.sites)
-    for number, planned in enumerate(steps, begin):
+    for number, planned in enumerate(steps):
         for i, step in enumerate(planned.sites):
             action = step.action
             assert set(step.reads) == needed(structure, i, step), f"step {number}, site {i}"
@@ -105,10 +105,9 @@ def simulate(structure: ModelStructure, plan: Plan, steps: Sequence[StepPlan], b
                     assert action.tokens is not None
                     delivered = wanted_score[int(slot.site)]
                     assert delivered is not None and delivered.base is action.tokens.score.base
-            if begin == 0:
-                clocks[i] = 0 if action == COMPUTE else clocks[i]
-                assert step.clock == clocks[i], f"step {number}, site {i}"
-                clocks[i] += action != COMPUTE
+            clocks[i] = 0 if action == COMPUTE else clocks[i]
+            assert cold or step.clock == clocks[i], f"step {number}, site {i}"
+            clocks[i] += action != COMPUTE
             own_score = action.tokens is not None and attention_of(structure, i, action.tokens.score.base) == i
             produced = everything.produced(i, action, own_score)
             assert set(step.writes) <= {slot for slot, _ in produced}
@@ -167,7 +166,7 @@ def test_every_read_finds_the_latest_write_and_nothing_is_stored_or_kept_for_nob
     actions: list[tuple[Action, ...]],
 ) -> None:
     plan = planned(STRUCTURE, actions)
-    simulate(STRUCTURE, plan, plan.steps)
+    simulate(STRUCTURE, plan.steps)
     assert plan.steps[-1].live == frozenset()
     assert plan.cache_bytes == max(sum(plan.slot_bytes[slot] for slot in step.live) for step in plan.steps)
 
@@ -182,7 +181,7 @@ def test_a_run_that_enters_at_any_step_finds_what_it_reads_after_one_cold_step(
     cold = cold_step(STRUCTURE, plan, begin)
     assert all(site.action == COMPUTE and not site.reads for site in cold.sites)
     assert (cold.kind, cold.flops) == ("cold", STRUCTURE.flops)
-    simulate(STRUCTURE, plan, [cold, *plan.steps[begin + 1 :]], begin or -1)
+    simulate(STRUCTURE, [cold, *plan.steps[begin + 1 :]], cold=True)
 
 
 @pytest.mark.parametrize(
@@ -197,14 +196,14 @@ def test_a_run_that_enters_at_any_step_finds_what_it_reads_after_one_cold_step(
 )
 def test_published_policies_read_only_what_is_there(policy: object, steps: int) -> None:
     plan = make_plan(STRUCTURE, policy, TimestepSchedule(steps))  # type: ignore[arg-type]
-    simulate(STRUCTURE, plan, plan.steps)
+    simulate(STRUCTURE, plan.steps)
 
 
 def test_toca_for_pixart_reads_only_what_is_there() -> None:
     structure = toy([("self-attention", "cross-attention", "mlp")] * 2)
     for decide in ("step", "block"):
         plan = make_plan(structure, ToCaPixArt(decide=decide), TimestepSchedule(20))  # type: ignore[arg-type]
-        simulate(structure, plan, plan.steps)
+        simulate(structure, plan.steps)
 
 
 def test_no_cache_remembers_nothing() -> None:

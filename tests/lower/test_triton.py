@@ -1,0 +1,126 @@
+"""The GPU path is Triton, checked without a GPU: how many kernels every variant of a block becomes, and that they compile.
+
+`tests.lower.deviceless` lowers for sm_90 in a process of its own. The figures hold for a DiT of width 384 with 2 x 256
+tokens in bfloat16; a change of a pass or of torch may change them, for the better one hopes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+class Figures(NamedTuple):
+    """What one call of a variant launches; nothing else runs on the device.
+
+    Attributes:
+        triton: launches of generated kernels.
+        gemm: products by cuBLAS.
+        attention: calls of fused attention.
+        copies: launches, among those of Triton, that only copy or cast a tensor of the stream's size or more.
+    """
+
+    triton: int
+    gemm: int
+    attention: int = 0
+    copies: int = 0
+
+
+FIGURES = {
+    "compute": Figures(triton=8, gemm=9, attention=1),
+    "compute and store": Figures(triton=8, gemm=9, attention=1),
+    # The modulation is what is left: 4 small kernels and 4 small products in front of a single one that adds.
+    "reuse": Figures(triton=5, gemm=4),
+    "reuse three blocks": Figures(triton=11, gemm=12),
+    # The attention map of the score is spelled out: a product of its own, on queries and keys cast to float32.
+    "compute, store and score": Figures(triton=15, gemm=10, attention=1, copies=2),
+    # The copy is of the stored value, into which the fresh tokens are scattered.
+    "refresh": Figures(triton=12, gemm=8, copies=1),
+    "last refresh": Figures(triton=12, gemm=8, copies=1),
+}
+
+TRAFFIC = {
+    "compute": 21_206_816,
+    "compute and store": 21_206_816,
+    "reuse": 5_643_296,
+    "reuse three blocks": 15_356_992,
+    "compute, store and score": 35_716_896,
+}
+"""Bytes that everything together reads and writes, where no size is symbolic."""
+
+
+@pytest.fixture(scope="module")
+def lowered(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    pytest.importorskip("triton")
+    if not torch.__version__.startswith("2.13."):
+        pytest.skip(f"figures and stubs are for torch 2.13, this is {torch.__version__}")
+    environment = {
+        name: value for name, value in os.environ.items() if not name.startswith(("TRITON_", "TORCHINDUCTOR_"))
+    }
+    environment |= {
+        "CUDA_VISIBLE_DEVICES": "",
+        "OMP_NUM_THREADS": "1",
+        "TORCHINDUCTOR_CACHE_DIR": str(tmp_path_factory.mktemp("inductor")),
+        "TRITON_DUMP_PTXAS_LOG": "1",
+    }
+    command = [sys.executable, "-m", "tests.lower.deviceless"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found
+
+
+@pytest.mark.parametrize("name", FIGURES)
+def test_a_variant_is_so_many_triton_kernels_around_library_products(lowered: dict[str, Any], name: str) -> None:
+    variant = lowered["variants"][name]
+    assert variant["calls"] | {"copies": variant["copies"]} == {
+        field: number for field, number in FIGURES[name]._asdict().items() if number or field == "copies"
+    }
+
+
+def test_no_variant_goes_unnamed(lowered: dict[str, Any]) -> None:
+    assert list(lowered["variants"]) == list(FIGURES)
+
+
+@pytest.mark.parametrize("name", TRAFFIC)
+def test_a_variant_moves_so_many_bytes(lowered: dict[str, Any], name: str) -> None:
+    assert lowered["variants"][name]["bytes"] == TRAFFIC[name]
+
+
+def test_storing_values_launches_and_moves_nothing_more(lowered: dict[str, Any]) -> None:
+    assert lowered["variants"]["compute and store"] == lowered["variants"]["compute"]
+
+
+def test_every_kernel_compiles_to_machine_code_for_sm_90(lowered: dict[str, Any]) -> None:
+    assert len(lowered["kernels"]) >= max(figures.triton for figures in FIGURES.values())
+    for kernel in lowered["kernels"]:
+        assert kernel["cubin_bytes"], kernel["name"]
+        assert all(kernel["cubin_bytes"]), kernel["name"]
+
+
+def test_no_kernel_spills_registers(lowered: dict[str, Any]) -> None:
+    for kernel in lowered["kernels"]:
+        assert len(kernel["spilled_bytes"]) == len(kernel["cubin_bytes"]), (
+            f"the log of ptxas is missing: {kernel['name']}"
+        )
+        assert not any(kernel["spilled_bytes"]), kernel["name"]
+
+
+@pytest.mark.parametrize("name", FIGURES)
+def test_token_count_and_clock_stay_arguments(lowered: dict[str, Any], name: str) -> None:
+    ints = lowered["variants"][name]["ints"]
+    assert set(ints) == ({"count[1]", "clock[1]"} if "refresh" in name else set())
+    assert all(ints.values()), "an int that no launch uses was compiled in"
+
+
+def test_one_compilation_serves_every_token_count(lowered: dict[str, Any]) -> None:
+    assert lowered["untrue_assumptions"] == []

@@ -1,0 +1,217 @@
+"""Token counts, actions by rule, and what a policy says when a model cannot do what it asks for."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dicompile.analysis import ModelStructure, TokenFact, TokenWise
+from dicompile.errors import PolicyDoesNotFit
+from dicompile.plan import (
+    COMPUTE,
+    REUSE,
+    Cadence,
+    Line,
+    Policy,
+    Refresh,
+    Reuse,
+    Rule,
+    Score,
+    ScoreBase,
+    TimestepSchedule,
+    TokenScore,
+    make_plan,
+)
+from tests.plan.toys import TOKENS, toy
+
+# Token counts ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("ratio", "tokens", "count"),
+    [
+        (0.0, 256, 0),
+        (1.0, 256, 256),
+        (0.5, 7, 3),  # truncated, not rounded
+        (0.07, 256, 17),
+        (0.29, 100, 29),  # in double precision it would be 28
+        (0.53, 100, 52),  # and here 53
+        (0.999, 3, 2),
+    ],
+)
+def test_the_number_of_tokens_is_the_ratio_in_single_precision_truncated(ratio: float, tokens: int, count: int) -> None:
+    assert Refresh(ratio=ratio).count(0.5, (0, 1), tokens) == count
+    assert int(torch.tensor(ratio, dtype=torch.float32).clamp(0, 1) * tokens) == count, "not what the reference does"
+
+
+@pytest.mark.parametrize(("factor", "count"), [(-1.0, 0), (3.0, 16), (0.5, 4)])
+def test_the_share_is_clamped_to_none_and_all(factor: float, count: int) -> None:
+    assert Refresh(ratio=0.5, factor=factor).count(0.0, (0, 1), 16) == count
+
+
+@pytest.mark.parametrize(
+    ("s", "block", "ratio"),
+    [
+        (49, 0, 0.0),  # step factor 3 - 4 q is negative for s > 37
+        (37, 0, 0.07 * (3 - 4 * 37 / 50) * 0.8 * 2.5),
+        (20, 0, 0.07 * (3 - 4 * 20 / 50) * 0.8 * 2.5),
+        (20, 27, 0.07 * (3 - 4 * 20 / 50) * 1.2 * 2.5),
+        (1, 13, 0.07 * (3 - 4 / 50) * (0.8 + 0.4 * 13 / 27) * 2.5),
+    ],
+)
+def test_toca_refreshes_the_published_share(s: int, block: int, ratio: float) -> None:
+    refresh = Refresh(ratio=0.07, factor=2.5, by_step=Line(start=3, slope=-4), by_depth=Line(start=0.8, slope=0.4))
+    assert refresh.count(s / 50, (block, 28), 256) == int(np.float32(ratio) * 256)
+
+
+def test_depth_runs_from_the_first_to_the_last_block_unless_a_denominator_is_given() -> None:
+    refresh = Refresh(ratio=1.0, by_depth=Line(start=0.0, slope=1.0))
+    assert [refresh.count(0, (block, 5), 100) for block in range(5)] == [0, 25, 50, 75, 100]
+    assert refresh.count(0, (0, 1), 100) == 0
+    reference = refresh.model_copy(update={"depth_denominator": 10})
+    assert [reference.count(0, (block, 5), 100) for block in range(5)] == [0, 10, 20, 30, 40]
+
+
+@given(st.floats(0, 1), st.floats(-5, 5), st.floats(0, 1), st.integers(1, 40), st.integers(1, 5000))
+def test_there_are_never_fewer_tokens_than_none_or_more_than_all(
+    ratio: float, factor: float, q: float, blocks: int, tokens: int
+) -> None:
+    refresh = Refresh(ratio=ratio, factor=factor, by_step=Line(start=1.9, slope=-1.8), by_depth=Line(start=2, slope=-3))
+    assert all(0 <= refresh.count(q, (block, blocks), tokens) <= tokens for block in range(blocks))
+
+
+# Actions --------------------------------------------------------------------------------------------------------------
+
+
+def policy(*rules: Rule, interval: int = 3) -> Policy:
+    return Policy(name="mine", cadence=Cadence(interval=interval), rules=rules)
+
+
+def test_the_first_rule_that_names_the_kind_of_a_site_wins_and_a_site_without_rule_is_computed() -> None:
+    structure = toy([("self-attention", "cross-attention", "mlp")])
+    half = Refresh(ratio=0.5)
+    chosen = policy(Rule(sites=("mlp",), do=half), Rule(sites=("mlp", "self-attention"), do=Reuse()))
+    actions = [chosen.action(site, (0, 1), 1, 10) for site in structure.sites]
+    assert actions[:2] == [REUSE, COMPUTE]
+    assert actions[2].tokens is not None
+    assert actions[2].tokens.count == TOKENS // 2
+
+
+def test_a_rule_without_sites_names_them_all() -> None:
+    structure = toy([("self-attention", "cross-attention", "mlp", "parallel", "joint-attention")])
+    assert [policy(Rule(do=Reuse())).action(site, (0, 1), 1, 10) for site in structure.sites] == [REUSE] * 5
+
+
+def test_refreshing_no_token_is_reusing() -> None:
+    (site,) = toy([("mlp",)]).sites
+    assert policy(Rule(do=Refresh(ratio=0.01))).action(site, (0, 1), 1, 10) == REUSE
+
+
+def test_the_age_weight_of_a_score_is_per_interval() -> None:
+    (site,) = toy([("mlp",)]).sites
+    score = TokenScore(base="value-norm", age_weight=0.25, grid_cell=2, grid_bonus=0.6, share_guidance=True)
+    action = policy(Rule(do=Refresh(ratio=0.5, score=score)), interval=4).action(site, (0, 1), 1, 10)
+    assert action.tokens is not None
+    assert action.tokens.score == Score(ScoreBase.VALUE_NORM, 0.0625, 2, 0.6, True)
+
+
+def test_the_step_factor_follows_the_direction_in_which_steps_are_counted() -> None:
+    (site,) = toy([("mlp",)]).sites
+    rule = Rule(do=Refresh(ratio=1.0, by_step=Line(start=0.0, slope=1.0)))
+    down = Policy(name="d", cadence=Cadence(interval=3), rules=(rule,)).action(site, (0, 1), 2, 8)
+    up = Policy(name="u", cadence=Cadence(interval=3, counting="up"), rules=(rule,)).action(site, (0, 1), 2, 8)
+    assert down.tokens is not None and up.tokens is not None
+    assert (down.tokens.count, up.tokens.count) == (TOKENS * 5 // 8, TOKENS * 2 // 8)
+
+
+# Fit ------------------------------------------------------------------------------------------------------------------
+
+DIT = toy([("self-attention", "mlp")] * 2)
+PIXART = toy([("self-attention", "cross-attention", "mlp")] * 2)
+
+
+def refusal(structure: ModelStructure, *rules: Rule) -> str:
+    with pytest.raises(PolicyDoesNotFit) as error:
+        make_plan(structure, policy(*rules), TimestepSchedule(4))
+    return str(error.value)
+
+
+def on(kind: str, **score: object) -> Rule:
+    return Rule(sites=(kind,), do=Refresh(ratio=0.5, score=TokenScore(**score)))  # type: ignore[arg-type]
+
+
+def test_a_branch_that_mixes_tokens_cannot_be_refreshed() -> None:
+    mixing = TokenFact(TokenWise.NO, 1, TOKENS, "aten.conv1d.default in blocks.0.conv is not known to keep tokens apart")
+    structure = replace(DIT, sites=(DIT.sites[0], replace(DIT.sites[1], tokens=mixing), *DIT.sites[2:]))
+    assert refusal(structure, on("mlp")) == (
+        "policy 'mine' refreshes single tokens, which this branch does not allow\n"
+        "  where: site 1, blocks.0.mlp (mlp)\n"
+        "  why:   aten.conv1d.default in blocks.0.conv is not known to keep tokens apart\n"
+        "  fix:   use a policy that reuses whole branches on this model, such as dicompile.FORA(interval=3)"
+    )
+    assert "site 0, blocks.0.self-attention" in refusal(DIT, on("self-attention", base="random"))
+
+
+def test_a_score_needs_the_attention_it_comes_from() -> None:
+    assert refusal(DIT, on("mlp", base="entropy")) == (
+        "policy 'mine' ranks tokens by entropy, for which there is no cross-attention in the block\n"
+        "  where: site 1, blocks.0.mlp (mlp)\n"
+        "  why:   the block has self-attention, mlp\n"
+        "  fix:   choose another score, for example score='random'"
+    )
+    assert "value-norm, for which there is no self-attention" in refusal(toy([("mlp",)]), on("mlp", base="value-norm"))
+
+
+@pytest.mark.parametrize(
+    ("grid", "why"), [((4, 6), "the token grid is 4x6"), (None, "the token grid is unknown"), ((2, 4), "the branch has 16 tokens, the token grid is 2x4")]
+)
+def test_the_grid_bonus_needs_a_grid_of_whole_cells_that_holds_the_tokens(grid: tuple[int, int] | None, why: str) -> None:
+    structure = toy([("self-attention", "mlp")], grid=grid)
+    cell = 4 if grid == (4, 6) else 2
+    assert refusal(structure, on("mlp", grid_cell=cell)) == (
+        f"policy 'mine' gives a bonus per {cell}x{cell} cell of tokens\n"
+        "  where: site 1, blocks.0.mlp (mlp)\n"
+        f"  why:   {why}\n"
+        "  fix:   set grid_cell=0 to switch the bonus off"
+    )
+
+
+def test_sharing_between_guidance_halves_needs_both_in_one_batch() -> None:
+    assert refusal(toy([("self-attention", "mlp")], batch=3), on("mlp", share_guidance=True)) == (
+        "policy 'mine' shares tokens between guidance halves, but the batch is 3\n"
+        "  where: site 1, blocks.0.mlp (mlp)\n"
+        "  why:   the two halves of classifier-free guidance must be in one batch\n"
+        "  fix:   set share_guidance=False"
+    )
+
+
+def test_one_attention_cannot_deliver_two_scores() -> None:
+    rules = on("cross-attention", base="attention"), on("mlp", base="value-norm")
+    assert refusal(PIXART, *rules) == (
+        "policy 'mine' asks two different scores of one attention\n"
+        "  where: site 2, blocks.0.mlp (mlp)\n"
+        "  why:   site 0 keeps one score per token: attention for site 1, value-norm for this one\n"
+        "  fix:   rank both kinds of site by the same base, with the same share_guidance"
+    )
+    entropies = on("cross-attention", base="entropy", share_guidance=True), on("mlp", base="entropy")
+    assert "two different scores" in refusal(PIXART, *entropies)
+
+
+@pytest.mark.parametrize(
+    "rules",
+    [
+        (on("mlp"), Rule(do=Reuse())),
+        (on("cross-attention", base="entropy"), on("mlp", base="entropy")),
+        (on("cross-attention", base="entropy"), on("mlp", base="attention")),
+        (on("cross-attention", base="attention", share_guidance=True), on("mlp", base="attention")),
+        (on("cross-attention", base="random"), on("mlp", base="value-norm", grid_cell=2)),
+        (on("mlp", base="random", share_guidance=True, grid_cell=4),),
+    ],
+)
+def test_what_a_model_can_do_is_not_refused(rules: tuple[Rule, ...]) -> None:
+    assert len(make_plan(PIXART, policy(*rules), TimestepSchedule(4)).steps) == 4
