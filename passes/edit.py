@@ -13,6 +13,8 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, StatelessSymbolicC
 
 from dicompile.passes.base import InputRef, OutputRef, Segment
 
+aten = torch.ops.aten
+
 UNBOUNDED = 1024
 
 
@@ -102,6 +104,16 @@ class Editor:
         with self.segment.fake_mode:
             value = torch.empty(shape, dtype=dtype, device=like.meta["val"].device)
         return self.input(reference, value)
+
+    def in_layout_of(self, original: fx.Node, node: fx.Node) -> fx.Node:
+        """The contiguous value `node`, its axes ordered in memory as those of `original`: later segments rely on it."""
+        strides = original.meta["val"].stride()
+        order = sorted(range(len(strides)), key=lambda axis: -strides[axis])
+        if original.meta["val"].is_contiguous() or order == sorted(order):
+            return node
+        permuted = self.call(aten.permute.default, node, order)
+        copied = self.call(aten.clone.default, permuted, memory_format=torch.contiguous_format)
+        return self.call(aten.permute.default, copied, [order.index(axis) for axis in range(len(order))])
 
     def output(self, reference: OutputRef, node: fx.Node) -> None:
         """Let `node` leave the segment as `reference`."""

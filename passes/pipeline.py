@@ -85,7 +85,7 @@ def check_names(passes: Sequence[Pass], settings: Settings) -> None:
         raise InvalidSetting(
             f"DICOMPILE_PASSES leaves out {name!r}, but no pass has this name",
             where="environment",
-            fix=f"the passes are: {', '.join(known)}",
+            fix=f"the passes are: {', '.join(dict.fromkeys(known))}",
         )
 
 

@@ -88,12 +88,13 @@ class _SiteRefresh:
             chosen = self.choose()
             copies = self.branch_on(chosen)
             refreshed = editor.call(aten.scatter.src, value, 1, self.rows(chosen, core), copies[core])
+            placed = editor.in_layout_of(core, refreshed)
             stamp = self.stamp_after(chosen) if SlotKind.STAMP in self.step.writes else None
             raw = self.raw_score_after(chosen, copies) if SlotKind.SCORE in self.step.writes else None
         for user in users:
-            user.replace_input_with(core, refreshed)
+            user.replace_input_with(core, placed)
         end = next(reversed(self.segment.graph.nodes))
-        end.replace_input_with(core, refreshed)
+        end.replace_input_with(core, placed)
         editor.output(Chosen(self.position), chosen)
         stored = {SlotKind.VALUE: refreshed, SlotKind.STAMP: stamp, SlotKind.SCORE: raw}
         for kind in self.step.writes:

@@ -58,6 +58,7 @@ def _combine(segment: Segment, position: int, step: LocalStep) -> None:
     terms = ([(step.weights[0], fresh)] if step.weights[0] else []) + stored
     with editor.before(min(users, key=list(segment.graph.nodes).index)):
         result = _sum(editor, terms)
+        result = result if step.weights[0] else editor.in_layout_of(fresh, result)
     for user in users:
         user.replace_input_with(fresh, result)
 

@@ -109,6 +109,7 @@ def test_two_runs_with_one_seed_are_equal_bit_by_bit(cached: Cached) -> None:
     sample, model = cached.sample, cached.model
     assert not same(run(model, sample.inputs, timesteps(STEPS), seed=4), cached.outputs)
     assert same(run(model, sample.inputs, timesteps(STEPS), seed=3), cached.outputs)
+    assert len(model.frames) == 1
 
 
 @pytest.mark.parametrize("cached", [case for case in CASES if "plain_dit" in case.id], indirect=True)

@@ -43,10 +43,13 @@ class Perceptron(nn.Module):
 class Pipeline:
     """What an object needs to look like a pipeline."""
 
-    def __init__(self, **components: Any) -> None:
+    def __init__(self, **components: nn.Module) -> None:
         self.scheduler = DDIMScheduler()
-        self.components = components
         vars(self).update(components)
+
+    @property
+    def components(self) -> dict[str, Any]:
+        return vars(self)
 
 
 def plain_dit() -> nn.Module:
@@ -74,6 +77,12 @@ def call_odd_batch() -> None:
 
 
 def call_joint_attention() -> None:
+    sample = models.sd3(2)
+    run(optimized(sample, dicompile.ToCa(grid_cell=0), 4), sample.inputs, [999])
+
+
+def call_attention_over_other_tokens() -> None:
+    """With one block, text is no stream: image tokens attend over themselves and the text."""
     sample = models.sd3(1)
     run(optimized(sample, dicompile.ToCa(grid_cell=0), 4), sample.inputs, [999])
 
@@ -89,33 +98,242 @@ def refresh_of_attention() -> dicompile.Policy:
 
 
 CASES: list[tuple[type[errors.DicompileError], Callable[[], Any], str]] = [
-    (errors.UnknownPolicy, lambda: dicompile.optimize(plain_dit(), "forra", schedule=4), ""),
-    (errors.InvalidPolicy, lambda: dicompile.get_policy("fora", intervall=2), ""),
-    (errors.InvalidPolicy, lambda: dicompile.FORA(interval=0), ""),
-    (errors.InvalidPolicy, lambda: dicompile.ToCa(schedule="ddim25"), ""),
-    (errors.InvalidPolicy, lambda: dicompile.optimize(plain_dit(), {"name": "mine", "rulez": []}), ""),
-    (errors.InvalidPolicy, lambda: dicompile.Policy.from_yaml("name: [", "mine.yaml"), ""),
-    (errors.PolicyDoesNotFit, lambda: call_plain_dit(refresh_of_attention(), [999], 4), ""),
-    (errors.PolicyDoesNotFit, lambda: call_plain_dit(dicompile.ToCa(score="entropy"), [999], 4), ""),
-    (errors.PolicyDoesNotFit, lambda: call_plain_dit(dicompile.ToCa(grid_cell=3), [999], 4), ""),
-    (errors.PolicyDoesNotFit, call_joint_attention, ""),
-    (errors.PolicyDoesNotFit, call_odd_batch, ""),
-    (errors.NoSitesFound, lambda: call_module(Perceptron(), "fora"), ""),
-    (errors.InvalidSchedule, lambda: dicompile.optimize(plain_dit(), "fora"), ""),
-    (errors.InvalidSchedule, lambda: dicompile.optimize(plain_dit(), "fora", schedule=0), ""),
-    (errors.InvalidSchedule, lambda: dicompile.optimize(plain_dit(), "fora", schedule="ddim"), ""),
-    (errors.InvalidSchedule, lambda: call_plain_dit("fora", [999], DDIMScheduler()), ""),
-    (errors.CallOutsideSchedule, lambda: call_plain_dit("fora", [999, 700], [999, 500]), ""),
-    (errors.CallOutsideSchedule, lambda: call_plain_dit("fora", [999, 500, 100], 2), ""),
-    (errors.CannotCapture, lambda: call_module(Writes(), "none"), ""),
-    (errors.NotOptimized, lambda: dicompile.restore(plain_dit()), ""),
-    (errors.NotOptimized, lambda: dicompile.plan_of(Pipeline(transformer=plain_dit())), ""),
-    (errors.AlreadyOptimized, lambda: dicompile.optimize(dicompile.optimize(plain_dit())), ""),
-    (errors.AlreadyOptimized, optimize_pipeline_twice, ""),
-    (errors.NotYetRun, lambda: dicompile.plan_of(dicompile.optimize(plain_dit())), ""),
-    (errors.UnsupportedModel, lambda: dicompile.optimize("DiT-XL/2", "fora"), ""),
-    (errors.UnsupportedModel, lambda: dicompile.optimize(Pipeline(vae=nn.Linear(2, 2)), "fora"), ""),
-    (errors.InvalidSetting, lambda: dicompile.optimize(plain_dit(), mode="fast"), ""),
-    (errors.InvalidSetting, lambda: call_with_disabled_passes("drop-dead"), ""),
-    (errors.InvalidSetting, lambda: call_with_disabled_passes("-drop-deed"), ""),
+    (
+        errors.UnknownPolicy,
+        lambda: dicompile.optimize(plain_dit(), "forra", schedule=4),
+        "no policy is called 'forra'\n"
+        "  why:   it is neither a published name nor an existing .yaml or .json file\n"
+        "  fix:   use one of: none, fora, toca, toca-pixart",
+    ),
+    (
+        errors.InvalidPolicy,
+        lambda: dicompile.get_policy("fora", intervall=2),
+        "policy 'fora' has no option 'intervall'\n  where: options\n  fix:   its options are: interval",
+    ),
+    (
+        errors.InvalidPolicy,
+        lambda: dicompile.FORA(interval=0),
+        "option 'interval' cannot be 0\n"
+        "  where: Cadence\n"
+        "  why:   Input should be greater than 0\n"
+        "  fix:   see the policy's docstring",
+    ),
+    (
+        errors.InvalidPolicy,
+        lambda: dicompile.ToCa(schedule="ddim25"),
+        "option 'schedule' cannot be 'ddim25'\n  where: ToCa\n  fix:   'ddim50' or 'ddpm250'",
+    ),
+    (
+        errors.InvalidPolicy,
+        lambda: dicompile.optimize(plain_dit(), {"name": "mine", "rulez": []}),
+        "unknown option 'rulez'\n  where: Policy\n  fix:   remove it, or check its spelling",
+    ),
+    (
+        errors.InvalidPolicy,
+        lambda: dicompile.Policy.from_yaml("name: [", "mine.yaml"),
+        "this is not valid YAML\n"
+        "  where: mine.yaml\n"
+        "  why:   while parsing a flow node\n"
+        "expected the node content, but found '<stream end>'\n"
+        '  in "<unicode string>", line 1, column 8:\n'
+        "    name: [\n"
+        "           ^",
+    ),
+    (
+        errors.PolicyDoesNotFit,
+        lambda: call_plain_dit(refresh_of_attention(), [999], 4),
+        "policy 'mine' refreshes single tokens, which this branch does not allow\n"
+        "  where: site 0, blocks.0 (self-attention)\n"
+        "  why:   aten.scaled_dot_product_attention.default in blocks.0 reads keys and values of all tokens\n"
+        "  fix:   use a policy that reuses whole branches on this model, such as dicompile.FORA(interval=3)",
+    ),
+    (
+        errors.PolicyDoesNotFit,
+        lambda: call_plain_dit(dicompile.ToCa(score="entropy"), [999], 4),
+        "policy 'toca-3' ranks tokens by entropy, for which there is no cross-attention in the block\n"
+        "  where: site 1, blocks.0.mlp.0 (mlp)\n"
+        "  why:   the block has self-attention, mlp\n"
+        "  fix:   choose another score, for example score='random'",
+    ),
+    (
+        errors.PolicyDoesNotFit,
+        lambda: call_plain_dit(dicompile.ToCa(grid_cell=3), [999], 4),
+        "policy 'toca-3' gives a bonus per 3x3 cell of tokens\n"
+        "  where: site 1, blocks.0.mlp.0 (mlp)\n"
+        "  why:   the token grid is 8x8\n"
+        "  fix:   set grid_cell=0 to switch the bonus off",
+    ),
+    (
+        errors.PolicyDoesNotFit,
+        call_joint_attention,
+        "policy 'toca-3' ranks tokens by attention, for which there is no self-attention in the block\n"
+        "  where: site 1, transformer_blocks.0.ff.net.0.proj (mlp)\n"
+        "  why:   the block has joint-attention, mlp, joint-attention, mlp\n"
+        "  fix:   choose another score, for example score='random'",
+    ),
+    (
+        errors.PolicyDoesNotFit,
+        call_attention_over_other_tokens,
+        "policy 'toca-3' ranks tokens by attention, but the attention is not over the same tokens\n"
+        "  where: site 1, transformer_blocks.0.ff.net.0.proj (mlp)\n"
+        "  why:   aten.cat.default in transformer_blocks.0.attn joins tokens with others\n"
+        "  fix:   choose another score, for example score='random'",
+    ),
+    (
+        errors.PolicyDoesNotFit,
+        call_odd_batch,
+        "policy 'toca-pixart-3' shares tokens between guidance halves, but the batch is 1\n"
+        "  where: site 1, transformer_blocks.0.attn2.to_q (cross-attention)\n"
+        "  why:   the two halves of classifier-free guidance must be in one batch\n"
+        "  fix:   set share_guidance=False",
+    ),
+    (
+        errors.NoSitesFound,
+        lambda: call_module(Perceptron(), "fora"),
+        "Perceptron has no cacheable branch\n"
+        "  where: analysis, 0.000 GFLOP a call\n"
+        "  why:   no residual add with a matrix product in its branch depends on the latent\n"
+        "  fix:   use policy 'none' to compile it without caching",
+    ),
+    (
+        errors.InvalidSchedule,
+        lambda: dicompile.optimize(plain_dit(), "fora"),
+        "policy 'fora-3' needs a schedule\n"
+        "  where: dicompile.optimize\n"
+        "  why:   a plan says for every step what is computed\n"
+        "  fix:   optimize(model, policy, schedule=scheduler), or schedule=50 for a number of steps",
+    ),
+    (
+        errors.InvalidSchedule,
+        lambda: dicompile.optimize(plain_dit(), "fora", schedule=0),
+        "a schedule of 0 steps with 0 timesteps\n"
+        "  where: TimestepSchedule\n"
+        "  fix:   give at least one step and one timestep per step",
+    ),
+    (
+        errors.InvalidSchedule,
+        lambda: dicompile.optimize(plain_dit(), "fora", schedule="ddim"),
+        "cannot read a schedule from str\n"
+        "  where: TimestepSchedule.of\n"
+        "  fix:   give a number of steps, a list of timesteps, or a diffusers scheduler",
+    ),
+    (
+        errors.InvalidSchedule,
+        lambda: call_plain_dit("fora", [999], DDIMScheduler()),
+        "DDIMScheduler has no inference timesteps yet\n"
+        "  where: TimestepSchedule.of\n"
+        "  why:   set_timesteps was not called\n"
+        "  fix:   call scheduler.set_timesteps(steps) before the first call of the model",
+    ),
+    (
+        errors.CallOutsideSchedule,
+        lambda: call_plain_dit("fora", [999, 700], [999, 500]),
+        "the model was called at timestep 700, which is not on the schedule\n"
+        "  where: 2 steps from 999 to 500\n"
+        "  why:   the policy's plan has no step for it\n"
+        "  fix:   optimize with the scheduler that drives the sampling, after its set_timesteps",
+    ),
+    (
+        errors.CallOutsideSchedule,
+        lambda: call_plain_dit("fora", [999, 500, 100], 2),
+        "this is step 3 of a schedule of 2 steps\n"
+        "  where: timestep 100 after 500\n"
+        "  why:   the policy's plan ends here\n"
+        "  fix:   give the number of steps that the sampler makes, or its scheduler",
+    ),
+    (
+        errors.CannotCapture,
+        lambda: call_module(Writes(), "none"),
+        "the model writes to its inputs: x\n"
+        "  where: capture\n"
+        "  why:   a step that is skipped could not repeat the write\n"
+        "  fix:   copy the tensor inside the model before writing to it",
+    ),
+    (
+        errors.NotOptimized,
+        lambda: dicompile.restore(plain_dit()),
+        "this PlainDiT was not optimized\n  fix:   dicompile.optimize(model, policy)",
+    ),
+    (
+        errors.NotOptimized,
+        lambda: dicompile.plan_of(Pipeline(transformer=plain_dit())),
+        "this Pipeline was not optimized\n  fix:   dicompile.optimize(model, policy)",
+    ),
+    (
+        errors.AlreadyOptimized,
+        lambda: dicompile.optimize(dicompile.optimize(plain_dit())),
+        "this PlainDiT is optimized already\n  fix:   model = dicompile.restore(model) first",
+    ),
+    (
+        errors.AlreadyOptimized,
+        optimize_pipeline_twice,
+        "the pipeline's transformer is optimized already\n  fix:   dicompile.restore(pipe) first",
+    ),
+    (
+        errors.NotYetRun,
+        lambda: dicompile.plan_of(dicompile.optimize(plain_dit())),
+        "PlainDiT has not run yet\n"
+        "  why:   structure and plan depend on the shapes of the first call\n"
+        "  fix:   call the model once, or use `dicompile inspect`",
+    ),
+    (
+        errors.UnsupportedModel,
+        lambda: dicompile.optimize("DiT-XL/2", "fora"),
+        "str is neither a torch.nn.Module nor a pipeline with a scheduler\n"
+        "  where: dicompile\n"
+        "  fix:   give the denoiser and its scheduler: optimize(model, policy, schedule=scheduler)",
+    ),
+    (
+        errors.UnsupportedModel,
+        lambda: dicompile.optimize(Pipeline(vae=nn.Linear(2, 2)), "fora"),
+        "Pipeline has no denoiser\n"
+        "  where: dicompile\n"
+        "  why:   no component's forward takes one of timestep, timesteps, t, sigma, sigmas\n"
+        "  fix:   give the denoiser itself: optimize(model, policy, schedule=scheduler)",
+    ),
+    (
+        errors.InvalidSetting,
+        lambda: dicompile.optimize(plain_dit(), mode="fast"),
+        "mode 'fast' does not exist\n  where: dicompile\n  fix:   use one of: inductor, eager",
+    ),
+    (
+        errors.InvalidSetting,
+        lambda: call_with_disabled_passes("drop-dead"),
+        "DICOMPILE_PASSES has the item 'drop-dead'\n"
+        "  where: environment\n"
+        "  why:   passes run by default, so an item can only leave one out\n"
+        "  fix:   DICOMPILE_PASSES=-drop-dead",
+    ),
+    (
+        errors.InvalidSetting,
+        lambda: call_with_disabled_passes("-drop-deed"),
+        "DICOMPILE_PASSES leaves out 'drop-deed', but no pass has this name\n"
+        "  where: environment\n"
+        "  fix:   the passes are: score-tokens, refresh-tokens, reuse-sites, store-values, drop-dead, narrow-linear",
+    ),
 ]
+
+
+@pytest.mark.parametrize(("kind", "mistake", "text"), CASES)
+def test_a_mistake_is_told_with_its_fix(
+    kind: type[errors.DicompileError], mistake: Callable[[], Any], text: str
+) -> None:
+    with pytest.raises(errors.DicompileError) as caught:
+        mistake()
+    assert type(caught.value) is kind
+    assert str(caught.value) == text
+    assert caught.value.fix
+
+
+def test_every_error_of_the_catalogue_is_provoked_here() -> None:
+    catalogue = {
+        kind
+        for _, kind in inspect.getmembers(errors, inspect.isclass)
+        if issubclass(kind, errors.DicompileError) and kind is not errors.DicompileError
+    }
+    assert {kind for kind, _, _ in CASES} == catalogue - INTERNAL
+
+
+def test_details_that_are_not_given_leave_no_line() -> None:
+    assert str(errors.NotYetRun("it has not run")) == "it has not run"
+    assert str(errors.NotYetRun("it has not run", fix="run it")) == "it has not run\n  fix:   run it"

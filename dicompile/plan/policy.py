@@ -232,15 +232,8 @@ class Policy(_Data):
                 why=site.tokens.reason,
                 fix="use a policy that reuses whole branches on this model, such as dicompile.FORA(interval=3)",
             )
-        if score_source(structure, site, ScoreBase(score.base)) is None and score.base != "random":
-            wanted = "cross-attention" if score.base == "entropy" else "self-attention"
-            present = (s.kind.value for s in structure.sites_of(structure.blocks[site.block]))
-            raise PolicyDoesNotFit(
-                f"policy {self.name!r} ranks tokens by {score.base}, for which there is no {wanted} in the block",
-                where=where,
-                why=f"the block has {', '.join(present)}",
-                fix="choose another score, for example score='random'",
-            )
+        if score.base != "random":
+            self._check_source(structure, site, score, where)
         if score.grid_cell:
             self._check_grid(structure.grid, site, score, where)
         if score.share_guidance and site.shape[0] % 2:
@@ -249,6 +242,25 @@ class Policy(_Data):
                 where=where,
                 why="the two halves of classifier-free guidance must be in one batch",
                 fix="set share_guidance=False",
+            )
+
+    def _check_source(self, structure: ModelStructure, site: Site, score: TokenScore, where: str) -> None:
+        source = score_source(structure, site, ScoreBase(score.base))
+        if source is None:
+            wanted = "cross-attention" if score.base == "entropy" else "self-attention"
+            present = (s.kind.value for s in structure.sites_of(structure.blocks[site.block]))
+            raise PolicyDoesNotFit(
+                f"policy {self.name!r} ranks tokens by {score.base}, for which there is no {wanted} in the block",
+                where=where,
+                why=f"the block has {', '.join(present)}",
+                fix="choose another score, for example score='random'",
+            )
+        if source.tokens.wise is TokenWise.NO:
+            raise PolicyDoesNotFit(
+                f"policy {self.name!r} ranks tokens by {score.base}, but the attention is not over the same tokens",
+                where=where,
+                why=source.tokens.reason,
+                fix="choose another score, for example score='random'",
             )
 
     def _check_grid(self, grid: tuple[int, int] | None, site: Site, score: TokenScore, where: str) -> None:

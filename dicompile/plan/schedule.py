@@ -46,7 +46,8 @@ class TimestepSchedule:
         if isinstance(source, int) and not isinstance(source, bool):
             return cls(source)
         timesteps = getattr(source, "timesteps", source)
-        if hasattr(source, "config") and getattr(source, "num_inference_steps", 0) is None:
+        # Until set_timesteps, most schedulers have None there, the flow-matching ones nothing at all.
+        if hasattr(source, "config") and getattr(source, "num_inference_steps", None) is None:
             raise InvalidSchedule(
                 f"{type(source).__name__} has no inference timesteps yet",
                 where="TimestepSchedule.of",

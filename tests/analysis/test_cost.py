@@ -34,7 +34,9 @@ def test_all_work_of_a_token_wise_mlp_shrinks_with_its_tokens_and_none_of_self_a
     assert [site.token_flops for site in sites] == [0, sites[1].flops] * LAYERS
 
 
-def test_text_keys_do_not_shrink_with_the_tokens_and_the_shared_caption_projection_is_split_between_its_readers() -> None:
+def test_text_keys_do_not_shrink_with_the_tokens_and_the_shared_caption_projection_is_split_between_its_readers() -> (
+    None
+):
     batch, text, caption, width, tokens = 2, 12, 24, 32, 64
     queries = 2 * (2 * batch * tokens * width * width) + 4 * batch * tokens * text * width
     keys = 2 * (2 * batch * text * width * width)

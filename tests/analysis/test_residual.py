@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -280,5 +279,3 @@ def test_a_model_without_a_latent_has_no_sites() -> None:
     found = analyse(tiny(NoLatent(), y=torch.ones(3, dtype=torch.int64)))
     assert (found.sites, found.blocks, found.streams, found.grid) == ((), (), (), None)
     assert found.flops == 2 * 3 * WIDTH * WIDTH
-
-

@@ -12,6 +12,7 @@ from tests.capture.captured import captured, one_block, structure
 from tests.models import MODELS, Sample, capture
 
 SELF = "aten.scaled_dot_product_attention.default in {path} reads keys and values of all tokens"
+STACK = "no: aten.stack.default in {path} is not known to keep tokens apart"
 JOIN = "no: aten.cat.default in {path} joins tokens with others"
 
 # Per site: kind, stream, token-wise, shape.
@@ -21,7 +22,12 @@ BLOCKS: dict[str, list[tuple[str, str, list[tuple[str, int, str, tuple[int, ...]
             f"transformer_blocks.{b}",
             "ABB"[b],
             [
-                ("self-attention", 0, "queries only: " + SELF.format(path=f"transformer_blocks.{b}.attn1"), (4, 64, 32)),
+                (
+                    "self-attention",
+                    0,
+                    "queries only: " + SELF.format(path=f"transformer_blocks.{b}.attn1"),
+                    (4, 64, 32),
+                ),
                 ("mlp", 0, "yes", (4, 64, 32)),
             ],
         )
@@ -32,7 +38,12 @@ BLOCKS: dict[str, list[tuple[str, str, list[tuple[str, int, str, tuple[int, ...]
             f"transformer_blocks.{b}",
             "ABB"[b],
             [
-                ("self-attention", 0, "queries only: " + SELF.format(path=f"transformer_blocks.{b}.attn1"), (2, 64, 32)),
+                (
+                    "self-attention",
+                    0,
+                    "queries only: " + SELF.format(path=f"transformer_blocks.{b}.attn1"),
+                    (2, 64, 32),
+                ),
                 ("cross-attention", 0, "yes", (2, 64, 32)),
                 ("mlp", 0, "yes", (2, 64, 32)),
             ],
@@ -74,7 +85,7 @@ BLOCKS: dict[str, list[tuple[str, str, list[tuple[str, int, str, tuple[int, ...]
                     (
                         "parallel",
                         1,
-                        f"no: aten.stack.default in single_transformer_blocks.{b}.attn is not known to keep tokens apart",
+                        STACK.format(path=f"single_transformer_blocks.{b}.attn"),
                         (1, 22, 32),
                     )
                 ],
@@ -195,14 +206,20 @@ def test_the_text_of_a_structure() -> None:
         "aten.scaled_dot_product_attention.default in transformer_blocks.0.attn1 reads keys and values of all tokens"
         "  # transformer_blocks.0.attn1",
         "  site 1   cross-attention  stream 0  2x64x32       5.44%  token-wise: yes  # transformer_blocks.0.attn2.to_q",
-        "  site 2   mlp              stream 0  2x64x32      13.46%  token-wise: yes  # transformer_blocks.0.ff.net.0.proj",
+        "  site 2   mlp              stream 0  2x64x32      13.46%  token-wise: yes"
+        "  # transformer_blocks.0.ff.net.0.proj",
     ]
     assert len(str(found).splitlines()) == 2 + 3 + 9
 
 
 def test_structures_are_frozen() -> None:
     found = structure("plain_dit")
-    for item, field in [(found, "sites"), (found.sites[0], "core"), (found.blocks[0], "nodes"), (found.streams[0], "id")]:
+    for item, field in [
+        (found, "sites"),
+        (found.sites[0], "core"),
+        (found.blocks[0], "nodes"),
+        (found.streams[0], "id"),
+    ]:
         with pytest.raises(dataclasses.FrozenInstanceError):
             setattr(item, field, None)
 

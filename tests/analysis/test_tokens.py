@@ -49,8 +49,8 @@ def heads(x: Tensor) -> Tensor:
         (lambda x: F.gelu(x) * x.sigmoid(), (), 1),
         (lambda x: torch.ops.aten._to_copy.default(x, dtype=torch.bfloat16), (), 1),
         (lambda x: x[:, :, None] * x[:, :, :, None], (), 1),
-        (lambda x, w: F.linear(x, w), (WEIGHT,), 1),
-        (lambda x, w, b: F.linear(x, w, b), (WEIGHT, ROW), 1),
+        (F.linear, (WEIGHT,), 1),
+        (F.linear, (WEIGHT, ROW), 1),
         (lambda x: F.layer_norm(x, [WIDTH]), (), 1),
         (lambda x, w: F.rms_norm(x, [WIDTH], w), (ROW,), 1),
         (lambda x: x.view(BATCH, TOKENS, 2, 4), (), 1),
@@ -108,7 +108,11 @@ def test_the_token_axis_is_carried_to(function: Function, others: tuple[Tensor, 
         (lambda x: x[:, 0], (), "aten.select.int picks one token"),
         (lambda x: x.unbind(1)[0], (), "aten.unbind.int takes tokens apart"),
         (lambda x: torch.cat([x, x], 1), (), "aten.cat.default joins tokens with others"),
-        (lambda x, y: torch.cat([x, y], -1), (torch.randn(BATCH, TOKENS, 1),), "aten.cat.default joins tokens with others"),
+        (
+            lambda x, y: torch.cat([x, y], -1),
+            (torch.randn(BATCH, TOKENS, 1),),
+            "aten.cat.default joins tokens with others",
+        ),
         (
             lambda x: F.scaled_dot_product_attention(heads(x), heads(x), heads(x)),
             (),
@@ -196,7 +200,7 @@ def test_operands_with_one_value_per_token_are_named_with_their_axis(table: Tens
 
 @pytest.mark.parametrize("seed", range(3))
 def test_a_carried_axis_means_that_tokens_can_be_permuted_before_or_after(seed: int) -> None:
-    """What the axis stands for: permuting the stream's tokens permutes the result along it, and changes nothing else."""
+    """What the axis stands for: permuting the stream's tokens permutes the result along it, and nothing else."""
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(BATCH, TOKENS, WIDTH, generator=generator)
     order = torch.randperm(TOKENS, generator=generator)

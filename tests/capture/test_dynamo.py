@@ -40,4 +40,3 @@ def test_a_model_that_branches_on_its_data_cannot_be_captured_and_the_text_says_
     assert lines[1] == "  where: capture"
     assert lines[2].startswith("  why:   ") and "branching" in lines[2]
     assert lines[3] == "  fix:   move data-dependent Python out of its forward"
-

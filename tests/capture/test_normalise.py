@@ -135,13 +135,16 @@ def test_nodes_print_with_operator_inputs_and_module_path() -> None:
     assert "@blocks.0.qkv.weight: f32[96,32] = input" in lines
     number = next(line.split(":")[0] for line in lines if line.endswith("# blocks.0.qkv"))
     source = next(line for line in lines if line.endswith("# blocks.0.qkv")).split("(")[1].split(",")[0]
-    assert f"{number}: f32[4,64,96] = aten.linear.default({source}, @blocks.0.qkv.weight, @blocks.0.qkv.bias)  # blocks.0.qkv" in lines
+    call = f"aten.linear.default({source}, @blocks.0.qkv.weight, @blocks.0.qkv.bias)"
+    assert f"{number}: f32[4,64,96] = {call}  # blocks.0.qkv" in lines
 
 
 def test_values_are_fake_and_keep_the_sizes_of_the_call() -> None:
     _, found = one_block()
     values = [node.meta["val"] for node in calls(found) if isinstance(node.meta["val"], Tensor)]
-    assert all(isinstance(value, torch._subclasses.FakeTensor) and value.fake_mode is found.fake_mode for value in values)
+    assert all(
+        isinstance(value, torch._subclasses.FakeTensor) and value.fake_mode is found.fake_mode for value in values
+    )
     assert all(isinstance(size, int) for value in values for size in value.shape)
 
 

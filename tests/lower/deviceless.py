@@ -263,6 +263,7 @@ class Lowering:
         self._copies: set[str] = set()
 
     def lower(self, variant: Variant) -> Lowered:
+        self._copies = set()
         with (
             patch.object(GraphLowering, "save_output_code", self._keep_code),
             patch.object(AsyncCompile, "triton", self._keep_kernel),

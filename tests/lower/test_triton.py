@@ -1,4 +1,4 @@
-"""The GPU path is Triton, checked without a GPU: how many kernels every variant of a block becomes, and that they compile.
+"""The GPU path is Triton, checked without a GPU: how many kernels a variant of a block becomes, and that they compile.
 
 `tests.lower.deviceless` lowers for sm_90 in a process of its own. The figures hold for a DiT of width 384 with 2 x 256
 tokens in bfloat16; a change of a pass or of torch may change them, for the better one hopes.

@@ -9,7 +9,19 @@ from dicompile.passes import LocalStep, SlotRef, Value
 from dicompile.passes.drop_dead import DropDead
 from dicompile.passes.reuse_sites import ReuseSites
 from dicompile.plan import SlotKind, What
-from tests.passes.segments import FULL, REUSE, Cut, cross_attention_block, mlp_block, reported, rewritten, run_segment
+from tests.passes.segments import (
+    FULL,
+    REUSE,
+    Channels,
+    Cut,
+    chain,
+    cross_attention_block,
+    cut,
+    mlp_block,
+    reported,
+    rewritten,
+    run_segment,
+)
 
 
 def slot(age: int = 0, position: int = 0) -> SlotRef:
@@ -91,6 +103,19 @@ def test_a_stored_update_replaces_the_gate_too(block: Cut) -> None:
     segment = rewritten(block.segment, [step], ReuseSites(), DropDead())
     assert str(segment) == UPDATE
     assert torch.equal(run_segment(segment, {**block.arguments, slot(): block.update()})[Value(0)], block.output())
+
+
+def test_a_reused_value_lies_in_memory_as_the_computed_one_does() -> None:
+    block = cut(chain(Channels()))
+    computed, segment = block.core(), rewritten(block.segment, [REUSE], ReuseSites(), DropDead())
+    assert [line.split(" = ")[1].split("(")[0] for line in str(segment).splitlines()[2:-1]] == [
+        "aten.permute.default", "aten.clone.default", "aten.permute.default", "aten.add.Tensor",
+    ]  # fmt: skip
+    add = segment.sites[0].add
+    assert add.all_input_nodes[1].meta["val"].stride() == computed.stride()
+    result = run_segment(segment, {**block.arguments, slot(): computed.contiguous()})[Value(0)]
+    assert torch.equal(result, block.output())
+    assert result.stride() == block.output().stride()
 
 
 def test_attention_is_gone_when_its_site_is_reused() -> None:

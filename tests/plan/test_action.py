@@ -35,6 +35,10 @@ def test_a_token_refresh_with_other_weights_is_refused() -> None:
 
 
 def test_slots_print_short_and_sort_by_site_and_age() -> None:
-    slots = [Slot.of(SiteId(3), SlotKind.VALUE, 1), Slot.of(SiteId(3), SlotKind.VALUE), Slot.of(SiteId(1), SlotKind.SCORE)]
+    slots = [
+        Slot.of(SiteId(3), SlotKind.VALUE, 1),
+        Slot.of(SiteId(3), SlotKind.VALUE),
+        Slot.of(SiteId(1), SlotKind.SCORE),
+    ]
     assert [str(slot) for slot in sorted(slots)] == ["score[1]", "value[3]", "value[3]-1"]
     assert [slot.kind for slot in slots] == [SlotKind.VALUE, SlotKind.VALUE, SlotKind.SCORE]

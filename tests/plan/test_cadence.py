@@ -59,7 +59,9 @@ def test_deciding_once_per_step_makes_the_half_full_steps_full() -> None:
         (1, 3, [0]),
     ],
 )
-def test_fora_is_full_at_the_first_step_and_at_multiples_counted_down(steps: int, interval: int, full: list[int]) -> None:
+def test_fora_is_full_at_the_first_step_and_at_multiples_counted_down(
+    steps: int, interval: int, full: list[int]
+) -> None:
     assert indices(FORA(interval=interval).cadence, steps) == full
 
 
@@ -106,9 +108,7 @@ def naive(cadence: Cadence, steps: int, blocks: int = 3) -> list[list[bool]]:
     return result
 
 
-windows = st.builds(
-    Window, start=st.floats(0, 1), end=st.floats(0, 1), interval=st.integers(1, 5)
-)
+windows = st.builds(Window, start=st.floats(0, 1), end=st.floats(0, 1), interval=st.integers(1, 5))
 cadences = st.builds(
     Cadence,
     interval=st.integers(1, 7),

@@ -40,29 +40,71 @@ def refresh(base: ScoreBase = ScoreBase.ATTENTION, age_weight: float = 0.25, cou
     return Action(tokens=Selection(Score(base, age_weight=age_weight), count))
 
 
-class Memory:
-    """Slots of a run; contents are numbered by the order in which they were made."""
+class Simulation:
+    """A plan, run beside a run that remembers everything. Contents of slots are numbered as they are made."""
 
-    def __init__(self, structure: ModelStructure) -> None:
-        self.structure = structure
-        self.slots: dict[Slot, int] = {}
+    def __init__(self, structure: ModelStructure, *, cold: bool) -> None:
+        self.structure, self.cold = structure, cold
+        self.everything: dict[Slot, int] = {}
+        self.kept: dict[Slot, int] = {}
         self.made = 0
+        self.last_read: dict[int, int] = {}
+        self.written: list[tuple[Slot, int, int]] = []
+        self.held: list[tuple[Slot, int, int]] = []
+        self.delivered: dict[int, Score] = {}
+        self.clocks = [0] * len(structure.sites)
 
-    def store(self, slot: Slot, content: int, ages: int) -> None:
-        """Rebind a slot; of a value, the older ones first move up, as far as `ages`."""
-        for age in range(ages, 0, -1):
-            younger = replace(slot, age=age - 1)
-            if younger in self.slots:
-                self.slots[replace(slot, age=age)] = self.slots[younger]
-        self.slots[slot] = content
+    def run(self, number: int, planned: StepPlan) -> None:
+        for i, step in enumerate(planned.sites):
+            self.clocks[i] = 0 if step.action == COMPUTE else self.clocks[i]
+            assert self.cold or step.clock == self.clocks[i], f"step {number}, site {i}"
+            self.clocks[i] += step.action != COMPUTE
+            self.read(number, i, step)
+            self.write(number, i, step)
+        self.kept = {slot: content for slot, content in self.kept.items() if slot in planned.live}
+        assert set(self.kept) == set(planned.live), f"step {number} keeps slots that nobody wrote"
+        self.held += [(slot, content, number) for slot, content in self.kept.items()]
 
-    def produced(self, site: int, action: Action, own_score: bool) -> list[tuple[Slot, bool]]:
-        """Slots that an action gives a new content, and whether it starts a new age."""
-        shifts = action.computes and action.tokens is None
+    def read(self, number: int, site: int, step: SiteStep) -> None:
+        assert set(step.reads) == needed(self.structure, site, step), f"step {number}, site {site}"
+        for slot in step.reads:
+            assert slot in self.kept, f"step {number}, site {site} reads {slot}, which is not there"
+            assert self.kept[slot] == self.everything[slot], f"step {number}, site {site} reads an old {slot}"
+            self.last_read[self.kept[slot]] = number
+            if slot.kind is SCORE:
+                assert step.action.tokens is not None
+                assert self.delivered[int(slot.site)].base is step.action.tokens.score.base
+
+    def write(self, number: int, site: int, step: SiteStep) -> None:
+        fresh = self.fresh(site, step.action)
+        assert set(step.writes) <= set(fresh)
+        for slot in fresh:
+            self.made += 1
+            ages = slot.kind is VALUE and step.action.tokens is None
+            rebind(self.everything, slot, self.made, 9 if ages else 0)
+            if slot in step.writes:
+                rebind(self.kept, slot, self.made, step.history if ages else 0)
+                self.written.append((slot, self.made, number))
+                if slot.kind is SCORE and step.action == COMPUTE:
+                    assert step.score is not None
+                    self.delivered[int(slot.site)] = step.score
+
+    def fresh(self, site: int, action: Action) -> list[Slot]:
+        """Slots that an action gives a new content."""
+        own_score = action.tokens is not None and attention_of(self.structure, site, action.tokens.score.base) == site
         kinds = [VALUE] if action.computes else []
         kinds += [STAMP] if action == COMPUTE or action.tokens else []
         kinds += [SCORE] if action == COMPUTE or own_score else []
-        return [(Slot.of(self.structure.sites[site].id, kind), shifts and kind is VALUE) for kind in kinds]
+        return [Slot.of(self.structure.sites[site].id, kind) for kind in kinds]
+
+
+def rebind(slots: dict[Slot, int], slot: Slot, content: int, ages: int) -> None:
+    """Give a slot a new content; older values first move up, as far as `ages`."""
+    for age in range(ages, 0, -1):
+        younger = replace(slot, age=age - 1)
+        if younger in slots:
+            slots[replace(slot, age=age)] = slots[younger]
+    slots[slot] = content
 
 
 def needed(structure: ModelStructure, site: int, step: SiteStep) -> set[Slot]:
@@ -87,55 +129,22 @@ def attention_of(structure: ModelStructure, site: int, base: ScoreBase) -> int |
 
 def simulate(structure: ModelStructure, steps: Sequence[StepPlan], *, cold: bool = False) -> None:
     """Run steps; fails if a read does not find the latest content, or if anything is kept or stored for nobody."""
-    everything, kept = Memory(structure), Memory(structure)
-    wanted_score: dict[int, Score | None] = {}
-    written: dict[tuple[Slot, int], int] = {}
-    held: dict[int, dict[Slot, int]] = {}
-    read: dict[int, int] = {}
-    clocks = [0] * len(structure.sites)
-    for number, planned in enumerate(steps):
-        for i, step in enumerate(planned.sites):
-            action = step.action
-            assert set(step.reads) == needed(structure, i, step), f"step {number}, site {i}"
-            for slot in step.reads:
-                assert slot in kept.slots, f"step {number}, site {i} reads {slot}, which is not there"
-                assert kept.slots[slot] == everything.slots[slot], f"step {number}, site {i} reads an old {slot}"
-                read[kept.slots[slot]] = number
-                if slot.kind is SCORE:
-                    assert action.tokens is not None
-                    delivered = wanted_score[int(slot.site)]
-                    assert delivered is not None and delivered.base is action.tokens.score.base
-            clocks[i] = 0 if action == COMPUTE else clocks[i]
-            assert cold or step.clock == clocks[i], f"step {number}, site {i}"
-            clocks[i] += action != COMPUTE
-            own_score = action.tokens is not None and attention_of(structure, i, action.tokens.score.base) == i
-            produced = everything.produced(i, action, own_score)
-            assert set(step.writes) <= {slot for slot, _ in produced}
-            for slot, shifts in produced:
-                everything.made += 1
-                content = everything.made
-                everything.store(slot, content, 9 if shifts else 0)
-                if slot in step.writes:
-                    kept.store(slot, content, step.history if shifts else 0)
-                    written[slot, content] = number
-                    if slot.kind is SCORE and action == COMPUTE:
-                        assert step.score is not None
-                        wanted_score[int(slot.site)] = step.score
-        kept.slots = {slot: content for slot, content in kept.slots.items() if slot in planned.live}
-        assert set(kept.slots) == set(planned.live), f"step {number} keeps slots that nobody wrote"
-        held[number] = kept.slots
-    for (slot, content), number in written.items():
-        assert content in read, f"step {number} writes {slot}, which nobody reads"
-    for number, slots in held.items():
-        for slot, content in slots.items():
-            assert read.get(content, -1) > number, f"{slot} is kept after step {number} for nobody"
+    run = Simulation(structure, cold=cold)
+    for number, planned_step in enumerate(steps):
+        run.run(number, planned_step)
+    for slot, content, number in run.written:
+        assert content in run.last_read, f"step {number} writes {slot}, which nobody reads"
+    for slot, content, number in run.held:
+        assert run.last_read.get(content, -1) > number, f"{slot} is kept after step {number} for nobody"
 
 
 def possible(structure: ModelStructure, site: int, stores: int, base: ScoreBase) -> list[Action]:
     """Actions that make sense for a site that stored `stores` values so far."""
     actions = [COMPUTE, REUSE, BLEND] + [f for f in FORECASTS if f.history <= stores]
     kind = structure.sites[site].kind
-    if kind is not SiteKind.SELF_ATTENTION and (base is ScoreBase.RANDOM or attention_of(structure, site, base) is not None):
+    if kind is not SiteKind.SELF_ATTENTION and (
+        base is ScoreBase.RANDOM or attention_of(structure, site, base) is not None
+    ):
         actions += [refresh(base), refresh(base, age_weight=0.0)]
     return actions
 
@@ -278,7 +287,13 @@ def test_the_kind_of_a_step(row: tuple[Action, ...], kind: str) -> None:
 
 def test_steps_that_differ_in_token_counts_and_clocks_only_share_a_program() -> None:
     structure = toy([("self-attention", "mlp")])
-    rows = [(COMPUTE, COMPUTE), (REUSE, refresh(count=4)), (REUSE, refresh(count=5)), (REUSE, refresh()), (REUSE, REUSE)]
+    rows = [
+        (COMPUTE, COMPUTE),
+        (REUSE, refresh(count=4)),
+        (REUSE, refresh(count=5)),
+        (REUSE, refresh()),
+        (REUSE, REUSE),
+    ]
     signatures = [step.signature for step in planned(structure, rows).steps]
     assert signatures[1] == signatures[2]
     assert len(set(signatures)) == 4  # the last refresh writes no stamp, since nobody reads it

@@ -146,7 +146,9 @@ def on(kind: str, **score: object) -> Rule:
 
 
 def test_a_branch_that_mixes_tokens_cannot_be_refreshed() -> None:
-    mixing = TokenFact(TokenWise.NO, 1, TOKENS, "aten.conv1d.default in blocks.0.conv is not known to keep tokens apart")
+    mixing = TokenFact(
+        TokenWise.NO, 1, TOKENS, "aten.conv1d.default in blocks.0.conv is not known to keep tokens apart"
+    )
     structure = replace(DIT, sites=(DIT.sites[0], replace(DIT.sites[1], tokens=mixing), *DIT.sites[2:]))
     assert refusal(structure, on("mlp")) == (
         "policy 'mine' refreshes single tokens, which this branch does not allow\n"
@@ -168,11 +170,17 @@ def test_a_score_needs_the_attention_it_comes_from() -> None:
 
 
 @pytest.mark.parametrize(
-    ("grid", "why"), [((4, 6), "the token grid is 4x6"), (None, "the token grid is unknown"), ((2, 4), "the branch has 16 tokens, the token grid is 2x4")]
+    ("grid", "cell", "why"),
+    [
+        ((2, 8), 4, "the token grid is 2x8"),
+        (None, 2, "the token grid is unknown"),
+        ((2, 4), 2, "the branch has 16 tokens, the token grid is 2x4"),  # text beside a picture
+    ],
 )
-def test_the_grid_bonus_needs_a_grid_of_whole_cells_that_holds_the_tokens(grid: tuple[int, int] | None, why: str) -> None:
+def test_the_grid_bonus_needs_a_grid_of_whole_cells_that_holds_the_tokens(
+    grid: tuple[int, int] | None, cell: int, why: str
+) -> None:
     structure = toy([("self-attention", "mlp")], grid=grid)
-    cell = 4 if grid == (4, 6) else 2
     assert refusal(structure, on("mlp", grid_cell=cell)) == (
         f"policy 'mine' gives a bonus per {cell}x{cell} cell of tokens\n"
         "  where: site 1, blocks.0.mlp (mlp)\n"

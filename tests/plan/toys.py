@@ -20,10 +20,12 @@ TOKENS = 16
 FLOPS = {"self-attention": 1_000, "cross-attention": 400, "mlp": 2_000, "joint-attention": 1_000, "parallel": 3_000}
 REST = 500
 """Operations of the toy outside its sites."""
+SITE_BYTES = 3_000
+"""Memory traffic of a site; its value is [2, 16, 8] floats, 1024 bytes."""
 
 
 def toy(blocks: Sequence[Sequence[str]], *, batch: int = 2, grid: tuple[int, int] | None = (4, 4)) -> ModelStructure:
-    """A model with these kinds of site in its blocks; sites take 1000 bytes and [batch, TOKENS, 8] floats each."""
+    """A model with these kinds of site in its blocks; every site's value is [batch, TOKENS, 8] floats."""
     sites: list[Site] = []
     members: list[Block] = []
     for b, kinds in enumerate(blocks):
@@ -40,7 +42,7 @@ def toy(blocks: Sequence[Sequence[str]], *, batch: int = 2, grid: tuple[int, int
         epilogue=(),
         grid=grid,
         flops=sum(site.flops for site in sites) + REST,
-        bytes=1000 * len(sites) + 300,
+        bytes=SITE_BYTES * len(sites) + 300,
         dependence={},
     )
 
@@ -64,5 +66,5 @@ def _site(number: int, block: int, kind: SiteKind, batch: int) -> Site:
         tokens=TokenFact(wise, 1, TOKENS),
         flops=flops,
         token_flops=flops if wise is TokenWise.YES else 0,
-        bytes=1000,
+        bytes=SITE_BYTES,
     )

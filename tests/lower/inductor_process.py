@@ -1,0 +1,39 @@
+"""A process of its own that compiles a small model, for the test of warm starts: prints what Inductor's cache did."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections import Counter
+from pathlib import Path
+
+import torch
+
+import dicompile
+from dicompile.lower import Program
+from dicompile.runtime import current_session
+from tests.lower.test_inductor import LAYERS, POLICY, STEPS
+from tests.models import call, plain_dit, timesteps
+
+
+def main(output: Path) -> None:
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+    sample = plain_dit(LAYERS)
+    model = dicompile.optimize(sample.model, POLICY, schedule=timesteps(STEPS))
+    outputs, chosen = [], []
+    for step, timestep in enumerate(timesteps(STEPS)):
+        outputs.append(call(model, sample.inputs, timestep, seed=step))
+        state = current_session().state_of(model.frames[0].run)
+        chosen.append({site: tokens.sort().values.tolist() for site, tokens in state.contexts[""].chosen.items()})
+    torch.save({"outputs": outputs, "chosen": chosen}, output)
+    counters: Counter[str] = torch._dynamo.utils.counters["inductor"]
+    names = ("fxgraph_cache_hit", "fxgraph_cache_miss", "fxgraph_cache_bypass")
+    program: Program = model.frames[0].programs.step(model.frames[0].run.link.schedule, 0)[1]
+    print(json.dumps({name: counters[name] for name in names} | {
+        "variants": len(model.frames[0].programs.variants.variants), "calls": len(program.calls),
+    }))  # fmt: skip
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -1,0 +1,72 @@
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from dicompile.config import DebugFolder, Settings
+from dicompile.errors import InvalidSetting
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def test_an_empty_environment_means_no_debug_folder_and_every_pass() -> None:
+    assert Settings.from_environment({}) == Settings(None, frozenset())
+    assert Settings.from_environment({"DICOMPILE_DEBUG": "", "DICOMPILE_PASSES": ""}) == Settings()
+
+
+def test_passes_are_left_out_by_name() -> None:
+    found = Settings.from_environment({"DICOMPILE_PASSES": "-narrow-linear, -drop-dead,,"})
+    assert found.disabled_passes == {"narrow-linear", "drop-dead"}
+
+
+@pytest.mark.parametrize("item", ["narrow-linear", "+drop-dead"])
+def test_a_pass_without_a_minus_is_refused(item: str) -> None:
+    with pytest.raises(InvalidSetting) as error:
+        Settings.from_environment({"DICOMPILE_PASSES": f"-drop-dead,{item}"})
+    assert str(error.value) == (
+        f"DICOMPILE_PASSES has the item {item!r}\n"
+        "  where: environment\n"
+        "  why:   passes run by default, so an item can only leave one out\n"
+        f"  fix:   DICOMPILE_PASSES=-{item}"
+    )
+
+
+def test_the_process_environment_is_read_when_none_is_given(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("DICOMPILE_DEBUG", str(tmp_path / "out"))
+    monkeypatch.setenv("DICOMPILE_PASSES", "-drop-dead")
+    assert Settings.from_environment() == Settings(tmp_path / "out", frozenset({"drop-dead"}))
+
+
+def test_debug_files_are_numbered_in_the_order_they_were_written(tmp_path: Path) -> None:
+    folder = DebugFolder(tmp_path / "new" / "folder")
+    for name, content in [("captured", "graph"), ("structure", 7), ("captured", "again")]:
+        folder.write(name, content)
+    files = sorted(folder.folder.iterdir()) if folder.folder else []
+    assert [file.name for file in files] == ["000-captured.txt", "001-structure.txt", "002-captured.txt"]
+    assert [file.read_text(encoding="utf-8") for file in files] == ["graph\n", "7\n", "again\n"]
+
+
+def test_a_second_model_writes_after_what_the_first_one_wrote(tmp_path: Path) -> None:
+    DebugFolder(tmp_path).write("captured", "one")
+    DebugFolder(tmp_path).write("captured", "two")
+    assert [file.read_text() for file in sorted(tmp_path.iterdir())] == ["one\n", "two\n"]
+
+
+def test_without_a_folder_nothing_is_written_and_no_text_is_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Costly:
+        def __str__(self) -> str:
+            raise AssertionError("text was made for nobody")
+
+    monkeypatch.chdir(tmp_path)
+    DebugFolder(None).write("captured", Costly())
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_environment_is_read_in_one_file_only() -> None:
+    sources = [file for part in ("dicompile", "passes", "runtime") for file in (ROOT / part).rglob("*.py")]
+    reading = [file for file in sources if re.search(r"\bos\.environ\b|\bgetenv\b", file.read_text(encoding="utf-8"))]
+    assert [file.relative_to(ROOT) for file in reading] == [Path("dicompile/config.py")]
