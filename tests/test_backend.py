@@ -42,7 +42,9 @@ def same(first: list[torch.Tensor], second: list[torch.Tensor]) -> bool:
 @pytest.mark.parametrize(("name", "policy"), CASES, ids=[f"{name}-{policy.name}" for name, policy in CASES])
 def test_it_does_what_optimize_does(name: str, policy: Policy) -> None:
     sample = MODELS[name](2)
-    wanted = run(dicompile.optimize(sample.model, policy, schedule=STEPS, mode="eager"), sample.inputs, timesteps(STEPS))
+    wanted = run(
+        dicompile.optimize(sample.model, policy, schedule=STEPS, mode="eager"), sample.inputs, timesteps(STEPS)
+    )
     model = compiled(sample.model, policy=policy, steps=STEPS, mode="eager")
     got = run(model, sample.inputs, timesteps(STEPS))
     assert same(got, wanted)

@@ -20,7 +20,11 @@ ARGUMENTS: dict[str, tuple[str, ...]] = {
 
 RESULTS = {
     "train_demo_classifier.py": ("classifier.safetensors",),
-    "train_demo_model.py": ("model/config.json", "model/diffusion_pytorch_model.safetensors", "model/scheduler_config.json"),
+    "train_demo_model.py": (
+        "model/config.json",
+        "model/diffusion_pytorch_model.safetensors",
+        "model/scheduler_config.json",
+    ),
 }
 """Files that it then has written."""
 

@@ -234,7 +234,10 @@ def test_an_optimized_pipeline_saves_its_denoiser(tmp_path: Path) -> None:
     dicompile.optimize(pipe, FORA, mode="eager")
     call(2)
     pipe.save_pretrained(tmp_path)
-    assert json.loads((tmp_path / "model_index.json").read_text())["transformer"] == ["diffusers", "DiTTransformer2DModel"]
+    assert json.loads((tmp_path / "model_index.json").read_text())["transformer"] == [
+        "diffusers",
+        "DiTTransformer2DModel",
+    ]
     loaded = DiTTransformer2DModel.from_pretrained(tmp_path / "transformer")
     assert loaded.config.num_layers == original.config.num_layers
     weights = original.state_dict()

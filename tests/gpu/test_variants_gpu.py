@@ -1,4 +1,4 @@
-"""On a GPU: compiled variants against the same graphs run operator by operator, and static plans that never wait for it."""
+"""On a GPU: compiled variants against the same graphs run in eager, and static plans that never wait for the device."""
 
 from __future__ import annotations
 

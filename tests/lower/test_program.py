@@ -2,58 +2,28 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import torch
 
-from dicompile.analysis import ModelStructure, analyse
-from dicompile.capture import Capture, Role
-from dicompile.compiler import Options, Programs
+from dicompile.capture import Role
+from dicompile.compiler import Programs
 from dicompile.lower import Call, Constant, Program
 from dicompile.passes import Segment
 from dicompile.plan import Cadence, Plan, Policy, Refresh, Reuse, Rule, TimestepSchedule, TokenScore
-from dicompile.policies import get_policy
 from dicompile.runtime import Executor, SchedulerLink, current_session
-from tests.models import MODELS, Sample, capture, plain_dit, timesteps
+from tests.lower.captured import captured
+from tests.models import MODELS, Sample, plain_dit, timesteps
 from tests.passes.segments import Channels, Mlp, chain
 
 STEPS = 9
 SCHEDULE = TimestepSchedule.of(tuple(timesteps(STEPS)))
 
 
-@dataclass(frozen=True)
-class Captured:
-    """A sample that was captured and analysed; made once for all tests."""
-
-    sample: Sample
-    capture: Capture
-    structure: ModelStructure
-
-    def programs(self, policy: Any, steps: int = STEPS) -> Programs:
-        """Plans and programs, nothing compiled and nothing run."""
-        options = Options(get_policy(policy), SchedulerLink(tuple(timesteps(steps))), mode="eager")
-        return Programs(self.capture, self.structure, options)
-
-    def arguments(self) -> list[Any]:
-        """A value for every input of the captured graph."""
-        model = self.sample.model
-        given = {**dict(model.named_parameters()), **dict(model.named_buffers()), **self.sample.inputs}
-        return [given[item.name] for item in self.capture.inputs]
-
-
-@functools.cache
-def captured(make: Callable[..., Sample], *layers: int) -> Captured:
-    sample = make(*layers)
-    made = capture(sample)
-    return Captured(sample, made, analyse(made))
-
-
-def programs(make: Callable[..., Sample], *layers: int, policy: Any, steps: int = STEPS) -> Programs:
-    return captured(make, *layers).programs(policy, steps)
+def programs(make: Callable[..., Sample], *layers: int, policy: Any) -> Programs:
+    return captured(make, *layers).programs(policy)
 
 
 def all_programs(made: Programs, schedule: TimestepSchedule = SCHEDULE) -> list[Program]:
@@ -129,7 +99,7 @@ def test_no_policy_no_slots() -> None:
 
 
 def test_steps_that_differ_in_token_counts_only_share_a_program() -> None:
-    made = programs(plain_dit, 1, policy="toca", steps=30)
+    made = programs(plain_dit, 1, policy="toca")
     schedule = TimestepSchedule.of(tuple(timesteps(30)))
     partial = [made.step(schedule, i) for i, step in enumerate(made.plan(schedule).steps) if step.kind == "partial"]
     counts = {step.sites[1].action.tokens.count for step, _ in partial if step.sites[1].action.tokens is not None}
