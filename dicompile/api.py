@@ -67,7 +67,7 @@ def optimize(
     for name, denoiser in _denoisers(model).items():
         if isinstance(denoiser, CachedModel):
             raise AlreadyOptimized(f"the pipeline's {name} is optimized already", fix="dicompile.restore(pipe) first")
-        setattr(model, name, CachedModel(denoiser, Options(chosen, SchedulerLink(model.scheduler), mode)))
+        setattr(model, name, CachedModel(denoiser, Options(chosen, SchedulerLink(model), mode)))
     return model
 
 

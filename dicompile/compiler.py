@@ -13,7 +13,7 @@ from typing import Any
 from torch import fx
 
 from dicompile.analysis import ModelStructure, analyse
-from dicompile.capture import Capture, Role, capture_graph
+from dicompile.capture import Capture, Role, capture_graph, read_inputs
 from dicompile.config import DebugFolder, Settings
 from dicompile.errors import CallOutsideSchedule
 from dicompile.lower import Program, ProgramBuilder, VariantCache
@@ -123,7 +123,7 @@ class Programs:
 
 @dataclass
 class Specialiser:
-    """A Dynamo graph, compiled anew for every set of symbolic sizes it is called with.
+    """A Dynamo graph, compiled anew for every set of symbolic sizes and floats it is called with.
 
     It is what a ``torch.compile`` backend returns. Compiling at the first call instead of inside the backend keeps
     dicompile's errors its own.
@@ -133,13 +133,17 @@ class Specialiser:
     names: Sequence[tuple[str, bool]]
     options: Options
     on_compiled: Callable[[CompiledFrame], None]
-    frames: dict[tuple[int, ...], CompiledFrame] = field(default_factory=dict)
+    frames: dict[tuple[float, ...], CompiledFrame] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self._read = read_inputs(self.graph.graph)
 
     def __call__(self, *arguments: Any) -> Any:
         """Run the frame for the shapes of `arguments`."""
-        sizes = tuple(value for value in arguments if isinstance(value, int))
-        if sizes not in self.frames:
+        sizes = [value for value in arguments if isinstance(value, int)]
+        key = (*sizes, *(arguments[i].item() for i in self._read))
+        if key not in self.frames:
             frame = compile_frame(self.graph, self.names, arguments, self.options)
             self.on_compiled(frame)
-            self.frames[sizes] = frame
-        return self.frames[sizes].run(*arguments)
+            self.frames[key] = frame
+        return self.frames[key].run(*arguments)

@@ -20,13 +20,19 @@ log = logging.getLogger("dicompile")
 
 
 class SchedulerLink:
-    """Where the schedule comes from: a live diffusers scheduler, or fixed data."""
+    """Where the schedule comes from: a diffusers scheduler, the one that a pipeline has just now, or fixed data."""
 
     def __init__(self, source: Any) -> None:
-        self.source = source
-        self.is_live = hasattr(source, "timesteps") and hasattr(source, "config")
+        self._source = source
+        self._is_pipeline = hasattr(source, "scheduler")
+        self.is_live = hasattr(self.source, "timesteps") and hasattr(self.source, "config")
         self._token: object = None
         self._schedule: TimestepSchedule | None = None if self.is_live else TimestepSchedule.of(source)
+
+    @property
+    def source(self) -> Any:
+        """The scheduler or the data; users replace the scheduler of a pipeline after it was optimized."""
+        return self._source.scheduler if self._is_pipeline else self._source
 
     @property
     def token(self) -> object:

@@ -1,14 +1,17 @@
 """Who remembers: sessions hold what models remember, one generation at a time, one store per guidance context.
 
-Every thread starts with a session of its own, so that threads never see each other's features. An explicit session
-(``with dicompile.session():``) separates generations that take turns in one thread.
+Every thread and every asyncio task has a session of its own, so that they never see each other's features. An opened
+session (``with dicompile.session():``) separates generations that take turns in one thread; it goes where Python's
+context goes, for example to the threads of ``asyncio.to_thread``.
 """
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import contextvars
 import itertools
+import threading
 import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -93,13 +96,19 @@ class Session:
         self._states.clear()
 
 
+_OWN: weakref.WeakKeyDictionary[object, Session] = weakref.WeakKeyDictionary()
+
+
 def current_session() -> Session:
-    """The session of this thread or task; made at first use."""
-    found = _SESSION.get(None)
-    if found is None:
-        found = Session()
-        _SESSION.set(found)
-    return found
+    """The session that was opened, or that of this thread or task, made at first use."""
+    opened = _SESSION.get(None)
+    if opened is not None:
+        return opened
+    try:
+        owner: object = asyncio.current_task() or threading.current_thread()
+    except RuntimeError:  # no event loop
+        owner = threading.current_thread()
+    return _OWN.setdefault(owner, Session())
 
 
 @contextlib.contextmanager

@@ -133,11 +133,9 @@ CASES: list[tuple[type[errors.DicompileError], Callable[[], Any], str]] = [
         lambda: dicompile.Policy.from_yaml("name: [", "mine.yaml"),
         "this is not valid YAML\n"
         "  where: mine.yaml\n"
-        "  why:   while parsing a flow node\n"
-        "expected the node content, but found '<stream end>'\n"
-        '  in "<unicode string>", line 1, column 8:\n'
-        "    name: [\n"
-        "           ^",
+        "  why:   while parsing a flow node expected the node content, but found '<stream end>' in "
+        '"<unicode string>", line 1, column 8: name: [ ^\n'
+        "  fix:   compare policy.to_yaml()",
     ),
     (
         errors.PolicyDoesNotFit,

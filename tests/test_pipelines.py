@@ -30,6 +30,8 @@ from dicompile.plan import Policy
 from tests import models
 
 STEPS = 6
+# diffusers 0.42 gives torch tensors to numpy.array, and torch 2.13 does not know numpy 2's keyword `copy` yet.
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept:DeprecationWarning")
 
 
 class Case(NamedTuple):

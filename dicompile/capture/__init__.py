@@ -2,6 +2,6 @@
 
 from dicompile.capture.dynamo import capture_model
 from dicompile.capture.inputs import Input, Role, input_names
-from dicompile.capture.normalise import Capture, capture_graph
+from dicompile.capture.normalise import Capture, capture_graph, read_inputs
 
-__all__ = ["Capture", "Input", "Role", "capture_graph", "capture_model", "input_names"]
+__all__ = ["Capture", "Input", "Role", "capture_graph", "capture_model", "input_names", "read_inputs"]

@@ -58,13 +58,18 @@ def capture_graph(
         dynamo_graph: graph as handed to a ``torch.compile`` backend, parameters as inputs.
         names: name of each placeholder and whether it is a parameter, see `input_names`.
         arguments: one value per placeholder; tensors (real or fake) and ints. Shapes are taken as they are, so symbolic
-            sizes of a dynamic graph become constants: one capture serves one shape.
+            sizes of a dynamic graph become constants, and so do the values of `read_inputs`: one capture serves one of
+            each.
 
     Raises:
         CannotCapture: the graph writes to its inputs.
     """
     fake_mode = FakeTensorMode(shape_env=ShapeEnv())
-    fakes = [_fake(value, fake_mode) if isinstance(value, torch.Tensor) else value for value in arguments]
+    read = read_inputs(dynamo_graph.graph)
+    fakes = [
+        _fake(value, fake_mode, is_read=i in read) if isinstance(value, torch.Tensor) else value
+        for i, value in enumerate(arguments)
+    ]
     with (
         torch.inference_mode(mode=False),
         torch.no_grad(),
@@ -82,15 +87,28 @@ def capture_graph(
             why="a step that is skipped could not repeat the write",
             fix="copy the tensor inside the model before writing to it",
         )
+    for placeholder, value in zip(graph_module.graph.find_nodes(op="placeholder"), arguments, strict=True):
+        placeholder.meta.setdefault("val", value)  # sizes of a dynamic graph, which nothing uses any more
     _drop_inference_noise(graph_module.graph)
     graph_module.recompile()
     return Capture(graph_module, assign_roles(graph_module.graph, names), fake_mode)
 
 
-def _fake(value: torch.Tensor, mode: FakeTensorMode) -> torch.Tensor:
+def read_inputs(dynamo_graph: fx.Graph) -> tuple[int, ...]:
+    """Positions of the inputs whose value the graph reads: Python floats of a dynamic graph come as tensors."""
+    return tuple(
+        i
+        for i, node in enumerate(dynamo_graph.find_nodes(op="placeholder"))
+        if any(user.op == "call_method" and user.target == "item" for user in node.users)
+    )
+
+
+def _fake(value: torch.Tensor, mode: FakeTensorMode, *, is_read: bool) -> torch.Tensor:
     if isinstance(value, FakeTensor):
         with mode:
             return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device)
+    if is_read:
+        return mode.fake_tensor_converter.from_real_tensor(mode, value, make_constant=True)
     return mode.from_tensor(value, static_shapes=True)
 
 

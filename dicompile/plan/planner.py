@@ -60,7 +60,8 @@ def cold_step(structure: ModelStructure, plan: Plan, step: int) -> StepPlan:
     for site in structure.sites:
         writes = tuple(slot for slot in sorted(wanted) if slot.site == site.id)
         scores = any(slot.kind is SlotKind.SCORE for slot in writes)
-        sites.append(SiteStep(COMPUTE, writes=writes, score=bases.get(int(site.id)) if scores else None))
+        compute = Action(what=planned.sites[site.id].action.what)
+        sites.append(SiteStep(compute, writes=writes, score=bases.get(int(site.id)) if scores else None))
     return _with_cost(structure, StepPlan("cold", tuple(sites), planned.live))
 
 

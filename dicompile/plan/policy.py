@@ -325,7 +325,7 @@ class Policy(_Data):
 
     @classmethod
     def from_yaml(cls, text: str, source: str = "YAML") -> Policy:
-        """Policy from YAML or JSON text.
+        """Policy from YAML text.
 
         Raises:
             InvalidPolicy: the text is not valid YAML, or see `from_dict`.
@@ -333,10 +333,24 @@ class Policy(_Data):
         try:
             data = yaml.safe_load(text)
         except yaml.YAMLError as error:
-            raise InvalidPolicy("this is not valid YAML", where=source, why=str(error)) from None
+            why = " ".join(str(error).split())
+            raise InvalidPolicy(
+                "this is not valid YAML", where=source, why=why, fix="compare policy.to_yaml()"
+            ) from None
         return cls.from_dict(data, source)
 
-    from_json = from_yaml
+    @classmethod
+    def from_json(cls, text: str, source: str = "JSON") -> Policy:
+        """Policy from JSON text; YAML would read its escapes of characters beyond the basic plane as two.
+
+        Raises:
+            InvalidPolicy: the text is not valid JSON, or see `from_dict`.
+        """
+        try:
+            data = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise InvalidPolicy("this is not valid JSON", where=source, why=str(error)) from None
+        return cls.from_dict(data, source)
 
 
 def score_source(structure: ModelStructure, site: Site, base: ScoreBase) -> Site | None:

@@ -69,11 +69,11 @@ class TimestepSchedule:
 
         Args:
             timestep: what the model received; may have been divided by one of `scales` and rounded to half precision.
-            after: index of the evaluation before, which resolves repeated timesteps (second-order samplers).
+            after: first index that continues the run; of several evaluations at a timestep it is preferred, or else
+                the first one, at which a run begins.
         """
         matches = [step for scale in self.scales for step in self._steps_at(timestep * scale, SAME * scale * 1e-3)]
-        following = [step for step in matches if after is None or step >= after]
-        return min(following or matches, default=None)
+        return after if after in matches else min(matches, default=None)
 
     def _steps_at(self, value: float, same: float) -> list[int]:
         distances = [abs(value - t) for t in self.timesteps]

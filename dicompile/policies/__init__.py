@@ -44,7 +44,8 @@ def get_policy(source: Policy | str | dict[str, Any], **options: Any) -> Policy:
         return _call(source, options)
     path = Path(source)
     if path.suffix in (".yaml", ".yml", ".json") and path.is_file():
-        return Policy.from_yaml(path.read_text(encoding="utf-8"), source)
+        read = Policy.from_json if path.suffix == ".json" else Policy.from_yaml
+        return read(path.read_text(encoding="utf-8"), source)
     raise UnknownPolicy(
         f"no policy is called {source!r}",
         why="it is neither a published name nor an existing .yaml or .json file",

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -72,6 +72,7 @@ def test_a_sequence_is_cut_at_its_shortest_repeats(fingerprints: str, expected: 
     assert _repeats(fingerprints) == expected
 
 
+@settings(deadline=None)
 @given(st.text("abc", max_size=12))
 def test_cutting_keeps_every_branch_once_and_in_order(fingerprints: str) -> None:
     groups = _repeats(fingerprints)

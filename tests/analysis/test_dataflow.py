@@ -3,7 +3,7 @@ from __future__ import annotations
 import operator
 
 import networkx as nx
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import fx
 
@@ -21,6 +21,7 @@ def graphs(draw: st.DrawFn) -> fx.Graph:
     return graph
 
 
+@settings(deadline=None)
 @given(graphs())
 def test_ancestors_descendants_and_paths_are_those_of_networkx(graph: fx.Graph) -> None:
     flow = Dataflow(graph)
@@ -37,6 +38,7 @@ def test_ancestors_descendants_and_paths_are_those_of_networkx(graph: fx.Graph) 
             assert between == ((nx.descendants(expected, other) & before) if other in before else set())
 
 
+@settings(deadline=None)
 @given(graphs(), st.data())
 def test_a_set_of_nodes_comes_back_in_graph_order(graph: fx.Graph, data: st.DataObject) -> None:
     flow = Dataflow(graph)

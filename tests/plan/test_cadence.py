@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dicompile.plan import Cadence, Window
@@ -120,6 +120,7 @@ cadences = st.builds(
 )
 
 
+@settings(deadline=None)
 @given(cadences, st.integers(1, 40))
 def test_the_decision_is_the_one_of_the_reference_code(cadence: Cadence, steps: int) -> None:
     expected = naive(cadence, steps)
@@ -127,6 +128,7 @@ def test_the_decision_is_the_one_of_the_reference_code(cadence: Cadence, steps: 
     assert all(len(set(row[1:])) == 1 for row in expected)
 
 
+@settings(deadline=None)
 @given(cadences, st.integers(1, 40))
 def test_the_first_steps_are_always_full(cadence: Cadence, steps: int) -> None:
     assert all(pair == (True, True) for pair in cadence.full_steps(steps)[: cadence.warmup])

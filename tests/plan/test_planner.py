@@ -169,7 +169,7 @@ def planned(structure: ModelStructure, actions: Sequence[tuple[Action, ...]]) ->
     return plan_actions(structure, actions, TimestepSchedule(len(actions)), "test")
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=120, deadline=None)
 @given(rows())
 def test_every_read_finds_the_latest_write_and_nothing_is_stored_or_kept_for_nobody(
     actions: list[tuple[Action, ...]],
@@ -180,7 +180,7 @@ def test_every_read_finds_the_latest_write_and_nothing_is_stored_or_kept_for_nob
     assert plan.cache_bytes == max(sum(plan.slot_bytes[slot] for slot in step.live) for step in plan.steps)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(rows(forecasts=False), st.data())
 def test_a_run_that_enters_at_any_step_finds_what_it_reads_after_one_cold_step(
     actions: list[tuple[Action, ...]], data: st.DataObject

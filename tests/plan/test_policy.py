@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dicompile.analysis import ModelStructure, TokenFact, TokenWise
@@ -77,6 +77,7 @@ def test_depth_runs_from_the_first_to_the_last_block_unless_a_denominator_is_giv
     assert [reference.count(0, (block, 5), 100) for block in range(5)] == [0, 10, 20, 30, 40]
 
 
+@settings(deadline=None)
 @given(st.floats(0, 1), st.floats(-5, 5), st.floats(0, 1), st.integers(1, 40), st.integers(1, 5000))
 def test_there_are_never_fewer_tokens_than_none_or_more_than_all(
     ratio: float, factor: float, q: float, blocks: int, tokens: int

@@ -11,7 +11,7 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     HeunDiscreteScheduler,
 )
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dicompile.errors import InvalidSchedule
@@ -148,6 +148,7 @@ def test_a_small_timestep_is_not_taken_for_a_divided_one_of_an_earlier_step() ->
     assert visited(schedule, [1000.0, 500.0, 1.0]) == [0, 1, 2]
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(0, 999), min_size=1, max_size=60, unique=True), st.sampled_from([1.0, 1000.0]))
 def test_every_timestep_of_a_schedule_is_found_exactly(timesteps: list[int], divisor: float) -> None:
     schedule = TimestepSchedule.of(sorted(timesteps, reverse=True))

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dicompile.errors import InvalidPolicy, PolicyDoesNotFit, UnknownPolicy
@@ -74,6 +74,7 @@ published = st.one_of(
 )
 
 
+@settings(max_examples=60, deadline=None)
 @given(own | published)
 def test_a_policy_survives_yaml_json_and_plain_data(policy: Policy) -> None:
     for again in (
@@ -84,6 +85,13 @@ def test_a_policy_survives_yaml_json_and_plain_data(policy: Policy) -> None:
         assert again == policy
         assert hash(again) == hash(policy)
         assert again.to_yaml() == policy.to_yaml()
+
+
+def test_a_name_beyond_the_basic_plane_survives_every_format(tmp_path: Path) -> None:
+    policy = FORA().model_copy(update={"name": "fast \N{ROCKET}"})
+    file = tmp_path / "mine.json"
+    file.write_text(policy.to_json(), encoding="utf-8")
+    assert get_policy(str(file)) == Policy.from_json(policy.to_json()) == Policy.from_yaml(policy.to_yaml()) == policy
 
 
 def test_every_published_policy_has_a_round_trip_with_its_defaults() -> None:
@@ -137,6 +145,13 @@ def test_a_mistake_is_named_with_the_part_it_is_in(text: str, what: str, where: 
         Policy.from_yaml(text, "mine.yaml")
     assert (error.value.what, error.value.where) == (what, where)
     assert str(error.value).startswith(f"{what}\n  where: {where}\n")
+
+
+def test_json_that_is_none_is_refused() -> None:
+    with pytest.raises(InvalidPolicy) as error:
+        Policy.from_json("{name: x}", "mine.json")
+    assert (error.value.what, error.value.where) == ("this is not valid JSON", "mine.json")
+    assert "line 1 column 2" in error.value.why
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,239 @@
+"""The clock: which step a call is, from timesteps, a live scheduler, or a count, and when a new generation begins."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from diffusers import (
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    HeunDiscreteScheduler,
+)
+from torch import Tensor
+
+from dicompile.errors import CallOutsideSchedule
+from dicompile.plan import TimestepSchedule
+from dicompile.runtime import SchedulerLink
+from dicompile.runtime.clock import find_step
+from dicompile.runtime.session import ModelState
+from tests.models import timesteps
+from tests.runtime.runner import STEPS, Runner, latent, same
+
+# diffusers turns tensors into numpy arrays in a way that numpy 2 warns of.
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy:DeprecationWarning")
+
+
+class Clock:
+    """Follows calls as the executor does, and tells what the clock made of them."""
+
+    def __init__(self, source: Any) -> None:
+        self.link, self.state = SchedulerLink(source), ModelState()
+
+    def __call__(self, timestep: Any, context: str = "") -> int:
+        value = timestep if timestep is None or isinstance(timestep, Tensor) else torch.tensor([timestep])
+        step = find_step(self.state, self.link, value, context)
+        self.state.step = step
+        return step
+
+    def steps(self, values: Any) -> list[int]:
+        return [self(value) for value in values]
+
+    @property
+    def generation(self) -> int:
+        return self.state.generation
+
+
+def stepped(scheduler: Any, clock: Clock, scale: float = 1.0, calls: int = 1) -> list[int]:
+    """Steps that the clock saw while `scheduler` sampled with so many calls of the model at each of its steps."""
+    sample, steps = torch.ones(1, 4), []
+    for timestep in scheduler.timesteps:
+        steps += [clock(timestep.expand(2) / scale) for _ in range(calls)]
+        sample = scheduler.step(torch.ones(1, 4), timestep, sample).prev_sample
+    return steps
+
+
+SCHEDULERS = [DDIMScheduler, FlowMatchEulerDiscreteScheduler, HeunDiscreteScheduler, DPMSolverMultistepScheduler]
+
+
+@pytest.mark.parametrize("make", SCHEDULERS)
+def test_a_live_scheduler_is_followed_evaluation_by_evaluation(make: Any) -> None:
+    scheduler = make()
+    scheduler.set_timesteps(6)
+    clock = Clock(scheduler)
+    assert stepped(scheduler, clock) == list(range(len(scheduler.timesteps)))
+
+
+@pytest.mark.parametrize("make", SCHEDULERS)
+def test_two_calls_at_one_evaluation_are_guidance_partners(make: Any) -> None:
+    scheduler = make()
+    scheduler.set_timesteps(5)
+    clock = Clock(scheduler)
+    steps = range(len(scheduler.timesteps))
+    assert stepped(scheduler, clock, calls=2) == [step for step in steps for _ in range(2)]
+
+
+@pytest.mark.parametrize("steps", [4, 10, 50])
+def test_timesteps_divided_by_a_thousand_are_recognised(steps: int) -> None:
+    scheduler = FlowMatchEulerDiscreteScheduler()
+    scheduler.set_timesteps(steps)  # ends at timestep 1, which is also the first one divided
+    clock = Clock(scheduler)
+    for _ in range(2):
+        assert stepped(scheduler, clock, scale=1000.0) == list(range(steps))
+        scheduler.set_timesteps(steps)
+
+
+@pytest.mark.parametrize("made", [1, 3, 6])
+def test_a_run_that_was_left_begins_anew_where_its_first_timestep_is_also_the_last_one_divided(made: int) -> None:
+    times = [1000.0, 800.0, 600.0, 400.0, 200.0, 1.0]
+    clock = Clock(times)
+    assert clock.steps([t / 1000 for t in times[:made]]) == list(range(made))
+    assert clock.steps([t / 1000 for t in times]) == list(range(6))
+
+
+def test_bfloat16_timesteps_are_recognised() -> None:
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    scheduler.set_timesteps(28)
+    clock = Clock(scheduler)
+    assert clock.steps((scheduler.timesteps / 1000).to(torch.bfloat16).unbind()) == list(range(28))
+
+
+def test_setting_the_timesteps_anew_begins_a_generation_with_the_new_schedule() -> None:
+    scheduler = DDIMScheduler()
+    scheduler.set_timesteps(4)
+    clock = Clock(scheduler)
+    assert stepped(scheduler, clock) == [0, 1, 2, 3]
+    before = clock.generation
+    scheduler.set_timesteps(4)
+    assert stepped(scheduler, clock) == [0, 1, 2, 3]
+    assert clock.generation == before + 1
+    scheduler.set_timesteps(10)
+    assert stepped(scheduler, clock) == list(range(10))
+    assert clock.link.schedule.steps == 10
+
+
+def test_a_schedule_set_anew_in_the_middle_of_a_run_begins_a_generation() -> None:
+    scheduler = DDIMScheduler()
+    scheduler.set_timesteps(4)
+    clock = Clock(scheduler)
+    clock.steps(scheduler.timesteps[:2])
+    before = clock.generation
+    scheduler.set_timesteps(4)
+    assert clock(scheduler.timesteps[2]) == 2  # image to image starts in the middle
+    assert clock.generation > before
+
+
+def test_a_live_schedule_that_changed_is_planned_anew() -> None:
+    scheduler = DDIMScheduler()
+    scheduler.set_timesteps(6)
+    runner = Runner("fora", scheduler)
+    runner.run(steps=range(6))
+    assert (len(runner.plan.steps), runner.state.report.kinds.total()) == (6, 6)
+    scheduler.set_timesteps(9)
+    outputs = runner.run(steps=range(9))
+    assert (len(runner.plan.steps), runner.state.report.kinds.total()) == (9, 9)
+    assert runner.state.report.cold_starts == []
+    assert same(outputs, Runner("fora", tuple(scheduler.timesteps.tolist())).run(steps=range(9)))
+
+
+def test_a_second_order_sampler_is_cached_like_any_other() -> None:
+    scheduler = HeunDiscreteScheduler()
+    scheduler.set_timesteps(6)
+    runner = Runner("fora", scheduler)
+    sample = latent(0)
+    for timestep in scheduler.timesteps:
+        sample = scheduler.step(runner(timestep, sample), timestep, sample).prev_sample
+    assert runner.state.report.kinds == {"full": 5, "reuse": 6}
+    assert list(runner.state.contexts) == [""]
+
+
+def test_a_timestep_that_jumps_back_begins_a_generation() -> None:
+    clock = Clock(timesteps(6))
+    assert clock.steps(timesteps(6)[:4]) == [0, 1, 2, 3]
+    before = clock.generation
+    assert clock(timesteps(6)[0]) == 0
+    assert clock.generation > before
+
+
+def test_a_repeated_timestep_stays_in_its_step_and_generation() -> None:
+    clock = Clock(timesteps(6))
+    assert clock.steps([999, 999]) == [0, 0]
+    before = clock.generation
+    assert clock.steps([timesteps(6)[1]] * 2) == [1, 1]
+    assert clock.generation == before
+
+
+def test_a_timestep_off_the_schedule_is_refused() -> None:
+    with pytest.raises(CallOutsideSchedule) as caught:
+        Clock([900.0, 600.0, 300.0])(450.0)
+    assert str(caught.value) == (
+        "the model was called at timestep 450, which is not on the schedule\n"
+        "  where: 3 steps from 900 to 300\n"
+        "  why:   the policy's plan has no step for it\n"
+        "  fix:   optimize with the scheduler that drives the sampling, after its set_timesteps"
+    )
+
+
+def test_more_steps_than_were_announced_are_refused() -> None:
+    clock = Clock(2)
+    assert clock.steps([900, 600]) == [0, 1]
+    with pytest.raises(CallOutsideSchedule) as caught:
+        clock(300)
+    assert str(caught.value) == (
+        "this is step 3 of a schedule of 2 steps\n"
+        "  where: timestep 300 after 600\n"
+        "  why:   the policy's plan ends here\n"
+        "  fix:   give the number of steps that the sampler makes, or its scheduler"
+    )
+
+
+@pytest.mark.parametrize("direction", [1, -1])
+def test_with_a_step_count_changes_of_the_timestep_are_counted(direction: int) -> None:
+    values = timesteps(4)[::direction]
+    clock = Clock(4)
+    for _ in range(3):
+        assert clock.steps([value for value in values for _ in range(2)]) == [0, 0, 1, 1, 2, 2, 3, 3]
+
+
+def test_with_a_step_count_a_run_that_ended_early_is_noticed() -> None:
+    clock = Clock(4)
+    assert clock.steps(timesteps(4)[:3]) == [0, 1, 2]
+    assert clock.steps(timesteps(4)) == [0, 1, 2, 3]
+
+
+def test_without_any_timestep_every_call_is_a_step() -> None:
+    assert Clock(3).steps([None] * 7) == [0, 1, 2, 0, 1, 2, 0]
+
+
+def test_a_single_step_never_ends() -> None:
+    assert Clock(1).steps([999, 500, 1, 700, 700]) == [0] * 5
+
+
+def test_on_an_accelerator_the_place_in_the_timesteps_tells_the_step() -> None:
+    scheduler = DDIMScheduler()
+    scheduler.set_timesteps(5)
+    link = SchedulerLink(scheduler)
+    for step, timestep in enumerate(scheduler.timesteps):
+        assert link.index_without_reading(timestep.expand(8)) == step
+    assert link.index_without_reading(scheduler.timesteps.clone()[2]) is None
+
+
+def test_on_an_accelerator_a_scheduler_that_counts_tells_the_step() -> None:
+    scheduler = FlowMatchEulerDiscreteScheduler()
+    scheduler.set_timesteps(3)
+    link = SchedulerLink(scheduler)
+    for step, timestep in enumerate(scheduler.timesteps):
+        assert link.index_without_reading(timestep.clone()) == step
+        scheduler.step(torch.ones(1), timestep, torch.ones(1))
+
+
+def test_fixed_timesteps_tell_nothing_without_reading() -> None:
+    assert SchedulerLink(timesteps(3)).index_without_reading(torch.tensor(999)) is None
+
+
+def test_a_fixed_schedule_is_read_once() -> None:
+    link = SchedulerLink(STEPS)
+    assert link.schedule == TimestepSchedule(STEPS)
+    assert link.token is link.token is link.schedule
