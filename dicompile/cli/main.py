@@ -37,7 +37,7 @@ def about() -> None:
 @app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for pictures.png and results.json.")] = Path("out"),
-    samples: Annotated[int | None, typer.Option(min=2, help="Pictures for each method; 75 if not given.")] = None,
+    samples: Annotated[int | None, typer.Option(min=2, help="Pictures for each method; 36 if not given.")] = None,
     steps: Annotated[int | None, typer.Option(min=2, help="Denoising steps; 50 if not given.")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="12 samples and 20 steps, if not given.")] = False,
 ) -> None:
@@ -54,7 +54,7 @@ def demo(
             why="the compiler itself does without it",
             fix="pip install 'dicompile[demo]'",
         ) from None
-    run_demo(out, samples=samples or (12 if quick else 75), steps=steps or (20 if quick else 50))
+    run_demo(out, samples=samples or (12 if quick else 36), steps=steps or (20 if quick else 50))
 
 
 app.command()(inspect)

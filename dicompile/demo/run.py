@@ -113,7 +113,7 @@ class Judged:
 
 def run_demo(
     out: Path,
-    samples: int = 75,
+    samples: int = 36,
     steps: int = 50,
     guidance: float = 2.0,
     seed: int = 0,
