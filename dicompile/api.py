@@ -13,7 +13,7 @@ from torch._dynamo.eval_frame import OptimizedModule
 
 from dicompile.analysis import ModelStructure
 from dicompile.backend import backend_for, require_sites
-from dicompile.compiler import CompiledFrame, Options
+from dicompile.compiler import ONE_AT_A_TIME, CompiledFrame, Options
 from dicompile.errors import (
     AlreadyOptimized,
     InvalidSchedule,
@@ -144,7 +144,7 @@ class CachedModel(OptimizedModule):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call the model; it samples, so no gradients are recorded."""
-        with torch.no_grad():
+        with ONE_AT_A_TIME, torch.no_grad():
             return super().__call__(*args, **kwargs)
 
     @contextlib.contextmanager

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import functools
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,6 +20,12 @@ from dicompile.errors import CallOutsideSchedule
 from dicompile.lower import Program, ProgramBuilder, VariantCache
 from dicompile.plan import Plan, Policy, StepPlan, TimestepSchedule, cold_step, make_plan
 from dicompile.runtime import Executor, SchedulerLink
+
+ONE_AT_A_TIME = threading.RLock()
+"""Held while a graph is captured or rewritten, and while an optimized model runs, any step of which may compile.
+
+torch.fx and Dynamo trace with global state: a second thread that calls a compiled module meanwhile breaks both.
+"""
 
 
 @dataclass(frozen=True)
@@ -108,17 +115,22 @@ class Programs:
     def _kept(self, schedule: TimestepSchedule, index: int, *, cold: bool) -> tuple[StepPlan, Program]:
         key = (schedule, index, cold)
         if key not in self._steps:
-            if index >= schedule.steps:
-                raise CallOutsideSchedule(
-                    f"there is no step {index + 1} in a schedule of {schedule.steps} steps",
-                    where="runtime",
-                    fix="set the scheduler's timesteps before sampling",
-                )
-            plan = self.plan(schedule)
-            step = cold_step(self.structure, plan, index) if cold else plan.steps[index]
-            self._steps[key] = (step, self._builder.program(step))
-            self.debug.write(f"step{index}-{step.kind}", self._steps[key][1])
+            with ONE_AT_A_TIME:
+                self._steps[key] = self._steps.get(key) or self._make(schedule, index, cold=cold)
         return self._steps[key]
+
+    def _make(self, schedule: TimestepSchedule, index: int, *, cold: bool) -> tuple[StepPlan, Program]:
+        if index >= schedule.steps:
+            raise CallOutsideSchedule(
+                f"there is no step {index + 1} in a schedule of {schedule.steps} steps",
+                where="runtime",
+                fix="set the scheduler's timesteps before sampling",
+            )
+        plan = self.plan(schedule)
+        step = cold_step(self.structure, plan, index) if cold else plan.steps[index]
+        program = self._builder.program(step)
+        self.debug.write(f"step{index}-{step.kind}", program)
+        return step, program
 
 
 @dataclass
@@ -143,7 +155,11 @@ class Specialiser:
         sizes = [value for value in arguments if isinstance(value, int)]
         key = (*sizes, *(arguments[i].item() for i in self._read))
         if key not in self.frames:
-            frame = compile_frame(self.graph, self.names, arguments, self.options)
-            self.on_compiled(frame)
-            self.frames[key] = frame
+            with ONE_AT_A_TIME:
+                self.frames[key] = self.frames.get(key) or self._compile(arguments)
         return self.frames[key].run(*arguments)
+
+    def _compile(self, arguments: Sequence[Any]) -> CompiledFrame:
+        frame = compile_frame(self.graph, self.names, arguments, self.options)
+        self.on_compiled(frame)
+        return frame
