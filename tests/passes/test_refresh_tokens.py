@@ -147,6 +147,14 @@ def test_a_model_with_few_tokens_can_be_refreshed(tokens: int) -> None:
         assert run_segment(segment, values)[Chosen(0)].shape == (BATCH, count)
 
 
+def test_the_count_is_taken_for_no_other_size() -> None:
+    assert TOKENS // 4 == WIDTH // HEADS  # the size that an example of the count could be mistaken for
+    lines = str(rewritten(cross_attention_block().segment, [RANDOM], RefreshTokens(), DropDead())).splitlines()
+    first, last = (next(i for i, line in enumerate(lines) if op in line) for op in ("aten.slice", "aten.scatter"))
+    assert last - first > 10
+    assert all("count[0]" in line.split(" = ")[0] for line in lines[first:last])
+
+
 def test_highest_scores_win_and_ties_go_to_the_earlier_token() -> None:
     block = mlp_block()
     segment = rewritten(block.segment, [RANDOM], RefreshTokens())

@@ -14,7 +14,7 @@ from torch import Tensor
 import dicompile
 from dicompile.runtime import Session, current_session
 from dicompile.runtime.session import current_context
-from tests.models import call, optimized, plain_dit, timesteps
+from tests.models import call, optimized, plain_dit, run, timesteps
 from tests.runtime.runner import LABELS, OTHER_LABELS, SCHEDULE, STEPS, Runner, latent, same
 
 POLICIES = ["fora", "toca"]
@@ -159,6 +159,22 @@ def test_two_threads_at_once_give_what_each_gives_alone(policy: str) -> None:
         results = list(pool.map(work, (1, 2)))
     for seed, result in zip((1, 2), results, strict=True):
         assert same(result, Runner(policy).run(seed=seed))
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_threads_that_compile_at_once_do_not_disturb_each_other(policy: str) -> None:
+    sample = plain_dit(1)
+    cached, together = optimized(sample, policy, STEPS), threading.Barrier(3)
+
+    def work(seed: int) -> list[Tensor]:
+        together.wait(timeout=60)
+        return run(cached, sample.inputs, timesteps(STEPS), seed)
+
+    with ThreadPoolExecutor(3) as pool:
+        results = list(pool.map(work, range(3)))
+    assert len(cached.frames) == 1
+    for seed, result in enumerate(results):
+        assert same(result, run(cached, sample.inputs, timesteps(STEPS), seed))
 
 
 def test_threads_that_inherit_a_context_still_have_sessions_of_their_own() -> None:

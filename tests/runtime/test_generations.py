@@ -12,6 +12,7 @@ from dicompile.errors import CallOutsideSchedule
 from dicompile.lower.inductor import compile_segment
 from dicompile.passes import Segment
 from tests.models import call, optimized, plain_dit, run, timesteps
+from tests.passes.segments import BATCH, TOKENS, WIDTH, Mlp, chain
 from tests.runtime.runner import OTHER_LABELS, SCHEDULE, STEPS, Runner, latent, model, same, uncached
 
 ROUNDING = 1e-5
@@ -99,19 +100,19 @@ class Interrupts:
         return call
 
 
-@pytest.mark.parametrize("calls", [1, 2, 3, 6])
 def test_an_interrupt_between_two_blocks_leaves_no_trace(
-    fresh: list[torch.Tensor], policy: str, calls: int, monkeypatch: pytest.MonkeyPatch
+    fresh: list[torch.Tensor], policy: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     interrupts = Interrupts()
     monkeypatch.setattr("dicompile.lower.variants.compile_segment", interrupts.compile_segment)
     runner = Runner(model().programs(policy))
-    runner.run(seed=1, steps=range(3))
-    interrupts.countdown = calls
-    with pytest.raises(KeyboardInterrupt):
-        runner.run(seed=1, steps=range(3, STEPS))
-    assert runner.state.contexts == {}
-    assert same(runner.run(), fresh)
+    for calls in (1, 2, 3, 6):
+        runner.run(seed=1, steps=range(3))
+        interrupts.countdown = calls
+        with pytest.raises(KeyboardInterrupt):
+            runner.run(seed=1, steps=range(3, STEPS))
+        assert runner.state.contexts == {}
+        assert same(runner.run(), fresh)
 
 
 def test_the_rest_of_a_run_that_failed_starts_cold(policy: str) -> None:
@@ -176,6 +177,17 @@ def test_a_batch_of_another_size_is_a_run_of_its_own() -> None:
     assert same(run(cached, sample.inputs, timesteps(STEPS)), first)
     assert same(run(cached, small, timesteps(STEPS)), second)
     assert dicompile.report(cached).cold_starts == []
+
+
+def test_the_ninth_model_of_a_class_and_the_ninth_shape_are_cached_like_the_first() -> None:
+    for _ in range(9):  # Dynamo gives up on a forward after eight compilations
+        cached = dicompile.optimize(chain(Mlp()).model, "fora", schedule=STEPS, mode="eager")
+        cached(torch.randn(BATCH, TOKENS, WIDTH))
+        assert dicompile.report(cached).kinds == {"full": 1}
+    for batch in range(1, 10):
+        cached(torch.randn(BATCH + batch, TOKENS, WIDTH))
+        assert dicompile.report(cached).kinds == {"full": 1}
+    assert len(cached.frames) == 10
 
 
 def test_an_optimized_model_that_failed_can_run_again() -> None:
