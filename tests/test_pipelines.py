@@ -52,7 +52,7 @@ def noise() -> torch.Generator:
 
 def dit() -> Case:
     transformer = DiTTransformer2DModel(
-        num_attention_heads=2, attention_head_dim=16, in_channels=4, out_channels=8, num_layers=2, sample_size=16,
+        num_attention_heads=2, attention_head_dim=16, in_channels=4, out_channels=8, num_layers=1, sample_size=16,
         patch_size=2, attention_bias=True, activation_fn="gelu-approximate", num_embeds_ada_norm=1000,
         norm_type="ada_norm_zero", norm_elementwise_affine=False,
     )  # fmt: skip
@@ -68,7 +68,7 @@ def dit() -> Case:
 
 
 def pixart() -> Case:
-    transformer = models.pixart(2).model
+    transformer = models.pixart(1).model
     pipe = quiet(PixArtAlphaPipeline(None, None, None, transformer, DPMSolverMultistepScheduler()))
     mask = torch.ones(1, 12, dtype=torch.long)
     mask[:, 9:] = 0

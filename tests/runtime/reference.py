@@ -22,7 +22,7 @@ class Memory:
         clock: steps since the plan computed the site whole.
     """
 
-    values: list[Tensor | None] = field(default_factory=lambda: [None, None])
+    values: list[Tensor | None] = field(default_factory=lambda: [None, None, None])
     stamp: Tensor | None = None
     clock: int = 0
 
@@ -120,7 +120,7 @@ class Reference:
                 assert old is not None
                 value = value + weight * old
         if fresh is not None:
-            site.values = [fresh, site.values[1] if cold else site.values[0]]
+            site.values = [fresh, *(site.values[1:] if cold else site.values[:-1])]
         if cold or action == COMPUTE:
             site.stamp = torch.zeros(h.shape[:2], dtype=torch.int64)
         return factor * value
