@@ -85,13 +85,14 @@ class Executor:
         """The guidance context of this call; several calls at one step in one context are told apart by their order."""
         if step != state.step:
             state.calls.clear()
-            state.latent = latent if state.step is None else None
+            state.latent = latent.clone() if state.step is None and latent is not None else None
             state.first_step = step if state.step is None else state.first_step
             state.step = step
         elif name in state.calls and step == state.first_step and not _same(latent, state.latent):
             timestep, token = state.timestep, state.schedule_token
             state.begin(token)
-            state.timestep, state.step, state.first_step, state.latent = timestep, step, step, latent
+            state.timestep, state.step, state.first_step = timestep, step, step
+            state.latent = None if latent is None else latent.clone()
         ordinal = state.calls.get(name, 0)
         state.calls[name] = ordinal + 1
         context = state.contexts.setdefault(f"{name}#{ordinal}" if ordinal else name, ContextState())
@@ -149,4 +150,4 @@ def _same(first: torch.Tensor | None, second: torch.Tensor | None) -> bool:
     """True if two latents are the same picture: the two calls are guidance partners."""
     if first is None or second is None:
         return first is second
-    return first is second or (first.shape == second.shape and bool(torch.equal(first, second)))
+    return first.shape == second.shape and bool(torch.equal(first, second))

@@ -53,7 +53,7 @@ class ModelState:
         direction: sign of the changes of the timestep, 0 while unknown.
         schedule_token: identity of the scheduler's timesteps when the generation began.
         calls: calls so far at this step, per context name.
-        latent: latent of the first call of the step, kept at the first step only.
+        latent: copy of the latent of the first call, kept during the first step only.
         first_step: the step at which the generation began.
         contexts: per guidance context.
         report: what happened.

@@ -15,7 +15,7 @@ import dicompile
 from dicompile.runtime import Session, current_session
 from dicompile.runtime.session import current_context
 from tests.models import call, optimized, plain_dit, run, timesteps
-from tests.runtime.runner import LABELS, OTHER_LABELS, SCHEDULE, STEPS, Runner, latent, same
+from tests.runtime.runner import LABELS, OTHER_LABELS, SCHEDULE, STEPS, Runner, latent, model, same
 
 POLICIES = ["fora", "toca"]
 Partners = tuple[list[Tensor], list[Tensor]]
@@ -175,6 +175,19 @@ def test_threads_that_compile_at_once_do_not_disturb_each_other(policy: str) -> 
     assert len(cached.frames) == 1
     for seed, result in enumerate(results):
         assert same(result, run(cached, sample.inputs, timesteps(STEPS), seed))
+
+
+def test_threads_that_rewrite_at_once_do_not_disturb_each_other() -> None:
+    runner, together = Runner(model().programs("toca")), threading.Barrier(3)
+
+    def work(seed: int) -> list[Tensor]:
+        together.wait(timeout=60)
+        return runner.run(seed=seed)
+
+    with ThreadPoolExecutor(3) as pool:
+        results = list(pool.map(work, range(3)))
+    for seed, result in enumerate(results):
+        assert same(result, Runner("toca").run(seed=seed))
 
 
 def test_threads_that_inherit_a_context_still_have_sessions_of_their_own() -> None:

@@ -19,6 +19,8 @@ ROUNDING = 1e-5
 """Reduced products (modulation that is only partly needed) sum in another order."""
 
 CACHING = ["fora", "toca"]
+NINE_STEPS = tuple(timesteps(9))
+"""FORA reuses at the second of them already."""
 
 
 @pytest.fixture(scope="module", params=CACHING)
@@ -68,6 +70,15 @@ def test_a_run_left_at_its_first_step_is_told_from_a_guidance_partner_by_its_noi
     assert list(runner.state.contexts) == [""]
     runner(SCHEDULE[0], latent(0, seed=2), OTHER_LABELS)
     assert list(runner.state.contexts) == ["", "#1"]
+
+
+def test_a_run_left_at_its_first_step_is_noticed_when_the_same_buffer_gets_new_noise() -> None:
+    runner, expected = (Runner("fora", NINE_STEPS) for _ in range(2))
+    buffer = latent(0, seed=1)
+    runner(NINE_STEPS[0], buffer)
+    buffer.copy_(latent(0))
+    outputs = [runner(NINE_STEPS[0], buffer), *runner.run(steps=range(1, 9))]
+    assert same(outputs, expected.run(steps=range(9)))
 
 
 @pytest.mark.parametrize("step", [0, 1, 3, 5])

@@ -64,8 +64,12 @@ class Table:
         return step, self.builder.program(step)
 
 
+AGE_WEIGHT = 1e-3
+"""About a fifth of what distinguishes the attention that two tokens receive: ages decide some places and not others."""
+
+
 def refresh(base: ScoreBase, count: int) -> Action:
-    return Action(tokens=Selection(Score(base, age_weight=0.25), count))
+    return Action(tokens=Selection(Score(base, age_weight=AGE_WEIGHT), count))
 
 
 @st.composite
@@ -154,6 +158,12 @@ def test_a_stored_update_survives_a_cold_start(builder: ProgramBuilder) -> None:
     update = What.UPDATE
     rows = column(Action(what=update), Action(REUSE.weights, update), Action(REUSE.weights, update))
     assert check(rows, builder, start=1).state.report.cold_starts == [1]
+
+
+def test_ages_count_the_steps_since_a_token_was_refreshed_or_its_site_computed(builder: ProgramBuilder) -> None:
+    row = (REUSE, refresh(ScoreBase.ATTENTION, 12)) * LAYERS
+    full = (COMPUTE,) * SITES
+    check((full, row, row, row, row, full, row, row, row), builder)
 
 
 def test_older_values_move_up_one_age_when_a_new_one_is_stored(builder: ProgramBuilder) -> None:
