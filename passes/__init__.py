@@ -11,15 +11,18 @@ from dicompile.passes.base import (
     OutputRef,
     Pass,
     PassReport,
+    Predicted,
     ReuseClock,
     Segment,
     SiteNodes,
     SlotRef,
     TokenCount,
     Value,
+    Weights,
 )
 from dicompile.passes.drop_dead import DropDead
 from dicompile.passes.narrow_linear import NarrowLinear
+from dicompile.passes.open_spans import OpenSpans
 from dicompile.passes.outline import Outline, boundary, outline
 from dicompile.passes.pipeline import PassRun, rewrite
 from dicompile.passes.refresh_tokens import RefreshTokens
@@ -29,6 +32,7 @@ from dicompile.passes.store_values import StoreValues
 
 PASSES: tuple[Pass, ...] = (
     ScoreTokens(),  # first: it reads the queries and keys of attention that later passes may cut off
+    OpenSpans(),  # makes the spans that are stored or reused look like sites to the following passes
     RefreshTokens(),  # before anything is removed: it copies whole branches
     ReuseSites(),  # cuts branches off their results
     StoreValues(),  # after the cuts, so that it stores what is really computed
@@ -48,12 +52,14 @@ __all__ = [
     "Pass",
     "PassReport",
     "PassRun",
+    "Predicted",
     "ReuseClock",
     "Segment",
     "SiteNodes",
     "SlotRef",
     "TokenCount",
     "Value",
+    "Weights",
     "boundary",
     "outline",
     "rewrite",

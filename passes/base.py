@@ -6,14 +6,14 @@ and compiled segment serves every block of the same structure.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import ClassVar, Protocol
 
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from dicompile.plan import Action, Score, SiteStep, SlotKind, What
+from dicompile.plan import Action, Context, Score, SiteStep, SlotKind, What
 from dicompile.text import graph_text
 
 
@@ -80,7 +80,27 @@ class Chosen:
         return f"chosen[{self.position}]"
 
 
-InputRef = Value | SlotRef | TokenCount | ReuseClock | Noise
+@dataclass(frozen=True, slots=True)
+class Predicted:
+    """Predicted importance of the tokens of the site at `position`; float32, [b, n]."""
+
+    position: int
+
+    def __str__(self) -> str:
+        return f"predicted[{self.position}]"
+
+
+@dataclass(frozen=True, slots=True)
+class Weights:
+    """Weights of the site at `position`, first that of the fresh value; float32, [k], or per token [k, b, n, 1]."""
+
+    position: int
+
+    def __str__(self) -> str:
+        return f"weights[{self.position}]"
+
+
+InputRef = Value | SlotRef | TokenCount | ReuseClock | Noise | Predicted | Weights
 OutputRef = Value | SlotRef | Chosen
 
 
@@ -89,43 +109,65 @@ class LocalStep:
     """What one site of a segment does, without anything that may differ between steps sharing compiled code.
 
     Attributes:
-        weights: weights of the action, see `dicompile.plan.Action`.
+        weights: weights of the action, see `dicompile.plan.Action`; if they are `variable`, only whether they are zero.
+        variable: True if the weights are an input, False if they are part of the code.
+        per_token: True if every token has weights of its own.
         what: which value is remembered.
         refresh: how tokens are ranked if only some are computed, else None.
+        context: which attention those tokens see.
         writes: kinds of slot to write.
         produces: score that the site's attention delivers, or None.
         source: position of the site whose score slot ranks the tokens, or None.
+        attention: position of the first site with the same attention, which keeps its output, or None.
     """
 
     weights: tuple[float, ...] = (1.0,)
+    variable: bool = False
+    per_token: bool = False
     what: What = What.CORE
     refresh: Score | None = None
+    context: Context = Context.STORED
     writes: tuple[SlotKind, ...] = ()
     produces: Score | None = None
     source: int | None = None
+    attention: int | None = None
 
     @property
     def only_reuses(self) -> bool:
         """True if the branch does not run at all."""
         return self.weights[0] == 0.0
 
+    @property
+    def slot(self) -> SlotKind:
+        """Kind of slot that keeps the site's value."""
+        return SlotKind.ATTENTION if self.what is What.ATTENTION else SlotKind.VALUE
+
+    @property
+    def is_plain(self) -> bool:
+        """True if the site is computed and nothing of it is kept."""
+        return self.weights == (1.0,) and not self.writes and self.produces is None
+
     @classmethod
-    def of(cls, step: SiteStep, positions: dict[int, int]) -> LocalStep:
+    def of(cls, step: SiteStep, positions: Mapping[int, int], attention: int | None) -> LocalStep:
         """The plan's entry, with sites named by position."""
         action: Action = step.action
+        variable = any(weight not in (0.0, 1.0) for weight in action.weights)
         return cls(
-            weights=action.weights,
+            weights=tuple(float(weight != 0.0) for weight in action.weights),
+            variable=variable,
             what=action.what,
             refresh=action.tokens.score if action.tokens else None,
+            context=action.tokens.context if action.tokens else Context.STORED,
             writes=tuple(slot.kind for slot in step.writes),
             produces=step.score,
             source=None if step.source is None else positions[step.source],
+            attention=None if attention is None else positions[attention],
         )
 
 
 @dataclass(frozen=True, slots=True)
 class SiteNodes:
-    """A site as nodes of the segment's graph; see `dicompile.analysis.Site`."""
+    """A site or span as nodes of the segment's graph; see `dicompile.analysis.Site`."""
 
     stream: fx.Node
     core: fx.Node
@@ -134,6 +176,8 @@ class SiteNodes:
     attention: tuple[fx.Node, ...]
     token_axis: int
     tokens: int
+    keys: tuple[int, int] = (0, 0)
+    is_span: bool = False
 
 
 @dataclass
@@ -155,7 +199,7 @@ class Segment:
     inputs: list[InputRef]
     outputs: list[OutputRef]
     sites: tuple[SiteNodes, ...]
-    grid: tuple[int, int] | None
+    grid: tuple[int, ...] | None
     fake_mode: FakeTensorMode
     steps: tuple[LocalStep, ...] = ()
     scores: dict[int, fx.Node] = field(default_factory=dict)

@@ -42,9 +42,11 @@ def outline(capture: Capture, structure: ModelStructure, nodes: Sequence[fx.Node
         capture: the captured model.
         structure: its structure.
         nodes: nodes of the captured graph, in order.
-        sites: sites whose branches lie within the nodes.
+        sites: sites whose branches lie within the nodes, and spans that end there.
     """
     entering, leaving = boundary(nodes)
+    inside = {node.name for node in nodes}
+    entering += tuple(dict.fromkeys(s.source for s in sites if s.source not in inside and s.source not in entering))
     graph, copies = fx.Graph(), {}
     named = {node.name: node for node in capture.graph.nodes}
     for i, name in enumerate(entering):
@@ -66,6 +68,8 @@ def outline(capture: Capture, structure: ModelStructure, nodes: Sequence[fx.Node
                 attention=tuple(copies[named[name]] for name in site.attention),
                 token_axis=site.tokens.axis,
                 tokens=site.tokens.count,
+                keys=site.keys,
+                is_span=site.kind.is_span,
             )
             for site in sites
         ),

@@ -16,7 +16,8 @@ After (k = count[0])::
     %8: f32[2,64,32] = aten.add.Tensor(stream, %7)
 
 The number of tokens is an input of the compiled code, so one variant serves every ratio. Operands with one value per
-token, such as position tables, are gathered too. Branches that mix tokens never get here: the policy was refused.
+token, such as position tables, are gathered too. Where a branch attends to its own tokens, the output of attention is
+read from a slot and gathered, or only the queries are restricted, or keys and values, too; see `Context`.
 """
 
 from __future__ import annotations
@@ -30,13 +31,15 @@ import torch
 from torch import Tensor, fx
 
 from dicompile.analysis import Dataflow
-from dicompile.analysis.tokens import RESHAPES, per_token_operands, token_axes
+from dicompile.analysis.cost import ATTENTION
+from dicompile.analysis.tokens import RESHAPES, MixesTokens, Mixing, per_token_operands, token_axes
 from dicompile.ops import scores
 from dicompile.passes.base import (
     Chosen,
     LocalStep,
     Noise,
     PassReport,
+    Predicted,
     ReuseClock,
     Segment,
     SiteNodes,
@@ -44,8 +47,9 @@ from dicompile.passes.base import (
     TokenCount,
 )
 from dicompile.passes.edit import Editor
+from dicompile.passes.reuse_sites import recalled
 from dicompile.passes.score_tokens import raw_score
-from dicompile.plan import Score, ScoreBase, SlotKind
+from dicompile.plan import Context, Score, ScoreBase, SlotKind, What
 
 aten = torch.ops.aten
 
@@ -73,20 +77,20 @@ class _SiteRefresh:
     def __init__(self, segment: Segment, position: int, step: LocalStep, score: Score) -> None:
         self.segment, self.position, self.step, self.score = segment, position, step, score
         self.site: SiteNodes = segment.sites[position]
+        self.fresh = self.site.update if step.what is What.UPDATE else self.site.core
         self.editor = Editor(segment)
         self.batch, self.tokens, self.width = (int(size) for size in self.site.stream.meta["val"].shape)
         self.count = self.editor.int_input(TokenCount(position), below=self.tokens)
 
     def run(self) -> None:
         """Choose tokens, run the branch on them, scatter, and store what the plan keeps."""
-        core, editor = self.site.core, self.editor
+        core, editor = self.fresh, self.editor
         users = list(core.users)
-        value = editor.tensor_input(
-            SlotRef(self.position, SlotKind.VALUE), tuple(core.meta["val"].shape), core.meta["val"].dtype, core
-        )
         with editor.before(min(users, key=list(self.segment.graph.nodes).index)):
             chosen = self.choose()
             copies = self.branch_on(chosen)
+            value = recalled(editor, self.position, self.step, core)
+            assert value is not None
             refreshed = editor.call(aten.scatter.src, value, 1, self.rows(chosen, core), copies[core])
             placed = editor.in_layout_of(core, refreshed)
             stamp = self.stamp_after(chosen) if SlotKind.STAMP in self.step.writes else None
@@ -122,6 +126,14 @@ class _SiteRefresh:
         if self.score.base is ScoreBase.RANDOM:
             noise = Noise(self.position, shared)
             return self.editor.tensor_input(noise, (self.batch, self.tokens), torch.float32, stream)
+        if self.score.base is ScoreBase.PREDICTED:
+            given = self.editor.tensor_input(Predicted(self.position), (self.batch, self.tokens), torch.float32, stream)
+            return self.editor.trace(scores.over_guidance_halves, given) if shared else given
+        if self.score.base is ScoreBase.NORM:
+            return self.editor.trace(scores.stream_norm, stream)
+        if self.score.base is ScoreBase.SIMILARITY:
+            value = recalled(self.editor, self.position, self.step, self.fresh)
+            return self.editor.trace(scores.dissimilarity, stream, value)
         source = self.step.source
         assert source is not None
         raw = self.segment.scores.get(source)
@@ -152,7 +164,7 @@ class _SiteRefresh:
 
     def raw_score_after(self, chosen: fx.Node, copies: dict[fx.Node, fx.Node]) -> fx.Node:
         """The site's own raw score (cross-attention entropy) with the rows of the chosen tokens replaced."""
-        fresh = raw_score(self.editor, copies[self.site.attention[0]], self.score)
+        fresh = raw_score(self.editor, copies[self.site.attention[0]], self.score.base, self.score.share_guidance)
         reference = SlotRef(self.position, SlotKind.SCORE)
         old = self.editor.tensor_input(reference, (self.batch, self.tokens), torch.float32, self.site.stream)
         self.segment.scores[self.position] = self.editor.call(aten.scatter.src, old, 1, chosen, fresh)
@@ -178,18 +190,47 @@ class _SiteRefresh:
 
     def branch_on(self, chosen: fx.Node) -> dict[fx.Node, fx.Node]:
         """Copy the branch for the chosen tokens; maps every node that carries tokens to its copy."""
-        flow = Dataflow(self.segment.graph)
-        region = list(flow.members(flow.between(self.site.stream, self.site.core)))
-        axes = token_axes(region, self.site.stream, self.site.token_axis)
-        copies = {self.site.stream: self.gather(self.site.stream, chosen, self.site.token_axis)}
+        flow, stream = Dataflow(self.segment.graph), self.site.stream
+        region = list(flow.members(flow.between(stream, self.fresh)))
+        axes = self.axes(region)
+        copies = {stream: self.gather(stream, chosen, self.site.token_axis)}
         for node in region:
+            if node not in axes:
+                continue
+            if node.target is ATTENTION and self.mixing is Mixing.STORED:
+                copies[node] = self.gather(self.stored_attention(node), chosen, axes[node])
+                continue
             rank = node.meta["val"].ndim
             operands = {p: self.gather(p, chosen, axis, rank) for p, axis in per_token_operands(node, axes)}
-            args, kwargs = _arguments(node, {**copies, **operands})
-            copies[node] = self.editor.call(node.target, *self.resized(node, args, axes[node]), **kwargs)
+            replaced = {**copies, **operands}
+            if node.target is ATTENTION and self.mixing is Mixing.QUERIES and self.step.context is Context.ALL:
+                replaced = {node.args[0]: copies[node.args[0]]}
+            args, kwargs = _arguments(node, replaced)
+            # Gathered values are laid out anew: what was a view of the original may have to copy.
+            target = aten.reshape.default if node.target in RESHAPES else node.target
+            copies[node] = self.editor.call(target, *self.resized(node, args, axes[node]), **kwargs)
             if "nn_module_stack" in node.meta:
                 copies[node].meta["nn_module_stack"] = node.meta["nn_module_stack"]
         return copies
+
+    def axes(self, region: list[fx.Node]) -> dict[fx.Node, int]:
+        """Token axes of the branch; decides what becomes of attention over the same tokens."""
+        stored = Mixing.STORED if self.step.context is Context.STORED else Mixing.QUERIES
+        for self.mixing in (Mixing.FORBIDDEN, stored):
+            try:
+                return token_axes(region, self.site.stream, self.site.token_axis, self.mixing)
+            except MixesTokens:
+                if self.mixing is stored:
+                    raise
+        raise AssertionError("one of the two returns or raises")
+
+    def stored_attention(self, attention: fx.Node) -> fx.Node:
+        """The stored output of an attention node."""
+        value, owner = attention.meta["val"], self.step.attention
+        assert owner is not None
+        return self.editor.tensor_input(
+            SlotRef(owner, SlotKind.ATTENTION), tuple(value.shape), value.dtype, self.site.stream
+        )
 
     def resized(self, node: fx.Node, args: tuple[Any, ...], axis: int) -> tuple[Any, ...]:
         """Arguments with the literal number of tokens replaced by the count."""

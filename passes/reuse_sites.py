@@ -9,8 +9,9 @@ After::
 
     %4: f32[2,64,32] = aten.mul.Tensor(gate, value[0])
 
-The value is the plan's linear combination ``w0 * fresh + w1 * h1 + w2 * h2 + ...``. The branch itself stays in the
-graph; drop-dead removes what nobody reads any more.
+The value is the plan's linear combination ``w0 * fresh + w1 * h1 + w2 * h2 + ...``; weights other than 0 and 1 are an
+input, so that one variant serves every step. The branch itself stays in the graph; drop-dead removes what nobody reads
+any more.
 """
 
 from __future__ import annotations
@@ -21,9 +22,9 @@ from typing import ClassVar
 import torch
 from torch import fx
 
-from dicompile.passes.base import LocalStep, PassReport, Segment, SlotRef
+from dicompile.passes.base import LocalStep, PassReport, Segment, SlotRef, Weights
 from dicompile.passes.edit import Editor
-from dicompile.plan import SlotKind, What
+from dicompile.plan import What
 
 aten = torch.ops.aten
 
@@ -39,33 +40,56 @@ class ReuseSites:
         """Rewrite every site whose value is a combination of stored ones."""
         changed = []
         for position, step in enumerate(segment.steps):
-            if len(step.weights) > 1:
-                _combine(segment, position, step)
-                changed.append(f"site {position}: {' + '.join(f'{w:g} h{i}' for i, w in enumerate(step.weights) if w)}")
+            if len(step.weights) < 2 or step.refresh is not None:
+                continue
+            if step.what is What.ATTENTION and step.attention != position:
+                continue  # the first site with this attention replaces it for all
+            _combine(segment, position, step)
+            changed.append(f"site {position}: {' + '.join(f'{w:g} h{i}' for i, w in enumerate(step.weights) if w)}")
         return PassReport(tuple(changed))
 
 
 def _combine(segment: Segment, position: int, step: LocalStep) -> None:
     editor, site = Editor(segment), segment.sites[position]
-    fresh = site.core if step.what is What.CORE else site.update
-    value = fresh.meta["val"]
+    fresh = {What.UPDATE: site.update, What.ATTENTION: site.attention[0] if site.attention else site.core}.get(
+        step.what, site.core
+    )
     users = list(fresh.users)
-    stored = [
-        (weight, editor.tensor_input(SlotRef(position, SlotKind.VALUE, age), tuple(value.shape), value.dtype, fresh))
-        for age, weight in enumerate(step.weights[1:])
-        if weight
-    ]
-    terms = ([(step.weights[0], fresh)] if step.weights[0] else []) + stored
+    if not users:
+        return  # somebody else's business: the span around this site is reused, too
     with editor.before(min(users, key=list(segment.graph.nodes).index)):
-        result = _sum(editor, terms)
+        stored = recalled(editor, position, step, fresh)
+        result = stored
+        if step.weights[0]:
+            own = (
+                fresh if not step.variable else editor.call(aten.mul.Tensor, fresh, _weight(editor, position, step, 0))
+            )
+            result = own if stored is None else editor.call(aten.add.Tensor, own, stored)
+        assert result is not None
         result = result if step.weights[0] else editor.in_layout_of(fresh, result)
     for user in users:
         user.replace_input_with(fresh, result)
 
 
-def _sum(editor: Editor, terms: list[tuple[float, fx.Node]]) -> fx.Node:
-    scaled = [node if weight == 1.0 else editor.call(aten.mul.Tensor, node, weight) for weight, node in terms]
-    result = scaled[0]
-    for term in scaled[1:]:
-        result = editor.call(aten.add.Tensor, result, term)
+def recalled(editor: Editor, position: int, step: LocalStep, like: fx.Node) -> fx.Node | None:
+    """What the stored values contribute to a site: ``w1 * h1 + w2 * h2 + ...``; None if nothing."""
+    value = like.meta["val"]
+    result = None
+    for age, weight in enumerate(step.weights[1:]):
+        if not weight:
+            continue
+        term = editor.tensor_input(SlotRef(position, step.slot, age), tuple(value.shape), value.dtype, like)
+        if step.variable:
+            term = editor.call(aten.mul.Tensor, term, _weight(editor, position, step, age + 1))
+        result = term if result is None else editor.call(aten.add.Tensor, result, term)
     return result
+
+
+def _weight(editor: Editor, position: int, step: LocalStep, index: int) -> fx.Node:
+    """One weight of a site, a number or one per token."""
+    site = editor.segment.sites[position]
+    shape: tuple[int, ...] = (len(step.weights),)
+    if step.per_token:
+        shape = (*shape, int(site.stream.meta["val"].shape[0]), site.tokens, 1)
+    weights = editor.tensor_input(Weights(position), shape, torch.float32, site.stream)
+    return editor.call(aten.select.int, weights, 0, index)

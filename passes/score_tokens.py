@@ -20,16 +20,22 @@ Attention itself is not touched: it stays one fused call.
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, fx
 
-from dicompile.nodes import node_argument
+from dicompile.analysis.cost import VIEWS, is_heavy
+from dicompile.analysis.tokens import NORMS, RESHAPES
+from dicompile.nodes import node_argument, tensor_of
 from dicompile.ops import scores
-from dicompile.passes.base import PassReport, Segment, SlotRef
+from dicompile.passes.base import PassReport, Segment, SiteNodes, SlotRef
 from dicompile.passes.edit import Editor
-from dicompile.plan import Score, ScoreBase, SlotKind
+from dicompile.plan import ScoreBase, SlotKind
+
+aten = torch.ops.aten
 
 
 @dataclass(frozen=True)
@@ -42,35 +48,49 @@ class ScoreTokens:
     def run(self, segment: Segment) -> PassReport:
         """Add the scores that the steps ask for."""
         editor, changed = Editor(segment), []
+        received: dict[fx.Node, fx.Node] = {}
         for position, step in enumerate(segment.steps):
             if step.produces is None:
                 continue
-            attention = segment.sites[position].attention[0]
+            site, base = segment.sites[position], step.produces.base
+            attention = site.attention[0]
             with editor.before(attention.next):
-                raw = raw_score(editor, attention, step.produces)
+                if base is ScoreBase.ENTROPY:
+                    raw = raw_score(editor, attention, base, step.produces.share_guidance)
+                else:
+                    shared = base is ScoreBase.ATTENTION  # by the sites of a joint attention
+                    raw = received[attention] if shared and attention in received else _of_keys(editor, site, base)
+                    received[attention] = raw
+            if base is not ScoreBase.ENTROPY:
+                raw = _of_own_tokens(editor, site, raw)
             segment.scores[position] = raw
             editor.output(SlotRef(position, SlotKind.SCORE), raw)
-            changed.append(f"site {position}: {step.produces.base.value}")
+            changed.append(f"site {position}: {base.value}")
         return PassReport(tuple(changed))
 
 
-def raw_score(editor: Editor, attention: fx.Node, score: Score) -> fx.Node:
+def raw_score(editor: Editor, attention: fx.Node, base: ScoreBase, shared: bool = False) -> fx.Node:
     """Raw score of an attention node, in front of which the editor stands.
 
     Args:
         editor: where the new nodes go.
         attention: a scaled_dot_product_attention node.
-        score: which base, and whether entropies are for a mixture of guidance halves.
+        base: which score.
+        shared: whether entropies are for a mixture of guidance halves.
     """
     query, key, value = (node_argument(attention, i) for i in range(3))
     mask: Any = attention.args[3] if len(attention.args) > 3 else attention.kwargs.get("attn_mask")
     scale: Any = attention.kwargs.get("scale")
-    if score.base is ScoreBase.VALUE_NORM:
+    if base is ScoreBase.VALUE_NORM:
         return editor.trace(scores.value_norm, value)
-    if score.base is ScoreBase.ENTROPY:
+    if base is ScoreBase.LARGE_VALUE_NORM:
+        return editor.trace(scores.mean_norm, value)
+    if base is ScoreBase.KEY_NORM:
+        return editor.trace(scores.mean_norm, key)
+    if base is ScoreBase.ENTROPY:
 
         def entropy(query: Tensor, key: Tensor, mask: Tensor | None) -> Tensor:
-            return scores.attention_entropy(query, key, mask, scale, shared=score.share_guidance)
+            return scores.attention_entropy(query, key, mask, scale, shared=shared)
 
         return editor.trace(entropy, query, key, mask)
 
@@ -78,3 +98,69 @@ def raw_score(editor: Editor, attention: fx.Node, score: Score) -> fx.Node:
         return scores.attention_received(query, key, mask, scale)
 
     return editor.trace(received, query, key, mask)
+
+
+def _of_keys(editor: Editor, site: SiteNodes, base: ScoreBase) -> fx.Node:
+    """Raw score of all keys of the site's attention; [b', m]."""
+    parts = _before_norms(site) if base is ScoreBase.KEY_NORM else []
+    if not parts:
+        return raw_score(editor, site.attention[0], base)
+    axes = [2 if part.target in RESHAPES else 1 for part in parts]  # a reshape splits heads off behind the tokens
+
+    def norms(*keys: Tensor) -> Tensor:
+        return torch.cat([key.float().norm(dim=-1).mean(axis) for key, axis in zip(keys, axes, strict=True)], dim=-1)
+
+    return editor.trace(norms, *parts)
+
+
+def _before_norms(site: SiteNodes) -> list[fx.Node]:
+    """Keys before they are normalised, in parts along the tokens; empty if they are not. Rotations keep norms."""
+    key = node_argument(site.attention[0], 1)
+    width = tensor_of(key).shape[-1]
+    parts: list[fx.Node] = []
+    queue, seen = [key], {key}
+    while queue:
+        node = queue.pop(0)
+        if node.target in NORMS and tensor_of(node).shape[-1] == width:
+            parts.append(node_argument(node, 0))
+        elif not is_heavy(node):
+            following = [parent for parent in node.all_input_nodes if parent not in seen]
+            seen.update(following)
+            queue += following
+    return parts
+
+
+def _of_own_tokens(editor: Editor, site: SiteNodes, raw: fx.Node) -> fx.Node:
+    """The part of a score that belongs to the site's own tokens, in the order of its stream; [b, n]."""
+    first, size = site.keys
+    with editor.before(raw.next):
+        if tensor_of(raw).shape[-1] != size:
+            raw = editor.call(aten.slice.Tensor, raw, 1, first, first + size)
+        if tensor_of(raw).shape == tensor_of(site.stream).shape[:2]:
+            return raw
+        return _unfold(editor, site, raw)
+
+
+def _unfold(editor: Editor, site: SiteNodes, raw: fx.Node) -> fx.Node:
+    """Undo the folding of tokens into the batch that attention along one axis needs: move scores as its output moves.
+
+    Spatial attention of a film sees [b * frames, rows * columns] tokens, temporal attention the opposite.
+    """
+    attention = site.attention[0]
+    carried: dict[fx.Node, fx.Node] = {}
+    view = editor.call(aten.view.default, raw, [tensor_of(raw).shape[0], 1, tensor_of(raw).shape[1], 1])
+    carried[attention] = editor.call(aten.expand.default, view, list(tensor_of(attention).shape))
+    nodes = list(editor.graph.nodes)
+    for node in nodes[nodes.index(attention) + 1 : nodes.index(site.core) + 1]:
+        source = next((parent for parent in node.all_input_nodes if parent in carried), None)
+        if source is None:
+            continue
+        with editor.before(node.next):
+            if node.target in VIEWS or node.target in RESHAPES or node.target is operator.getitem:
+                args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda item: carried.get(item, item))
+                carried[node] = editor.call(node.target, *args, **kwargs)
+            else:
+                narrow = editor.call(aten.slice.Tensor, carried[source], -1, 0, 1)
+                carried[node] = editor.call(aten.expand.default, narrow, list(tensor_of(node).shape))
+    with editor.before(site.core.next.next):
+        return editor.call(aten.select.int, carried[site.core], -1, 0)

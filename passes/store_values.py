@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+from torch import fx
 
 from dicompile.passes.base import PassReport, Segment, SlotRef
 from dicompile.passes.edit import Editor
@@ -40,21 +41,25 @@ class StoreValues:
         for position, step in enumerate(segment.steps):
             if step.refresh is not None or step.only_reuses:
                 continue
+            site = segment.sites[position]
             if SlotKind.VALUE in step.writes:
-                _store_value(segment, position, step.what)
+                _store(
+                    segment, SlotRef(position, SlotKind.VALUE), site.update if step.what is What.UPDATE else site.core
+                )
+            if SlotKind.ATTENTION in step.writes:
+                _store(segment, SlotRef(position, SlotKind.ATTENTION), site.attention[0])
             if SlotKind.STAMP in step.writes:
                 _store_stamp(segment, position)
             changed += [f"site {position}: {kind.value}" for kind in step.writes if kind is not SlotKind.SCORE]
         return PassReport(tuple(changed))
 
 
-def _store_value(segment: Segment, position: int, what: What) -> None:
-    editor, site = Editor(segment), segment.sites[position]
-    node = site.core if what is What.CORE else site.update
+def _store(segment: Segment, reference: SlotRef, node: fx.Node) -> None:
+    editor = Editor(segment)
     if not node.meta["val"].is_contiguous():
         with editor.before(node.next):
             node = editor.call(aten.clone.default, node, memory_format=torch.contiguous_format)
-    editor.output(SlotRef(position, SlotKind.VALUE), node)
+    editor.output(reference, node)
 
 
 def _store_stamp(segment: Segment, position: int) -> None:

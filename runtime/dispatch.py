@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
 
 from dicompile.errors import StaleRead
 from dicompile.lower import Constant, Program
-from dicompile.plan import Plan, Slot, SlotKind, StepPlan, TimestepSchedule
+from dicompile.plan import HISTORIC, Plan, Slot, StepPlan, TimestepSchedule
 from dicompile.runtime.clock import SchedulerLink, find_step
 from dicompile.runtime.session import ContextState, ModelState, current_context, current_session
 
@@ -42,13 +42,21 @@ class Executor:
         timestep: position of the timestep among the inputs, or None.
         latent: position of the latent among the inputs, or None.
         seed: of random scores.
+        predictor: importance of the tokens in every block at a step, from the model's inputs; float32, [b, n, blocks].
     """
 
     def __init__(
-        self, programs: ProgramSource, link: SchedulerLink, timestep: int | None, latent: int | None, seed: int = 0
+        self,
+        programs: ProgramSource,
+        link: SchedulerLink,
+        timestep: int | None,
+        latent: int | None,
+        seed: int = 0,
+        predictor: Callable[[Sequence[Any], int], torch.Tensor] | None = None,
     ) -> None:
-        self.programs, self.link, self.seed = programs, link, seed
+        self.programs, self.link, self.seed, self.predictor = programs, link, seed, predictor
         self._timestep, self._latent = timestep, latent
+        self._weights: dict[tuple[tuple[float, ...], torch.device], torch.Tensor] = {}
 
     def __call__(self, *inputs: Any) -> Sequence[Any]:
         """Run one step on the model's inputs; returns its outputs."""
@@ -111,10 +119,24 @@ class Executor:
         for item in program.ints:
             site = planned.sites[item.site]
             registers[item.register] = site.action.tokens.count if item.is_count and site.action.tokens else site.clock
-        device = self._tensor(inputs, self._latent)
+        latent = self._tensor(inputs, self._latent)
         for noise in program.noise:
-            registers[noise.register] = self._noise(noise.shape, noise.share_guidance, step, int(noise.site), device)
+            registers[noise.register] = self._noise(noise.shape, noise.share_guidance, step, int(noise.site), latent)
+        for weights in program.weights:
+            registers[weights.register] = self._on_device(planned.sites[weights.site].action.weights, latent)
+        if program.predicted:
+            assert self.predictor is not None
+            importance = self.predictor(inputs, step)
+            for predicted in program.predicted:
+                registers[predicted.register] = importance[..., predicted.block].contiguous()
         return registers
+
+    def _on_device(self, weights: tuple[float, ...], like: torch.Tensor | None) -> torch.Tensor:
+        """Weights as a tensor, copied to the device once: every later generation finds them there."""
+        key = weights, torch.device("cpu") if like is None else like.device
+        if key not in self._weights:
+            self._weights[key] = torch.tensor(weights, dtype=torch.float32, device=key[1])
+        return self._weights[key]
 
     def _noise(
         self, shape: tuple[int, int], share: bool, step: int, site: int, like: torch.Tensor | None
@@ -132,9 +154,9 @@ class Executor:
         store = dict(context.store)
         for slot, register in program.writes:
             for age in range(planned.sites[slot.site].history, 0, -1):
-                younger = Slot.of(slot.site, SlotKind.VALUE, age - 1)
-                if slot.kind is SlotKind.VALUE and younger in store:
-                    store[Slot.of(slot.site, SlotKind.VALUE, age)] = store[younger]
+                younger = Slot.of(slot.site, slot.kind, age - 1)
+                if slot.kind in HISTORIC and younger in store:
+                    store[Slot.of(slot.site, slot.kind, age)] = store[younger]
             store[slot] = registers[register]
         context.store = {slot: tensor for slot, tensor in store.items() if slot in planned.live}
         context.chosen = {int(site): registers[register] for site, register in program.chosen}

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 
 import dicompile
+from dicompile.analysis import ModelStructure, Site
+from dicompile.capture import Role
 from dicompile.plan import Cadence, Line, Policy, Refresh, Reuse, Rule, TokenScore, Window
 from dicompile.runtime import current_session
 
@@ -54,14 +56,25 @@ class Replay:
         structure, frame = dicompile.structure_of(self.model), self.model.frames[-1]
         chosen = current_session().state_of(frame.run).contexts[""].chosen
         planned = dicompile.plan_of(self.model).steps[step]
-        names = {kind: name for name, kind in KINDS.items()}
         result = {}
         for site in structure.sites:
-            refreshes = any(isinstance(r.do, Refresh) and r.applies_to(site) for r in self.policy.rules)
-            if refreshes and planned.sites[site.id].action.symbol != "F":
+            rule = next((r for r in self.policy.rules if r.names(site)), None)
+            if rule and isinstance(rule.do, Refresh) and planned.sites[site.id].action.symbol in "t.":
                 empty = torch.empty(site.shape[0], 0, dtype=torch.long)
-                result[f"layer{site.block}.{names[site.kind.value]}"] = chosen.get(int(site.id), empty)
+                result[self._name(structure, site)] = chosen.get(int(site.id), empty)
         return result
+
+    @staticmethod
+    def _name(structure: ModelStructure, site: Site) -> str:
+        """How traces call a site; double-stream blocks of FLUX come first, and image tokens before text tokens."""
+        joint = [b for b in structure.blocks if any(s.kind.value == "joint-attention" for s in structure.sites_of(b))]
+        if not joint:
+            names = {kind: name for name, kind in KINDS.items()}
+            return f"layer{site.block}.{names[site.kind.value]}"
+        if site.kind.value == "parallel":
+            return f"single.layer{site.block - len(joint)}.mlp"
+        is_image = Role.LATENT in structure.streams[site.stream].roles
+        return f"double.layer{site.block}.{'img' if is_image else 'txt'}_mlp"
 
 
 def policy_of(meta: dict[str, Any]) -> Policy:
@@ -71,9 +84,36 @@ def policy_of(meta: dict[str, Any]) -> Policy:
         return dicompile.NoCache()
     if described["name"] == "fora":
         return dicompile.FORA(interval=described["period"])
-    if described["name"] == "toca" and "step_factor" in described:
+    if described["name"] in ("toca", "duca") and "step_factor" in described:
         return _toca(described)
+    if described["name"] == "toca" and "stream_factor" in described:
+        return _toca_flux(described)
+    if described["name"] == "taylorseer":
+        return dicompile.TaylorSeer(described["interval"], described["max_order"], described["first_enhance"])
     raise NotImplementedError(f"{described['name']} of {meta['case']} is not supported yet")
+
+
+def _toca_flux(described: dict[str, Any]) -> Policy:
+    bases = {"attention": "attention", "k-norm": "key-norm", "v-norm": "large-value-norm"}
+    by_depth = line(described["layer_factor"].split("(")[0], "l/27")
+    ratio, interval = described["fresh_ratio_R"], described["fresh_threshold_K"]
+    uses_age = described["force_fresh"] == "global"
+    base = described["cache_type"]
+    score = TokenScore(base=bases.get(base, base), age_weight=described["soft_fresh_weight"] if uses_age else 0.0)
+
+    def refresh(stream: str) -> Refresh:
+        factor = described["stream_factor"][stream]
+        return Refresh(ratio=ratio, factor=factor, by_depth=by_depth, depth_denominator=27, score=score)
+
+    return Policy(
+        name="golden",
+        cadence=Cadence(interval=interval, counting="up", anchor="last", warmup=3 if ratio else 1),
+        rules=(
+            Rule(sites=("joint-attention",), do=Reuse(what="attention")),
+            Rule(sites=("mlp",), do=refresh("double")),
+            Rule(sites=("parallel",), do=refresh("single")),
+        ),
+    )
 
 
 def _toca(described: dict[str, Any]) -> Policy:
@@ -102,7 +142,8 @@ def _toca(described: dict[str, Any]) -> Policy:
         )
         for module, factor in described["module_factor"].items()
     ]
-    return Policy(name="golden", cadence=cadence(described), rules=(*rules, Rule(do=Reuse())))
+    aggressive = [Rule(sites=("stack",), when="even", do=Reuse(what="stream"))] if described["name"] == "duca" else []
+    return Policy(name="golden", cadence=cadence(described), rules=(*aggressive, *rules, Rule(do=Reuse())))
 
 
 def line(text: str, variable: str) -> Line:

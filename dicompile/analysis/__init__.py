@@ -6,13 +6,15 @@ import functools
 import math
 import operator
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 
 from torch import fx
 
 from dicompile.analysis.blocks import Partition, block_path, group_branches, partition, structure_key
-from dicompile.analysis.cost import node_bytes, node_flops
+from dicompile.analysis.cost import ATTENTION, node_bytes, node_flops
 from dicompile.analysis.dataflow import Dataflow
-from dicompile.analysis.residual import Branch, chain_streams, find_branches
+from dicompile.analysis.residual import Branch, chain_streams, find_branches, own_keys
+from dicompile.analysis.spans import find_runs, last_adds
 from dicompile.analysis.structure import (
     Block,
     BlockId,
@@ -25,8 +27,9 @@ from dicompile.analysis.structure import (
     TokenFact,
     TokenWise,
 )
-from dicompile.analysis.tokens import MixesTokens, token_axes
+from dicompile.analysis.tokens import MixesTokens, Mixing, token_axes
 from dicompile.capture import Capture, Role
+from dicompile.nodes import node_argument
 from dicompile.text import module_path
 
 __all__ = [
@@ -57,9 +60,10 @@ def analyse(capture: Capture) -> ModelStructure:
     streams = chain_streams(flow, branches)
     work = _work_of_sites(flow, branches)
     dependence = _dependence(capture, flow, placeholders)
+    stream_nodes = flow.bits(node for branch in branches for node in (branch.add, branch.stream))
     blocks = _blocks(flow, branches, groups, parts)
     sites = tuple(
-        _site(flow, branch, SiteId(i), BlockId(b), StreamId(streams[i]), work[i])
+        _site(flow, branch, SiteId(i), BlockId(b), StreamId(streams[i]), work[i], stream_nodes)
         for b, group in enumerate(groups)
         for i, branch in ((i, branches[i]) for i in group)
     )
@@ -74,6 +78,7 @@ def analyse(capture: Capture) -> ModelStructure:
         flops=sum(node_flops(node) for node in flow.nodes),
         bytes=sum(node_bytes(node) for node in flow.nodes),
         dependence=dependence,
+        spans=_spans(flow, branches, sites, groups),
     )
 
 
@@ -108,12 +113,11 @@ def _blocks(
 
 
 def _site(
-    flow: Dataflow, branch: Branch, number: SiteId, block: BlockId, stream: StreamId, work: tuple[float, float]
+    flow: Dataflow, branch: Branch, number: SiteId, block: BlockId, stream: StreamId, work: Work, streams: int
 ) -> Site:
     region = list(flow.members(branch.region))
     heaviest = max(region, key=node_flops)
-    tokens, token_flops = _token_fact(branch, region)
-    shape = tuple(int(size) for size in branch.core.meta["val"].shape)
+    tokens, token_flops, key_flops = _token_fact(flow, branch.stream, branch.core, region)
     return Site(
         id=number,
         block=block,
@@ -125,31 +129,55 @@ def _site(
         update=branch.update.name,
         add=branch.add.name,
         attention=tuple(node.name for node in branch.attention),
-        shape=shape,
+        shape=tuple(int(size) for size in branch.core.meta["val"].shape),
         itemsize=branch.core.meta["val"].element_size(),
         tokens=tokens,
-        flops=round(work[0]),
+        flops=round(work.core[0]),
         token_flops=token_flops,
-        bytes=round(work[1]),
+        bytes=round(work.core[1]),
+        attention_flops=round(work.attention[0]),
+        key_flops=key_flops,
+        keys=own_keys(flow, branch, streams),
     )
 
 
-def _work_of_sites(flow: Dataflow, branches: Sequence[Branch]) -> list[tuple[float, float]]:
-    """Operations and bytes that each site would save; work that several sites share is split evenly between them.
+@dataclass(frozen=True, slots=True)
+class Work:
+    """Operations and bytes that a site would save: all of it, and the part up to its attention's output."""
 
-    A node is owned by the sites whose cores it feeds, and by nobody if its value also leaves the branches.
+    core: tuple[float, float]
+    attention: tuple[float, float]
+
+
+def _work_of_sites(flow: Dataflow, branches: Sequence[Branch]) -> list[Work]:
+    cores = owned_work(flow, [branch.core for branch in branches])
+    attention = owned_work(flow, [branch.attention[0] if len(branch.attention) == 1 else None for branch in branches])
+    return [Work(core, part) for core, part in zip(cores, attention, strict=True)]
+
+
+def owned_work(
+    flow: Dataflow, ends: Sequence[fx.Node | None], starts: Iterable[fx.Node] = ()
+) -> list[tuple[float, float]]:
+    """Operations and bytes that only serve each end; work that several ends share is split evenly between them.
+
+    A node is owned by the ends that it feeds, and by nobody if its value also goes elsewhere, or is one of `starts`.
     """
-    cores = {branch.core: 1 << i for i, branch in enumerate(branches)}
-    elsewhere = 1 << len(branches)
+    owned: dict[fx.Node, int] = {}
+    for i, end in enumerate(ends):
+        if end is not None:
+            owned[end] = owned.get(end, 0) | 1 << i
+    elsewhere = 1 << len(ends)
+    outside = set(starts)
     owners: dict[fx.Node, int] = {}
-    work = [(0.0, 0.0)] * len(branches)
+    work = [(0.0, 0.0)] * len(ends)
     for node in reversed(flow.nodes):
-        owner = cores.get(node) or _union(owners[user] for user in node.users) or elsewhere
-        owners[node] = elsewhere if node.op == "output" else owner
-        if owner & elsewhere or node.op != "call_function":
+        owner = owned.get(node) or _union(owners[user] for user in node.users) or elsewhere
+        stops = node.op == "output" or (node in outside and node not in owned)
+        owners[node] = elsewhere if stops else owner
+        if owners[node] & elsewhere or node.op != "call_function":
             continue
         flops, size, count = node_flops(node), node_bytes(node), owner.bit_count()
-        for i in range(len(branches)):
+        for i in range(len(ends)):
             if owner >> i & 1:
                 work[i] = work[i][0] + flops / count, work[i][1] + size / count
     return work
@@ -159,22 +187,89 @@ def _union(sets: Iterable[int]) -> int:
     return functools.reduce(operator.or_, sets, 0)
 
 
-def _token_fact(branch: Branch, region: Sequence[fx.Node]) -> tuple[TokenFact, int]:
-    """Whether the branch is token-wise, and the operations that then shrink with the number of tokens."""
-    rank = branch.stream.meta["val"].ndim
+def _token_fact(
+    flow: Dataflow, stream: fx.Node, core: fx.Node, region: Sequence[fx.Node]
+) -> tuple[TokenFact, int, int]:
+    """Whether a branch is token-wise, the operations that then shrink with its tokens, and those of its keys."""
+    rank = stream.meta["val"].ndim
     axis = 0 if rank == 2 else 1
-    count = int(branch.stream.meta["val"].shape[axis])
+    count = int(stream.meta["val"].shape[axis])
     if rank != 3:
         why = f"the stream has {rank} axes instead of batch, token and channel"
-        return TokenFact(TokenWise.NO, axis, count, why), 0
-    try:
-        axes = token_axes(region, branch.stream, axis)
-    except MixesTokens as mixed:
-        wise = TokenWise.QUERIES if branch.kind.is_attention and "keys and values" in str(mixed) else TokenWise.NO
-        return TokenFact(wise, axis, count, str(mixed)), 0
-    if axes.get(branch.core) != axis:
-        return TokenFact(TokenWise.NO, axis, count, "the branch ends with its tokens on another axis"), 0
-    return TokenFact(TokenWise.YES, axis, count), sum(node_flops(node) for node in axes if node is not branch.stream)
+        return TokenFact(TokenWise.NO, axis, count, why), 0, 0
+    to_core = [node for node in region if flow.is_ancestor(node, core)]
+    axes, refusals = {}, {}
+    for mixing in Mixing:
+        try:
+            found = token_axes(to_core, stream, axis, mixing)
+        except MixesTokens as mixed:
+            refusals[mixing] = str(mixed)
+            continue
+        if found.get(core) == axis:
+            axes[mixing] = found
+        else:
+            refusals[mixing] = "the branch ends with its tokens on another axis"
+    keys = [node_argument(node, i) for node in to_core if node.target is ATTENTION for i in (1, 2)]
+    for_keys = {node for node in to_core if any(flow.is_ancestor(node, key) for key in keys)}
+    stored = Mixing.STORED in axes and any(node.target is ATTENTION for node in to_core)
+    if Mixing.FORBIDDEN in axes:
+        fact, shrinking = TokenFact(TokenWise.YES, axis, count, stored=stored), axes[Mixing.FORBIDDEN]
+        for_keys = set()
+    elif Mixing.QUERIES in axes:
+        fact = TokenFact(TokenWise.QUERIES, axis, count, refusals[Mixing.FORBIDDEN], stored)
+        shrinking = axes[Mixing.QUERIES]
+    else:
+        fact = TokenFact(TokenWise.NO, axis, count, refusals[Mixing.QUERIES], stored)
+        shrinking = axes.get(Mixing.STORED, {})
+        for_keys = for_keys if stored else set()
+    if fact.wise is TokenWise.NO and stored:
+        shrinking = {node: a for node, a in shrinking.items() if node.target is not ATTENTION}
+    token_flops = sum(node_flops(node) for node in shrinking if node is not stream and node not in for_keys)
+    return fact, token_flops, sum(node_flops(node) for node in for_keys)
+
+
+def _spans(
+    flow: Dataflow, branches: Sequence[Branch], sites: Sequence[Site], groups: Sequence[Sequence[int]]
+) -> tuple[Site, ...]:
+    """Spans of every block, then of the stack."""
+    found = [(SiteKind.BLOCK, run) for group in groups for run in find_runs(branches, sites, group)]
+    found += [(SiteKind.STACK, run) for run in find_runs(branches, sites, range(len(branches)))]
+    last = last_adds(flow, branches)
+    result: list[Site] = []
+    for kind in (SiteKind.BLOCK, SiteKind.STACK):
+        runs = [run for k, run in found if k is kind]
+        work = owned_work(flow, [branches[r[-1]].add for r in runs], [branches[r[0]].stream for r in runs])
+        for run, own in zip(runs, work, strict=True):
+            start, end = branches[run[0]].stream, branches[run[-1]].add
+            region = list(flow.members(flow.between(start, end)))
+            tokens, token_flops, key_flops = _token_fact(flow, start, end, region)
+            if kind is SiteKind.STACK:
+                why = "tokens of later blocks attend to all tokens of earlier ones"
+                tokens, token_flops, key_flops = TokenFact(TokenWise.NO, tokens.axis, tokens.count, why), 0, 0
+            first, final = sites[run[0]], sites[run[-1]]
+            result.append(
+                replace(
+                    final,
+                    id=SiteId(len(sites) + len(result)),
+                    name=" .. ".join(dict.fromkeys((first.name, final.name))),
+                    kind=kind,
+                    source=start.name,
+                    core=end.name,
+                    update=end.name,
+                    add=end.name,
+                    attention=(),
+                    tokens=tokens,
+                    flops=round(own[0]),
+                    token_flops=token_flops,
+                    bytes=round(own[1]),
+                    attention_flops=sum(node_flops(node) for node in region if node.target is ATTENTION),
+                    key_flops=key_flops,
+                    keys=(0, 0),
+                    inside=tuple(SiteId(i) for i in run),
+                    is_last=end in last,
+                )
+            )
+    return tuple(result)
 
 
 def _streams(
@@ -196,16 +291,20 @@ def _streams(
     return tuple(result)
 
 
-def _token_grid(latent: fx.Node, branches: Sequence[Branch]) -> tuple[int, int] | None:
-    """Rows and columns of tokens when the latent is a picture cut into square patches."""
-    shape = latent.meta["val"].shape
+def _token_grid(latent: fx.Node, branches: Sequence[Branch]) -> tuple[int, ...] | None:
+    """Tokens along each axis when the latent is a picture or a film cut into square patches."""
+    shape = [int(size) for size in latent.meta["val"].shape]
     axis = 0 if branches[0].stream.meta["val"].ndim == 2 else 1
     tokens = int(branches[0].stream.meta["val"].shape[axis])
-    if len(shape) == 4:
-        height, width = int(shape[2]), int(shape[3])
-        patch = math.isqrt(height * width // tokens) if tokens else 0
-        if patch and height // patch * (width // patch) == tokens:
-            return height // patch, width // patch
+    if len(shape) not in (4, 5) or not tokens:
+        return None
+    height, width = shape[-2:]
+    frames = shape[2] if len(shape) == 5 else 1
+    for group in range(1, frames + 1):
+        patch = math.isqrt(frames // group * height * width // tokens)
+        if patch and frames // group * (height // patch) * (width // patch) == tokens:
+            picture = (height // patch, width // patch)
+            return picture if len(shape) == 4 else (frames // group, *picture)
     return None
 
 

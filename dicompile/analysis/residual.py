@@ -7,6 +7,7 @@ depends on the latent, and no other site lies inside it.
 
 from __future__ import annotations
 
+from collections.abc import Container
 from dataclasses import dataclass
 
 import torch
@@ -127,18 +128,54 @@ def chain_streams(flow: Dataflow, branches: list[Branch]) -> list[int]:
     return numbers
 
 
+def own_keys(flow: Dataflow, branch: Branch, streams: int) -> tuple[int, int]:
+    """First of the attention's keys that belong to the branch's own stream, and their number; (0, 0) if none do.
+
+    Args:
+        flow: of the graph.
+        branch: its attention may join several streams.
+        streams: bit set of all stream values.
+    """
+    if len(branch.attention) != 1 or branch.kind in (SiteKind.MLP, SiteKind.CROSS_ATTENTION):
+        return 0, 0
+    node = node_argument(branch.attention[0], 1)
+    total = int(node.meta["val"].shape[-2])
+    if branch.kind is not SiteKind.JOINT_ATTENTION:
+        return 0, total
+    own = flow.bits([branch.stream])
+    while node.target is not aten.cat.default or total not in node.meta["val"].shape:
+        parents = [p for p in node.all_input_nodes if flow.is_ancestor(branch.stream, p) and p is not branch.stream]
+        if not parents:
+            return 0, 0
+        node = parents[0]
+    first = 0
+    parts: list[fx.Node] = list(node.args[0])  # type: ignore[arg-type]
+    dim = node.args[1] if len(node.args) > 1 else 0
+    for part in parts:
+        size = int(part.meta["val"].shape[dim])
+        if _nearest_streams(flow, part, streams) & own:
+            return first, size
+        first += size
+    return 0, 0
+
+
 def _stream_behind(node: fx.Node, owner: dict[fx.Node, int]) -> int | None:
     """Number of the stream carried by `node`; of several that were joined, the last one."""
+    return max((owner[found] for found in carried(node, owner)), default=None)
+
+
+def carried(node: fx.Node, wanted: Container[fx.Node]) -> list[fx.Node]:
+    """The nearest of the `wanted` nodes whose values arrive at `node` by casts, splits and joins only."""
     queue, seen, found = [node], {node}, []
     while queue:
         current = queue.pop()
-        if current in owner:
-            found.append(owner[current])
+        if current in wanted:
+            found.append(current)
         elif current.target in TRANSPORT or (current.op == "call_function" and "getitem" in str(current.target)):
             parents = [parent for parent in current.all_input_nodes if parent not in seen]
             seen.update(parents)
             queue += parents
-    return max(found, default=None)
+    return found
 
 
 def _residual_operands(flow: Dataflow, add: fx.Node) -> tuple[fx.Node, fx.Node] | None:

@@ -22,11 +22,21 @@ class SiteKind(enum.Enum):
     JOINT_ATTENTION = "joint-attention"
     MLP = "mlp"
     PARALLEL = "parallel"
+    BLOCK = "block"
+    """A span: everything one block adds to a stream."""
+
+    STACK = "stack"
+    """A span: everything all blocks add to a stream."""
 
     @property
     def is_attention(self) -> bool:
         """True if the branch contains attention."""
-        return self is not SiteKind.MLP
+        return self in (SiteKind.SELF_ATTENTION, SiteKind.CROSS_ATTENTION, SiteKind.JOINT_ATTENTION, SiteKind.PARALLEL)
+
+    @property
+    def is_span(self) -> bool:
+        """True for runs of sites."""
+        return self in (SiteKind.BLOCK, SiteKind.STACK)
 
 
 class TokenWise(enum.Enum):
@@ -46,12 +56,14 @@ class TokenFact:
         axis: token axis of the residual stream.
         count: number of tokens.
         reason: operator and module path that mixes tokens; empty when nothing does.
+        stored: True if it can, too, while the output of its attention is read from a slot.
     """
 
     wise: TokenWise
     axis: int
     count: int
     reason: str = ""
+    stored: bool = False
 
     def __str__(self) -> str:
         return self.wise.value + (f": {self.reason}" if self.reason else "")
@@ -59,9 +71,9 @@ class TokenFact:
 
 @dataclass(frozen=True, slots=True)
 class Site:
-    """One cacheable residual branch: ``stream + gate * core``.
+    """One cacheable residual branch, ``stream + gate * core``, or a span: a run of branches on one stream.
 
-    Node names refer to the captured graph.
+    Node names refer to the captured graph. The core of a span is the stream at its end.
 
     Attributes:
         id: number in execution order.
@@ -80,6 +92,11 @@ class Site:
         flops: operations that only serve the core; work that several sites share (joint attention) is split evenly.
         token_flops: the part of `flops` that shrinks with the number of tokens when the site is refreshed.
         bytes: memory traffic of the same nodes, nothing fused.
+        attention_flops: the part of `flops` up to the output of its attention.
+        key_flops: the part of `flops` that makes keys and values.
+        keys: first of the attention's keys that belong to the site's own tokens, and their number.
+        inside: sites of a span.
+        is_last: of a span: the model's output reads its end without passing through another site.
     """
 
     id: SiteId
@@ -98,6 +115,11 @@ class Site:
     flops: int
     token_flops: int
     bytes: int
+    attention_flops: int = 0
+    key_flops: int = 0
+    keys: tuple[int, int] = (0, 0)
+    inside: tuple[SiteId, ...] = ()
+    is_last: bool = False
 
     @property
     def label(self) -> str:
@@ -161,10 +183,12 @@ class ModelStructure:
         sites: cacheable branches in execution order.
         prologue: nodes before the first block (embeddings and whatever several blocks share).
         epilogue: nodes after the last block.
-        grid: token grid ``(height, width)`` of the latent's tokens, or None when it cannot be told from shapes.
+        grid: token grid of the latent, ``(height, width)`` or ``(frames, height, width)``, or None when it cannot be
+            told from shapes.
         flops: operations of one call of the model.
         bytes: memory traffic of one call of the model, nothing fused.
         dependence: for each node, what it depends on.
+        spans: runs of sites on one stream, per block and over the whole stack; their numbers follow those of the sites.
     """
 
     inputs: tuple[Input, ...]
@@ -173,10 +197,16 @@ class ModelStructure:
     sites: tuple[Site, ...]
     prologue: tuple[str, ...] = field(repr=False)
     epilogue: tuple[str, ...] = field(repr=False)
-    grid: tuple[int, int] | None
+    grid: tuple[int, ...] | None
     flops: int
     bytes: int
     dependence: dict[str, frozenset[Role]] = field(repr=False, compare=False)
+    spans: tuple[Site, ...] = field(repr=False, default=())
+
+    @property
+    def everything(self) -> tuple[Site, ...]:
+        """Sites and spans, by number."""
+        return self.sites + self.spans
 
     @property
     def block_kinds(self) -> int:
@@ -193,7 +223,7 @@ class ModelStructure:
             f"inputs   {roles}",
             f"streams  {len(self.streams)}   blocks {len(self.blocks)} of {self.block_kinds} kinds   "
             f"sites {len(self.sites)}   {self.flops / 1e9:.3f} GFLOP a call"
-            + (f"   token grid {self.grid[0]}x{self.grid[1]}" if self.grid else ""),
+            + (f"   token grid {'x'.join(map(str, self.grid))}" if self.grid else ""),
         ]
         for block in self.blocks:
             lines.append(f"block {block.id:<3} {block.path or '-'}  [{block.kind[:8]}]")

@@ -3,11 +3,12 @@
 Abstract interpretation: starting from the residual stream, each operator either carries the token axis along or mixes
 tokens. A branch that carries it to its end can be recomputed for a subset of its tokens. Attention mixes through keys
 and values; if those do not come from the stream (cross-attention) the branch is still token-wise, otherwise its
-queries are.
+queries are, and everything is once the attention's output is at hand.
 """
 
 from __future__ import annotations
 
+import enum
 import math
 import operator
 from collections.abc import Callable, Collection, Iterable
@@ -15,6 +16,7 @@ from collections.abc import Callable, Collection, Iterable
 import torch
 from torch import fx
 
+from dicompile.analysis.cost import ATTENTION
 from dicompile.nodes import int_argument, list_argument, node_argument, tensor_of
 from dicompile.text import module_path, operator_text
 
@@ -39,22 +41,64 @@ class MixesTokens(Exception):
         super().__init__(f"{operator_text(node.target)}{f' in {path}' if path else ''} {why}")
 
 
-def token_axes(region: Collection[fx.Node], stream: fx.Node, axis: int) -> dict[fx.Node, int]:
+class Mixing(enum.Enum):
+    """What is assumed of attention whose keys and values come from the stream itself."""
+
+    FORBIDDEN = "forbidden"
+    QUERIES = "queries"
+    """Keys and values are there, whoever computes them: the queries alone carry tokens."""
+
+    STORED = "stored"
+    """Its output is there: tokens start from it as they do from the stream."""
+
+
+def token_axes(
+    region: Collection[fx.Node], stream: fx.Node, axis: int, mixing: Mixing = Mixing.FORBIDDEN
+) -> dict[fx.Node, int]:
     """Token axis of every node that carries tokens of the stream.
 
     Args:
         region: nodes of the branch in graph order.
         stream: the stream value they start from.
         axis: its token axis.
+        mixing: what is assumed of attention over the same tokens.
 
     Raises:
         MixesTokens: an operator mixes tokens, or is not known not to.
     """
     axes = {stream: axis}
-    for node in region:
-        if any(parent in axes for parent in node.all_input_nodes):
+    wanted = _behind_stored(region) if mixing is Mixing.STORED else region
+    tokens = tensor_of(stream).shape[axis]
+    for node in wanted:
+        if node.target is ATTENTION and mixing is not Mixing.FORBIDDEN:
+            axes[node] = _open_attention(node, axes, tokens, mixing)
+        elif any(parent in axes for parent in node.all_input_nodes):
             axes[node] = _carry(node, axes)
     return axes
+
+
+def _behind_stored(region: Collection[fx.Node]) -> list[fx.Node]:
+    """Nodes of a branch that are needed for its end when the output of its attention is at hand."""
+    members, needed = list(region), set()
+    inside = set(members)
+    queue = members[-1:]
+    while queue:
+        node = queue.pop()
+        if node not in needed:
+            needed.add(node)
+            queue += [p for p in node.all_input_nodes if p in inside] if node.target is not ATTENTION else []
+    return [node for node in members if node in needed]
+
+
+def _open_attention(node: fx.Node, axes: dict[fx.Node, int], tokens: int, mixing: Mixing) -> int:
+    rank, query = tensor_of(node).ndim, node_argument(node, 0)
+    if tensor_of(node).shape[-2] != tokens:
+        raise MixesTokens(node, "attends over other tokens than the branch has")
+    if mixing is Mixing.QUERIES:
+        if axes.get(query) != tensor_of(query).ndim - 2:
+            raise MixesTokens(node, "attends along another axis than tokens")
+        _check_mask(node, axes)
+    return rank - 2
 
 
 def per_token_operands(node: fx.Node, axes: dict[fx.Node, int]) -> list[tuple[fx.Node, int]]:
@@ -174,15 +218,26 @@ def _attention(node: fx.Node, source: fx.Node, axes: dict[fx.Node, int]) -> int:
     query, key, value = (node_argument(node, i) for i in range(3))
     if key in axes or value in axes:
         raise MixesTokens(node, "reads keys and values of all tokens")
+    _check_mask(node, axes)
+    if axes[query] != tensor_of(query).ndim - 2:
+        raise MixesTokens(node, "attends along another axis than tokens")
+    return axes[query]
+
+
+def _check_mask(node: fx.Node, axes: dict[fx.Node, int]) -> None:
     mask = node.args[3] if len(node.args) > 3 else node.kwargs.get("attn_mask")
     causal = node.args[5] if len(node.args) > 5 else node.kwargs.get("is_causal")
     if isinstance(mask, fx.Node):
         causal = causal or mask in axes or (tensor_of(mask).ndim > 1 and tensor_of(mask).shape[-2] != 1)
     if causal:
         raise MixesTokens(node, "has a mask of its own for every token")
-    if axes[query] != tensor_of(query).ndim - 2:
-        raise MixesTokens(node, "attends along another axis than tokens")
-    return axes[query]
+
+
+def _stack(node: fx.Node, source: fx.Node, axes: dict[fx.Node, int]) -> int:
+    dim = int_argument(node, 1, 0) % tensor_of(node).ndim
+    if any(axes.get(part) != axes[source] for part in list_argument(node, 0)):
+        raise MixesTokens(node, "joins tokens with others")
+    return axes[source] + (dim <= axes[source])
 
 
 _Rule = Callable[[fx.Node, fx.Node, dict[fx.Node, int]], int]
@@ -194,6 +249,7 @@ _RULES: dict[object, _Rule] = {
     aten.slice.Tensor: _slice,
     aten.select.int: _select,
     aten.cat.default: _cat,
+    aten.stack.default: _stack,
     aten.scaled_dot_product_attention.default: _attention,
     aten.unbind.int: _unbind,
     operator.getitem: _getitem,

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import fx
 
-from dicompile.analysis import ModelStructure, Site, SiteId
+from dicompile.analysis import ModelStructure, Site, SiteId, SiteKind
 from dicompile.analysis.blocks import structure_key
 from dicompile.capture import Capture
 from dicompile.lower.variants import Variant, VariantCache
@@ -22,13 +22,15 @@ from dicompile.passes import (
     LocalStep,
     Noise,
     Outline,
+    Predicted,
     ReuseClock,
     SlotRef,
     TokenCount,
     Value,
+    Weights,
     outline,
 )
-from dicompile.plan import Slot, SlotKind, StepPlan
+from dicompile.plan import SiteStep, Slot, SlotKind, StepPlan, attention_owner
 
 LONGEST_RUN = 8
 
@@ -50,6 +52,22 @@ class NoiseRead:
     site: SiteId
     shape: tuple[int, int]
     share_guidance: bool
+
+
+@dataclass(frozen=True, slots=True)
+class PredictedRead:
+    """Predicted importance of the tokens in one block: float32, [batch, tokens]."""
+
+    register: int
+    block: int
+
+
+@dataclass(frozen=True, slots=True)
+class WeightsRead:
+    """Weights of a site's action: float32, [k]."""
+
+    register: int
+    site: SiteId
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +109,8 @@ class Program:
         writes: slots to store after the last call.
         ints: ints to load, taken from the step's plan.
         noise: random scores to load.
+        predicted: predicted scores to load.
+        weights: weights to load, taken from the step's plan.
         chosen: register of the tokens that a site refreshed.
         results: register of every output of the model; constants as they are.
     """
@@ -101,6 +121,8 @@ class Program:
     writes: tuple[tuple[Slot, int], ...]
     ints: tuple[IntRef, ...]
     noise: tuple[NoiseRead, ...]
+    predicted: tuple[PredictedRead, ...]
+    weights: tuple[WeightsRead, ...]
     chosen: tuple[tuple[SiteId, int], ...]
     results: tuple[int | Constant, ...]
 
@@ -131,7 +153,7 @@ class ProgramBuilder:
         self.capture, self.structure, self.variants = capture, structure, variants
         self._nodes = {node.name: node for node in capture.graph.nodes}
         self._order = {node: i for i, node in enumerate(capture.graph.nodes)}
-        self._pieces: dict[tuple[str, ...], _Piece] = {}
+        self._pieces: dict[object, _Piece] = {}
         self._segments: dict[object, Outline] = {}
         self._programs: dict[object, Program] = {}
 
@@ -151,10 +173,12 @@ class ProgramBuilder:
 
     def _cut(self, step: StepPlan) -> list[_Piece]:
         structure = self.structure
+        active = [span for span in structure.spans if not _is_idle(step.sites[span.id])]
         runs: list[list[int]] = []
         open_run = False
         for block in structure.blocks:
-            reuses = all(not step.sites[i].action.computes for i in block.sites)
+            spans = [span.id for span in active if span.kind is SiteKind.BLOCK and span.block == block.id]
+            reuses = not any(step.sites[i].action.computes for i in (*block.sites, *spans))
             if reuses and open_run and len(runs[-1]) < LONGEST_RUN:
                 runs[-1].append(int(block.id))
             else:
@@ -165,24 +189,30 @@ class ProgramBuilder:
             blocks = [structure.blocks[i] for i in run]
             name = f"block{run[0]}" if len(run) == 1 else f"blocks{run[0]}-{run[-1]}"
             sites = tuple(site for block in blocks for site in structure.sites_of(block))
+            sites += tuple(span for span in active if span.block in run)
             pieces.append(self._piece(name, tuple(node for block in blocks for node in block.nodes), sites))
         pieces.append(self._piece("epilogue", structure.epilogue, ()))
         return [piece for piece in pieces if piece.outline.outputs]
 
     def _piece(self, name: str, nodes: tuple[str, ...], sites: tuple[Site, ...]) -> _Piece:
-        if nodes not in self._pieces:
+        cut = (nodes, tuple(site.id for site in sites))
+        if cut not in self._pieces:
             members = sorted((self._nodes[n] for n in nodes), key=self._order.__getitem__)
             made = outline(self.capture, self.structure, members, sites)
             number = {node.name: i for i, node in enumerate(members)}
+            entry = {name: ~i for i, name in enumerate(made.inputs)}
             key = (
                 structure_key(members),
                 tuple(number[name] for name in made.outputs),
-                tuple((number[site.core], number[site.update], number[site.add]) for site in sites),
+                tuple(
+                    (site.kind, entry.get(site.source, 0), number[site.core], number[site.update], number[site.add])
+                    for site in sites
+                ),
             )
             shared = self._segments.setdefault(key, made)
             made = Outline(shared.segment, made.inputs, made.outputs)
-            self._pieces[nodes] = _Piece(name, key, made, sites)
-        return self._pieces[nodes]
+            self._pieces[cut] = _Piece(name, key, made, sites)
+        return self._pieces[cut]
 
     def _choose_variants(self, step: StepPlan, pieces: Sequence[_Piece]) -> list[tuple[_Piece, Variant]]:
         """Walk backwards with the values that are still needed, so that every variant computes no more than that."""
@@ -191,7 +221,10 @@ class ProgramBuilder:
         for piece in reversed(pieces):
             live = frozenset(i for i, name in enumerate(piece.outline.outputs) if name in needed)
             positions = {int(site.id): i for i, site in enumerate(piece.sites)}
-            steps = tuple(LocalStep.of(step.sites[site.id], positions) for site in piece.sites)
+            steps = tuple(
+                LocalStep.of(step.sites[site.id], positions, attention_owner(self.structure, site))
+                for site in piece.sites
+            )
             variant = self.variants.get(piece.key, piece.name, piece.outline.segment, steps, live)
             if variant.outputs:
                 result.append((piece, variant))
@@ -215,6 +248,8 @@ class _Assembly:
         self.writes: dict[Slot, int] = {}
         self.ints: list[IntRef] = []
         self.noise: list[NoiseRead] = []
+        self.predicted: list[PredictedRead] = []
+        self.weights: list[WeightsRead] = []
         self.chosen: list[tuple[SiteId, int]] = []
         self.calls: list[Call] = []
 
@@ -234,6 +269,8 @@ class _Assembly:
             writes=tuple(self.writes.items()),
             ints=tuple(self.ints),
             noise=tuple(self.noise),
+            predicted=tuple(self.predicted),
+            weights=tuple(self.weights),
             chosen=tuple(self.chosen),
             results=registers,
         )
@@ -255,6 +292,10 @@ class _Assembly:
         elif isinstance(ref, Noise):
             shape = piece.sites[ref.position].shape[0], piece.sites[ref.position].tokens.count
             self.noise.append(NoiseRead(register, site, shape, ref.share_guidance))
+        elif isinstance(ref, Predicted):
+            self.predicted.append(PredictedRead(register, int(piece.sites[ref.position].block)))
+        elif isinstance(ref, Weights):
+            self.weights.append(WeightsRead(register, site))
         return register
 
     def _slot(self, slot: Slot) -> int:
@@ -268,13 +309,18 @@ class _Assembly:
         if isinstance(ref, Value):
             self.values[piece.outline.outputs[ref.index]] = register
         elif isinstance(ref, SlotRef):
-            slot = Slot.of(piece.sites[ref.position].id, ref.kind)
+            slot = Slot.of(piece.sites[ref.position].id, ref.kind, ref.age)
             self.writes[slot] = register
             if ref.kind is SlotKind.SCORE:
                 self.slots[slot] = register
         elif isinstance(ref, Chosen):
             self.chosen.append((piece.sites[ref.position].id, register))
         return register
+
+
+def _is_idle(step: SiteStep) -> bool:
+    """True for a span of which nothing is reused or stored: its sites say it all."""
+    return (step.action.is_full or step.action.is_skip) and not step.writes
 
 
 def _with_frees(calls: Sequence[Call], kept: set[int]) -> tuple[Call, ...]:

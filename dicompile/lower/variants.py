@@ -66,7 +66,9 @@ def _spelled(steps: tuple[LocalStep, ...]) -> str:
     def letter(step: LocalStep) -> str:
         if step.refresh is not None:
             return "t"
-        return "r" if step.only_reuses else "f"
+        if step.only_reuses:
+            return "r" if len(step.weights) > 1 else "s"
+        return "f" if len(step.weights) == 1 else "b"
 
     return "".join(letter(step) for step in steps) or "plain"
 

@@ -52,13 +52,29 @@ def value_norm(value: Tensor) -> Tensor:
     return (1 - norm).sum(1)
 
 
+def mean_norm(vectors: Tensor) -> Tensor:
+    """Mean over heads of the norm of each token's vector ([b, h, n, d]); float32, [b, n]."""
+    norm: Tensor = vectors.float().norm(dim=-1)
+    return norm.mean(1)
+
+
+def stream_norm(stream: Tensor) -> Tensor:
+    """Norm of each token of the stream ([b, n, d]), of unit length over the tokens; float32, [b, n]."""
+    return unit_length(stream.float().norm(dim=-1))
+
+
+def dissimilarity(stream: Tensor, stored: Tensor) -> Tensor:
+    """One minus the cosine of stream and stored value ([b, n, d]), of unit length over the tokens; float32, [b, n]."""
+    return unit_length(1 - torch.nn.functional.cosine_similarity(stream.float(), stored.float(), dim=-1))
+
+
 def unit_length(score: Tensor) -> Tensor:
     """Divide by the Euclidean length over the tokens; [b, n]."""
     length: Tensor = score.norm(dim=-1, keepdim=True)
     return score / length.clamp_min(TINY)
 
 
-def over_guidance_halves(score: Tensor, *, average: bool) -> Tensor:
+def over_guidance_halves(score: Tensor, *, average: bool = True) -> Tensor:
     """Sum or mean of the two halves of the batch, given to both; [b, n]."""
     first, second = score.chunk(2)
     both = (first + second) * (0.5 if average else 1.0)
@@ -75,20 +91,30 @@ def base_from_entropy(raw: Tensor, *, shared: bool) -> Tensor:
     return unit_length(1 + (over_guidance_halves(raw, average=False) if shared else raw))
 
 
-def with_grid_bonus(score: Tensor, grid: tuple[int, int], cell: int, bonus: float) -> Tensor:
-    """Give the best token of every ``cell x cell`` square of the grid `bonus` times its score on top (s4).
+def with_grid_bonus(score: Tensor, grid: tuple[int, ...], cell: int, bonus: float) -> Tensor:
+    """Give the best token of every cell of the grid `bonus` times its score on top (s4).
 
     Args:
-        score: [b, n] with n = grid[0] * grid[1], row by row.
-        grid: rows and columns of tokens, both divisible by `cell`.
-        cell: edge of a square, in tokens.
+        score: [b, n], tokens in row-major order of the grid.
+        grid: tokens along every axis, (rows, columns) or (frames, rows, columns).
+        cell: edge of the square or cubic cells, in tokens; cells at the far edges may be cut off.
         bonus: unitless.
     """
-    batch, (rows, columns) = score.shape[0], grid
-    cells = score.reshape(batch, rows // cell, cell, columns // cell, cell).transpose(2, 3)
-    flat = cells.reshape(batch, rows // cell, columns // cell, cell * cell)
+    axes = range(len(grid))
+    padded = [-(-edge // cell) * cell for edge in grid]
+    field = score.reshape(-1, *grid)
+    if padded != list(grid):
+        margins = [margin for edge, full in zip(grid[::-1], padded[::-1], strict=True) for margin in (0, full - edge)]
+        field = torch.nn.functional.pad(field, margins, value=float("-inf"))
+    split = [size for full in padded for size in (full // cell, cell)]
+    order = [0, *[1 + 2 * axis for axis in axes], *[2 + 2 * axis for axis in axes]]
+    cells = field.reshape(-1, *split).permute(order)
+    flat = cells.reshape(*cells.shape[: len(grid) + 1], -1)
     best, where = flat.max(-1, keepdim=True)
-    number = torch.arange(cell * cell, device=score.device)
+    number = torch.arange(flat.shape[-1], device=score.device)
     flat = torch.where(number == where, flat + bonus * best, flat)
-    cells = flat.reshape(batch, rows // cell, columns // cell, cell, cell).transpose(2, 3)
-    return cells.reshape(batch, rows * columns)
+    back = [order.index(axis) for axis in range(len(order))]
+    field = flat.reshape(cells.shape).permute(back).reshape(-1, *padded)
+    for axis in axes:
+        field = field.narrow(axis + 1, 0, grid[axis])
+    return field.reshape(score.shape)

@@ -1,16 +1,50 @@
 """Plan: structure x policy x timestep schedule -> what every site does at every step, and what must be remembered."""
 
-from dicompile.plan.action import COMPUTE, REUSE, Action, Score, ScoreBase, Selection, Slot, SlotKind, What
+from dicompile.plan.action import (
+    COMPUTE,
+    HISTORIC,
+    REUSE,
+    SKIP,
+    Action,
+    Context,
+    Score,
+    ScoreBase,
+    Selection,
+    Slot,
+    SlotKind,
+    What,
+)
+from dicompile.plan.fits import check_fits
 from dicompile.plan.plan import Plan, SiteStep, StepPlan
-from dicompile.plan.planner import cold_step, make_plan, plan_actions
-from dicompile.plan.policy import Cadence, Line, Policy, Refresh, Reuse, Rule, TokenScore, Window
+from dicompile.plan.planner import attention_owner, cold_step, make_plan, plan_actions
+from dicompile.plan.policy import (
+    Cadence,
+    Fitted,
+    Forecast,
+    Line,
+    Policy,
+    Refresh,
+    Reuse,
+    Rule,
+    Table,
+    TokenScore,
+    TokenTable,
+    Window,
+    taylor_weights,
+)
+from dicompile.plan.rows import make_rows, score_source
 from dicompile.plan.schedule import TimestepSchedule
 
 __all__ = [
     "COMPUTE",
+    "HISTORIC",
     "REUSE",
+    "SKIP",
     "Action",
     "Cadence",
+    "Context",
+    "Fitted",
+    "Forecast",
     "Line",
     "Plan",
     "Policy",
@@ -24,11 +58,18 @@ __all__ = [
     "Slot",
     "SlotKind",
     "StepPlan",
+    "Table",
     "TimestepSchedule",
     "TokenScore",
+    "TokenTable",
     "What",
     "Window",
+    "attention_owner",
+    "check_fits",
     "cold_step",
     "make_plan",
+    "make_rows",
     "plan_actions",
+    "score_source",
+    "taylor_weights",
 ]

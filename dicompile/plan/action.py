@@ -3,8 +3,10 @@
     value = weights[0] * fresh + weights[1] * h1 + weights[2] * h2 + ...
 
 `h1` is the last stored value of the site, `h2` the one before. Computing is ``(1,)``, reusing is ``(0, 1)``, a forecast
-is ``(0, w1, w2, ...)``, a learned blend is ``(b, 1 - b)``. A selection restricts `fresh` to chosen tokens; the others
-keep h1.
+is ``(0, w1, w2, ...)``, a learned blend is ``(b, 1 - b)``, and ``(0,)`` skips a site whose value nobody asks for. A
+selection restricts `fresh` to chosen tokens; the others take the rest of the sum: a token refresh is ``(1, 1)``.
+
+The same holds for spans, which are runs of sites on one stream: one block, or the whole stack.
 """
 
 from __future__ import annotations
@@ -16,29 +18,73 @@ from dicompile.analysis import SiteId
 
 
 class What(enum.Enum):
-    """Which value of a site is stored and reused."""
+    """Which value of a site or span is stored and reused."""
 
     CORE = "core"
     """Branch output before the gate; the gate of the current step is applied to it."""
 
     UPDATE = "update"
-    """Branch output after the gate."""
+    """Branch output after the gate; of a span: stream at its end minus stream at its start."""
+
+    ATTENTION = "attention"
+    """Output of the attention itself; projections and gates of the current step are applied to it."""
+
+    STREAM = "stream"
+    """Of a span: the stream at its end."""
 
 
 class ScoreBase(enum.Enum):
     """What makes a token worth refreshing (ToCa arXiv 2410.05317, section 3; DuCa arXiv 2412.18911)."""
 
     ATTENTION = "attention"
-    """Attention that the token received in the block's self-attention, summed over queries; large first."""
+    """Attention that the token received in the block's attention, summed over queries; large first."""
 
     ENTROPY = "entropy"
     """Entropy of the token's row of the block's cross-attention map; large first."""
 
     VALUE_NORM = "value-norm"
-    """Sum over heads of 1 - norm of the token's value in the block's self-attention; large first."""
+    """Sum over heads of 1 - norm of the token's value in the block's attention: small norms first."""
+
+    LARGE_VALUE_NORM = "large-value-norm"
+    """Norm of the token's value, mean over heads: large norms first, as ToCa's FLUX code has it."""
+
+    KEY_NORM = "key-norm"
+    """Norm of the token's key before its normalisation and rotation, mean over heads; large first."""
+
+    SIMILARITY = "similarity"
+    """One minus the cosine between the stream before the site and the stored value; large first."""
+
+    NORM = "norm"
+    """Norm of the stream before the site; large first."""
 
     RANDOM = "random"
     """Uniform in [0, 1)."""
+
+    PREDICTED = "predicted"
+    """Importance in (0, 1) by a trained cache predictor (TokenCache, arXiv 2409.18523)."""
+
+    @property
+    def needs_attention(self) -> bool:
+        """True if the block's attention delivers the score on steps that compute it."""
+        return self in _FROM_ATTENTION
+
+
+_FROM_ATTENTION = frozenset({
+    ScoreBase.ATTENTION, ScoreBase.ENTROPY, ScoreBase.VALUE_NORM, ScoreBase.LARGE_VALUE_NORM, ScoreBase.KEY_NORM,
+})  # fmt: skip
+
+
+class Context(enum.Enum):
+    """Which attention the refreshed tokens of a branch see."""
+
+    STORED = "stored"
+    """Rows of the stored attention output (FLUX single-stream blocks in ToCa)."""
+
+    ALL = "all"
+    """Keys and values of all tokens, computed anew; only queries are restricted."""
+
+    KEPT = "kept"
+    """Keys and values of the refreshed tokens only."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,9 +92,9 @@ class Score:
     """How tokens are ranked; the ratio of highest scores is refreshed.
 
     Attributes:
-        base: see `ScoreBase`; normalised to unit length over the tokens (random is not).
+        base: see `ScoreBase`; normalised to unit length over the tokens (random and predicted are not).
         age_weight: added per reuse step since the token was last refreshed.
-        grid_cell: edge of the square cells of the token grid; 0 switches the bonus off.
+        grid_cell: edge of the cells of the token grid; 0 switches the bonus off.
         grid_bonus: the best token of every cell gets this multiple of its score on top.
         share_guidance: average the base over the two guidance halves of the batch, so that both refresh the same
             tokens.
@@ -68,15 +114,17 @@ class Selection:
     Attributes:
         score: how they are chosen.
         count: how many per sample.
+        context: which attention they see; of no matter for branches without attention over their own tokens.
     """
 
     score: Score
     count: int
+    context: Context = Context.STORED
 
 
 @dataclass(frozen=True, slots=True)
 class Action:
-    """What happens to one site at one step.
+    """What happens to one site or span at one step.
 
     Attributes:
         weights: see the module docstring; the first belongs to the fresh value.
@@ -91,8 +139,13 @@ class Action:
     def __post_init__(self) -> None:
         if not self.weights:
             raise ValueError("an action needs at least the weight of the fresh value")
-        if self.tokens is not None and self.weights != (1.0,):
-            raise ValueError("a token refresh takes fresh tokens as they are: weights must be (1.0,)")
+        if self.tokens is not None and (self.weights[0] != 1.0 or len(self.weights) < 2):
+            raise ValueError("a token refresh takes fresh tokens as they are and others from the store: (1, w1, ...)")
+
+    @classmethod
+    def refresh(cls, tokens: Selection, what: What = What.CORE) -> Action:
+        """Compute the chosen tokens, keep the stored value of the others."""
+        return cls((1.0, 1.0), what, tokens)
 
     @property
     def computes(self) -> bool:
@@ -100,37 +153,57 @@ class Action:
         return self.weights[0] != 0.0
 
     @property
-    def history(self) -> int:
-        """Number of stored values that it reads."""
-        return 1 if self.tokens is not None else sum(1 for _ in self.weights[1:])
+    def is_full(self) -> bool:
+        """True if the fresh value is taken as it is, for all tokens."""
+        return self.weights == (1.0,)
+
+    @property
+    def is_skip(self) -> bool:
+        """True if the site has no value at all, because a span around it is reused."""
+        return self.weights == (0.0,)
+
+    @property
+    def refreshes_store(self) -> bool:
+        """True if chosen tokens replace theirs in the stored value; beside forecasts they serve their step only."""
+        return self.tokens is not None and self.weights == (1.0, 1.0)
 
     @property
     def symbol(self) -> str:
         """One character for the plan's grid."""
         if self.tokens is not None:
             return "t"
-        if self.weights == (1.0,):
+        if self.is_full:
             return "F"
+        if self.is_skip:
+            return "-"
         if self.weights == (0.0, 1.0):
             return "."
-        return "f" if not self.computes else "b"
+        return "b" if self.computes else "f"
 
 
 COMPUTE = Action()
 REUSE = Action(weights=(0.0, 1.0))
+SKIP = Action(weights=(0.0,))
 
 
 class SlotKind(enum.Enum):
     """What a slot remembers."""
 
     VALUE = "value"
-    """Stored value of the site, shape of its core."""
+    """Stored value of the site, as its action's `What` says."""
+
+    ATTENTION = "attention"
+    """Output of the site's attention, [b, h, n, d]."""
 
     STAMP = "stamp"
     """Per token: the reuse step after which it was last refreshed, counted from the last full step; [b, n] int32."""
 
     SCORE = "score"
     """Per token: raw score base of the block's attention; [b, n] float32."""
+
+
+HISTORIC = (SlotKind.VALUE, SlotKind.ATTENTION)
+"""Kinds of slot that move up one age when a new value is stored."""
 
 
 @dataclass(frozen=True, slots=True, order=True)

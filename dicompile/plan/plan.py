@@ -41,8 +41,8 @@ class StepPlan:
     """What the whole model does at one step.
 
     Attributes:
-        kind: "full", "partial", "mixed" or "reuse", for display.
-        sites: one entry per site, in order.
+        kind: "full", "partial", "mixed", "reuse" or "skip", for display.
+        sites: one entry per site, in order, then one per span.
         live: slots that some later step reads; everything else is dropped after the step.
         flops: operations of the step.
         bytes: memory traffic of the step, nothing fused.
@@ -63,7 +63,7 @@ class StepPlan:
             (
                 site.action.weights,
                 site.action.what,
-                site.action.tokens and site.action.tokens.score,
+                site.action.tokens and (site.action.tokens.score, site.action.tokens.context),
                 site.reads,
                 site.writes,
                 site.score,
@@ -139,14 +139,14 @@ class Plan:
         )
 
     def __str__(self) -> str:
-        legend = "F computed   t some tokens   . reused   f forecast   b blended"
+        legend = "F computed   t some tokens   . reused   f forecast   b blended   - skipped, a span is reused"
         return f"{self.summary()}\n{legend}\n{self.grid()}"
 
 
 def slot_bytes(structure: ModelStructure, slot: Slot) -> int:
     """Bytes of a slot."""
-    site = structure.sites[slot.site]
-    if slot.kind is SlotKind.VALUE:
+    site = structure.everything[slot.site]
+    if slot.kind in (SlotKind.VALUE, SlotKind.ATTENTION):
         return site.core_bytes
     return site.shape[0] * site.tokens.count * 4
 

@@ -5,35 +5,39 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from dicompile.analysis import ModelStructure, Site
-from dicompile.plan.action import COMPUTE, Action, Score, Slot, SlotKind
+from dicompile.analysis import ModelStructure, Site, TokenWise
+from dicompile.plan.action import COMPUTE, HISTORIC, Action, Context, Score, ScoreBase, Selection, Slot, SlotKind, What
+from dicompile.plan.fits import check_fits
 from dicompile.plan.plan import FLOPS_PER_BYTE, Plan, SiteStep, StepPlan, sites_by_block, slot_bytes
-from dicompile.plan.policy import Policy, score_source
+from dicompile.plan.policy import Policy
+from dicompile.plan.rows import Row, make_rows, score_source
 from dicompile.plan.schedule import TimestepSchedule
-
-Row = tuple[Action, ...]
 
 
 def make_plan(structure: ModelStructure, policy: Policy, schedule: TimestepSchedule) -> Plan:
     """Plan a run.
 
     Raises:
-        PolicyDoesNotFit: see `Policy.check_fits`.
+        PolicyDoesNotFit: see `check_fits` and `make_rows`.
     """
-    policy.check_fits(structure)
-    return plan_actions(structure, _rows(structure, policy, schedule.steps), schedule, policy.name)
+    check_fits(policy, structure)
+    return plan_actions(structure, make_rows(structure, policy, schedule.steps), schedule, policy.name)
 
 
 def plan_actions(structure: ModelStructure, rows: Sequence[Row], schedule: TimestepSchedule, name: str) -> Plan:
-    """Plan a run from explicit actions: one row per step, one action per site.
+    """Plan a run from explicit actions: one row per step, one action per site, and per span if there are any.
 
     Raises:
         ValueError: a row has the wrong length.
     """
-    if len(rows) != schedule.steps or any(len(row) != len(structure.sites) for row in rows):
+    rows = [(*row, *[COMPUTE] * len(structure.spans)) if len(row) == len(structure.sites) else row for row in rows]
+    if len(rows) != schedule.steps or any(len(row) != len(structure.everything) for row in rows):
         raise ValueError(f"{schedule.steps} rows of {len(structure.sites)} actions are needed")
+    rows = _with_whats(rows)
     steps = _with_liveness(_with_reads(structure, rows))
-    plan_steps = tuple(_with_cost(structure, StepPlan(_kind(sites), sites, live)) for sites, live in steps)
+    plan_steps = tuple(
+        _with_cost(structure, StepPlan(_kind(sites, len(structure.sites)), sites, live)) for sites, live in steps
+    )
     all_slots = {slot for step in plan_steps for slot in step.live}
     return Plan(
         policy=name,
@@ -57,7 +61,7 @@ def cold_step(structure: ModelStructure, plan: Plan, step: int) -> StepPlan:
         if site.source is not None and site.action.tokens is not None
     }
     sites = []
-    for site in structure.sites:
+    for site in structure.everything:
         writes = tuple(slot for slot in sorted(wanted) if slot.site == site.id)
         scores = any(slot.kind is SlotKind.SCORE for slot in writes)
         compute = Action(what=planned.sites[site.id].action.what)
@@ -65,33 +69,31 @@ def cold_step(structure: ModelStructure, plan: Plan, step: int) -> StepPlan:
     return _with_cost(structure, StepPlan("cold", tuple(sites), planned.live))
 
 
-def _rows(structure: ModelStructure, policy: Policy, steps: int) -> list[Row]:
-    rows = []
-    for step, (first, others) in enumerate(policy.cadence.full_steps(steps)):
-        rows.append(
-            tuple(
-                COMPUTE
-                if (first if site.block == 0 else others)
-                else policy.action(site, structure.blocks[site.block].depth, step, steps)
-                for site in structure.sites
-            )
+def _with_whats(rows: Sequence[Row]) -> list[Row]:
+    """Give computing actions the `What` of those that read their values."""
+    whats = {i: action.what for row in rows for i, action in enumerate(row) if len(action.weights) > 1}
+    return [
+        tuple(
+            replace(action, what=whats.get(i, action.what)) if action.is_full else action
+            for i, action in enumerate(row)
         )
-    return rows
+        for row in rows
+    ]
 
 
 def _with_reads(structure: ModelStructure, rows: Sequence[Row]) -> list[tuple[SiteStep, ...]]:
     """Slots that every action reads and could write, before anybody asked whether they are needed."""
-    clocks = [0] * len(structure.sites)
+    clocks = [0] * len(structure.everything)
     result = []
     for row in rows:
         sources = _score_sources(structure, row)
         wanted = {int(source.id): score for source, score in sources.values()}
         steps = []
-        for site, action in zip(structure.sites, row, strict=True):
-            clocks[site.id] = 0 if action == COMPUTE else clocks[site.id]
+        for site, action in zip(structure.everything, row, strict=True):
+            clocks[site.id] = 0 if action.is_full else clocks[site.id]
             source = sources.get(int(site.id))
-            steps.append(_site_step(site, action, clocks[site.id], source[0] if source else None))
-            clocks[site.id] += action != COMPUTE
+            steps.append(_site_step(structure, site, action, clocks[site.id], source[0] if source else None))
+            clocks[site.id] += not action.is_full and not action.is_skip
         result.append((tuple(steps), wanted))
     return _with_score_bases(result)
 
@@ -103,7 +105,7 @@ def _asked(score: Score) -> Score:
 
 def _score_sources(structure: ModelStructure, row: Row) -> dict[int, tuple[Site, Score]]:
     sources = {}
-    for site, action in zip(structure.sites, row, strict=True):
+    for site, action in zip(structure.everything, row, strict=True):
         if action.tokens is not None:
             source = score_source(structure, site, action.tokens.score.base)
             if source is not None:
@@ -111,17 +113,36 @@ def _score_sources(structure: ModelStructure, row: Row) -> dict[int, tuple[Site,
     return sources
 
 
-def _site_step(site: Site, action: Action, clock: int, source: Site | None) -> SiteStep:
+def _site_step(structure: ModelStructure, site: Site, action: Action, clock: int, source: Site | None) -> SiteStep:
     value, stamp = Slot.of(site.id, SlotKind.VALUE), Slot.of(site.id, SlotKind.STAMP)
-    score = Slot.of(site.id, SlotKind.SCORE)
-    if action.tokens is not None:
-        reads = [value, stamp] if action.tokens.score.age_weight else [value]
+    score, attention = Slot.of(site.id, SlotKind.SCORE), Slot.of(site.id, SlotKind.ATTENTION)
+    owns = attention_owner(structure, site) == site.id
+    kind = SlotKind.ATTENTION if action.what is What.ATTENTION else SlotKind.VALUE
+    reads = [Slot.of(site.id, kind, age) for age, weight in enumerate(action.weights[1:]) if weight]
+    if action.is_full:
+        writes = [value, stamp, score, *([attention] if owns else [])]
+    elif action.tokens is not None:
+        reads += [stamp] if action.tokens.score.age_weight else []
         reads += [Slot.of(source.id, SlotKind.SCORE)] if source else []
-        writes = [value, stamp] + ([score] if source is not None and source.id == site.id else [])
-        return SiteStep(action, clock, tuple(reads), tuple(writes), source=source.id if source else None)
-    reads = [Slot.of(site.id, SlotKind.VALUE, age) for age, weight in enumerate(action.weights[1:]) if weight]
-    writes = [value, stamp, score] if action == COMPUTE else [value] if action.computes else []
-    return SiteStep(action, clock, tuple(reads), tuple(writes))
+        reads += [attention] if _reads_attention(site, action.tokens) else []
+        own_rows = source is not None and source.id == site.id and action.tokens.score.base is ScoreBase.ENTROPY
+        writes = [*([value] if action.refreshes_store else []), stamp, *([score] if own_rows else [])]
+    else:
+        writes = [Slot.of(site.id, kind)] if action.computes else []
+        reads = reads if kind is SlotKind.VALUE or owns else []
+    return SiteStep(action, clock, tuple(reads), tuple(writes), source=source.id if source else None)
+
+
+def attention_owner(structure: ModelStructure, site: Site) -> int | None:
+    """The first site with the same attention, which keeps its output for all of them; None without attention."""
+    if len(site.attention) != 1:
+        return None
+    return next(int(s.id) for s in structure.sites_of(structure.blocks[site.block]) if s.attention == site.attention)
+
+
+def _reads_attention(site: Site, tokens: Selection) -> bool:
+    """True if the refreshed tokens take their attention from a slot."""
+    return bool(site.keys[1]) and site.tokens.wise is not TokenWise.YES and tokens.context is Context.STORED
 
 
 def _with_score_bases(
@@ -140,7 +161,7 @@ def _with_score_bases(
 
 def _may_score(site: SiteStep) -> bool:
     """True if the site is computed whole and could deliver a score; a refreshed site updates its own rows itself."""
-    return site.action == COMPUTE and any(slot.kind is SlotKind.SCORE for slot in site.writes)
+    return site.action.is_full and any(slot.kind is SlotKind.SCORE for slot in site.writes)
 
 
 def _with_liveness(steps: Sequence[tuple[SiteStep, ...]]) -> list[tuple[tuple[SiteStep, ...], frozenset[Slot]]]:
@@ -159,9 +180,10 @@ def _with_liveness(steps: Sequence[tuple[SiteStep, ...]]) -> list[tuple[tuple[Si
 
 def _live_site(site: SiteStep, number: int, live: set[Slot]) -> tuple[SiteStep, set[Slot]]:
     shifts = site.action.computes and site.action.tokens is None
-    own = {slot for slot in live if slot.site == number and slot.kind is SlotKind.VALUE}
+    own = {slot for slot in live if slot.site == number and slot.kind in HISTORIC}
     history = max((slot.age for slot in own), default=0) if shifts else 0
-    writes = tuple(slot for slot in site.writes if slot in live or (slot.kind is SlotKind.VALUE and shifts and own))
+    kept = {slot.kind for slot in own} if shifts else set()
+    writes = tuple(slot for slot in site.writes if slot in live or slot.kind in kept)
     live = live - set(writes)
     if shifts:
         live = (live - own) | {replace(slot, age=slot.age - 1) for slot in own if slot.age > 0}
@@ -172,32 +194,57 @@ def _live_site(site: SiteStep, number: int, live: set[Slot]) -> tuple[SiteStep, 
     return replace(site, reads=reads, writes=writes, history=history, score=score), live | set(reads)
 
 
-def _kind(sites: Sequence[SiteStep]) -> str:
-    symbols = {site.action.symbol for site in sites}
-    if symbols <= {"F"}:
+def _kind(sites: Sequence[SiteStep], leaves: int) -> str:
+    spans = {site.action.symbol for site in sites[leaves:]} - {"F", "-"}
+    symbols = {site.action.symbol for site in sites[:leaves]} | spans
+    present = symbols - {"-"}
+    if present <= {"F"} and "-" not in symbols:
         return "full"
-    if "F" in symbols:
+    if "F" in present:
         return "mixed"
-    return "partial" if "t" in symbols else "reuse"
+    if "t" in present:
+        return "partial"
+    if present & {"f", "b"}:
+        return "forecast"
+    return "skip" if "-" in symbols else "reuse"
 
 
 def _with_cost(structure: ModelStructure, step: StepPlan) -> StepPlan:
     flops, size, time = float(structure.flops), float(structure.bytes), _baseline_time(structure)
-    for site, planned in zip(structure.sites, step.sites, strict=True):
+    leaves = len(structure.sites)
+    for site, planned in zip(structure.sites, step.sites[:leaves], strict=True):
         saved_flops, saved_bytes = _saving(site, planned.action)
         before = _roofline(site.flops, site.bytes)
         after = _roofline(site.flops - saved_flops, site.bytes - saved_bytes)
         flops, size, time = flops - saved_flops, size - saved_bytes, time - before + after
+    for span, planned in zip(structure.spans, step.sites[leaves:], strict=True):
+        saved_flops, saved_bytes = _saving(span, planned.action)
+        skipped = [structure.sites[i] for i in span.inside if step.sites[i].action.is_skip]
+        if planned.action.is_full:
+            continue
+        # Skipped sites have counted as saved; what is left is their modulation, or the tokens that the span computes.
+        saved_flops -= sum(site.flops for site in skipped)
+        saved_bytes -= sum(site.bytes for site in skipped)
+        flops, size, time = flops - saved_flops, size - saved_bytes, time - saved_flops
     return replace(step, flops=round(flops), bytes=round(size), time=time)
 
 
 def _saving(site: Site, action: Action) -> tuple[float, float]:
+    if action.is_full:
+        return 0.0, 0.0
     if not action.computes:
-        return site.flops, site.bytes - min(site.core_bytes, site.bytes)
+        flops = site.attention_flops if action.what is What.ATTENTION else site.flops
+        return flops, site.bytes * (flops / site.flops if site.flops else 1) - min(site.core_bytes, site.bytes)
     if action.tokens is None:
         return 0.0, 0.0
     share = 1 - action.tokens.count / site.tokens.count
-    return site.token_flops * share, site.bytes * share * (site.token_flops / site.flops if site.flops else 0)
+    flops = site.token_flops * share
+    if site.keys[1] and action.tokens.context is Context.STORED and site.tokens.wise is not TokenWise.YES:
+        own = site.flops - site.attention_flops
+        flops = site.attention_flops + own * share
+    elif action.tokens.context is Context.KEPT:
+        flops += site.key_flops * share + site.attention_flops * share * (1 - share)
+    return flops, site.bytes * (flops / site.flops if site.flops else 0)
 
 
 def _baseline_time(structure: ModelStructure) -> float:

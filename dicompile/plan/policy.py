@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 import numpy as np
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError
 
-from dicompile.analysis import ModelStructure, Site, SiteKind, TokenWise
+from dicompile.analysis import Site
 from dicompile.errors import InvalidPolicy, PolicyDoesNotFit
-from dicompile.plan.action import REUSE, Action, Score, ScoreBase, Selection
+from dicompile.plan.action import Action, What
 
 
 class _Data(BaseModel):
@@ -49,35 +51,45 @@ class Cadence(_Data):
     Attributes:
         interval: steps from one full step to the next; 1 computes always.
         counting: "down": s = S-1 .. 0, as DDIM code counts; "up": s = 0 .. S-1.
+        anchor: "index": multiples of the interval are full; "last": every interval-th step after the latest full one.
         warmup: number of steps at the start that are always full.
         stretch: how much the interval changes over the run, unitless.
         dense: part of the run with an interval of its own.
+        at: numbers of the full steps, counted from 0; then no other rule holds.
         decide: "step": once for all blocks. "block": again in every block, as the reference code of ToCa does; where
             the interval changes, the first block is then full and the others are not.
     """
 
     interval: PositiveInt = 1
     counting: Literal["down", "up"] = "down"
+    anchor: Literal["index", "last"] = "index"
     warmup: PositiveInt = 1
     stretch: Annotated[float, Field(gt=-1, lt=1)] = 0.0
     dense: Window | None = None
+    at: tuple[NonNegativeInt, ...] = ()
     decide: Literal["step", "block"] = "step"
 
     def index(self, step: int, steps: int) -> int:
         """Step index s of the step-th call."""
         return steps - 1 - step if self.counting == "down" else step
 
-    def full_steps(self, steps: int) -> tuple[tuple[bool, bool], ...]:
-        """For each step: whether the first block is full, and whether the others are."""
-        current, result = self.interval, []
+    def moments(self, steps: int) -> tuple[Moment, ...]:
+        """What every step of a run is."""
+        current, latest, result = self.interval, 0, []
         for step in range(steps):
             index = self.index(step, steps)
-            first = step < self.warmup or index % current == 0
+            first = step < self.warmup or self._residue(index, step - latest, current) == 0
+            if self.at:
+                first = step == 0 or step in self.at
             if first:
-                current = self._interval_at(index, steps)
-            again = self.decide == "step" or step < self.warmup or index % current == 0
-            result.append((first, first and again))
+                current, latest = self._interval_at(index, steps), step
+            residue = self._residue(index, step - latest, current)
+            again = self.decide == "step" or step < self.warmup or residue == 0
+            result.append(Moment(step, steps, index / steps, first, first and again, residue))
         return tuple(result)
+
+    def _residue(self, index: int, since: int, interval: int) -> int:
+        return (index if self.anchor == "index" else since) % interval
 
     def _interval_at(self, index: int, steps: int) -> int:
         window = self.dense
@@ -85,6 +97,31 @@ class Cadence(_Data):
             return window.interval
         factor = 1 + self.stretch - 2 * self.stretch * index / steps
         return max(1, int(np.rint(np.float32(self.interval / factor))))
+
+
+@dataclass(frozen=True, slots=True)
+class Moment:
+    """One step of a run, as a cadence sees it.
+
+    Attributes:
+        step: number, counted from 0.
+        steps: number of steps of the run.
+        q: step index over number of steps, counted as the cadence counts.
+        first: whether the first block is full.
+        others: whether the other blocks are.
+        residue: step index modulo the current interval.
+    """
+
+    step: int
+    steps: int
+    q: float
+    first: bool
+    others: bool
+    residue: int
+
+    def is_full(self, block: int) -> bool:
+        """Whether a block computes everything."""
+        return self.first if block == 0 else self.others
 
 
 class Line(_Data):
@@ -98,6 +135,19 @@ class Line(_Data):
         return self.start + self.slope * x
 
 
+BaseName = Literal[
+    "attention",
+    "entropy",
+    "value-norm",
+    "large-value-norm",
+    "key-norm",
+    "similarity",
+    "norm",
+    "random",
+    "predicted",
+]
+
+
 class TokenScore(_Data):
     """How tokens are ranked for refreshing; see `dicompile.plan.action.Score`.
 
@@ -109,24 +159,92 @@ class TokenScore(_Data):
         share_guidance: average the base over the two guidance halves of the batch.
     """
 
-    base: Literal["attention", "entropy", "value-norm", "random"] = "attention"
+    base: BaseName = "attention"
     age_weight: float = 0.25
     grid_cell: NonNegativeInt = 0
     grid_bonus: float = 0.0
     share_guidance: bool = False
 
 
+WhatName = Literal["core", "update", "attention", "stream"]
+
+
 class Reuse(_Data):
-    """Take the stored value of the site."""
+    """Take the stored value.
+
+    Attributes:
+        what: which value is stored; see `dicompile.plan.action.What`. "stream" is for spans only.
+    """
 
     do: Literal["reuse"] = "reuse"
+    what: WhatName = "core"
+
+    def action(self, stored: Sequence[int], step: int) -> Action:
+        """Action at `step` for values stored at the steps `stored`, newest first."""
+        del stored, step
+        return Action((0.0, 1.0), What(self.what))
+
+
+class Forecast(_Data):
+    """Continue the stored values as a Taylor series in the number of steps.
+
+    Derivatives are backward differences of what full steps stored; the order builds up, one per stored value.
+
+    Attributes:
+        order: highest derivative, 0 is `Reuse`.
+        what: which value is stored.
+
+    Reference:
+        Liu et al., From Reusing to Forecasting: Accelerating Diffusion Models with TaylorSeers, arXiv 2503.06923.
+    """
+
+    do: Literal["forecast"] = "forecast"
+    order: NonNegativeInt = 1
+    what: WhatName = "core"
+
+    def action(self, stored: Sequence[int], step: int) -> Action:
+        """Action at `step` for values stored at the steps `stored`, newest first."""
+        return Action((0.0, *taylor_weights(stored, step, self.order)), What(self.what))
+
+
+class Fitted(_Data):
+    """Combine the stored values with weights that were fitted for every step.
+
+    Attributes:
+        weights: per step, weights of the stored values, newest first; of a full step none. Values that were not stored
+            yet must not have weights.
+        what: which value is stored.
+
+    Reference:
+        L2P, arXiv 2604.26365: published forecasts are linear in the history, so the best ones can be fitted.
+    """
+
+    do: Literal["fitted"] = "fitted"
+    weights: tuple[tuple[float, ...], ...]
+    what: WhatName = "core"
+
+    def action(self, stored: Sequence[int], step: int) -> Action:
+        """Action at `step` for values stored at the steps `stored`, newest first."""
+        weights = self.weights[step]
+        if not weights or len(weights) > len(stored):
+            raise PolicyDoesNotFit(
+                f"fitted weights for step {step + 1} are for {len(weights)} stored values, there are {len(stored)}",
+                where="Fitted",
+                why="weights were fitted for another cadence",
+                fix="fit them again with dicompile.learn.fit_forecast for this cadence",
+            )
+        return Action((0.0, *weights), What(self.what))
+
+
+Recall = Annotated[Reuse | Forecast | Fitted, Field(discriminator="do")]
+"""What stands in for a value that is not computed."""
 
 
 class Refresh(_Data):
-    """Compute the highest-ranked tokens and keep the stored value of the others.
+    """Compute the highest-ranked tokens and recall the others.
 
     The number of tokens is ``int(clamp(float32(ratio * by_step(q) * by_depth(d) * factor), 0, 1) * n)``; none means
-    `Reuse`.
+    that all are recalled.
 
     Attributes:
         ratio: share of tokens before the factors.
@@ -135,6 +253,9 @@ class Refresh(_Data):
         by_depth: factor as a function of the block's depth, 0 for the first and 1 for the last of its list.
         depth_denominator: divide the block number by this instead (27 in the reference code).
         score: how tokens are ranked.
+        context: which attention the tokens see; see `dicompile.plan.action.Context`.
+        otherwise: value of the other tokens. With `Reuse` refreshed tokens stay stored; beside forecasts they serve
+            their own step only, so that the history stays one of full steps.
     """
 
     do: Literal["refresh"] = "refresh"
@@ -144,6 +265,8 @@ class Refresh(_Data):
     by_depth: Line = Line()
     depth_denominator: PositiveInt | None = None
     score: TokenScore = TokenScore()
+    context: Literal["stored", "all", "kept"] = "stored"
+    otherwise: Recall = Reuse()
 
     def count(self, q: float, depth: tuple[int, int], tokens: int) -> int:
         """Number of tokens to refresh."""
@@ -152,20 +275,63 @@ class Refresh(_Data):
         return int(np.clip(np.float32(share), np.float32(0), np.float32(1)) * tokens)
 
 
-class Rule(_Data):
-    """What sites do on steps that are not full; the first rule that names a site's kind wins.
+class Table(_Data):
+    """Compute what a table says, recall the rest; the cadence has no say.
 
     Attributes:
-        sites: kinds of site; empty means all.
+        compute: per step, one entry for each site that the rule names, in order.
+        otherwise: value of the sites that are not computed.
+    """
+
+    do: Literal["table"] = "table"
+    compute: tuple[tuple[bool, ...], ...]
+    otherwise: Recall = Reuse()
+
+
+class TokenTable(_Data):
+    """Refresh as many tokens as a table says; the cadence has no say.
+
+    Attributes:
+        counts: per step, tokens to compute of each site or span that the rule names, in order; all of them means that
+            it is computed whole, none that it is reused.
+        score: how tokens are ranked.
+        context: which attention the tokens see.
+        what: which value is stored.
+    """
+
+    do: Literal["tokens"] = "tokens"
+    counts: tuple[tuple[NonNegativeInt, ...], ...]
+    score: TokenScore = TokenScore(base="predicted", age_weight=0.0)
+    context: Literal["all", "kept"] = "all"
+    what: WhatName = "update"
+
+
+SiteName = Literal["self-attention", "cross-attention", "joint-attention", "mlp", "parallel", "block", "stack"]
+
+
+class Rule(_Data):
+    """What sites do on steps that are not full; the first rule that holds for a site wins.
+
+    Attributes:
+        sites: kinds of site; empty means all but spans. "block" is all that a block adds to a stream, "stack" all that
+            the blocks add.
+        when: only on steps whose index is odd, or even, within the current interval.
+        cadence: which steps are full for these sites, instead of the policy's.
         do: what happens instead of computing.
     """
 
-    sites: tuple[Literal["self-attention", "cross-attention", "joint-attention", "mlp", "parallel"], ...] = ()
-    do: Annotated[Reuse | Refresh, Field(discriminator="do")]
+    sites: tuple[SiteName, ...] = ()
+    when: Literal["always", "odd", "even"] = "always"
+    cadence: Cadence | None = None
+    do: Annotated[Reuse | Forecast | Fitted | Refresh | Table | TokenTable, Field(discriminator="do")]
 
-    def applies_to(self, site: Site) -> bool:
-        """True if the rule names the kind of `site`."""
-        return not self.sites or site.kind.value in self.sites
+    def names(self, site: Site) -> bool:
+        """True if the rule is for the kind of `site`."""
+        return site.kind.value in self.sites if self.sites else not site.kind.is_span
+
+    def holds(self, moment: Moment) -> bool:
+        """True if the rule is for this step."""
+        return self.when == "always" or (moment.residue % 2 == 1) == (self.when == "odd")
 
 
 class Policy(_Data):
@@ -176,125 +342,14 @@ class Policy(_Data):
         cadence: which steps compute everything.
         rules: what happens on the other steps; a site that no rule names is computed.
         seed: of random scores.
+        predictor: path of the network that predicts importance, where a rule ranks tokens by it.
     """
 
     name: str
     cadence: Cadence = Cadence()
     rules: tuple[Rule, ...] = ()
     seed: int = 0
-
-    def action(self, site: Site, depth: tuple[int, int], step: int, steps: int) -> Action:
-        """Action of a site on a step that is not full."""
-        rule = next((rule for rule in self.rules if rule.applies_to(site)), None)
-        if rule is None:
-            return Action()
-        if isinstance(rule.do, Reuse):
-            return REUSE
-        q = self.cadence.index(step, steps) / steps
-        count = rule.do.count(q, depth, site.tokens.count)
-        if count == 0:
-            return REUSE
-        score = rule.do.score
-        return Action(
-            tokens=Selection(
-                Score(
-                    base=ScoreBase(score.base),
-                    age_weight=score.age_weight / self.cadence.interval,
-                    grid_cell=score.grid_cell,
-                    grid_bonus=score.grid_bonus,
-                    share_guidance=score.share_guidance,
-                ),
-                count,
-            )
-        )
-
-    def check_fits(self, structure: ModelStructure) -> None:
-        """Raise if the policy asks for something that the model cannot do.
-
-        Raises:
-            PolicyDoesNotFit: a site to be refreshed mixes tokens, has no attention to be scored by, or shares it with
-                a site that wants another score, or the token grid or batch does not allow the score.
-        """
-        refreshed = []
-        for site in structure.sites:
-            rule = next((rule for rule in self.rules if rule.applies_to(site)), None)
-            if rule is not None and isinstance(rule.do, Refresh):
-                self._check_refresh(structure, site, rule.do.score)
-                refreshed.append((site, rule.do.score))
-        self._check_one_score(structure, refreshed)
-
-    def _check_refresh(self, structure: ModelStructure, site: Site, score: TokenScore) -> None:
-        where = _where(site)
-        if site.tokens.wise is not TokenWise.YES:
-            raise PolicyDoesNotFit(
-                f"policy {self.name!r} refreshes single tokens, which this branch does not allow",
-                where=where,
-                why=site.tokens.reason,
-                fix="use a policy that reuses whole branches on this model, such as dicompile.FORA(interval=3)",
-            )
-        if score.base != "random":
-            self._check_source(structure, site, score, where)
-        if score.grid_cell:
-            self._check_grid(structure.grid, site, score, where)
-        if score.share_guidance and site.shape[0] % 2:
-            raise PolicyDoesNotFit(
-                f"policy {self.name!r} shares tokens between guidance halves, but the batch is {site.shape[0]}",
-                where=where,
-                why="the two halves of classifier-free guidance must be in one batch",
-                fix="set share_guidance=False",
-            )
-
-    def _check_source(self, structure: ModelStructure, site: Site, score: TokenScore, where: str) -> None:
-        source = score_source(structure, site, ScoreBase(score.base))
-        if source is None:
-            wanted = "cross-attention" if score.base == "entropy" else "self-attention"
-            present = (s.kind.value for s in structure.sites_of(structure.blocks[site.block]))
-            raise PolicyDoesNotFit(
-                f"policy {self.name!r} ranks tokens by {score.base}, for which there is no {wanted} in the block",
-                where=where,
-                why=f"the block has {', '.join(present)}",
-                fix="choose another score, for example score='random'",
-            )
-        if source.tokens.wise is TokenWise.NO:
-            raise PolicyDoesNotFit(
-                f"policy {self.name!r} ranks tokens by {score.base}, but the attention is not over the same tokens",
-                where=where,
-                why=source.tokens.reason,
-                fix="choose another score, for example score='random'",
-            )
-
-    def _check_grid(self, grid: tuple[int, int] | None, site: Site, score: TokenScore, where: str) -> None:
-        if grid is None:
-            why = "the token grid is unknown"
-        elif grid[0] * grid[1] != site.tokens.count:
-            why = f"the branch has {site.tokens.count} tokens, the token grid is {grid[0]}x{grid[1]}"
-        elif any(edge % score.grid_cell for edge in grid):
-            why = f"the token grid is {grid[0]}x{grid[1]}"
-        else:
-            return
-        raise PolicyDoesNotFit(
-            f"policy {self.name!r} gives a bonus per {score.grid_cell}x{score.grid_cell} cell of tokens",
-            where=where,
-            why=why,
-            fix="set grid_cell=0 to switch the bonus off",
-        )
-
-    def _check_one_score(self, structure: ModelStructure, refreshed: Sequence[tuple[Site, TokenScore]]) -> None:
-        asked: dict[int, tuple[Site, TokenScore]] = {}
-        for site, score in refreshed:
-            source = score_source(structure, site, ScoreBase(score.base))
-            if source is None:
-                continue
-            first, other = asked.setdefault(int(source.id), (site, score))
-            shares_differ = score.base == "entropy" and score.share_guidance != other.share_guidance
-            if score.base != other.base or shares_differ:
-                raise PolicyDoesNotFit(
-                    f"policy {self.name!r} asks two different scores of one attention",
-                    where=_where(site),
-                    why=f"site {source.id} keeps one score per token: {other.base} for site {first.id}, "
-                    f"{score.base} for this one",
-                    fix="rank both kinds of site by the same base, with the same share_guidance",
-                )
+    predictor: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data: what JSON and YAML hold."""
@@ -353,17 +408,25 @@ class Policy(_Data):
         return cls.from_dict(data, source)
 
 
-def score_source(structure: ModelStructure, site: Site, base: ScoreBase) -> Site | None:
-    """The attention site of the same block whose keys, values or map rank the tokens of `site`, or None."""
-    kind = SiteKind.CROSS_ATTENTION if base is ScoreBase.ENTROPY else SiteKind.SELF_ATTENTION
-    if base is ScoreBase.RANDOM:
-        return None
-    block = structure.blocks[site.block]
-    return next((s for s in structure.sites_of(block) if s.kind is kind and s.stream == site.stream), None)
+def taylor_weights(stored: Sequence[int], step: int, order: int) -> tuple[float, ...]:
+    """Weights of stored values, newest first, in a Taylor series at `step`.
 
-
-def _where(site: Site) -> str:
-    return f"site {site.id}, {site.name} ({site.kind.value})"
+    Args:
+        stored: steps at which values were stored, newest first; at least one.
+        step: where the series is evaluated.
+        order: highest derivative. The k-th one is the difference of the last two of order k - 1 over the steps between
+            the last two stored values, however the older ones are spaced, as in the reference code of TaylorSeer.
+    """
+    times = list(stored[: order + 1])[::-1]
+    older: list[np.ndarray] = []
+    for number, time in enumerate(times):
+        newer = [np.eye(len(times))[number]]
+        for lower in older[:order]:
+            newer.append((newer[-1] - lower) / (time - times[number - 1]))
+        older = newer
+    distance = step - times[-1]
+    weights = sum(factor * distance**k / math.factorial(k) for k, factor in enumerate(older))
+    return tuple(float(weight) for weight in np.asarray(weights)[::-1])
 
 
 def invalid_policy(source: str, error: ValidationError) -> InvalidPolicy:

@@ -9,17 +9,42 @@ from typing import Any
 
 from dicompile.errors import InvalidPolicy, UnknownPolicy
 from dicompile.plan import Policy
+from dicompile.policies.duca import DuCa, DuCaFlux, DuCaOpenSora, DuCaPixArt
 from dicompile.policies.fora import FORA
 from dicompile.policies.none import NoCache
-from dicompile.policies.toca import ToCa, ToCaPixArt
+from dicompile.policies.taylorseer import TaylorSeer, TaylorSeerLite
+from dicompile.policies.toca import ToCa, ToCaFlux, ToCaOpenSora, ToCaPixArt
 
-__all__ = ["FORA", "POLICIES", "NoCache", "ToCa", "ToCaPixArt", "get_policy"]
+__all__ = [
+    "FORA",
+    "POLICIES",
+    "DuCa",
+    "DuCaFlux",
+    "DuCaOpenSora",
+    "DuCaPixArt",
+    "NoCache",
+    "TaylorSeer",
+    "TaylorSeerLite",
+    "ToCa",
+    "ToCaFlux",
+    "ToCaOpenSora",
+    "ToCaPixArt",
+    "get_policy",
+]
 
 POLICIES: dict[str, Callable[..., Policy]] = {
     "none": NoCache,
     "fora": FORA,
     "toca": ToCa,
     "toca-pixart": ToCaPixArt,
+    "toca-opensora": ToCaOpenSora,
+    "toca-flux": ToCaFlux,
+    "duca": DuCa,
+    "duca-pixart": DuCaPixArt,
+    "duca-opensora": DuCaOpenSora,
+    "duca-flux": DuCaFlux,
+    "taylorseer": TaylorSeer,
+    "taylorseer-lite": TaylorSeerLite,
 }
 
 
