@@ -33,6 +33,7 @@ from torch import Tensor, fx
 from dicompile.analysis import Dataflow
 from dicompile.analysis.cost import ATTENTION
 from dicompile.analysis.tokens import RESHAPES, MixesTokens, Mixing, per_token_operands, token_axes
+from dicompile.nodes import node_argument
 from dicompile.ops import scores
 from dicompile.passes.base import (
     Chosen,
@@ -204,7 +205,8 @@ class _SiteRefresh:
             operands = {p: self.gather(p, chosen, axis, rank) for p, axis in per_token_operands(node, axes)}
             replaced = {**copies, **operands}
             if node.target is ATTENTION and self.mixing is Mixing.QUERIES and self.step.context is Context.ALL:
-                replaced = {node.args[0]: copies[node.args[0]]}
+                query = node_argument(node, 0)
+                replaced = {query: copies[query]}
             args, kwargs = _arguments(node, replaced)
             # Gathered values are laid out anew: what was a view of the original may have to copy.
             target = aten.reshape.default if node.target in RESHAPES else node.target

@@ -180,7 +180,8 @@ def _with_liveness(steps: Sequence[tuple[SiteStep, ...]]) -> list[tuple[tuple[Si
 
 def _live_site(site: SiteStep, number: int, live: set[Slot]) -> tuple[SiteStep, set[Slot]]:
     shifts = site.action.computes and site.action.tokens is None
-    own = {slot for slot in live if slot.site == number and slot.kind in HISTORIC}
+    stored = {slot.kind for slot in site.writes} & set(HISTORIC)  # a blend computes attention without storing it
+    own = {slot for slot in live if slot.site == number and slot.kind in stored}
     history = max((slot.age for slot in own), default=0) if shifts else 0
     kept = {slot.kind for slot in own} if shifts else set()
     writes = tuple(slot for slot in site.writes if slot in live or slot.kind in kept)
@@ -233,7 +234,7 @@ def _saving(site: Site, action: Action) -> tuple[float, float]:
     if action.is_full:
         return 0.0, 0.0
     if not action.computes:
-        flops = site.attention_flops if action.what is What.ATTENTION else site.flops
+        flops = float(site.attention_flops if action.what is What.ATTENTION else site.flops)
         return flops, site.bytes * (flops / site.flops if site.flops else 1) - min(site.core_bytes, site.bytes)
     if action.tokens is None:
         return 0.0, 0.0

@@ -3,25 +3,34 @@ from __future__ import annotations
 import pytest
 
 from dicompile.analysis import SiteId
-from dicompile.plan import COMPUTE, REUSE, Action, Score, ScoreBase, Selection, Slot, SlotKind, What
+from dicompile.plan import COMPUTE, REUSE, SKIP, Action, Score, ScoreBase, Selection, Slot, SlotKind, What
 
 SELECTION = Selection(Score(ScoreBase.RANDOM), 4)
 
 
 @pytest.mark.parametrize(
-    ("action", "computes", "history", "symbol"),
+    ("action", "computes", "is_full", "symbol"),
     [
-        (COMPUTE, True, 0, "F"),
-        (Action(what=What.UPDATE), True, 0, "F"),
-        (REUSE, False, 1, "."),
-        (Action((0.0, 2.0, -1.0)), False, 2, "f"),
-        (Action((0.0, 3.0, -3.0, 1.0)), False, 3, "f"),
-        (Action((0.25, 0.75)), True, 1, "b"),
-        (Action(tokens=SELECTION), True, 1, "t"),
+        (COMPUTE, True, True, "F"),
+        (Action(what=What.UPDATE), True, True, "F"),
+        (REUSE, False, False, "."),
+        (Action((0.0, 0.5)), False, False, "f"),
+        (Action((0.0, 2.0, -1.0)), False, False, "f"),
+        (Action((0.25, 0.75)), True, False, "b"),
+        (Action.refresh(SELECTION), True, False, "t"),
+        (Action((1.0, 2.0, -1.0), tokens=SELECTION), True, False, "t"),
+        (SKIP, False, False, "-"),
     ],
 )
-def test_what_an_action_computes_reads_and_prints(action: Action, computes: bool, history: int, symbol: str) -> None:
-    assert (action.computes, action.history, action.symbol) == (computes, history, symbol)
+def test_what_an_action_computes_and_prints(action: Action, computes: bool, is_full: bool, symbol: str) -> None:
+    assert (action.computes, action.is_full, action.symbol) == (computes, is_full, symbol)
+    assert action.is_skip == (action == SKIP)
+
+
+def test_refreshed_tokens_are_stored_beside_reused_ones_and_not_beside_forecast_ones() -> None:
+    assert Action.refresh(SELECTION).refreshes_store
+    assert not Action((1.0, 2.0, -1.0), tokens=SELECTION).refreshes_store
+    assert not REUSE.refreshes_store
 
 
 def test_an_action_without_weights_is_refused() -> None:
@@ -29,9 +38,10 @@ def test_an_action_without_weights_is_refused() -> None:
         Action(())
 
 
-def test_a_token_refresh_with_other_weights_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"weights must be \(1\.0,\)"):
-        Action((0.5, 0.5), tokens=SELECTION)
+@pytest.mark.parametrize("weights", [(0.5, 0.5), (1.0,), (0.0, 1.0)])
+def test_a_token_refresh_with_other_weights_is_refused(weights: tuple[float, ...]) -> None:
+    with pytest.raises(ValueError, match="takes fresh tokens as they are and others from the store"):
+        Action(weights, tokens=SELECTION)
 
 
 def test_slots_print_short_and_sort_by_site_and_age() -> None:

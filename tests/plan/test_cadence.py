@@ -13,7 +13,8 @@ from dicompile.policies import FORA, ToCa, ToCaPixArt
 
 def letters(cadence: Cadence, steps: int) -> str:
     """One letter per step: F full, o only the first block, . neither."""
-    return "".join({(True, True): "F", (True, False): "o", (False, False): "."}[s] for s in cadence.full_steps(steps))
+    names = {(True, True): "F", (True, False): "o", (False, False): "."}
+    return "".join(names[moment.first, moment.others] for moment in cadence.moments(steps))
 
 
 def indices(cadence: Cadence, steps: int, letter: str = "F") -> list[int]:
@@ -124,11 +125,11 @@ cadences = st.builds(
 @given(cadences, st.integers(1, 40))
 def test_the_decision_is_the_one_of_the_reference_code(cadence: Cadence, steps: int) -> None:
     expected = naive(cadence, steps)
-    assert [list(pair) for pair in cadence.full_steps(steps)] == [row[:2] for row in expected]
+    assert [[moment.first, moment.others] for moment in cadence.moments(steps)] == [row[:2] for row in expected]
     assert all(len(set(row[1:])) == 1 for row in expected)
 
 
 @settings(deadline=None)
 @given(cadences, st.integers(1, 40))
 def test_the_first_steps_are_always_full(cadence: Cadence, steps: int) -> None:
-    assert all(pair == (True, True) for pair in cadence.full_steps(steps)[: cadence.warmup])
+    assert all(moment.first and moment.others for moment in cadence.moments(steps)[: cadence.warmup])

@@ -30,7 +30,7 @@ VALUE_BYTES = 2 * TOKENS * 8 * 4
 
 
 def refresh(count: int, base: ScoreBase = ScoreBase.ATTENTION) -> Action:
-    return Action(tokens=Selection(Score(base, age_weight=0.25), count))
+    return Action.refresh(Selection(Score(base, age_weight=0.25), count))
 
 
 def planned(*rows: tuple[Action, ...]) -> Plan:
@@ -117,10 +117,12 @@ def test_the_text_has_one_line_per_step_with_one_letter_per_site() -> None:
     assert plan.grid().splitlines() == [
         "   0  999.00 full      100.0%  FF FF FF",
         "   1  500.00 mixed      42.1%  .t .. FF",  # (500 outside + 2000 / 4 + 3000) of 9500
-        "   2    1.50 reuse      26.3%  f. .. .b",  # (500 outside + 2000) of 9500
+        "   2    1.50 forecast   26.3%  f. .. .b",  # (500 outside + 2000) of 9500
     ]
     assert str(plan).splitlines()[2:] == plan.grid().splitlines()
-    assert str(plan).splitlines()[1] == "F computed   t some tokens   . reused   f forecast   b blended"
+    assert str(plan).splitlines()[1] == (
+        "F computed   t some tokens   . reused   f forecast   b blended   - skipped, a span is reused"
+    )
 
 
 @pytest.mark.parametrize("policy", [FORA(interval=4), ToCa(), NoCache()])

@@ -13,7 +13,9 @@ from dicompile.analysis import ModelStructure, SiteKind
 from dicompile.plan import (
     COMPUTE,
     REUSE,
+    SKIP,
     Action,
+    Context,
     Plan,
     Score,
     ScoreBase,
@@ -23,6 +25,7 @@ from dicompile.plan import (
     SlotKind,
     StepPlan,
     TimestepSchedule,
+    What,
     cold_step,
     make_plan,
     plan_actions,
@@ -30,14 +33,15 @@ from dicompile.plan import (
 from dicompile.policies import FORA, NoCache, ToCa, ToCaPixArt
 from tests.plan.toys import TOKENS, toy
 
-STRUCTURE = toy([("self-attention", "cross-attention", "mlp"), ("self-attention", "mlp")])
-VALUE, STAMP, SCORE = SlotKind.VALUE, SlotKind.STAMP, SlotKind.SCORE
+STRUCTURE = toy([("self-attention", "cross-attention", "mlp"), ("self-attention", "mlp"), ("parallel",)], spans=True)
+LEAVES = len(STRUCTURE.sites)
+VALUE, STAMP, SCORE, ATTENTION = SlotKind.VALUE, SlotKind.STAMP, SlotKind.SCORE, SlotKind.ATTENTION
 FORECASTS = (Action((0.0, 2.0, -1.0)), Action((0.0, 3.0, -3.0, 1.0)))
 BLEND = Action((0.5, 0.5))
 
 
 def refresh(base: ScoreBase = ScoreBase.ATTENTION, age_weight: float = 0.25, count: int = 4) -> Action:
-    return Action(tokens=Selection(Score(base, age_weight=age_weight), count))
+    return Action.refresh(Selection(Score(base, age_weight=age_weight), count))
 
 
 class Simulation:
@@ -52,13 +56,13 @@ class Simulation:
         self.written: list[tuple[Slot, int, int]] = []
         self.held: list[tuple[Slot, int, int]] = []
         self.delivered: dict[int, Score] = {}
-        self.clocks = [0] * len(structure.sites)
+        self.clocks = [0] * len(structure.everything)
 
     def run(self, number: int, planned: StepPlan) -> None:
         for i, step in enumerate(planned.sites):
-            self.clocks[i] = 0 if step.action == COMPUTE else self.clocks[i]
+            self.clocks[i] = 0 if step.action.is_full else self.clocks[i]
             assert self.cold or step.clock == self.clocks[i], f"step {number}, site {i}"
-            self.clocks[i] += step.action != COMPUTE
+            self.clocks[i] += not step.action.is_full and not step.action.is_skip
             self.read(number, i, step)
             self.write(number, i, step)
         self.kept = {slot: content for slot, content in self.kept.items() if slot in planned.live}
@@ -80,22 +84,27 @@ class Simulation:
         assert set(step.writes) <= set(fresh)
         for slot in fresh:
             self.made += 1
-            ages = slot.kind is VALUE and step.action.tokens is None
+            ages = slot.kind in (VALUE, ATTENTION) and step.action.tokens is None
             rebind(self.everything, slot, self.made, 9 if ages else 0)
             if slot in step.writes:
                 rebind(self.kept, slot, self.made, step.history if ages else 0)
                 self.written.append((slot, self.made, number))
-                if slot.kind is SCORE and step.action == COMPUTE:
+                if slot.kind is SCORE and step.action.is_full:
                     assert step.score is not None
                     self.delivered[int(slot.site)] = step.score
 
     def fresh(self, site: int, action: Action) -> list[Slot]:
         """Slots that an action gives a new content."""
-        own_score = action.tokens is not None and attention_of(self.structure, site, action.tokens.score.base) == site
-        kinds = [VALUE] if action.computes else []
-        kinds += [STAMP] if action == COMPUTE or action.tokens else []
-        kinds += [SCORE] if action == COMPUTE or own_score else []
-        return [Slot.of(self.structure.sites[site].id, kind) for kind in kinds]
+        kinds: list[SlotKind] = []
+        if action.is_full:
+            kinds = [VALUE, STAMP, SCORE, *([ATTENTION] if owner(self.structure, site) == site else [])]
+        elif action.tokens is not None:
+            own_rows = action.tokens.score.base is ScoreBase.ENTROPY
+            own_rows = own_rows and attention_of(self.structure, site, ScoreBase.ENTROPY) == site
+            kinds = [STAMP] + [VALUE] * (len(action.weights) == 2) + [SCORE] * own_rows
+        elif action.computes:
+            kinds = [ATTENTION if action.what is What.ATTENTION else VALUE]
+        return [Slot.of(self.structure.everything[site].id, kind) for kind in kinds]
 
 
 def rebind(slots: dict[Slot, int], slot: Slot, content: int, ages: int) -> None:
@@ -109,22 +118,35 @@ def rebind(slots: dict[Slot, int], slot: Slot, content: int, ages: int) -> None:
 
 def needed(structure: ModelStructure, site: int, step: SiteStep) -> set[Slot]:
     """What an action cannot do without."""
-    own, action = structure.sites[site].id, step.action
+    own, action = structure.everything[site].id, step.action
+    kind = ATTENTION if action.what is What.ATTENTION else VALUE
+    slots = {Slot.of(own, kind, age) for age, weight in enumerate(action.weights[1:]) if weight}
+    if kind is ATTENTION and owner(structure, site) != site:
+        return set()  # the owner replaces the attention for all
     if action.tokens is None:
-        return {Slot.of(own, VALUE, age) for age, weight in enumerate(action.weights[1:]) if weight}
-    slots = {Slot.of(own, VALUE)}
+        return slots
     if action.tokens.score.age_weight or Slot.of(own, STAMP) in step.writes:
         slots.add(Slot.of(own, STAMP))
+    if structure.everything[site].kind is SiteKind.PARALLEL and action.tokens.context is Context.STORED:
+        slots.add(Slot.of(own, ATTENTION))
     source = attention_of(structure, site, action.tokens.score.base)
     return slots if source is None else slots | {Slot.of(structure.sites[source].id, SCORE)}
 
 
+def owner(structure: ModelStructure, site: int) -> int | None:
+    """The first site with the same attention."""
+    own = structure.everything[site]
+    return next((int(s.id) for s in structure.sites if s.attention == own.attention), None) if own.attention else None
+
+
 def attention_of(structure: ModelStructure, site: int, base: ScoreBase) -> int | None:
-    if base is ScoreBase.RANDOM:
+    if base in (ScoreBase.RANDOM, ScoreBase.NORM, ScoreBase.SIMILARITY, ScoreBase.PREDICTED):
         return None
-    kind = SiteKind.CROSS_ATTENTION if base is ScoreBase.ENTROPY else SiteKind.SELF_ATTENTION
-    block = structure.blocks[structure.sites[site].block]
-    return next((int(s.id) for s in structure.sites_of(block) if s.kind is kind), None)
+    kinds = [SiteKind.SELF_ATTENTION, SiteKind.JOINT_ATTENTION, SiteKind.PARALLEL]
+    kinds = [SiteKind.CROSS_ATTENTION] if base is ScoreBase.ENTROPY else kinds
+    own = structure.everything[site]
+    block = structure.blocks[own.block]
+    return next((int(s.id) for s in structure.sites_of(block) if s.kind in kinds and s.stream == own.stream), None)
 
 
 def simulate(structure: ModelStructure, steps: Sequence[StepPlan], *, cold: bool = False) -> None:
@@ -138,27 +160,48 @@ def simulate(structure: ModelStructure, steps: Sequence[StepPlan], *, cold: bool
         assert run.last_read.get(content, -1) > number, f"{slot} is kept after step {number} for nobody"
 
 
-def possible(structure: ModelStructure, site: int, stores: int, base: ScoreBase) -> list[Action]:
+def possible(structure: ModelStructure, site: int, stores: int, what: What, base: ScoreBase) -> list[Action]:
     """Actions that make sense for a site that stored `stores` values so far."""
-    actions = [COMPUTE, REUSE, BLEND] + [f for f in FORECASTS if f.history <= stores]
-    kind = structure.sites[site].kind
-    if kind is not SiteKind.SELF_ATTENTION and (
-        base is ScoreBase.RANDOM or attention_of(structure, site, base) is not None
-    ):
-        actions += [refresh(base), refresh(base, age_weight=0.0)]
+    forecasts = [f for f in FORECASTS if len(f.weights) - 1 <= stores]
+    actions = [COMPUTE, *(replace(action, what=what) for action in (REUSE, BLEND, *forecasts))]
+    kind = structure.everything[site].kind
+    is_scored = attention_of(structure, site, base) is not None or not base.needs_attention
+    if kind is not SiteKind.SELF_ATTENTION and not kind.is_span and what is not What.ATTENTION and is_scored:
+        refreshes = [refresh(base), refresh(base, age_weight=0.0)]
+        actions += [replace(action, what=what) for action in refreshes]
+        actions += [Action((1.0, *f.weights[1:]), what, refreshes[0].tokens) for f in forecasts]
     return actions
+
+
+def whats(structure: ModelStructure, site: int) -> list[What]:
+    """Values that a site could store."""
+    own = structure.everything[site]
+    if own.kind.is_span:
+        return [What.UPDATE, What.STREAM]
+    return [What.CORE, What.UPDATE] + [What.ATTENTION] * bool(own.attention)
 
 
 @st.composite
 def rows(draw: st.DrawFn, *, forecasts: bool = True) -> list[tuple[Action, ...]]:
+    """Steps of leaves that do anything, and steps at which a span is reused and the leaves inside it are skipped."""
     base = draw(st.sampled_from(list(ScoreBase)))
-    sites = range(len(STRUCTURE.sites))
+    sites = range(len(STRUCTURE.everything))
+    stored_as = [draw(st.sampled_from(whats(STRUCTURE, i))) for i in sites]
     stores = [1] * len(sites)
     result = [(COMPUTE,) * len(sites)]
     for _ in range(draw(st.integers(0, 9))):
+        reused = draw(st.none() | st.sampled_from(STRUCTURE.spans))
         row = []
         for i in sites:
-            choices = [a for a in possible(STRUCTURE, i, stores[i], base) if forecasts or a.history <= 1]
+            choices = [
+                a for a in possible(STRUCTURE, i, stores[i], stored_as[i], base) if forecasts or len(a.weights) <= 2
+            ]
+            if i >= LEAVES and (reused is None or i != reused.id):
+                choices = [COMPUTE]
+            elif i >= LEAVES:
+                choices = [a for a in choices if not a.computes]
+            elif reused is not None and i in reused.inside:
+                choices = [SKIP]
             row.append(draw(st.sampled_from(choices)))
             stores[i] += row[-1].computes and row[-1].tokens is None
         result.append(tuple(row))
@@ -188,7 +231,7 @@ def test_a_run_that_enters_at_any_step_finds_what_it_reads_after_one_cold_step(
     plan = planned(STRUCTURE, actions)
     begin = data.draw(st.integers(0, len(actions) - 1))
     cold = cold_step(STRUCTURE, plan, begin)
-    assert all(site.action == COMPUTE and not site.reads for site in cold.sites)
+    assert all(site.action.is_full and not site.reads for site in cold.sites)
     assert (cold.kind, cold.flops) == ("cold", STRUCTURE.flops)
     simulate(STRUCTURE, [cold, *plan.steps[begin + 1 :]], cold=True)
 
@@ -277,7 +320,9 @@ def test_a_table_of_the_wrong_size_is_refused(actions: list[tuple[Action, ...]])
         ((REUSE, REUSE), "reuse"),
         ((REUSE, refresh(count=TOKENS)), "partial"),
         ((REUSE, COMPUTE), "mixed"),
-        ((FORECASTS[0], REUSE), "reuse"),
+        ((FORECASTS[0], REUSE), "forecast"),
+        ((SKIP, SKIP), "skip"),
+        ((COMPUTE, SKIP), "mixed"),
     ],
 )
 def test_the_kind_of_a_step(row: tuple[Action, ...], kind: str) -> None:

@@ -15,6 +15,7 @@ from dicompile.errors import PolicyDoesNotFit
 from dicompile.plan import (
     COMPUTE,
     REUSE,
+    Action,
     Cadence,
     Line,
     Policy,
@@ -26,6 +27,7 @@ from dicompile.plan import (
     TimestepSchedule,
     TokenScore,
     make_plan,
+    make_rows,
 )
 from tests.plan.toys import TOKENS, toy
 
@@ -93,39 +95,42 @@ def policy(*rules: Rule, interval: int = 3) -> Policy:
     return Policy(name="mine", cadence=Cadence(interval=interval), rules=rules)
 
 
+def actions_of(structure: ModelStructure, chosen: Policy, steps: int = 10) -> tuple[Action, ...]:
+    """What the sites do at the third step, which is not full with intervals of 3 or 4."""
+    return make_rows(structure, chosen, steps)[2]
+
+
 def test_the_first_rule_that_names_the_kind_of_a_site_wins_and_a_site_without_rule_is_computed() -> None:
     structure = toy([("self-attention", "cross-attention", "mlp")])
     half = Refresh(ratio=0.5)
     chosen = policy(Rule(sites=("mlp",), do=half), Rule(sites=("mlp", "self-attention"), do=Reuse()))
-    actions = [chosen.action(site, (0, 1), 1, 10) for site in structure.sites]
-    assert actions[:2] == [REUSE, COMPUTE]
+    actions = actions_of(structure, chosen)
+    assert actions[:2] == (REUSE, COMPUTE)
     assert actions[2].tokens is not None
     assert actions[2].tokens.count == TOKENS // 2
 
 
 def test_a_rule_without_sites_names_them_all() -> None:
     structure = toy([("self-attention", "cross-attention", "mlp", "parallel", "joint-attention")])
-    assert [policy(Rule(do=Reuse())).action(site, (0, 1), 1, 10) for site in structure.sites] == [REUSE] * 5
+    assert actions_of(structure, policy(Rule(do=Reuse()))) == (REUSE,) * 5
 
 
 def test_refreshing_no_token_is_reusing() -> None:
-    (site,) = toy([("mlp",)]).sites
-    assert policy(Rule(do=Refresh(ratio=0.01))).action(site, (0, 1), 1, 10) == REUSE
+    assert actions_of(toy([("mlp",)]), policy(Rule(do=Refresh(ratio=0.01)))) == (REUSE,)
 
 
 def test_the_age_weight_of_a_score_is_per_interval() -> None:
-    (site,) = toy([("mlp",)]).sites
     score = TokenScore(base="value-norm", age_weight=0.25, grid_cell=2, grid_bonus=0.6, share_guidance=True)
-    action = policy(Rule(do=Refresh(ratio=0.5, score=score)), interval=4).action(site, (0, 1), 1, 10)
+    (action,) = actions_of(toy([("mlp",)]), policy(Rule(do=Refresh(ratio=0.5, score=score)), interval=4))
     assert action.tokens is not None
     assert action.tokens.score == Score(ScoreBase.VALUE_NORM, 0.0625, 2, 0.6, True)
 
 
 def test_the_step_factor_follows_the_direction_in_which_steps_are_counted() -> None:
-    (site,) = toy([("mlp",)]).sites
     rule = Rule(do=Refresh(ratio=1.0, by_step=Line(start=0.0, slope=1.0)))
-    down = Policy(name="d", cadence=Cadence(interval=3), rules=(rule,)).action(site, (0, 1), 2, 8)
-    up = Policy(name="u", cadence=Cadence(interval=3, counting="up"), rules=(rule,)).action(site, (0, 1), 2, 8)
+    (down,) = actions_of(toy([("mlp",)]), Policy(name="d", cadence=Cadence(interval=3), rules=(rule,)), 8)
+    counting_up = Policy(name="u", cadence=Cadence(interval=3, counting="up"), rules=(rule,))
+    (up,) = actions_of(toy([("mlp",)]), counting_up, 8)
     assert down.tokens is not None and up.tokens is not None
     assert (down.tokens.count, up.tokens.count) == (TOKENS * 5 // 8, TOKENS * 2 // 8)
 

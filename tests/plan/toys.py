@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from dicompile.analysis import (
     Block,
@@ -24,8 +25,17 @@ SITE_BYTES = 3_000
 """Memory traffic of a site; its value is [2, 16, 8] floats, 1024 bytes."""
 
 
-def toy(blocks: Sequence[Sequence[str]], *, batch: int = 2, grid: tuple[int, int] | None = (4, 4)) -> ModelStructure:
-    """A model with these kinds of site in its blocks; every site's value is [batch, TOKENS, 8] floats."""
+def toy(
+    blocks: Sequence[Sequence[str]], *, batch: int = 2, grid: tuple[int, ...] | None = (4, 4), spans: bool = False
+) -> ModelStructure:
+    """A model with these kinds of site in its blocks; every site's value is [batch, TOKENS, 8] floats.
+
+    Args:
+        blocks: kinds of site per block.
+        batch: samples.
+        grid: token grid.
+        spans: whether every block, and the stack of them, is a span.
+    """
     sites: list[Site] = []
     members: list[Block] = []
     for b, kinds in enumerate(blocks):
@@ -44,12 +54,43 @@ def toy(blocks: Sequence[Sequence[str]], *, batch: int = 2, grid: tuple[int, int
         flops=sum(site.flops for site in sites) + REST,
         bytes=SITE_BYTES * len(sites) + 300,
         dependence={},
+        spans=_spans(members, sites) if spans else (),
     )
 
 
+def _spans(blocks: Sequence[Block], sites: Sequence[Site]) -> tuple[Site, ...]:
+    """One span per block, then one for all of them; that of the stack and the last block reach the output."""
+    runs = [(SiteKind.BLOCK, block.sites) for block in blocks] + [(SiteKind.STACK, tuple(site.id for site in sites))]
+    result = []
+    for number, (kind, inside) in enumerate(runs, len(sites)):
+        members = [sites[i] for i in inside]
+        wise = TokenWise.QUERIES if kind is SiteKind.BLOCK else TokenWise.NO
+        flops, keys = (sum(getattr(site, name) for site in members) for name in ("flops", "key_flops"))
+        span = replace(
+            members[-1],
+            id=SiteId(number),
+            name=f"{members[0].name} .. {members[-1].name}",
+            kind=kind,
+            attention=(),
+            tokens=TokenFact(wise, 1, TOKENS, "the toy mixes tokens"),
+            flops=flops,
+            token_flops=flops - keys if kind is SiteKind.BLOCK else 0,
+            attention_flops=sum(site.attention_flops for site in members),
+            key_flops=keys,
+            bytes=sum(site.bytes for site in members),
+            keys=(0, 0),
+            inside=inside,
+            is_last=sites[-1].id in inside,
+        )
+        result.append(span)
+    return tuple(result)
+
+
 def _site(number: int, block: int, kind: SiteKind, batch: int) -> Site:
-    wise = TokenWise.QUERIES if kind.is_attention and kind is not SiteKind.CROSS_ATTENTION else TokenWise.YES
+    mixes = kind.is_attention and kind is not SiteKind.CROSS_ATTENTION
     flops = FLOPS[kind.value]
+    keys = flops // 4 if mixes else 0
+    reason = "the toy mixes tokens" if mixes else ""
     return Site(
         id=SiteId(number),
         block=BlockId(block),
@@ -60,11 +101,16 @@ def _site(number: int, block: int, kind: SiteKind, batch: int) -> Site:
         core="",
         update="",
         add="",
-        attention=(),
+        attention=(f"attention_{number}",) if kind.is_attention else (),
         shape=(batch, TOKENS, 8),
         itemsize=4,
-        tokens=TokenFact(wise, 1, TOKENS),
+        tokens=TokenFact(
+            TokenWise.QUERIES if mixes else TokenWise.YES, 1, TOKENS, reason, stored=kind is SiteKind.PARALLEL
+        ),
         flops=flops,
-        token_flops=flops if wise is TokenWise.YES else 0,
+        token_flops=flops - keys,
         bytes=SITE_BYTES,
+        attention_flops=flops // 2 if kind.is_attention else 0,
+        key_flops=keys,
+        keys=(0, TOKENS) if mixes else (0, 0),
     )
