@@ -31,6 +31,10 @@ class PolicyDoesNotFit(DicompileError):
     """The policy asks for something that this model cannot do."""
 
 
+class InvalidRouter(DicompileError):
+    """A file holds no router that could be read, or only part of one."""
+
+
 class NoSitesFound(DicompileError):
     """The model has no residual branch that could be cached."""
 

@@ -12,15 +12,17 @@ from dicompile.plan.plan import FLOPS_PER_BYTE, Plan, SiteStep, StepPlan, sites_
 from dicompile.plan.policy import Policy
 from dicompile.plan.rows import Row, make_rows, score_source
 from dicompile.plan.schedule import TimestepSchedule
+from dicompile.plan.tables import check_timesteps
 
 
 def make_plan(structure: ModelStructure, policy: Policy, schedule: TimestepSchedule) -> Plan:
     """Plan a run.
 
     Raises:
-        PolicyDoesNotFit: see `check_fits` and `make_rows`.
+        PolicyDoesNotFit: see `check_fits`, `check_timesteps` and `make_rows`.
     """
     check_fits(policy, structure)
+    check_timesteps(policy, schedule)
     return plan_actions(structure, make_rows(structure, policy, schedule.steps), schedule, policy.name)
 
 

@@ -275,17 +275,33 @@ class Refresh(_Data):
         return int(np.clip(np.float32(share), np.float32(0), np.float32(1)) * tokens)
 
 
+class Origin(_Data):
+    """Where a learned table comes from and what it was learned for; it holds for nothing else.
+
+    Attributes:
+        file: what messages call it.
+        sites: labels of the sites that the rule names, "3.mlp", in order; empty if nobody wrote them down.
+        timesteps: of the sampler, in calling order, as its scheduler counts them; empty if nobody wrote them down.
+    """
+
+    file: str
+    sites: tuple[str, ...] = ()
+    timesteps: tuple[float, ...] = ()
+
+
 class Table(_Data):
     """Compute what a table says, recall the rest; the cadence has no say.
 
     Attributes:
         compute: per step, one entry for each site that the rule names, in order.
         otherwise: value of the sites that are not computed.
+        origin: of a learned table.
     """
 
     do: Literal["table"] = "table"
     compute: tuple[tuple[bool, ...], ...]
     otherwise: Recall = Reuse()
+    origin: Origin | None = None
 
 
 class TokenTable(_Data):

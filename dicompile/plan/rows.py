@@ -9,6 +9,7 @@ from dicompile.analysis import ModelStructure, Site, SiteKind
 from dicompile.errors import PolicyDoesNotFit
 from dicompile.plan.action import COMPUTE, SKIP, Action, Context, Score, ScoreBase, Selection, What
 from dicompile.plan.policy import Cadence, Moment, Policy, Refresh, Rule, Table, TokenScore, TokenTable
+from dicompile.plan.tables import check_table
 
 Row = tuple[Action, ...]
 """One action per site, then one per span."""
@@ -30,10 +31,10 @@ class _Rows:
         self.structure, self.policy, self.steps = structure, policy, steps
         self.stored: list[list[int]] = [[] for _ in structure.everything]
         self.moments: dict[Cadence, tuple[Moment, ...]] = {}
-        named = {rule: [site.id for site in structure.everything if rule.names(site)] for rule in policy.rules}
-        self.positions = {rule: {i: n for n, i in enumerate(ids)} for rule, ids in named.items()}
+        named = {rule: [site for site in structure.everything if rule.names(site)] for rule in policy.rules}
+        self.positions = {rule: {site.id: n for n, site in enumerate(sites)} for rule, sites in named.items()}
         for rule in policy.rules:
-            self._check_table(rule, len(named[rule]))
+            check_table(policy, rule, named[rule], steps)
 
     def rows(self) -> list[Row]:
         """One row per step."""
@@ -123,27 +124,6 @@ class _Rows:
                 f"policy {self.policy.name!r} reuses site {site.id} at step {step + 1}, before it was ever computed",
                 where=site.name,
                 fix="compute everything at the first step",
-            )
-
-    def _check_table(self, rule: Rule, sites: int) -> None:
-        if not isinstance(rule.do, (Table, TokenTable)):
-            return
-        rows = rule.do.compute if isinstance(rule.do, Table) else rule.do.counts
-        kinds = ", ".join(rule.sites) or "all sites"
-        if len(rows) != self.steps:
-            raise PolicyDoesNotFit(
-                f"the table of policy {self.policy.name!r} has {len(rows)} steps, the schedule {self.steps}",
-                where=f"rule for {kinds}",
-                why="a learned table holds for one number of steps",
-                fix=f"sample in {len(rows)} steps, or learn a table for {self.steps}",
-            )
-        wrong = next((len(row) for row in rows if len(row) != sites), None)
-        if wrong is not None:
-            raise PolicyDoesNotFit(
-                f"the table of policy {self.policy.name!r} is for {wrong} sites, the model has {sites}",
-                where=f"rule for {kinds}",
-                why="a learned table holds for one model",
-                fix="use the table of this model, or learn one for it",
             )
 
 
