@@ -24,7 +24,9 @@ from dicompile.policies import DuCa as DuCa
 from dicompile.policies import DuCaFlux as DuCaFlux
 from dicompile.policies import DuCaOpenSora as DuCaOpenSora
 from dicompile.policies import DuCaPixArt as DuCaPixArt
+from dicompile.policies import LearningToCache as LearningToCache
 from dicompile.policies import NoCache as NoCache
+from dicompile.policies import Router as Router
 from dicompile.policies import TaylorSeer as TaylorSeer
 from dicompile.policies import TaylorSeerLite as TaylorSeerLite
 from dicompile.policies import ToCa as ToCa

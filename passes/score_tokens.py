@@ -158,7 +158,8 @@ def _unfold(editor: Editor, site: SiteNodes, raw: fx.Node) -> fx.Node:
         with editor.before(node.next):
             if node.target in VIEWS or node.target in RESHAPES or node.target is operator.getitem:
                 args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda item: carried.get(item, item))
-                carried[node] = editor.call(node.target, *args, **kwargs)
+                target = aten.reshape.default if node.target in RESHAPES else node.target
+                carried[node] = editor.call(target, *args, **kwargs)
             else:
                 narrow = editor.call(aten.slice.Tensor, carried[source], -1, 0, 1)
                 carried[node] = editor.call(aten.expand.default, narrow, list(tensor_of(node).shape))

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from torch import fx
 
 from dicompile.analysis.blocks import Partition, block_path, group_branches, partition, structure_key
-from dicompile.analysis.cost import ATTENTION, node_bytes, node_flops
+from dicompile.analysis.cost import ATTENTION, node_bytes, node_flops, tensor_bytes
 from dicompile.analysis.dataflow import Dataflow
 from dicompile.analysis.residual import Branch, chain_streams, find_branches, own_keys
 from dicompile.analysis.spans import find_runs, last_adds
@@ -136,6 +136,7 @@ def _site(
         token_flops=token_flops,
         bytes=round(work.core[1]),
         attention_flops=round(work.attention[0]),
+        attention_bytes=tensor_bytes(branch.attention[0].meta["val"]) if branch.attention else 0,
         key_flops=key_flops,
         keys=own_keys(flow, branch, streams),
     )

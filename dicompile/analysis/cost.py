@@ -65,8 +65,9 @@ def node_bytes(node: fx.Node) -> int:
     if node.op != "call_function" or node.target in VIEWS or not isinstance(node.meta.get("val"), torch.Tensor):
         return 0
     values = [argument.meta["val"] for argument in node.all_input_nodes]
-    return sum(_size(value) for value in [*values, node.meta["val"]])
+    return sum(tensor_bytes(value) for value in [*values, node.meta["val"]])
 
 
-def _size(value: object) -> int:
+def tensor_bytes(value: object) -> int:
+    """Bytes of a tensor, 0 for anything else."""
     return value.numel() * value.element_size() if isinstance(value, torch.Tensor) else 0

@@ -16,7 +16,7 @@ from dicompile.capture import Role, capture_model
 from dicompile.cli.models import load
 from dicompile.errors import PolicyDoesNotFit
 from dicompile.plan import Plan, TimestepSchedule, make_plan
-from dicompile.policies import POLICIES, get_policy
+from dicompile.policies import POLICIES, get_policy, required_options
 
 
 def inspect(
@@ -37,7 +37,8 @@ def inspect(
     schedule = TimestepSchedule.of(steps)
     plans: dict[str, Plan] = {}
     refused: dict[str, PolicyDoesNotFit] = {}
-    for name in policy or POLICIES:
+    trained = [name for name in POLICIES if required_options(name)]
+    for name in policy or [name for name in POLICIES if name not in trained]:
         try:
             plans[name] = make_plan(structure, get_policy(name), schedule)
         except PolicyDoesNotFit as error:
@@ -51,6 +52,8 @@ def inspect(
     console.print("inputs: " + ", ".join(roles))
     console.print(site_table(structure))
     console.print(plan_table(plans, refused, steps))
+    if not policy:
+        console.print(f"left out, as they need a file that was trained for the model: {', '.join(trained)}")
     if grid:
         for plan in plans.values():
             console.print(plan_text(plan), highlight=False)

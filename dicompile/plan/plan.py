@@ -146,8 +146,10 @@ class Plan:
 def slot_bytes(structure: ModelStructure, slot: Slot) -> int:
     """Bytes of a slot."""
     site = structure.everything[slot.site]
-    if slot.kind in (SlotKind.VALUE, SlotKind.ATTENTION):
+    if slot.kind is SlotKind.VALUE:
         return site.core_bytes
+    if slot.kind is SlotKind.ATTENTION:
+        return site.attention_bytes
     return site.shape[0] * site.tokens.count * 4
 
 

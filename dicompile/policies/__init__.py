@@ -11,7 +11,11 @@ from dicompile.errors import InvalidPolicy, UnknownPolicy
 from dicompile.plan import Policy
 from dicompile.policies.duca import DuCa, DuCaFlux, DuCaOpenSora, DuCaPixArt
 from dicompile.policies.fora import FORA
+from dicompile.policies.l2c import LearningToCache
 from dicompile.policies.none import NoCache
+from dicompile.policies.router import Router, RouterFacts
+from dicompile.policies.router_file import load_router, save_router
+from dicompile.policies.schedule_json import schedule_from_json, schedule_to_json
 from dicompile.policies.taylorseer import TaylorSeer, TaylorSeerLite
 from dicompile.policies.toca import ToCa, ToCaFlux, ToCaOpenSora, ToCaPixArt
 
@@ -22,7 +26,10 @@ __all__ = [
     "DuCaFlux",
     "DuCaOpenSora",
     "DuCaPixArt",
+    "LearningToCache",
     "NoCache",
+    "Router",
+    "RouterFacts",
     "TaylorSeer",
     "TaylorSeerLite",
     "ToCa",
@@ -30,6 +37,11 @@ __all__ = [
     "ToCaOpenSora",
     "ToCaPixArt",
     "get_policy",
+    "load_router",
+    "required_options",
+    "save_router",
+    "schedule_from_json",
+    "schedule_to_json",
 ]
 
 POLICIES: dict[str, Callable[..., Policy]] = {
@@ -45,6 +57,7 @@ POLICIES: dict[str, Callable[..., Policy]] = {
     "duca-flux": DuCaFlux,
     "taylorseer": TaylorSeer,
     "taylorseer-lite": TaylorSeerLite,
+    "l2c": LearningToCache,
 }
 
 
@@ -53,7 +66,7 @@ def get_policy(source: Policy | str | dict[str, Any], **options: Any) -> Policy:
 
     Raises:
         UnknownPolicy: no policy and no file has this name.
-        InvalidPolicy: an option is unknown or out of range, or given beside a policy that is complete without.
+        InvalidPolicy: an option is unknown, missing or out of range, or given beside a policy that is complete without.
     """
     if options and (not isinstance(source, str) or source not in POLICIES):
         raise InvalidPolicy(
@@ -78,6 +91,12 @@ def get_policy(source: Policy | str | dict[str, Any], **options: Any) -> Policy:
     )
 
 
+def required_options(name: str) -> tuple[str, ...]:
+    """Options without which a published policy cannot be made: the file that somebody trained for the model."""
+    parameters = inspect.signature(POLICIES[name]).parameters.values()
+    return tuple(option.name for option in parameters if option.default is inspect.Parameter.empty)
+
+
 def _call(name: str, options: dict[str, Any]) -> Policy:
     function = POLICIES[name]
     known = inspect.signature(function).parameters
@@ -87,5 +106,13 @@ def _call(name: str, options: dict[str, Any]) -> Policy:
                 f"policy {name!r} has no option {option!r}",
                 where="options",
                 fix=f"its options are: {', '.join(known) or 'none'}",
+            )
+    for option in required_options(name):
+        if option not in options:
+            raise InvalidPolicy(
+                f"policy {name!r} needs the option {option!r}",
+                where="options",
+                why="it follows what was learned for one model and sampler",
+                fix=f"get_policy({name!r}, {option}='file')",
             )
     return function(**options)
