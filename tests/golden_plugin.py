@@ -9,6 +9,7 @@ Run as::
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -90,6 +91,9 @@ def policy_of(meta: dict[str, Any]) -> Policy:
         return _toca_flux(described)
     if described["name"] == "taylorseer":
         return dicompile.TaylorSeer(described["interval"], described["max_order"], described["first_enhance"])
+    if described["name"] == "l2c":
+        file = Path(meta["case_dir"]) / described["router_file"]
+        return dicompile.LearningToCache(file, threshold=described["threshold"])
     raise NotImplementedError(f"{described['name']} of {meta['case']} is not supported yet")
 
 

@@ -13,7 +13,14 @@ import torch
 
 from tests.golden_plugin import make, make_eager
 
-CASES = ("dit_baseline", "dit_fora_n3", "dit_toca_attention", "pixart_baseline", "pixart_toca_attention")
+CASES = (
+    "dit_baseline",
+    "dit_fora_n3",
+    "dit_l2c_random_router",
+    "dit_toca_attention",
+    "pixart_baseline",
+    "pixart_toca_attention",
+)
 
 
 @pytest.fixture(scope="module")
