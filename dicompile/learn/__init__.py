@@ -1,0 +1,1 @@
+"""Learning what to cache: the frozen model as differentiable graphs, samplers, and what trains on them."""

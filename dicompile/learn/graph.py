@@ -1,0 +1,226 @@
+"""A frozen model as two differentiable graphs: one records what its branches return, one blends it back in.
+
+The graphs are the captured model rewritten by the very passes that make the cached steps, so whatever can be cached can
+be learned::
+
+    record   every site's value leaves the graph as well
+    blend    value = weights[0] * fresh + weights[1] * stored, weights an input
+
+Both run operator by operator under autograd; gradients reach the weights and nothing else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, fx, nn
+
+from dicompile.analysis import ModelStructure, Site, SiteKind, analyse
+from dicompile.capture import Capture, Role, capture_model
+from dicompile.config import DebugFolder, Settings
+from dicompile.errors import CannotCapture, NoSitesFound
+from dicompile.passes import PASSES, InputRef, LocalStep, OutputRef, SlotRef, Value, Weights, outline, rewrite
+from dicompile.plan import SlotKind, What
+
+Inputs = Mapping[str, Any]
+"""Keyword arguments of the model's forward."""
+
+
+@dataclass(frozen=True)
+class LearnableModel:
+    """A model whose branches can be recorded and blended, for the shapes it was captured with.
+
+    Attributes:
+        structure: of the model.
+        sites: what is recorded and blended, in execution order: branches, or what whole blocks add.
+        latent: name of the forward argument that holds the latent.
+        timestep: name of the one that holds the timestep.
+
+    Example:
+        >>> model = learnable(dit, inputs)
+        >>> _, stored = model.record(inputs)
+        >>> output = model.blend(inputs, stored, [torch.stack([beta, 1 - beta]) for beta in scores])
+    """
+
+    structure: ModelStructure
+    sites: tuple[Site, ...]
+    latent: str
+    timestep: str
+    _plain: _Graph = field(repr=False)
+    _record: _Graph = field(repr=False)
+    _blend: _Graph = field(repr=False)
+
+    @torch.no_grad()
+    def predict(self, inputs: Inputs) -> Tensor:
+        """Output of the model as it is, without gradients."""
+        return self._plain(inputs, {})[Value(0)]
+
+    @torch.no_grad()
+    def record(self, inputs: Inputs) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Output of the model, and the value of every site, without gradients."""
+        results = self._record(inputs, {})
+        return results[Value(0)], tuple(results[_slot(i)] for i in range(len(self.sites)))
+
+    def blend(self, inputs: Inputs, stored: Sequence[Tensor], weights: Sequence[Tensor]) -> Tensor:
+        """Output of the model with stored values mixed in.
+
+        Args:
+            inputs: keyword arguments of its forward.
+            stored: per site a value as `record` returned it.
+            weights: per site float32 [2], of the fresh and of the stored value; per token [2, b, n, 1].
+
+        Returns:
+            The output, through which gradients reach the weights.
+        """
+        given: dict[InputRef, Tensor] = {_slot(i): value for i, value in enumerate(stored)}
+        given |= {Weights(i): pair for i, pair in enumerate(weights)}
+        return self._blend(inputs, given)[Value(0)]
+
+
+def learnable(
+    module: nn.Module,
+    inputs: Inputs,
+    *,
+    level: Literal["site", "block"] = "site",
+    what: What = What.CORE,
+    per_token: bool = False,
+    compiled: bool = False,
+) -> LearnableModel:
+    """Make a model learnable.
+
+    Args:
+        module: in eval mode; it is not changed, and its parameters are read at every call.
+        inputs: keyword arguments of its forward, of the shapes to train with. Whatever is no tensor becomes part of the
+            graph.
+        level: record and blend "site" by site, or what every "block" adds.
+        what: value of a site; of a block `What.UPDATE`.
+        per_token: every token has weights of its own.
+        compiled: run the graphs through `torch.compile`.
+
+    Raises:
+        CannotCapture: the model does not fit into one graph, or latent and timestep cannot be told apart.
+        NoSitesFound: there is nothing to blend.
+    """
+    capture = capture_model(module, inputs)
+    structure = analyse(capture)
+    sites = structure.sites if level == "site" else _blocks(structure)
+    if not sites:
+        raise NoSitesFound(
+            f"{type(module).__name__} has no {level} to learn for",
+            where="learnable",
+            why=f"{len(structure.sites)} branches were found, {len(structure.spans)} spans",
+            fix="see what `dicompile inspect` finds",
+        )
+
+    def graph(step: LocalStep, name: str) -> _Graph:
+        return _rewritten(capture, structure, sites, step, name).bound_to(module, compiled=compiled)
+
+    return LearnableModel(
+        structure=structure,
+        sites=sites,
+        latent=_argument(capture, Role.LATENT, module),
+        timestep=_argument(capture, Role.TIMESTEP, module),
+        _plain=graph(LocalStep(), "plain"),
+        _record=graph(LocalStep(what=what, writes=(SlotKind.VALUE,)), "record"),
+        _blend=graph(LocalStep((1.0, 1.0), variable=True, per_token=per_token, what=what), "blend"),
+    )
+
+
+@dataclass(frozen=True)
+class _Rewritten:
+    """One rewritten graph with what its inputs and outputs are; inputs of the model by name."""
+
+    graph_module: fx.GraphModule
+    inputs: tuple[InputRef, ...]
+    outputs: tuple[OutputRef, ...]
+    names: tuple[str, ...]
+    parameters: frozenset[str]
+
+    def bound_to(self, module: nn.Module, *, compiled: bool) -> _Graph:
+        """Ready to run with the parameters of a module."""
+        function = torch.compile(self.graph_module, dynamic=False) if compiled else self.graph_module
+        return _Graph(self, function, module)
+
+
+@dataclass(frozen=True)
+class _Graph:
+    """A rewritten graph that takes the model's inputs by name and its own by reference."""
+
+    rewritten: _Rewritten
+    function: Callable[..., Sequence[Tensor]]
+    module: nn.Module
+
+    def __call__(self, inputs: Inputs, given: Mapping[InputRef, Tensor]) -> dict[OutputRef, Tensor]:
+        made = self.rewritten
+        arguments = [
+            self._value(made.names[ref.index], inputs) if isinstance(ref, Value) else given[ref] for ref in made.inputs
+        ]
+        return dict(zip(made.outputs, self.function(*arguments), strict=True))
+
+    def _value(self, name: str, inputs: Inputs) -> Any:
+        if name in self.rewritten.parameters:
+            return _look_up(self.module, name).detach()
+        return _look_up(inputs, name)
+
+
+def _rewritten(
+    capture: Capture, structure: ModelStructure, sites: Sequence[Site], step: LocalStep, name: str
+) -> _Rewritten:
+    """The whole model as one segment, every site of which does the same."""
+    nodes = [node for node in capture.graph.nodes if node.op == "call_function"]
+    whole = outline(capture, structure, nodes, sites)
+    result = next(r for r in next(reversed(capture.graph.nodes)).args[0] if isinstance(r, fx.Node))
+    live = whole.outputs.index(result.name)
+    settings = Settings.from_environment()
+    segment, _ = rewrite(
+        whole.segment,
+        [step] * len(sites),
+        frozenset((live,)),
+        PASSES,
+        settings=settings,
+        debug=DebugFolder(settings.debug),
+        name=f"learn-{name}",
+    )
+    label = {
+        node.name: item.name for node, item in zip(capture.graph.find_nodes(op="placeholder"), capture.inputs, strict=True)
+    }
+    return _Rewritten(
+        graph_module=segment.graph_module,
+        inputs=tuple(segment.inputs),
+        outputs=tuple(Value(0) if isinstance(ref, Value) else ref for ref in segment.outputs),
+        names=tuple(label[name] for name in whole.inputs),
+        parameters=frozenset(item.name for item in capture.inputs if item.role is Role.PARAMETER),
+    )
+
+
+def _blocks(structure: ModelStructure) -> tuple[Site, ...]:
+    return tuple(span for span in structure.spans if span.kind is SiteKind.BLOCK)
+
+
+def _slot(position: int) -> SlotRef:
+    return SlotRef(position, SlotKind.VALUE)
+
+
+def _argument(capture: Capture, role: Role, module: nn.Module) -> str:
+    position = capture.input_position(role)
+    if position is None:
+        raise CannotCapture(
+            f"no input of {type(module).__name__} looks like the {role.value}",
+            where="learnable",
+            why="the latent is shaped like the output, the timestep reaches a sinusoidal embedding",
+            fix="call the model with both as tensors",
+        )
+    return capture.inputs[position].name
+
+
+def _look_up(root: Any, path: str) -> Any:
+    """Follow a dotted path through mappings, attributes and lists."""
+    for part in path.split("."):
+        if isinstance(root, Mapping):
+            root = root[part]
+        else:
+            root = getattr(root, part) if hasattr(root, part) else root[int(part)]
+    return root
