@@ -193,6 +193,7 @@ class Segment:
         fake_mode: mode of all ``meta["val"]``.
         steps: what each site does; empty for the unmodified segment.
         scores: node of the current raw score of a site, where this segment made one.
+        layouts: strides in which the model's own values leave the segment, by number; 0 for axes of one element.
     """
 
     graph_module: fx.GraphModule
@@ -203,6 +204,7 @@ class Segment:
     fake_mode: FakeTensorMode
     steps: tuple[LocalStep, ...] = ()
     scores: dict[int, fx.Node] = field(default_factory=dict)
+    layouts: dict[int, tuple[int, ...]] = field(default_factory=dict)
 
     @property
     def graph(self) -> fx.Graph:
@@ -231,7 +233,15 @@ class Segment:
             for site in self.sites
         )
         module = fx.GraphModule(self.graph_module, graph)
-        return Segment(module, [*self.inputs], [*self.outputs], sites, self.grid, self.fake_mode, tuple(steps))
+        return replace(
+            self,
+            graph_module=module,
+            inputs=[*self.inputs],
+            outputs=[*self.outputs],
+            sites=sites,
+            steps=tuple(steps),
+            scores={},
+        )
 
     def __str__(self) -> str:
         return graph_text(self.graph, [str(ref) for ref in self.inputs], [str(ref) for ref in self.outputs])

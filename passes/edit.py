@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -106,14 +106,27 @@ class Editor:
         return self.input(reference, value)
 
     def in_layout_of(self, original: fx.Node, node: fx.Node) -> fx.Node:
-        """The contiguous value `node`, its axes ordered in memory as those of `original`: later segments rely on it."""
-        strides = original.meta["val"].stride()
-        order = sorted(range(len(strides)), key=lambda axis: -strides[axis])
-        if original.meta["val"].is_contiguous() or order == sorted(order):
+        """The contiguous value `node`, its axes ordered in memory as those of `original`: what follows may view it."""
+        if original.meta["val"].is_contiguous():
             return node
-        permuted = self.call(aten.permute.default, node, order)
+        return self.with_strides(node, original.meta["val"].stride())
+
+    def with_strides(self, node: fx.Node, strides: Sequence[int]) -> fx.Node:
+        """A copy of `node` with its axes ordered in memory by falling strides; dense."""
+        order = sorted(range(len(strides)), key=lambda axis: -strides[axis])
+        permuted = self.call(aten.permute.default, node, order) if order != sorted(order) else node
         copied = self.call(aten.clone.default, permuted, memory_format=torch.contiguous_format)
+        if permuted is node:
+            return copied
         return self.call(aten.permute.default, copied, [order.index(axis) for axis in range(len(order))])
+
+    def propagate(self) -> None:
+        """Compute the values of all nodes anew: an edit upstream may have changed their layouts."""
+        with torch.no_grad(), self.segment.fake_mode:
+            for node in self.graph.nodes:
+                if node.op == "call_function":
+                    args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda parent: parent.meta["val"])
+                    node.meta["val"] = node.target(*args, **kwargs)
 
     def output(self, reference: OutputRef, node: fx.Node) -> None:
         """Let `node` leave the segment as `reference`."""

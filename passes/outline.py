@@ -75,5 +75,6 @@ def outline(capture: Capture, structure: ModelStructure, nodes: Sequence[fx.Node
         ),
         grid=structure.grid,
         fake_mode=capture.fake_mode,
+        layouts={i: strides_of(named[name].meta["val"]) for i, name in enumerate(leaving) if is_dense(named[name])},
     )
     return Outline(segment, entering, leaving)

@@ -163,5 +163,5 @@ def _unfold(editor: Editor, site: SiteNodes, raw: fx.Node) -> fx.Node:
             else:
                 narrow = editor.call(aten.slice.Tensor, carried[source], -1, 0, 1)
                 carried[node] = editor.call(aten.expand.default, narrow, list(tensor_of(node).shape))
-    with editor.before(site.core.next.next):
+    with editor.before(carried[site.core].next):
         return editor.call(aten.select.int, carried[site.core], -1, 0)

@@ -7,6 +7,7 @@ depends on the latent, and no other site lies inside it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Container
 from dataclasses import dataclass
 
@@ -139,8 +140,10 @@ def own_keys(flow: Dataflow, branch: Branch, streams: int) -> tuple[int, int]:
     if len(branch.attention) != 1 or branch.kind in (SiteKind.MLP, SiteKind.CROSS_ATTENTION):
         return 0, 0
     node = node_argument(branch.attention[0], 1)
-    total = int(node.meta["val"].shape[-2])
-    if branch.kind is not SiteKind.JOINT_ATTENTION:
+    value, stream = node.meta["val"], branch.stream.meta["val"]
+    total = int(value.shape[-2])
+    # Attention along one axis of a film folds the other into the batch.
+    if value.shape[0] * total == math.prod(stream.shape[:-1]):
         return 0, total
     own = flow.bits([branch.stream])
     while node.target is not aten.cat.default or total not in node.meta["val"].shape:

@@ -53,8 +53,11 @@ def _check_named(policy: Policy, structure: ModelStructure, rule: Rule) -> None:
 
 def _check_tokens(policy: Policy, site: Site, do: Refresh | TokenTable) -> None:
     fact, reason = site.tokens, site.tokens.reason
+    fix = "use a policy that reuses whole branches on this model, such as dicompile.FORA(interval=3)"
     # A branch of attention over its own tokens can be refreshed where the rule says which attention they see.
     opened = fact.stored if do.context == "stored" else fact.wise is TokenWise.QUERIES
+    if site.kind.is_span and do.context == "stored" and fact.wise is TokenWise.QUERIES:
+        opened, reason, fix = False, "a span stores no attention", "set context='all' or 'kept'"
     if fact.wise is TokenWise.YES or (opened and (site.kind.is_span or site.kind.value == "parallel")):
         return
     raise PolicyDoesNotFit(
@@ -62,7 +65,7 @@ def _check_tokens(policy: Policy, site: Site, do: Refresh | TokenTable) -> None:
         "does not allow",
         where=_where(site),
         why=reason,
-        fix="use a policy that reuses whole branches on this model, such as dicompile.FORA(interval=3)",
+        fix=fix,
     )
 
 

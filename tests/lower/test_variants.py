@@ -10,7 +10,7 @@ from dicompile.passes import LocalStep, SlotRef, Value
 from dicompile.plan import Score, ScoreBase, SlotKind
 from tests.passes.segments import FULL, REUSE, mlp_block
 
-REFRESH = LocalStep(refresh=Score(ScoreBase.RANDOM))
+REFRESH = LocalStep((1.0, 1.0), refresh=Score(ScoreBase.RANDOM))
 LIVE = frozenset({0})
 
 
@@ -42,7 +42,7 @@ def test_arguments_and_results_are_described_in_order(cache: VariantCache) -> No
     variant = cache.get("key", "block0", mlp_block().segment, (REUSE,), LIVE)
     assert variant.inputs == (Value(0), Value(5), SlotRef(0, SlotKind.VALUE))
     assert variant.outputs == (Value(0),)
-    assert [run.name for run in variant.runs][:2] == ["score-tokens", "refresh-tokens"]
+    assert [run.name for run in variant.runs][:3] == ["score-tokens", "open-spans", "refresh-tokens"]
 
 
 def test_a_segment_of_which_nothing_is_needed_computes_nothing(cache: VariantCache) -> None:

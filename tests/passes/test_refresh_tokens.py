@@ -39,7 +39,8 @@ FEWER_ROWS = 1e-5
 
 VALUE, STAMP, SCORE = (SlotRef(0, kind) for kind in (SlotKind.VALUE, SlotKind.STAMP, SlotKind.SCORE))
 COUNT, CLOCK, NOISE = TokenCount(0), ReuseClock(0), Noise(0, share_guidance=False)
-RANDOM = LocalStep(refresh=Score(ScoreBase.RANDOM), writes=(SlotKind.VALUE,))
+REFRESH = (1.0, 1.0)
+RANDOM = LocalStep(REFRESH, refresh=Score(ScoreBase.RANDOM), writes=(SlotKind.VALUE,))
 MLP = """\
 value0: f32[2,16,8] = input
 value1: f32[16,8] = input
@@ -48,8 +49,8 @@ value3: f32[8,16] = input
 value4: f32[8] = input
 value5: f32[8] = input
 count[0]: int = input
-value[0]: f32[2,16,8] = input
 noise[0]: f32[2,16] = input
+value[0]: f32[2,16,8] = input
 %9: (f32[2,16], i64[2,16]) = aten.sort.stable(noise[0], stable=True, dim=1, descending=True)  # blocks.0
 %10: i64[2,16] = getitem(%9, 1)  # blocks.0
 %11: i64[2,count[0]] = aten.slice.Tensor(%10, 1, 0, count[0])  # blocks.0
@@ -166,7 +167,7 @@ def test_highest_scores_win_and_ties_go_to_the_earlier_token() -> None:
 
 def test_waiting_raises_a_token_by_the_age_weight_per_reuse_step() -> None:
     score = Score(ScoreBase.RANDOM, age_weight=0.5)
-    step = LocalStep(refresh=score, writes=(SlotKind.VALUE, SlotKind.STAMP))
+    step = LocalStep(REFRESH, refresh=score, writes=(SlotKind.VALUE, SlotKind.STAMP))
     block = mlp_block()
     segment = rewritten(block.segment, [step], RefreshTokens())
     noise, stamp = torch.zeros(BATCH, TOKENS), torch.full((BATCH, TOKENS), 3, dtype=torch.int32)
@@ -184,7 +185,7 @@ def test_waiting_raises_a_token_by_the_age_weight_per_reuse_step() -> None:
 def test_cross_attention_replaces_the_entropies_of_the_tokens_it_computed(shared: bool) -> None:
     block = cross_attention_block()
     score = Score(ScoreBase.ENTROPY, share_guidance=shared)
-    step = LocalStep(refresh=score, writes=(SlotKind.VALUE, SlotKind.SCORE), source=0)
+    step = LocalStep(REFRESH, refresh=score, writes=(SlotKind.VALUE, SlotKind.SCORE), source=0)
     segment = rewritten(block.segment, [step], RefreshTokens())
     fresh = run_segment(
         rewritten(block.segment, [LocalStep(produces=score, writes=(SlotKind.SCORE,))], ScoreTokens()),

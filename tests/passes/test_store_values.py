@@ -5,11 +5,21 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dicompile.passes import LocalStep, SlotRef, Value
+from dicompile.passes import LocalStep, SlotRef, Value, Weights
 from dicompile.passes.reuse_sites import ReuseSites
 from dicompile.passes.store_values import StoreValues
 from dicompile.plan import Score, ScoreBase, SlotKind, What
-from tests.passes.segments import REUSE, Channels, chain, cut, mlp_block, reported, rewritten, run_segment
+from tests.passes.segments import (
+    REUSE,
+    Channels,
+    chain,
+    cut,
+    mlp_block,
+    reported,
+    rewritten,
+    run_segment,
+    self_attention_block,
+)
 
 VALUE, STAMP = SlotRef(0, SlotKind.VALUE), SlotRef(0, SlotKind.STAMP)
 WITH_BOTH = """\
@@ -32,7 +42,7 @@ def test_the_branch_output_before_its_gate_and_fresh_stamps_leave_the_segment() 
     assert report.changed == ("site 0: value", "site 0: stamp")
 
 
-@pytest.mark.parametrize("what", What)
+@pytest.mark.parametrize("what", [What.CORE, What.UPDATE])
 def test_what_is_stored_is_the_fresh_tensor_and_the_output_does_not_change_by_a_bit(what: What) -> None:
     block = mlp_block()
     results = run_segment(
@@ -42,6 +52,15 @@ def test_what_is_stored_is_the_fresh_tensor_and_the_output_does_not_change_by_a_
     assert torch.equal(results[Value(0)], block.output())
     assert torch.equal(results[VALUE], block.core() if what is What.CORE else block.update())
     assert not results[STAMP].any()
+
+
+def test_the_output_of_attention_leaves_beside_the_value_whatever_the_value_is() -> None:
+    block, attention = self_attention_block(), SlotRef(0, SlotKind.ATTENTION)
+    segment = rewritten(block.segment, [LocalStep(writes=(VALUE.kind, attention.kind))], StoreValues())
+    results = run_segment(segment, block.arguments)
+    assert torch.equal(results[attention], block.peek(block.segment.sites[0].attention[0]))
+    assert torch.equal(results[VALUE], block.core())
+    assert results[attention].is_contiguous()
 
 
 def test_a_branch_output_with_another_layout_is_stored_contiguous() -> None:
@@ -62,17 +81,21 @@ def test_a_contiguous_branch_output_is_not_copied() -> None:
 
 def test_a_blend_stores_the_fresh_value_not_the_blend() -> None:
     block = mlp_block()
-    step = LocalStep(weights=(0.25, 0.75), writes=(VALUE.kind,))
+    step = LocalStep(weights=(1.0, 1.0), variable=True, writes=(VALUE.kind,))
     old = torch.randn_like(block.core())
     segment = rewritten(block.segment, [step], ReuseSites(), StoreValues())
-    results = run_segment(segment, {**block.arguments, VALUE: old})
+    results = run_segment(segment, {**block.arguments, VALUE: old, Weights(0): torch.tensor([0.25, 0.75])})
     assert torch.equal(results[VALUE], block.core())
     assert not torch.allclose(results[Value(0)], block.output())
 
 
 @pytest.mark.parametrize(
     "step",
-    [REUSE, LocalStep(), LocalStep(refresh=Score(ScoreBase.RANDOM), writes=(VALUE.kind, STAMP.kind))],
+    [
+        REUSE,
+        LocalStep(),
+        LocalStep(weights=(1.0, 1.0), refresh=Score(ScoreBase.RANDOM), writes=(VALUE.kind, STAMP.kind)),
+    ],
     ids=["reused", "computed but never read", "refreshed by tokens, which stores for itself"],
 )
 def test_nothing_is_stored_for_a_site_that_is(step: LocalStep) -> None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from dicompile.plan import COMPUTE, Action, ScoreBase, What
+from dicompile.plan import Action, ScoreBase, What
 from tests.models import PlainBlock, PlainDiT
 
 
@@ -51,20 +51,20 @@ class Reference:
         if cold:
             self.cold_starts.append(number)
         for site, action in zip(self.sites, row, strict=True):
-            site.clock = 0 if action == COMPUTE else site.clock
+            site.clock = 0 if action.is_full else site.clock
         with torch.no_grad():
             output = self._forward(x, t, y, row, {} if cold else chosen, cold)
         for site, action in zip(self.sites, row, strict=True):
-            site.clock += action != COMPUTE
+            site.clock += not action.is_full
         return output
 
     def _advance(self, row: Sequence[Action]) -> None:
         for site, action in zip(self.sites, row, strict=True):
-            site.clock = 0 if action == COMPUTE else site.clock + 1
+            site.clock = 0 if action.is_full else site.clock + 1
 
     @staticmethod
     def _lacks(site: Memory, action: Action) -> bool:
-        ages = [0] if action.tokens else [age for age, weight in enumerate(action.weights[1:]) if weight]
+        ages = [age for age, weight in enumerate(action.weights[1:]) if weight]
         return any(site.values[age] is None for age in ages)
 
     def _forward(
@@ -79,14 +79,14 @@ class Reference:
             shift1, scale1, gate1, shift2, scale2, gate2 = (m[:, None] for m in block.modulation(c).chunk(6, dim=1))
 
             def attend(h: Tensor, block: PlainBlock = block, a: Tensor = scale1, b: Tensor = shift1) -> Tensor:
-                return block.attend(block.norm1(h) * (1 + a) + b)
+                return block.attended(block.norm1(h) * (1 + a) + b)
 
             def mlp(h: Tensor, block: PlainBlock = block, a: Tensor = scale2, b: Tensor = shift2) -> Tensor:
                 return block.mlp(block.norm2(h) * (1 + a) + b)
 
-            if cold or row[2 * number] == COMPUTE:
+            if cold or row[2 * number].is_full:
                 self.received[number] = attention_received(block, block.norm1(h) * (1 + scale1) + shift1)
-            h = h + self._site(2 * number, row, gate1, attend, h, None, cold)
+            h = h + self._site(2 * number, row, gate1, attend, h, None, cold, block.proj)
             h = h + self._site(2 * number + 1, row, gate2, mlp, h, chosen.get(2 * number + 1), cold)
         shift, scale = (m[:, None] for m in network.modulation(c).chunk(2, dim=1))
         h = network.head(network.norm(h) * (1 + scale) + shift)
@@ -96,34 +96,37 @@ class Reference:
 
     def _site(
         self, number: int, row: Sequence[Action], gate: Tensor, branch: Callable[[Tensor], Tensor], h: Tensor,
-        chosen: Tensor | None, cold: bool,
+        chosen: Tensor | None, cold: bool, project: Callable[[Tensor], Tensor] = lambda value: value,
     ) -> Tensor:  # fmt: skip
-        """Gated update of a site."""
+        """Gated update of a site; `project` follows the attention of the branch."""
         site, action = self.sites[number], row[number]
-        if chosen is not None:
-            self._check_ranking(number, action, chosen)
-            rows = chosen[..., None].expand(-1, -1, h.shape[-1])
-            old = site.values[0]
-            assert old is not None
-            assert site.stamp is not None
-            value = old.scatter(1, rows, branch(h.gather(1, rows)))
-            site.values[0] = value
-            site.stamp = site.stamp.scatter(1, chosen, site.clock + 1)
-            return gate * value
-        factor = gate if action.what is What.CORE else torch.ones(())
-        inner = branch if action.what is What.CORE else (lambda h: gate * branch(h))
+        inner, outer = {
+            What.CORE: (lambda h: project(branch(h)), lambda value: gate * value),
+            What.UPDATE: (lambda h: gate * project(branch(h)), lambda value: value),
+            What.ATTENTION: (branch, lambda value: gate * project(value)),
+        }[action.what]
         weights = (1.0,) if cold else action.weights
-        fresh = inner(h) if weights[0] else None
-        value = torch.zeros_like(h) if fresh is None else weights[0] * fresh
+        value = torch.zeros_like(h)
         for weight, old in zip(weights[1:], site.values, strict=False):
             if weight:
                 assert old is not None
                 value = value + weight * old
-        if fresh is not None:
+        if chosen is not None:
+            self._check_ranking(number, action, chosen)
+            rows = chosen[..., None].expand(-1, -1, h.shape[-1])
+            value = value.scatter(1, rows, inner(h.gather(1, rows)))
+            assert site.stamp is not None
+            site.stamp = site.stamp.scatter(1, chosen, site.clock + 1)
+            if weights == (1.0, 1.0):
+                site.values[0] = value
+            return outer(value)
+        if weights[0]:
+            fresh = inner(h)
+            value = value + weights[0] * fresh
             site.values = [fresh, *(site.values[1:] if cold else site.values[:-1])]
-        if cold or action == COMPUTE:
+        if cold or action.is_full:
             site.stamp = torch.zeros(h.shape[:2], dtype=torch.int64)
-        return factor * value
+        return outer(value)
 
     def _check_ranking(self, number: int, action: Action, chosen: Tensor) -> None:
         """No token that was left out ranks above one that was chosen."""

@@ -68,23 +68,26 @@ AGE_WEIGHT = 1e-3
 """About a fifth of what distinguishes the attention that two tokens receive: ages decide some places and not others."""
 
 
-def refresh(base: ScoreBase, count: int) -> Action:
-    return Action(tokens=Selection(Score(base, age_weight=AGE_WEIGHT), count))
+def refresh(base: ScoreBase, count: int, what: What = What.CORE) -> Action:
+    return Action.refresh(Selection(Score(base, age_weight=AGE_WEIGHT), count), what)
 
 
 @st.composite
 def site_columns(draw: st.DrawFn, steps: int, is_mlp: bool) -> list[Action]:
     """Actions of one site: the first step computes, and nothing reads further back than was stored."""
-    what = draw(st.sampled_from(What))
+    what = draw(st.sampled_from([What.CORE, What.UPDATE] if is_mlp else [What.CORE, What.UPDATE, What.ATTENTION]))
     kinds = ["compute", "reuse", "blend", "line", "parabola"]
-    if is_mlp and what is What.CORE:
-        kinds += ["attention", "random"]
+    if is_mlp:
+        kinds += ["attention", "random", "tokens of a line"]
     column, stored = [Action(what=what)], 1
     for _ in range(steps - 1):
         kind = draw(st.sampled_from(kinds))
         if kind in ("attention", "random"):
             base = ScoreBase.ATTENTION if kind == "attention" else ScoreBase.RANDOM
-            column.append(refresh(base, draw(st.integers(1, TOKENS))))
+            column.append(refresh(base, draw(st.integers(1, TOKENS)), what))
+        elif kind == "tokens of a line" and stored > 1:
+            tokens = refresh(ScoreBase.ATTENTION, draw(st.integers(1, TOKENS))).tokens
+            column.append(Action((1.0, *LINE[1:]), what, tokens))
         elif kind == "compute":
             column.append(Action(what=what))
         else:
@@ -98,9 +101,6 @@ def site_columns(draw: st.DrawFn, steps: int, is_mlp: bool) -> list[Action]:
 def tables(draw: st.DrawFn) -> tuple[Row, ...]:
     steps = draw(st.integers(2, 6))
     columns = [draw(site_columns(steps, is_mlp=bool(site % 2))) for site in range(SITES)]
-    for block in range(LAYERS):  # ranking by attention needs a score, which attention delivers where it is COMPUTE
-        if columns[2 * block][0] != COMPUTE:
-            columns[2 * block] = [Action(action.weights) for action in columns[2 * block]]
     return tuple(zip(*columns, strict=True))
 
 
@@ -164,6 +164,18 @@ def test_ages_count_the_steps_since_a_token_was_refreshed_or_its_site_computed(b
     row = (REUSE, refresh(ScoreBase.ATTENTION, 12)) * LAYERS
     full = (COMPUTE,) * SITES
     check((full, row, row, row, row, full, row, row, row), builder)
+
+
+def test_tokens_beside_a_forecast_serve_their_own_step_only(builder: ProgramBuilder) -> None:
+    tokens = refresh(ScoreBase.ATTENTION, 20).tokens
+    row = (Action(LINE), Action((1.0, *LINE[1:]), tokens=tokens)) * LAYERS
+    check((*column(COMPUTE, COMPUTE), row, row, row, *column(COMPUTE), row), builder)
+
+
+def test_stored_attention_is_projected_and_gated_anew(builder: ProgramBuilder) -> None:
+    full, reuse, line = (Action(weights, What.ATTENTION) for weights in (COMPUTE.weights, REUSE.weights, LINE))
+    rows = tuple((action, COMPUTE) * LAYERS for action in (full, reuse, full, line, reuse))
+    check(rows, builder)
 
 
 def test_older_values_move_up_one_age_when_a_new_one_is_stored(builder: ProgramBuilder) -> None:
