@@ -11,14 +11,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import fx
+from torch import Tensor, fx
 
 from dicompile.analysis import ModelStructure, analyse
 from dicompile.capture import Capture, Role, capture_graph, read_inputs
 from dicompile.config import DebugFolder, Settings
-from dicompile.errors import CallOutsideSchedule
-from dicompile.lower import Program, ProgramBuilder, VariantCache
+from dicompile.errors import CallOutsideSchedule, PolicyDoesNotFit
+from dicompile.lower import Program, ProgramBuilder, VariantCache, first_span, network_predictor, table_predictor
 from dicompile.plan import Plan, Policy, StepPlan, TimestepSchedule, cold_step, make_plan
+from dicompile.policies.predictor import load_predictor
 from dicompile.runtime import Executor, SchedulerLink
 
 ONE_AT_A_TIME = threading.RLock()
@@ -70,8 +71,29 @@ def compile_frame(
         timestep=capture.input_position(Role.TIMESTEP),
         latent=capture.input_position(Role.LATENT),
         seed=options.policy.seed,
+        predictor=_predictor(capture, structure, options),
     )
     return CompiledFrame(structure, programs, executor)
+
+
+def _predictor(
+    capture: Capture, structure: ModelStructure, options: Options
+) -> Callable[[Sequence[Any], int], Tensor] | None:
+    if options.policy.predictor is None:
+        return None
+    trained = load_predictor(options.policy.predictor)
+    tokens, batch = first_span(structure).tokens.count, first_span(structure).shape[0]
+    if (trained.blocks, trained.tokens) != (len(structure.blocks), tokens):
+        raise PolicyDoesNotFit(
+            f"the predictor is for {trained.blocks} blocks of {trained.tokens} tokens, "
+            f"the model has {len(structure.blocks)} of {tokens}",
+            where=trained.source,
+            why="a predictor knows one model at one resolution",
+            fix="use the predictor of this model, or train one for it",
+        )
+    if trained.facts.kind == "table":
+        return table_predictor(trained.importance, batch)
+    return network_predictor(capture, structure, trained.parameters, options.mode, trained.source)
 
 
 @dataclass(frozen=True)

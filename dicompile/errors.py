@@ -31,8 +31,16 @@ class PolicyDoesNotFit(DicompileError):
     """The policy asks for something that this model cannot do."""
 
 
+class InvalidPredictor(DicompileError):
+    """A file holds no cache predictor that could be read."""
+
+
 class InvalidRouter(DicompileError):
     """A file holds no router that could be read, or only part of one."""
+
+
+class InvalidTrainingData(DicompileError):
+    """A file of latents to train on lacks something, or its tensors do not go together."""
 
 
 class NoSitesFound(DicompileError):

@@ -21,6 +21,7 @@ from dicompile.passes.base import (
     Weights,
 )
 from dicompile.passes.drop_dead import DropDead
+from dicompile.passes.keep_layout import KeepLayout
 from dicompile.passes.narrow_linear import NarrowLinear
 from dicompile.passes.open_spans import OpenSpans
 from dicompile.passes.outline import Outline, boundary, outline
@@ -39,6 +40,7 @@ PASSES: tuple[Pass, ...] = (
     DropDead(),  # removes what the cuts left behind
     NarrowLinear(),  # needs to know which parts of a layer are still read
     DropDead(),  # removes the wide layers that were narrowed
+    KeepLayout(),  # last: no later edit may move anything
 )
 
 __all__ = [

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import ClassVar, Protocol
 
+import torch
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -270,3 +271,20 @@ class Pass(Protocol):
     def run(self, segment: Segment) -> PassReport:
         """Rewrite `segment` in place for its `steps`."""
         ...
+
+
+def strides_of(value: torch.Tensor) -> tuple[int, ...]:
+    """Strides of a tensor; 0 for axes of one element, where they do not matter."""
+    return tuple(stride if size != 1 else 0 for size, stride in zip(value.shape, value.stride(), strict=True))
+
+
+def is_dense(value: object) -> bool:
+    """True for a tensor that fills its memory without gaps or overlaps."""
+    if not isinstance(value, torch.Tensor):
+        return False
+    expected = 1
+    for stride, size in sorted((s, n) for s, n in zip(value.stride(), value.shape, strict=True) if n != 1):
+        if stride != expected:
+            return False
+        expected *= size
+    return True

@@ -9,7 +9,7 @@ from torch import fx
 
 from dicompile.analysis import ModelStructure, Site
 from dicompile.capture import Capture
-from dicompile.passes.base import Segment, SiteNodes, Value
+from dicompile.passes.base import Segment, SiteNodes, Value, is_dense, strides_of
 
 
 @dataclass(frozen=True)
@@ -75,6 +75,10 @@ def outline(capture: Capture, structure: ModelStructure, nodes: Sequence[fx.Node
         ),
         grid=structure.grid,
         fake_mode=capture.fake_mode,
-        layouts={i: strides_of(named[name].meta["val"]) for i, name in enumerate(leaving) if is_dense(named[name])},
+        layouts={
+            i: strides_of(named[name].meta["val"])
+            for i, name in enumerate(leaving)
+            if is_dense(named[name].meta["val"])
+        },
     )
     return Outline(segment, entering, leaving)

@@ -83,6 +83,9 @@ class Plan:
         baseline_flops: operations of the run without caching.
         baseline_time: its roofline time, in operations.
         slot_bytes: size of every slot.
+        block_sites: numbers of the sites of every block.
+        block_spans: numbers of the spans of a block, by its first site.
+        stack: numbers of the spans of the stack.
     """
 
     policy: str
@@ -92,6 +95,8 @@ class Plan:
     baseline_time: float
     slot_bytes: dict[Slot, int] = field(repr=False)
     block_sites: tuple[tuple[int, ...], ...] = field(repr=False, default=())
+    block_spans: dict[int, tuple[int, ...]] = field(repr=False, default_factory=dict)
+    stack: tuple[int, ...] = field(repr=False, default=())
 
     @property
     def flops(self) -> int:
@@ -123,11 +128,19 @@ class Plan:
         """Step x block picture: one character per site, blocks separated by spaces."""
         lines = []
         for number, step in enumerate(self.steps):
-            cells = " ".join("".join(step.sites[i].action.symbol for i in block) for block in self.block_sites)
+            cells = " ".join(self._cell(step, block) for block in self.block_sites)
+            stack = "".join(step.sites[i].action.symbol for i in self.stack)
+            cells += f"  | {stack}" if stack.strip("F") else ""
             share = step.flops / (self.baseline_flops / len(self.steps)) if self.baseline_flops else 0.0
             timestep = f"{self.schedule.timesteps[number]:8.2f}" if self.schedule.timesteps else ""
             lines.append(f"{number:>4}{timestep} {step.kind:<8} {share:7.1%}  {cells}")
         return "\n".join(lines)
+
+    def _cell(self, step: StepPlan, block: tuple[int, ...]) -> str:
+        """Symbols of a block's sites, or of the span around them where that one is reused or refreshed."""
+        symbols = "".join(step.sites[i].action.symbol for i in block)
+        around = "".join(step.sites[i].action.symbol for i in self.block_spans.get(block[0], ()))
+        return symbols if set(symbols) != {"-"} or not around.strip("F") else around.ljust(len(symbols), "-")
 
     def summary(self) -> str:
         """One line of figures."""
@@ -154,5 +167,5 @@ def slot_bytes(structure: ModelStructure, slot: Slot) -> int:
 
 
 def sites_by_block(structure: ModelStructure) -> tuple[tuple[int, ...], ...]:
-    """Site numbers of every block."""
+    """Numbers of the sites of every block."""
     return tuple(tuple(int(i) for i in structure.blocks[BlockId(b)].sites) for b in range(len(structure.blocks)))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from dicompile.analysis import ModelStructure, Site, TokenWise
+from dicompile.analysis import ModelStructure, Site, SiteKind, TokenWise
 from dicompile.plan.action import COMPUTE, HISTORIC, Action, Context, Score, ScoreBase, Selection, Slot, SlotKind, What
 from dicompile.plan.fits import check_fits
 from dicompile.plan.plan import FLOPS_PER_BYTE, Plan, SiteStep, StepPlan, sites_by_block, slot_bytes
@@ -23,7 +23,8 @@ def make_plan(structure: ModelStructure, policy: Policy, schedule: TimestepSched
     """
     check_fits(policy, structure)
     check_timesteps(policy, schedule)
-    return plan_actions(structure, make_rows(structure, policy, schedule.steps), schedule, policy.name)
+    plan = plan_actions(structure, make_rows(structure, policy, schedule.steps), schedule, policy.name)
+    return replace(plan, steps=tuple(_with_predictor(structure, step, policy.predictor_cost) for step in plan.steps))
 
 
 def plan_actions(structure: ModelStructure, rows: Sequence[Row], schedule: TimestepSchedule, name: str) -> Plan:
@@ -49,6 +50,13 @@ def plan_actions(structure: ModelStructure, rows: Sequence[Row], schedule: Times
         baseline_time=_baseline_time(structure) * schedule.steps,
         slot_bytes={slot: slot_bytes(structure, slot) for slot in all_slots},
         block_sites=sites_by_block(structure),
+        block_spans={
+            int(block.sites[0]): tuple(
+                int(s.id) for s in structure.spans if s.kind is SiteKind.BLOCK and s.block == block.id
+            )
+            for block in structure.blocks
+        },
+        stack=tuple(int(span.id) for span in structure.spans if span.kind is SiteKind.STACK),
     )
 
 
@@ -230,6 +238,13 @@ def _with_cost(structure: ModelStructure, step: StepPlan) -> StepPlan:
         saved_bytes -= sum(site.bytes for site in skipped)
         flops, size, time = flops - saved_flops, size - saved_bytes, time - saved_flops
     return replace(step, flops=round(flops), bytes=round(size), time=time)
+
+
+def _with_predictor(structure: ModelStructure, step: StepPlan, cost: float) -> StepPlan:
+    """Add what the predictor costs at steps that rank tokens by it."""
+    ranked = any(s.action.tokens and s.action.tokens.score.base is ScoreBase.PREDICTED for s in step.sites)
+    extra = cost * structure.flops / max(len(structure.blocks), 1) if ranked else 0.0
+    return replace(step, flops=step.flops + round(extra), time=step.time + extra)
 
 
 def _saving(site: Site, action: Action) -> tuple[float, float]:

@@ -313,6 +313,7 @@ class TokenTable(_Data):
         score: how tokens are ranked.
         context: which attention the tokens see.
         what: which value is stored.
+        origin: of a learned table.
     """
 
     do: Literal["tokens"] = "tokens"
@@ -320,6 +321,7 @@ class TokenTable(_Data):
     score: TokenScore = TokenScore(base="predicted", age_weight=0.0)
     context: Literal["all", "kept"] = "all"
     what: WhatName = "update"
+    origin: Origin | None = None
 
 
 SiteName = Literal["self-attention", "cross-attention", "joint-attention", "mlp", "parallel", "block", "stack"]
@@ -358,7 +360,8 @@ class Policy(_Data):
         cadence: which steps compute everything.
         rules: what happens on the other steps; a site that no rule names is computed.
         seed: of random scores.
-        predictor: path of the network that predicts importance, where a rule ranks tokens by it.
+        predictor: file of the network that predicts importance, where a rule ranks tokens by it.
+        predictor_cost: what one prediction costs, in blocks of the model.
     """
 
     name: str
@@ -366,6 +369,7 @@ class Policy(_Data):
     rules: tuple[Rule, ...] = ()
     seed: int = 0
     predictor: str | None = None
+    predictor_cost: Annotated[float, Field(ge=0)] = 0.0
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data: what JSON and YAML hold."""

@@ -72,7 +72,7 @@ def check_timesteps(policy: Policy, schedule: TimestepSchedule) -> None:
 
 
 def _origin(rule: Rule) -> Origin | None:
-    return rule.do.origin if isinstance(rule.do, Table) else None
+    return rule.do.origin if isinstance(rule.do, (Table, TokenTable)) else None
 
 
 def _check_labels(policy: Policy, origin: Origin, labels: Sequence[str]) -> None:

@@ -1,0 +1,160 @@
+"""A cache predictor as a callable: a copy of the model's first block with parameters of its own, and a linear head.
+
+The network is cut out of the captured model, so that it needs no adapter: whatever leads from the inputs to the end of
+the first block, with trained copies of the parameters on the way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dicompile.analysis import Dataflow, ModelStructure, Site, SiteKind
+from dicompile.capture import Capture, Role
+from dicompile.config import DebugFolder, Settings
+from dicompile.errors import PolicyDoesNotFit
+from dicompile.lower.inductor import compile_segment
+from dicompile.passes import PASSES, Outline, Segment, Value, outline, rewrite
+
+HEAD_WEIGHT, HEAD_BIAS = "head.weight", "head.bias"
+
+
+@dataclass(frozen=True)
+class FirstBlock:
+    """The part of a captured model up to the end of its first block.
+
+    Attributes:
+        segment: one output, the stream after the block, [b, n, d].
+        arguments: per input of the segment, position among the model's inputs and name.
+        parameters: names of the inputs that are parameters.
+    """
+
+    segment: Segment = field(repr=False)
+    arguments: tuple[tuple[int, str], ...]
+    parameters: tuple[str, ...]
+
+    @classmethod
+    def of(cls, capture: Capture, structure: ModelStructure) -> FirstBlock:
+        """Cut it out.
+
+        Raises:
+            PolicyDoesNotFit: the model has no span of one block.
+        """
+        span = first_span(structure)
+        end = next(node for node in capture.graph.nodes if node.name == span.add)
+        flow = Dataflow(capture.graph)
+        members = [node for node in flow.members(flow.ancestors[end]) if node.op == "call_function"]
+        whole: Outline = outline(capture, structure, members, ())
+        live = frozenset({whole.outputs.index(end.name)})
+        segment, _ = rewrite(
+            whole.segment, (), live, PASSES, settings=Settings(), debug=DebugFolder(None), name="predictor"
+        )
+        placeholders = [node.name for node in capture.graph.find_nodes(op="placeholder")]
+        names = [whole.inputs[ref.index] for ref in segment.inputs if isinstance(ref, Value)]
+        positions = [placeholders.index(name) for name in names]
+        arguments = tuple((i, capture.inputs[i].name) for i in positions)
+        parameters = tuple(capture.inputs[i].name for i in positions if capture.inputs[i].role is Role.PARAMETER)
+        return cls(segment, arguments, parameters)
+
+
+def first_span(structure: ModelStructure) -> Site:
+    """The span of the first block with the most tokens.
+
+    Raises:
+        PolicyDoesNotFit: the model has none.
+    """
+    spans = [span for span in structure.spans if span.kind is SiteKind.BLOCK and span.block == 0]
+    if not spans:
+        raise PolicyDoesNotFit(
+            "a cache predictor copies the first block, but the model has none",
+            where="analysis",
+            fix="use a policy that needs no predictor",
+        )
+    return max(spans, key=lambda span: span.tokens.count)
+
+
+def importance_of(stream: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """Importance of tokens in every block: ``sigmoid(LayerNorm(h) W + b)``.
+
+    Args:
+        stream: stream after the predictor's block, [b, n, d].
+        weight: [blocks, d].
+        bias: [blocks].
+
+    Returns:
+        In (0, 1), float32, [b, n, blocks].
+    """
+    normed = F.layer_norm(stream.float(), stream.shape[-1:])
+    return torch.sigmoid(F.linear(normed, weight.float(), bias.float()))
+
+
+def network_predictor(
+    capture: Capture, structure: ModelStructure, parameters: Mapping[str, Tensor], mode: str, source: str
+) -> Callable[[Sequence[Any], int], Tensor]:
+    """Compile a predictor network for one captured model.
+
+    Args:
+        capture: the captured model.
+        structure: its structure.
+        parameters: trained copies by the model's own names, and the head.
+        mode: see `compile_segment`.
+        source: file that they come from.
+
+    Returns:
+        Importance from the model's inputs and the step; float32, [b, n, blocks].
+
+    Raises:
+        PolicyDoesNotFit: a parameter is missing or has another shape.
+    """
+    first = FirstBlock.of(capture, structure)
+    shapes = {
+        capture.inputs[i].name: tuple(node.meta["val"].shape)
+        for i, node in enumerate(capture.graph.find_nodes(op="placeholder"))
+        if capture.inputs[i].role is Role.PARAMETER
+    }
+    for name in first.parameters:
+        given = tuple(parameters[name].shape) if name in parameters else None
+        if given != shapes[name]:
+            raise PolicyDoesNotFit(
+                f"the predictor has parameter {name} of shape {given}, the model {shapes[name]}",
+                where=source,
+                why="a predictor is a trained copy of one model's first block",
+                fix="use the predictor of this model, or train one for it",
+            )
+    function = compile_segment(first.segment, mode)
+    device = next(node.meta["val"].device for node in first.segment.graph.nodes if node.op == "call_function")
+    dtypes = {name: _dtype(first, i) for i, (_, name) in enumerate(first.arguments)}
+    own = {name: parameters[name].to(device, dtypes[name]) for name in first.parameters}
+    weight, bias = (parameters[name].to(device) for name in (HEAD_WEIGHT, HEAD_BIAS))
+
+    def predict(inputs: Sequence[Any], step: int) -> Tensor:
+        del step
+        (stream,) = function(*[own.get(name, inputs[i]) for i, name in first.arguments])
+        return importance_of(stream, weight, bias)
+
+    return predict
+
+
+def table_predictor(importance: Tensor, batch: int) -> Callable[[Sequence[Any], int], Tensor]:
+    """A predictor that knows step, block and token alone.
+
+    Args:
+        importance: [steps, blocks, tokens].
+        batch: rows of the batch.
+    """
+
+    def predict(inputs: Sequence[Any], step: int) -> Tensor:
+        device = next(value.device for value in inputs if isinstance(value, Tensor))
+        return importance[step].T.to(device).expand(batch, -1, -1)
+
+    return predict
+
+
+def _dtype(first: FirstBlock, index: int) -> torch.dtype:
+    placeholders = first.segment.graph.find_nodes(op="placeholder")
+    return placeholders[index].meta["val"].dtype  # type: ignore[no-any-return]

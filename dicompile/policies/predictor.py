@@ -1,0 +1,127 @@
+"""Files of trained cache predictors: a small network, and the importance that it gave to tokens on calibration runs."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, ValidationError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from dicompile.errors import InvalidPredictor
+
+FORMAT = "dicompile.predictor/1"
+IMPORTANCE = "importance"
+PARAMETER = "parameter."
+
+
+class PredictorFacts(BaseModel):
+    """What a predictor was trained for, as stored in its file.
+
+    Attributes:
+        format: name and version of the file format.
+        kind: "network": a copy of the model's first block that sees latent, timestep and conditioning (version 2 of the
+            paper); "table": a function of step, block and token position alone (version 1).
+        blocks: labels of the blocks in order.
+        timesteps: of the sampler, in calling order.
+        penalty: weight of the sparsity term in training.
+        seed: of the training.
+        iterations: optimiser steps.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    format: Literal["dicompile.predictor/1"] = FORMAT
+    kind: Literal["network", "table"]
+    blocks: tuple[str, ...]
+    timesteps: tuple[float, ...]
+    penalty: float
+    seed: int
+    iterations: int
+
+
+@dataclass(frozen=True)
+class Predictor:
+    """A trained cache predictor.
+
+    Attributes:
+        importance: mean over calibration samples, in (0, 1); float32, [steps, blocks, tokens].
+        facts: see `PredictorFacts`.
+        parameters: of the network, by the model's own names, and of its head; empty for a table.
+        source: what messages call it.
+
+    Reference:
+        Lou et al., Token Caching for Diffusion Transformer Acceleration, arXiv 2409.18523, section 3.
+    """
+
+    importance: Tensor = field(repr=False)
+    facts: PredictorFacts
+    parameters: dict[str, Tensor] = field(repr=False, default_factory=dict)
+    source: str = "predictor"
+
+    @property
+    def steps(self) -> int:
+        """Number of sampling steps."""
+        return self.importance.shape[0]
+
+    @property
+    def blocks(self) -> int:
+        """Number of blocks."""
+        return self.importance.shape[1]
+
+    @property
+    def tokens(self) -> int:
+        """Number of tokens."""
+        return self.importance.shape[2]
+
+    def save(self, path: Path | str) -> None:
+        """Write a safetensors file."""
+        tensors = {IMPORTANCE: self.importance.half().contiguous()}
+        tensors |= {PARAMETER + name: tensor.half().contiguous() for name, tensor in self.parameters.items()}
+        save_file(tensors, path, metadata={"facts": self.facts.model_dump_json()})
+
+
+def load_predictor(path: Path | str) -> Predictor:
+    """Read a predictor.
+
+    Raises:
+        InvalidPredictor: there is no such file, or it holds no predictor.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118 (no mapping)
+    except (OSError, SafetensorError) as error:
+        raise InvalidPredictor(
+            "this is not a safetensors file",
+            where=str(path),
+            why=str(error),
+            fix="give the file that `dicompile train-predictor` wrote",
+        ) from None
+    try:
+        facts = PredictorFacts.model_validate(json.loads(metadata.get("facts", "null")))
+    except (ValidationError, ValueError) as error:
+        raise InvalidPredictor(
+            "this file does not say what its predictor was trained for",
+            where=str(path),
+            why=" ".join(str(error).split()),
+            fix="give the file that `dicompile train-predictor` wrote",
+        ) from None
+    importance = tensors.pop(IMPORTANCE, None)
+    expected = (len(facts.timesteps), len(facts.blocks))
+    if importance is None or importance.ndim != 3 or tuple(importance.shape[:2]) != expected:
+        shape = None if importance is None else tuple(importance.shape)
+        raise InvalidPredictor(
+            f"the importance has shape {shape}, its facts say {expected[0]} steps and {expected[1]} blocks",
+            where=str(path),
+            fix="train the predictor again",
+        )
+    if not torch.isfinite(importance).all():
+        raise InvalidPredictor("the importance is not finite", where=str(path), fix="train the predictor again")
+    parameters = {name.removeprefix(PARAMETER): tensor for name, tensor in tensors.items()}
+    return Predictor(importance, facts, parameters, str(path))
