@@ -15,6 +15,8 @@ from torch import Tensor, nn
 
 import dicompile
 from dicompile import errors
+from dicompile.passes import PASSES
+from dicompile.policies import POLICIES
 from tests import models
 from tests.models import optimized, run
 
@@ -76,15 +78,25 @@ def call_odd_batch() -> None:
     run(dicompile.optimize(sample.model, dicompile.ToCaPixArt(), schedule=4, mode="eager"), inputs, [999])
 
 
-def call_joint_attention() -> None:
-    sample = models.sd3(2)
-    run(optimized(sample, dicompile.ToCa(grid_cell=0), 4), sample.inputs, [999])
+def call_without_cross_attention() -> None:
+    sample = models.dit(1)
+    run(optimized(sample, dicompile.ToCa(score="entropy"), 4), sample.inputs, [999])
+
+
+class PooledBlock(models.PlainBlock):
+    """Keys and values are means over four tokens, as in models that compress them."""
+
+    def attended(self, x: Tensor) -> Tensor:
+        b, n, c = x.shape
+        query, key, value = self.qkv(x).chunk(3, dim=-1)
+        key, value = (part.reshape(b, n // 4, 4, c).mean(2) for part in (key, value))
+        return nn.functional.scaled_dot_product_attention(query[:, None], key[:, None], value[:, None])[:, 0]
 
 
 def call_attention_over_other_tokens() -> None:
-    """With one block, text is no stream: image tokens attend over themselves and the text."""
-    sample = models.sd3(1)
-    run(optimized(sample, dicompile.ToCa(grid_cell=0), 4), sample.inputs, [999])
+    sample = models.plain_dit(1)
+    sample.model.blocks[0] = PooledBlock(32, 2)
+    run(optimized(sample, dicompile.ToCa(), 4), sample.inputs, [999])
 
 
 def optimize_pipeline_twice() -> None:
@@ -103,7 +115,7 @@ CASES: list[tuple[type[errors.DicompileError], Callable[[], Any], str]] = [
         lambda: dicompile.optimize(plain_dit(), "forra", schedule=4),
         "no policy is called 'forra'\n"
         "  why:   it is neither a published name nor an existing .yaml or .json file\n"
-        "  fix:   use one of: none, fora, toca, toca-pixart",
+        f"  fix:   use one of: {', '.join(POLICIES)}",
     ),
     (
         errors.InvalidPolicy,
@@ -163,18 +175,18 @@ CASES: list[tuple[type[errors.DicompileError], Callable[[], Any], str]] = [
     ),
     (
         errors.PolicyDoesNotFit,
-        call_joint_attention,
-        "policy 'toca-3' ranks tokens by attention, for which there is no self-attention in the block\n"
+        call_without_cross_attention,
+        "policy 'toca-3' ranks tokens by entropy, for which there is no cross-attention in the block\n"
         "  where: site 1, transformer_blocks.0.ff.net.0.proj (mlp)\n"
-        "  why:   the block has joint-attention, mlp, joint-attention, mlp\n"
+        "  why:   the block has self-attention, mlp\n"
         "  fix:   choose another score, for example score='random'",
     ),
     (
         errors.PolicyDoesNotFit,
         call_attention_over_other_tokens,
         "policy 'toca-3' ranks tokens by attention, but the attention is not over the same tokens\n"
-        "  where: site 1, transformer_blocks.0.ff.net.0.proj (mlp)\n"
-        "  why:   aten.cat.default in transformer_blocks.0.attn joins tokens with others\n"
+        "  where: site 1, blocks.0.mlp.0 (mlp)\n"
+        "  why:   aten.view.default in blocks.0 folds tokens into another axis ([4, 64, 32] to [4, 16, 4, 32])\n"
         "  fix:   choose another score, for example score='random'",
     ),
     (
@@ -307,7 +319,7 @@ CASES: list[tuple[type[errors.DicompileError], Callable[[], Any], str]] = [
         lambda: call_with_disabled_passes("-drop-deed"),
         "DICOMPILE_PASSES leaves out 'drop-deed', but no pass has this name\n"
         "  where: environment\n"
-        "  fix:   the passes are: score-tokens, refresh-tokens, reuse-sites, store-values, drop-dead, narrow-linear",
+        f"  fix:   the passes are: {', '.join(dict.fromkeys(item.name for item in PASSES))}",
     ),
 ]
 

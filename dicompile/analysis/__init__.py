@@ -152,7 +152,9 @@ class Work:
 
 def _work_of_sites(flow: Dataflow, branches: Sequence[Branch]) -> list[Work]:
     cores = owned_work(flow, [branch.core for branch in branches])
-    attention = owned_work(flow, [branch.attention[0] if len(branch.attention) == 1 else None for branch in branches])
+    # Where a stream ends in keys, as that of text does in the last block, its last branches only serve this attention.
+    ends = [branch.attention[0] if len(branch.attention) == 1 else None for branch in branches]
+    attention = owned_work(flow, ends, [branch.add for branch in branches])
     return [Work(core, part) for core, part in zip(cores, attention, strict=True)]
 
 

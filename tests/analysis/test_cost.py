@@ -29,9 +29,31 @@ def test_a_call_of_plain_dit_costs_what_the_formulas_say() -> None:
     assert structure("plain_dit").flops == sites + embed + time + modulation + head
 
 
-def test_all_work_of_a_token_wise_mlp_shrinks_with_its_tokens_and_none_of_self_attention() -> None:
+def test_all_work_of_a_token_wise_mlp_shrinks_with_its_tokens_and_all_but_keys_and_values_of_self_attention() -> None:
     sites = structure("plain_dit").sites
-    assert [site.token_flops for site in sites] == [0, sites[1].flops] * LAYERS
+    attention, projection = 4 * ROWS * TOKENS * WIDTH, 2 * ROWS * WIDTH * WIDTH
+    assert [site.token_flops for site in sites] == [attention + projection, sites[1].flops] * LAYERS
+    fused = 3 * projection  # queries come from the same product as keys and values
+    assert [site.key_flops for site in sites] == [fused, 0] * LAYERS
+    assert [site.attention_flops for site in sites] == [fused + attention, 0] * LAYERS
+
+
+def test_queries_shrink_where_they_have_a_layer_of_their_own() -> None:
+    attention, projection = 4 * ROWS * TOKENS * WIDTH, 2 * ROWS * WIDTH * WIDTH
+    sites = structure("dit").sites
+    assert [site.key_flops for site in sites] == [2 * projection, 0] * LAYERS
+    assert [site.token_flops for site in sites[::2]] == [attention + 2 * projection] * LAYERS
+    assert [site.attention_flops for site in sites[::2]] == [attention + 3 * projection] * LAYERS
+
+
+def test_joint_attention_is_split_between_the_streams_and_the_last_one_does_not_pay_for_the_text_before_it() -> None:
+    batch, image, text, width = 2, 64, 8, 32
+    keys_and_queries = 3 * 2 * batch * (image + text) * width * width
+    attention = keys_and_queries + 4 * batch * (image + text) ** 2 * width
+    found = structure("sd3")
+    modulation = 2 * batch * width * 2 * width  # of text that the last block only reads
+    both = [site.attention_flops for site in found.sites if site.kind.value == "joint-attention"]
+    assert both == [attention // 2] * 4 + [attention + modulation]
 
 
 def test_text_keys_do_not_shrink_with_the_tokens_and_the_shared_caption_projection_is_split_between_its_readers() -> (
@@ -52,7 +74,9 @@ def test_sites_never_cost_more_than_the_model(name: str) -> None:
     assert found.flops == sum(node_flops(node) for node in captured(name).graph.nodes)
     assert 0 < sum(site.flops for site in found.sites) < found.flops
     assert 0 < sum(site.bytes for site in found.sites) < found.bytes
-    assert all(0 <= site.token_flops <= site.flops for site in found.sites)
+    assert all(0 <= site.token_flops <= site.flops for site in found.everything)
+    assert all(0 <= site.attention_flops <= site.flops for site in found.everything)
+    assert all(site.key_flops + site.token_flops <= site.flops for site in found.sites if site.tokens.stored)
 
 
 def test_dit_xl_costs_what_the_papers_say() -> None:

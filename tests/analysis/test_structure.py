@@ -12,7 +12,6 @@ from tests.capture.captured import captured, one_block, structure
 from tests.models import MODELS, Sample, capture
 
 SELF = "aten.scaled_dot_product_attention.default in {path} reads keys and values of all tokens"
-STACK = "no: aten.stack.default in {path} is not known to keep tokens apart"
 JOIN = "no: aten.cat.default in {path} joins tokens with others"
 
 # Per site: kind, stream, token-wise, shape.
@@ -85,7 +84,7 @@ BLOCKS: dict[str, list[tuple[str, str, list[tuple[str, int, str, tuple[int, ...]
                     (
                         "parallel",
                         1,
-                        STACK.format(path=f"single_transformer_blocks.{b}.attn"),
+                        "queries only: " + SELF.format(path=f"single_transformer_blocks.{b}.attn"),
                         (1, 22, 32),
                     )
                 ],
