@@ -24,7 +24,7 @@ from dicompile.passes.drop_dead import DropDead
 from dicompile.passes.keep_layout import KeepLayout
 from dicompile.passes.narrow_linear import NarrowLinear
 from dicompile.passes.open_spans import OpenSpans
-from dicompile.passes.outline import Outline, boundary, outline
+from dicompile.passes.outline import Outline, boundary, outline, outline_until
 from dicompile.passes.pipeline import PassRun, rewrite
 from dicompile.passes.refresh_tokens import RefreshTokens
 from dicompile.passes.reuse_sites import ReuseSites
@@ -64,5 +64,6 @@ __all__ = [
     "Weights",
     "boundary",
     "outline",
+    "outline_until",
     "rewrite",
 ]

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from dicompile.analysis import ModelStructure, Site
+from dicompile.analysis import Dataflow, ModelStructure, Site
 from dicompile.capture import Capture
 from dicompile.passes.base import Segment, SiteNodes, Value, is_dense, strides_of
 
@@ -82,3 +82,24 @@ def outline(capture: Capture, structure: ModelStructure, nodes: Sequence[fx.Node
         },
     )
     return Outline(segment, entering, leaving)
+
+
+def outline_until(
+    capture: Capture, structure: ModelStructure, end: str, sites: Sequence[Site] = ()
+) -> tuple[Outline, int]:
+    """Cut out everything that leads to one value.
+
+    Args:
+        capture: the captured model.
+        structure: its structure.
+        end: name of the value's node.
+        sites: sites on the way.
+
+    Returns:
+        The piece, and the number of the value among its outputs.
+    """
+    flow = Dataflow(capture.graph)
+    last = next(node for node in flow.nodes if node.name == end)
+    nodes = [node for node in flow.members(flow.ancestors[last]) if node.op == "call_function"]
+    whole = outline(capture, structure, nodes, sites)
+    return whole, whole.outputs.index(end)

@@ -12,6 +12,8 @@ from typing import Annotated
 import typer
 
 from dicompile.cli.inspect import inspect
+from dicompile.cli.router import router_app
+from dicompile.cli.train_router import train_router_command
 from dicompile.errors import DicompileError
 
 DEMO_EXTRA = {"diffusers": "diffusers", "PIL": "pillow"}
@@ -58,3 +60,5 @@ def demo(
 
 
 app.command()(inspect)
+app.command("train-router")(train_router_command)
+app.add_typer(router_app, name="router")

@@ -51,58 +51,78 @@ def load(model: str, batch: int, size: int | None) -> Loaded:
         return _from_factory(model)
     raise DicompileError(
         f"there is no model {model!r}",
-        where="dicompile inspect",
+        where="MODEL",
         why="it is neither 'demo', nor an existing folder, nor module:factory",
         fix="dicompile inspect demo",
     )
 
 
-def _from_factory(spelled: str) -> Loaded:
+def factory_of(spelled: str) -> Callable[[], Any]:
+    """The function that ``module:factory`` names.
+
+    Raises:
+        DicompileError: it cannot be imported.
+    """
     module_name, _, factory_name = spelled.partition(":")
     sys.path.insert(0, str(Path.cwd()))
     try:
-        factory = getattr(importlib.import_module(module_name), factory_name)
+        factory: Callable[[], Any] = getattr(importlib.import_module(module_name), factory_name)
     except (ImportError, AttributeError) as error:
         raise DicompileError(
             f"cannot find {spelled}",
-            where="dicompile inspect",
+            where="MODEL",
             why=str(error),
             fix="write module:factory, importable from here, returning (module, inputs)",
         ) from None
+    return factory
+
+
+def _from_factory(spelled: str) -> Loaded:
+    factory = factory_of(spelled)
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     with mode:
         made = factory()
     if not (isinstance(made, tuple) and isinstance(made[0], nn.Module) and isinstance(made[1], dict)):
         raise DicompileError(
             f"{spelled} returned {type(made).__name__}",
-            where="dicompile inspect",
+            where="MODEL",
             fix="return a torch.nn.Module and a dict with the keyword arguments of its forward",
         )
     return Loaded(spelled, made[0].eval(), made[1], mode)
 
 
-def _from_folder(folder: Path, batch: int, size: int | None) -> Loaded:
-    path = next((p for p in (folder / "config.json", folder / "transformer" / "config.json") if p.is_file()), None)
+def transformer_of(folder: Path) -> tuple[Path, Any]:
+    """Folder of the diffusers transformer that was saved to a folder, of its own or of a pipeline, and its class.
+
+    Raises:
+        DicompileError: there is none, or this version of diffusers does not know the class.
+    """
+    path = next((p for p in (folder, folder / "transformer") if (p / "config.json").is_file()), None)
     if path is None:
         raise DicompileError(
             f"{folder} holds no diffusers transformer",
-            where="dicompile inspect",
+            where="MODEL",
             why="neither config.json nor transformer/config.json is there",
             fix="give the folder that save_pretrained wrote",
         )
     import diffusers
 
-    config = json.loads(path.read_text(encoding="utf-8"))
-    kind = getattr(diffusers, str(config.get("_class_name")), None)
+    name = json.loads((path / "config.json").read_text(encoding="utf-8")).get("_class_name")
+    kind = getattr(diffusers, str(name), None)
     if kind is None:
         raise DicompileError(
-            f"diffusers {diffusers.__version__} has no class {config.get('_class_name')!r}",
-            where=str(path),
+            f"diffusers {diffusers.__version__} has no class {name!r}",
+            where=str(path / "config.json"),
             fix="install the diffusers version that saved the model",
         )
+    return path, kind
+
+
+def _from_folder(folder: Path, batch: int, size: int | None) -> Loaded:
+    path, kind = transformer_of(folder)
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     with mode:
-        module = kind.from_config(config).eval()
+        module = kind.from_config(kind.load_config(path)).eval()
         inputs = example_inputs(module, batch, size)
     return Loaded(f"{folder.name} ({kind.__name__})", module, inputs, mode)
 
@@ -126,8 +146,8 @@ def example_inputs(module: nn.Module, batch: int, size: int | None) -> dict[str,
         elif parameter.default is inspect.Parameter.empty and parameter.kind is not parameter.VAR_KEYWORD:
             raise DicompileError(
                 f"cannot guess the input {name!r} of {type(module).__name__}",
-                where="dicompile inspect",
-                fix="write a factory that returns (module, inputs) and inspect module:factory",
+                where="MODEL",
+                fix="write a factory that returns (module, inputs) and give module:factory",
             )
     return {name: value for name, value in inputs.items() if value is not None}
 

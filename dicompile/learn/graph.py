@@ -22,7 +22,7 @@ from dicompile.analysis import ModelStructure, Site, SiteKind, analyse
 from dicompile.capture import Capture, Role, capture_model
 from dicompile.config import DebugFolder, Settings
 from dicompile.errors import CannotCapture, NoSitesFound
-from dicompile.passes import PASSES, InputRef, LocalStep, OutputRef, SlotRef, Value, Weights, outline, rewrite
+from dicompile.passes import PASSES, InputRef, LocalStep, OutputRef, SlotRef, Value, Weights, outline_until, rewrite
 from dicompile.plan import SlotKind, What
 
 Inputs = Mapping[str, Any]
@@ -34,10 +34,13 @@ class LearnableModel:
     """A model whose branches can be recorded and blended, for the shapes it was captured with.
 
     Attributes:
+        name: class of the model.
+        capture: of the model.
         structure: of the model.
         sites: what is recorded and blended, in execution order: branches, or what whole blocks add.
         latent: name of the forward argument that holds the latent.
         timestep: name of the one that holds the timestep.
+        timesteps: example of it, which says shape, dtype and device.
 
     Example:
         >>> model = learnable(dit, inputs)
@@ -45,27 +48,45 @@ class LearnableModel:
         >>> output = model.blend(inputs, stored, [torch.stack([beta, 1 - beta]) for beta in scores])
     """
 
+    name: str
+    capture: Capture = field(repr=False)
     structure: ModelStructure
     sites: tuple[Site, ...]
     latent: str
     timestep: str
+    timesteps: Tensor = field(repr=False)
+    _whole: _Graph = field(repr=False)
     _plain: _Graph = field(repr=False)
     _record: _Graph = field(repr=False)
     _blend: _Graph = field(repr=False)
 
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return self.timesteps.device
+
+    def inputs(self, latent: Tensor, timestep: float, conditioning: Inputs) -> dict[str, Any]:
+        """Keyword arguments of the forward: everybody at one timestep."""
+        return {**conditioning, self.latent: latent, self.timestep: torch.full_like(self.timesteps, timestep)}
+
+    @torch.no_grad()
+    def output(self, inputs: Inputs) -> Tensor:
+        """Output of the model as it is, without gradients."""
+        return self._whole(inputs, {})[Value(0)]
+
     @torch.no_grad()
     def predict(self, inputs: Inputs) -> Tensor:
-        """Output of the model as it is, without gradients."""
+        """Result of the model as it is, without gradients; the output unless `learnable` was asked for the stream."""
         return self._plain(inputs, {})[Value(0)]
 
     @torch.no_grad()
     def record(self, inputs: Inputs) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """Output of the model, and the value of every site, without gradients."""
+        """Result of the model, and the value of every site, without gradients."""
         results = self._record(inputs, {})
         return results[Value(0)], tuple(results[_slot(i)] for i in range(len(self.sites)))
 
     def blend(self, inputs: Inputs, stored: Sequence[Tensor], weights: Sequence[Tensor]) -> Tensor:
-        """Output of the model with stored values mixed in.
+        """Result of the model with stored values mixed in.
 
         Args:
             inputs: keyword arguments of its forward.
@@ -73,7 +94,7 @@ class LearnableModel:
             weights: per site float32 [2], of the fresh and of the stored value; per token [2, b, n, 1].
 
         Returns:
-            The output, through which gradients reach the weights.
+            The result, through which gradients reach the weights.
         """
         given: dict[InputRef, Tensor] = {_slot(i): value for i, value in enumerate(stored)}
         given |= {Weights(i): pair for i, pair in enumerate(weights)}
@@ -87,6 +108,7 @@ def learnable(
     level: Literal["site", "block"] = "site",
     what: What = What.CORE,
     per_token: bool = False,
+    result: Literal["output", "stream"] = "output",
     compiled: bool = False,
 ) -> LearnableModel:
     """Make a model learnable.
@@ -98,6 +120,7 @@ def learnable(
         level: record and blend "site" by site, or what every "block" adds.
         what: value of a site; of a block `What.UPDATE`.
         per_token: every token has weights of its own.
+        result: what `predict`, `record` and `blend` return: the model's output, or the stream after its last block.
         compiled: run the graphs through `torch.compile`.
 
     Raises:
@@ -115,14 +138,21 @@ def learnable(
             fix="see what `dicompile inspect` finds",
         )
 
-    def graph(step: LocalStep, name: str) -> _Graph:
-        return _rewritten(capture, structure, sites, step, name).bound_to(module, compiled=compiled)
+    wanted = _output(capture) if result == "output" else _last_add(structure)
 
+    def graph(step: LocalStep, name: str, returned: str = wanted) -> _Graph:
+        return _rewritten(capture, structure, sites, step, returned, name).bound_to(module, compiled=compiled)
+
+    timestep = _argument(capture, Role.TIMESTEP, module)
     return LearnableModel(
+        name=type(module).__name__,
+        capture=capture,
         structure=structure,
         sites=sites,
         latent=_argument(capture, Role.LATENT, module),
-        timestep=_argument(capture, Role.TIMESTEP, module),
+        timestep=timestep,
+        timesteps=_look_up(inputs, timestep),
+        _whole=graph(LocalStep(), "whole", _output(capture)),
         _plain=graph(LocalStep(), "plain"),
         _record=graph(LocalStep(what=what, writes=(SlotKind.VALUE,)), "record"),
         _blend=graph(LocalStep((1.0, 1.0), variable=True, per_token=per_token, what=what), "blend"),
@@ -167,25 +197,23 @@ class _Graph:
 
 
 def _rewritten(
-    capture: Capture, structure: ModelStructure, sites: Sequence[Site], step: LocalStep, name: str
+    capture: Capture, structure: ModelStructure, sites: Sequence[Site], step: LocalStep, returned: str, name: str
 ) -> _Rewritten:
     """The whole model as one segment, every site of which does the same."""
-    nodes = [node for node in capture.graph.nodes if node.op == "call_function"]
-    whole = outline(capture, structure, nodes, sites)
-    result = next(r for r in next(reversed(capture.graph.nodes)).args[0] if isinstance(r, fx.Node))
-    live = whole.outputs.index(result.name)
+    whole, live = outline_until(capture, structure, returned, sites)
     settings = Settings.from_environment()
     segment, _ = rewrite(
         whole.segment,
         [step] * len(sites),
-        frozenset((live,)),
+        frozenset({live}),
         PASSES,
         settings=settings,
         debug=DebugFolder(settings.debug),
         name=f"learn-{name}",
     )
     label = {
-        node.name: item.name for node, item in zip(capture.graph.find_nodes(op="placeholder"), capture.inputs, strict=True)
+        node.name: item.name
+        for node, item in zip(capture.graph.find_nodes(op="placeholder"), capture.inputs, strict=True)
     }
     return _Rewritten(
         graph_module=segment.graph_module,
@@ -194,6 +222,17 @@ def _rewritten(
         names=tuple(label[name] for name in whole.inputs),
         parameters=frozenset(item.name for item in capture.inputs if item.role is Role.PARAMETER),
     )
+
+
+def _output(capture: Capture) -> str:
+    """Name of the first tensor that the model returns."""
+    results: Sequence[object] = next(reversed(capture.graph.nodes)).args[0]  # type: ignore[assignment]
+    return next(result.name for result in results if isinstance(result, fx.Node))
+
+
+def _last_add(structure: ModelStructure) -> str:
+    """Name of the stream after the last block."""
+    return next(span.add for span in structure.spans if span.kind is SiteKind.STACK and span.is_last)
 
 
 def _blocks(structure: ModelStructure) -> tuple[Site, ...]:

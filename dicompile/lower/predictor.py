@@ -14,12 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dicompile.analysis import Dataflow, ModelStructure, Site, SiteKind
+from dicompile.analysis import ModelStructure, Site, SiteKind
 from dicompile.capture import Capture, Role
 from dicompile.config import DebugFolder, Settings
 from dicompile.errors import PolicyDoesNotFit
 from dicompile.lower.inductor import compile_segment
-from dicompile.passes import PASSES, Outline, Segment, Value, outline, rewrite
+from dicompile.passes import PASSES, Segment, Value, outline_until, rewrite
 
 HEAD_WEIGHT, HEAD_BIAS = "head.weight", "head.bias"
 
@@ -45,14 +45,9 @@ class FirstBlock:
         Raises:
             PolicyDoesNotFit: the model has no span of one block.
         """
-        span = first_span(structure)
-        end = next(node for node in capture.graph.nodes if node.name == span.add)
-        flow = Dataflow(capture.graph)
-        members = [node for node in flow.members(flow.ancestors[end]) if node.op == "call_function"]
-        whole: Outline = outline(capture, structure, members, ())
-        live = frozenset({whole.outputs.index(end.name)})
+        whole, live = outline_until(capture, structure, first_span(structure).add)
         segment, _ = rewrite(
-            whole.segment, (), live, PASSES, settings=Settings(), debug=DebugFolder(None), name="predictor"
+            whole.segment, (), frozenset({live}), PASSES, settings=Settings(), debug=DebugFolder(None), name="predictor"
         )
         placeholders = [node.name for node in capture.graph.find_nodes(op="placeholder")]
         names = [whole.inputs[ref.index] for ref in segment.inputs if isinstance(ref, Value)]

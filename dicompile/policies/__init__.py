@@ -17,7 +17,9 @@ from dicompile.policies.router import Router, RouterFacts
 from dicompile.policies.router_file import load_router, save_router
 from dicompile.policies.schedule_json import schedule_from_json, schedule_to_json
 from dicompile.policies.taylorseer import TaylorSeer, TaylorSeerLite
+from dicompile.policies.predictor import Predictor, load_predictor
 from dicompile.policies.toca import ToCa, ToCaFlux, ToCaOpenSora, ToCaPixArt
+from dicompile.policies.tokencache import TokenCache
 
 __all__ = [
     "FORA",
@@ -28,6 +30,7 @@ __all__ = [
     "DuCaPixArt",
     "LearningToCache",
     "NoCache",
+    "Predictor",
     "Router",
     "RouterFacts",
     "TaylorSeer",
@@ -36,7 +39,9 @@ __all__ = [
     "ToCaFlux",
     "ToCaOpenSora",
     "ToCaPixArt",
+    "TokenCache",
     "get_policy",
+    "load_predictor",
     "load_router",
     "required_options",
     "save_router",
@@ -56,6 +61,7 @@ POLICIES: dict[str, Callable[..., Policy]] = {
     "duca-opensora": DuCaOpenSora,
     "duca-flux": DuCaFlux,
     "taylorseer": TaylorSeer,
+    "tokencache": TokenCache,
     "taylorseer-lite": TaylorSeerLite,
     "l2c": LearningToCache,
 }

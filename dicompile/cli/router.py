@@ -1,0 +1,50 @@
+"""``dicompile router show|export FILE``: what a router caches, and its schedule for other programs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from dicompile.policies import Router, load_router, schedule_to_json
+
+router_app = typer.Typer(no_args_is_help=True, help="Look at a trained router, or export its schedule.")
+
+File = Annotated[Path, typer.Argument(help="A router of `dicompile train-router`, or a published .pt or .pth file.")]
+Threshold = Annotated[float | None, typer.Option(help="Instead of the router's own; larger values cache more.")]
+
+
+@router_app.command()
+def show(file: File, threshold: Threshold = None) -> None:
+    """Print how many sites every cache step reuses."""
+    Console().print(router_table(load_router(file), threshold))
+
+
+@router_app.command()
+def export(
+    file: File,
+    json: Annotated[Path, typer.Option(help="File to write: per branch one 0 or 1 for every call.")],
+    threshold: Threshold = None,
+) -> None:
+    """Write the schedule as JSON, in the form that SmoothCache reads."""
+    router = load_router(file)
+    json.write_text(schedule_to_json(router.schedule(threshold), router.facts.sites), encoding="utf-8")
+    typer.echo(router.summary(threshold))
+
+
+def router_table(router: Router, threshold: float | None = None) -> Table:
+    """One row per cache step, in calling order."""
+    schedule, facts = router.schedule(threshold), router.facts
+    kinds = list(dict.fromkeys(label.partition(".")[2] for label in facts.sites))
+    table = Table(
+        "call", "timestep", "row", "cached", *(f"cached {kind}" for kind in kinds), title=router.summary(threshold)
+    )
+    for call, row in router.rows.items():
+        reused = (~schedule[call]).tolist()
+        by_kind = (sum(r for r, label in zip(reused, facts.sites, strict=True) if label.endswith(k)) for k in kinds)
+        timestep = f"{facts.timesteps[call]:g}" if facts.timesteps else ""
+        table.add_row(f"{call}", timestep, f"{row}", f"{sum(reused)}", *map(str, by_kind))
+    return table

@@ -1,0 +1,135 @@
+"""MODEL on the command line of a training -> a module with its weights, its sampler, and what to train on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dicompile.cli.models import example_inputs, factory_of, transformer_of
+from dicompile.errors import DicompileError
+from dicompile.learn.latents import LATENTS, Latents
+from dicompile.learn.router import Data
+
+WHERE = "dicompile train-router"
+
+
+@dataclass(frozen=True)
+class Trainable:
+    """Everything that a training needs of a model.
+
+    Attributes:
+        module: in eval mode, frozen.
+        inputs: example keyword arguments of its forward, of the batch that is trained with.
+        scheduler: a diffusers scheduler.
+        data: draws batches.
+        null: what conditioning is replaced by where it is dropped.
+    """
+
+    module: nn.Module
+    inputs: dict[str, Any]
+    scheduler: Any
+    data: Data
+    null: dict[str, float | Tensor] = field(default_factory=dict)
+
+
+def trainable(model: str, batch: int, data: Path | None, device: str) -> Trainable:
+    """Resolve MODEL: "demo", a folder that a diffusers pipeline or model was saved to, or ``module:factory``.
+
+    Args:
+        model: what the user wrote. A factory returns a module, keyword arguments of its forward, and a scheduler; the
+            batch is that of the arguments.
+        batch: samples per iteration.
+        data: safetensors file of latents and conditioning, see `dicompile.learn.latents`; the demo draws its own.
+        device: where to train.
+
+    Raises:
+        DicompileError: it is none of these, or something is missing.
+        InvalidTrainingData: the file cannot be used.
+    """
+    if model == "demo":
+        found = _demo(batch)
+    elif Path(model).is_dir():
+        found = _from_folder(Path(model), batch, _latents(model, data))
+    elif ":" in model:
+        found = _from_factory(model, _latents(model, data))
+    else:
+        raise DicompileError(
+            f"there is no model {model!r}",
+            where=WHERE,
+            why="it is neither 'demo', nor an existing folder, nor module:factory",
+            fix="dicompile train-router demo",
+        )
+    found.module.to(device).eval().requires_grad_(False)
+    inputs = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in found.inputs.items()}
+    return Trainable(found.module, inputs, found.scheduler, found.data, found.null)
+
+
+def _demo(batch: int) -> Trainable:
+    from dicompile.demo import shapes
+    from dicompile.demo.sample import load_model, load_scheduler
+
+    def data(generator: torch.Generator) -> dict[str, Tensor]:
+        labels = torch.randint(shapes.NUM_CLASSES, (batch,), generator=generator)
+        return {LATENTS: shapes.draw(labels, generator), "class_labels": labels}
+
+    module, null = load_model(), {"class_labels": shapes.NUM_CLASSES}
+    return Trainable(module, _zeros(example_inputs(module, batch, None)), load_scheduler(), data, dict(null))
+
+
+def _from_folder(folder: Path, batch: int, latents: Latents) -> Trainable:
+    path, kind = transformer_of(folder)
+    module = kind.from_pretrained(path, local_files_only=True)
+    inputs = _zeros(example_inputs(module, batch, latents.rows[LATENTS].shape[-1]))
+    drawn = latents.draw(batch, torch.Generator())
+    inputs |= {name: value for name, value in drawn.items() if name != LATENTS}
+    return Trainable(module, inputs, _scheduler(folder), lambda g: latents.draw(batch, g), dict(latents.null))
+
+
+def _from_factory(spelled: str, latents: Latents) -> Trainable:
+    made = factory_of(spelled)()
+    if not (
+        isinstance(made, tuple) and len(made) == 3 and isinstance(made[0], nn.Module) and isinstance(made[1], dict)
+    ):
+        raise DicompileError(
+            f"{spelled} returned {type(made).__name__}",
+            where=WHERE,
+            fix="return a torch.nn.Module, a dict with the keyword arguments of its forward, and a scheduler",
+        )
+    module, inputs, scheduler = made
+    batch = max(len(value) for value in inputs.values() if isinstance(value, Tensor) and value.ndim)
+    return Trainable(module, inputs, scheduler, lambda g: latents.draw(batch, g), dict(latents.null))
+
+
+def _zeros(inputs: dict[str, Any]) -> dict[str, Any]:
+    """Example inputs without values that happen to lie in memory: labels must be classes."""
+    return {name: torch.zeros_like(value) if isinstance(value, Tensor) else value for name, value in inputs.items()}
+
+
+def _latents(model: str, data: Path | None) -> Latents:
+    if data is None:
+        raise DicompileError(
+            f"there is nothing to train {model} on",
+            where=WHERE,
+            why="only the demo draws its own pictures",
+            fix="--data FILE.safetensors with latents and conditioning by forward argument",
+        )
+    return Latents.load(data)
+
+
+def _scheduler(folder: Path) -> Any:
+    """The DDIM form of the scheduler that was saved beside a model."""
+    from diffusers import DDIMScheduler
+
+    path = next((p for p in (folder / "scheduler", folder) if (p / "scheduler_config.json").is_file()), None)
+    if path is None:
+        raise DicompileError(
+            f"{folder} holds no scheduler",
+            where=WHERE,
+            why="neither scheduler_config.json nor scheduler/scheduler_config.json is there",
+            fix="scheduler.save_pretrained(folder) with the scheduler that you sample with",
+        )
+    return DDIMScheduler.from_pretrained(path, local_files_only=True)

@@ -1,0 +1,56 @@
+"""Files of a training: a checkpoint that is never half written, and a log of JSON lines."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dicompile.errors import InvalidRouter
+
+
+def save_checkpoint(state: Mapping[str, Any], path: Path) -> None:
+    """Write a state of tensors and plain data; the old file stays until the new one is whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    torch.save(dict(state), partial)
+    partial.replace(path)
+
+
+def load_checkpoint(path: Path) -> Mapping[str, Any]:
+    """Read a state; nothing in the file is executed.
+
+    Raises:
+        InvalidRouter: it is damaged or something else.
+    """
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # whatever a damaged or hostile file makes torch raise
+        state, why = None, str(error).partition("\n")[0]
+    else:
+        why = "it is not the state of a training"
+    if not isinstance(state, Mapping) or "key" not in state:
+        raise InvalidRouter(
+            f"{path.name} is not a checkpoint", where=str(path), why=why, fix="remove it and train from the start"
+        )
+    return state
+
+
+def append_line(path: Path | None, content: Mapping[str, Any]) -> None:
+    """Add a line of JSON to a log, if there is one."""
+    if path is not None:
+        with path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(content) + "\n")
+
+
+def forget_lines_after(path: Path | None, iteration: int) -> None:
+    """Remove what a log says of later iterations: they are about to be repeated."""
+    if path is None:
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    kept = [line for line in lines if json.loads(line)["iteration"] <= iteration]
+    path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
