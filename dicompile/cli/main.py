@@ -13,6 +13,7 @@ import typer
 
 from dicompile.cli.inspect import inspect
 from dicompile.cli.router import router_app
+from dicompile.cli.train_predictor import train_predictor_command
 from dicompile.cli.train_router import train_router_command
 from dicompile.errors import DicompileError
 
@@ -61,4 +62,5 @@ def demo(
 
 app.command()(inspect)
 app.command("train-router")(train_router_command)
+app.command("train-predictor")(train_predictor_command)
 app.add_typer(router_app, name="router")

@@ -20,7 +20,7 @@ from dicompile.errors import InvalidPredictor
 from dicompile.learn.checkpoint import append_line, forget_lines_after, load_checkpoint, save_checkpoint
 from dicompile.learn.graph import LearnableModel
 from dicompile.learn.latents import Data, draw_batch
-from dicompile.learn.router import Files
+from dicompile.learn.router import NOWHERE, Files
 from dicompile.learn.samplers import Ddim
 from dicompile.lower.predictor import HEAD_BIAS, HEAD_WEIGHT, FirstBlock, importance_of
 from dicompile.policies.predictor import Predictor, PredictorFacts
@@ -35,8 +35,8 @@ class PredictorOptions:
 
     Attributes:
         iterations: optimiser steps.
-        kind: "network": a copy of the model's first block and a linear head, which see latent, timestep and conditioning
-            (version 2); "table": a small network of timestep, block and token position (version 1).
+        kind: "network": a copy of the model's first block and a linear head, which see what the model sees (version 2);
+            "table": a small network of timestep, block and token position (version 1).
         penalty: weight of the mean importance, on the scale of the relative squared error of the last stream.
         lr: learning rate of AdamW.
         label_dropout: probability of a sample to be conditioned on nothing.
@@ -248,7 +248,7 @@ class PredictorTraining:
 
 
 def train_predictor(
-    training: PredictorTraining, files: Files = Files(), *, resume: bool = False, progress: bool = True
+    training: PredictorTraining, files: Files = NOWHERE, *, resume: bool = False, progress: bool = True
 ) -> Predictor:
     """Run a training to its end, then average importance per step; see `train_router`."""
     if resume and files.checkpoint is not None and files.checkpoint.exists():

@@ -24,9 +24,6 @@ from dicompile.learn.objective import Iteration, Objective, training_iteration
 from dicompile.learn.samplers import Sampler
 from dicompile.policies.router import Router, RouterFacts, cache_rows
 
-Data = Callable[[torch.Generator], Mapping[str, Any]]
-"""Draws a batch: clean latents under "latents", [b, c, ...], and conditioning by the names of forward arguments."""
-
 
 @dataclass(frozen=True, slots=True)
 class RouterOptions:
@@ -222,8 +219,12 @@ class Files:
     every: int = 200
 
 
+NOWHERE = Files()
+"""A training that leaves no files."""
+
+
 def train_router(
-    training: RouterTraining, files: Files = Files(), *, resume: bool = False, progress: bool = True
+    training: RouterTraining, files: Files = NOWHERE, *, resume: bool = False, progress: bool = True
 ) -> Router:
     """Run a training to its end.
 
