@@ -84,7 +84,7 @@ TERA = [
     (dit, 50, dicompile.NoCache(), 23.74),
     (dit, 50, dicompile.ToCa(**QUIRK), 10.23),
     (dit, 50, dicompile.FORA(3), 8.57),
-    (dit, 50, dicompile.DuCa(**QUIRK), 9.56),
+    (dit, 50, dicompile.DuCa(**QUIRK), 9.58),
     (flux, 50, dicompile.NoCache(), 3719.5),
     (flux, 50, dicompile.ToCaFlux(4, depth_denominator=27), 1263.2),
     (flux, 50, dicompile.ToCaFlux(5, depth_denominator=27), 1126.8),

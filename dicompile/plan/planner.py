@@ -230,12 +230,12 @@ def _with_cost(structure: ModelStructure, step: StepPlan) -> StepPlan:
         flops, size, time = flops - saved_flops, size - saved_bytes, time - before + after
     for span, planned in zip(structure.spans, step.sites[leaves:], strict=True):
         saved_flops, saved_bytes = _saving(span, planned.action)
-        skipped = [structure.sites[i] for i in span.inside if step.sites[i].action.is_skip]
+        inside = [structure.sites[i] for i in span.inside]
         if planned.action.is_full:
             continue
-        # Skipped sites have counted as saved; what is left is their modulation, or the tokens that the span computes.
-        saved_flops -= sum(site.flops for site in skipped)
-        saved_bytes -= sum(site.bytes for site in skipped)
+        # Sites inside have counted already; what is left is their modulation, or the tokens that the span computes.
+        saved_flops -= sum(site.flops for site in inside)
+        saved_bytes -= sum(site.bytes for site in inside)
         flops, size, time = flops - saved_flops, size - saved_bytes, time - saved_flops
     return replace(step, flops=round(flops), bytes=round(size), time=time)
 

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dicompile.plan import Cadence, Window
-from dicompile.policies import FORA, ToCa, ToCaPixArt
+from dicompile.policies import FORA, TaylorSeer, ToCa, ToCaPixArt
 
 
 def letters(cadence: Cadence, steps: int) -> str:
@@ -75,6 +75,33 @@ def test_toca_without_refreshed_tokens_is_fora() -> None:
 
 def test_warm_up_steps_are_full_and_counting_up_starts_at_zero() -> None:
     assert letters(Cadence(interval=4, warmup=3, counting="up"), 10) == "FFF.F...F."
+
+
+@pytest.mark.parametrize(
+    ("steps", "interval", "full"),
+    [
+        (10, 3, [9, 8, 5, 2]),
+        (20, 4, [19, 18, 14, 10, 6, 2]),
+        (50, 4, [49, *range(48, -1, -4)]),
+    ],
+)
+def test_taylorseer_counts_from_the_last_full_step_and_does_not_force_the_last(
+    steps: int, interval: int, full: list[int]
+) -> None:
+    cadence = TaylorSeer(interval=interval).cadence
+    assert indices(cadence, steps) == full
+    assert len(indices(cadence, 50)) == {3: 18, 4: 14}[interval]
+
+
+def test_listed_steps_and_the_first_one_are_full_and_no_others() -> None:
+    assert letters(Cadence(interval=2, warmup=3, at=(4, 5, 99)), 8) == "F...FF.."
+
+
+def test_the_residue_counts_within_the_current_interval() -> None:
+    by_index = Cadence(interval=3).moments(8)
+    assert [moment.residue for moment in by_index] == [1, 0, 2, 1, 0, 2, 1, 0]
+    since_last = Cadence(interval=3, anchor="last", warmup=2).moments(8)
+    assert [moment.residue for moment in since_last] == [0, 0, 1, 2, 0, 1, 2, 0]
 
 
 def test_no_cadence_given_computes_always() -> None:

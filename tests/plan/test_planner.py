@@ -30,7 +30,7 @@ from dicompile.plan import (
     make_plan,
     plan_actions,
 )
-from dicompile.policies import FORA, NoCache, ToCa, ToCaPixArt
+from dicompile.policies import FORA, DuCa, DuCaFlux, NoCache, TaylorSeer, TaylorSeerLite, ToCa, ToCaPixArt
 from tests.plan.toys import TOKENS, toy
 
 STRUCTURE = toy([("self-attention", "cross-attention", "mlp"), ("self-attention", "mlp"), ("parallel",)], spans=True)
@@ -249,6 +249,66 @@ def test_a_run_that_enters_at_any_step_finds_what_it_reads_after_one_cold_step(
 def test_published_policies_read_only_what_is_there(policy: object, steps: int) -> None:
     plan = make_plan(STRUCTURE, policy, TimestepSchedule(steps))  # type: ignore[arg-type]
     simulate(STRUCTURE, plan.steps)
+
+
+@pytest.mark.parametrize(
+    ("policy", "steps"),
+    [
+        (DuCa(decide="block", grid_cell=0), 50),
+        (DuCa(aggressive="update", score="random", grid_cell=0), 20),
+        (DuCaFlux(interval=4), 20),
+        (TaylorSeer(interval=3, order=3), 20),
+        (TaylorSeerLite(interval=3, what="stream"), 20),
+    ],
+)
+def test_policies_with_spans_and_history_read_only_what_is_there(policy: object, steps: int) -> None:
+    structure = toy([("self-attention", "mlp"), ("parallel",)], spans=True)
+    plan = make_plan(structure, policy, TimestepSchedule(steps))  # type: ignore[arg-type]
+    simulate(structure, plan.steps)
+    assert plan.flops < plan.baseline_flops
+
+
+def test_a_forecast_of_the_stack_holds_as_many_tensors_as_its_order_and_nothing_else() -> None:
+    plan = make_plan(STRUCTURE, TaylorSeerLite(interval=3, order=2), TimestepSchedule(20))
+    stack = STRUCTURE.spans[-1]
+    assert [str(slot) for slot in plan.slots] == [f"value[{stack.id}]{age}" for age in ("", "-1", "-2")]
+    assert plan.cache_bytes == 3 * stack.core_bytes
+
+
+def test_a_skipped_step_costs_what_lies_outside_the_blocks() -> None:
+    plan = make_plan(STRUCTURE, DuCa(grid_cell=0, decide="step"), TimestepSchedule(50))
+    outside = STRUCTURE.flops - sum(site.flops for site in STRUCTURE.sites)
+    skips = [step for step in plan.steps if step.kind == "skip"]
+    assert len(skips) == 8
+    assert [step.flops for step in skips] == [outside] * 8
+
+
+def test_a_first_block_that_is_computed_and_thrown_away_is_paid_for() -> None:
+    plan = make_plan(STRUCTURE, DuCa(grid_cell=0, decide="block"), TimestepSchedule(50))
+    step = plan.steps[49 - 32]
+    block = STRUCTURE.sites_of(STRUCTURE.blocks[0])
+    assert [step.sites[site.id].action for site in block] == [COMPUTE] * 3
+    assert step.sites[STRUCTURE.spans[-1].id].action.symbol == "."
+    outside = STRUCTURE.flops - sum(site.flops for site in STRUCTURE.sites)
+    assert step.flops == outside + sum(site.flops for site in block)
+
+
+def test_values_outlive_the_steps_that_skip_them() -> None:
+    structure = toy([("self-attention", "mlp")], spans=True)
+    spans = (COMPUTE, COMPUTE)
+    skip = (SKIP, SKIP, COMPUTE, Action(REUSE.weights, What.UPDATE))
+    plan = planned(structure, [(COMPUTE, COMPUTE, *spans), skip, (REUSE, REUSE, *spans)])
+    assert [sorted(map(str, step.live)) for step in plan.steps] == [
+        ["value[0]", "value[1]", "value[3]"], ["value[0]", "value[1]"], [],
+    ]  # fmt: skip
+    assert [step.sites[0].clock for step in plan.steps] == [0, 0, 0]  # a skipped step ages no token
+
+
+def test_a_blend_does_not_lose_the_attention_that_a_later_refresh_reads() -> None:
+    structure = toy([("parallel",)])
+    plan = planned(structure, [(COMPUTE,), (BLEND,), (refresh(ScoreBase.RANDOM),)])
+    attention = Slot.of(structure.sites[0].id, ATTENTION)
+    assert [attention in step.live for step in plan.steps] == [True, True, False]
 
 
 def test_toca_for_pixart_reads_only_what_is_there() -> None:

@@ -17,6 +17,7 @@ from dicompile.plan import (
     REUSE,
     Action,
     Cadence,
+    Forecast,
     Line,
     Policy,
     Refresh,
@@ -24,6 +25,7 @@ from dicompile.plan import (
     Rule,
     Score,
     ScoreBase,
+    Table,
     TimestepSchedule,
     TokenScore,
     make_plan,
@@ -229,3 +231,60 @@ def test_one_attention_cannot_deliver_two_scores() -> None:
 )
 def test_what_a_model_can_do_is_not_refused(rules: tuple[Rule, ...]) -> None:
     assert len(make_plan(PIXART, policy(*rules), TimestepSchedule(4)).steps) == 4
+
+
+SPANS = toy([("self-attention", "mlp")] * 2, spans=True)
+MIXED = toy([("self-attention", "mlp"), ("parallel",)], spans=True)
+
+
+def of(kind: str, do: object) -> Rule:
+    return Rule(sites=(kind,), do=do)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("kind", ["block", "stack"])
+def test_a_model_without_spans_cannot_reuse_them(kind: str) -> None:
+    assert refusal(DIT, of(kind, Reuse(what="update"))) == (
+        f"policy 'mine' reuses a whole {kind}, but the model has none\n"
+        "  where: analysis\n"
+        "  why:   no two branches follow each other on one stream\n"
+        "  fix:   use a policy that reuses single branches, such as dicompile.FORA(interval=3)"
+    )
+
+
+@pytest.mark.parametrize(
+    ("structure", "rule", "text"),
+    [
+        (SPANS, of("stack", Reuse()), "stores the core of a stack, which has none"),
+        (SPANS, of("block", Forecast(what="attention")), "stores the attention of a block, which has none"),
+        (SPANS, of("mlp", Reuse(what="stream")), "stores the stream of a mlp, which has none"),
+        (SPANS, of("mlp", Reuse(what="attention")), "stores the output of attention, but the branch has 0"),
+        (SPANS, of("mlp", Refresh(ratio=0.5, otherwise=Reuse(what="stream"))), "stores the stream of a mlp"),
+        (SPANS, of("mlp", Table(compute=(), otherwise=Forecast(what="stream"))), "stores the stream of a mlp"),
+    ],
+)
+def test_a_value_that_a_site_does_not_have_cannot_be_stored(structure: ModelStructure, rule: Rule, text: str) -> None:
+    assert text in refusal(structure, rule)
+
+
+def test_a_span_has_no_attention_to_store_and_a_stack_mixes_tokens() -> None:
+    random = TokenScore(base="random", age_weight=0.0)
+    stored = of("block", Refresh(ratio=0.5, score=random, otherwise=Reuse(what="update")))
+    assert "  why:   a span stores no attention\n  fix:   set context='all' or 'kept'" in refusal(SPANS, stored)
+    tokens = of("stack", Refresh(ratio=0.5, score=random, context="all", otherwise=Reuse(what="update")))
+    assert "refreshes single tokens, which this span does not allow" in refusal(SPANS, tokens)
+
+
+def test_a_predicted_score_needs_a_predictor() -> None:
+    assert "ranks tokens by a predictor, but names none" in refusal(DIT, on("mlp", base="predicted"))
+
+
+@pytest.mark.parametrize("context", ["stored", "all", "kept"])
+def test_parallel_branches_are_refreshed_in_any_context(context: str) -> None:
+    do = Refresh(ratio=0.5, context=context)  # type: ignore[arg-type]
+    plan = make_plan(MIXED, policy(of("parallel", do)), TimestepSchedule(4))
+    assert [step.sites[2].action.symbol for step in plan.steps] == list("FttF")
+
+
+def test_cells_of_a_film_may_be_cut_off_at_its_edges() -> None:
+    film = toy([("self-attention", "mlp")], grid=(2, 2, 4))
+    assert len(make_plan(film, policy(on("mlp", grid_cell=3)), TimestepSchedule(4)).steps) == 4

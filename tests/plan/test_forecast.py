@@ -1,0 +1,95 @@
+"""Weights of forecasts: a Taylor series of backward differences, as a sum over what was stored."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dicompile.plan import Action, Forecast, What, taylor_weights
+
+
+def by_recursion(stored: list[int], values: list[float], step: int, order: int) -> float:
+    """TaylorSeer as it runs: at every full step each derivative is the difference of the last two of the one below."""
+    factors: list[float] = []
+    latest = None
+    for time, value in zip(stored[::-1], values[::-1], strict=True):  # oldest first
+        newer = [value]
+        for number, old in enumerate(factors):
+            if number < order and latest is not None:
+                newer.append((newer[number] - old) / (time - latest))
+        factors, latest = newer, time
+    assert latest is not None
+    return sum(factor * (step - latest) ** k / math.factorial(k) for k, factor in enumerate(factors))
+
+
+histories = st.lists(st.integers(1, 6), min_size=0, max_size=5).map(
+    lambda gaps: [-sum(gaps[:i]) for i in range(len(gaps) + 1)]
+)
+"""Steps of stored values, newest first, the newest one at 0."""
+
+
+@settings(deadline=None)
+@given(histories, st.integers(1, 8), st.integers(0, 4), st.data())
+def test_weights_are_the_recursion_of_the_reference_code(
+    stored: list[int], step: int, order: int, data: st.DataObject
+) -> None:
+    weights = taylor_weights(stored, step, order)
+    # Differences of the highest order reach back as far as the order; older values are out of reach.
+    reach = stored[: order + 1]
+    values = data.draw(st.lists(st.floats(-9, 9), min_size=len(reach), max_size=len(reach)))
+    expected = by_recursion(reach, values, step, order)
+    assert np.dot(weights, values) == pytest.approx(expected, rel=1e-9, abs=1e-6)
+
+
+@settings(deadline=None)
+@given(histories, st.integers(1, 8), st.integers(0, 4))
+def test_older_values_than_the_order_reaches_change_nothing(stored: list[int], step: int, order: int) -> None:
+    values = [float(3 * t * t - t + 2) for t in stored]
+    weights = taylor_weights(stored, step, order)
+    assert len(weights) == min(order + 1, len(stored))
+    expected = by_recursion(stored, values, step, order)
+    assert np.dot(weights, values[: len(weights)]) == pytest.approx(expected, rel=1e-9, abs=1e-6)
+
+
+@settings(deadline=None)
+@given(histories, st.integers(1, 8), st.integers(0, 4), st.floats(-3, 3), st.floats(-3, 3))
+def test_constants_are_always_exact_and_lines_from_the_first_order_on(
+    stored: list[int], step: int, order: int, start: float, slope: float
+) -> None:
+    weights = taylor_weights(stored, step, order)
+    assert sum(weights) == pytest.approx(1, abs=1e-6)
+    if len(weights) > 1:
+        values = [start + slope * time for time in stored[: len(weights)]]
+        assert np.dot(weights, values) == pytest.approx(start + slope * step, abs=1e-4)
+
+
+@settings(deadline=None)
+@given(st.integers(1, 5), st.integers(1, 4), st.integers(1, 6), st.data())
+def test_equally_spaced_polynomials_are_continued_by_their_backward_differences(
+    interval: int, order: int, ahead: int, data: st.DataObject
+) -> None:
+    """The k-th backward difference of a polynomial of degree k is exact; those below lag by half an interval."""
+    polynomial = np.polynomial.Polynomial(
+        data.draw(st.lists(st.integers(-3, 3), min_size=order + 1, max_size=order + 1))
+    )
+    stored = [-interval * age for age in range(order + 1)]
+    values = polynomial(np.array(stored[::-1], dtype=float))
+    terms = [np.diff(values, n=k)[-1] / interval**k * ahead**k / math.factorial(k) for k in range(order + 1)]
+    highest = polynomial.coef[order] * ahead**order if len(polynomial.coef) > order else 0.0
+    assert terms[-1] == pytest.approx(highest, abs=1e-6)
+    assert np.dot(taylor_weights(stored, ahead, order), values[::-1]) == pytest.approx(sum(terms), abs=1e-6)
+
+
+def test_the_order_builds_up_one_per_stored_value() -> None:
+    actions = [Forecast(order=2).action([9, 6, 3, 0][-n:], 10) for n in range(1, 5)]
+    assert [len(action.weights) for action in actions] == [2, 3, 4, 4]
+    assert actions[0] == Action((0.0, 1.0))
+    assert actions[1].weights == pytest.approx((0.0, 1 + 7 / 3, -7 / 3))  # stored at 3 and 0, wanted at 10
+
+
+def test_of_order_zero_a_forecast_reuses() -> None:
+    assert Forecast(order=0, what="update").action([4, 2], 6) == Action((0.0, 1.0), What.UPDATE)
