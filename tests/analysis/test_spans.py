@@ -1,0 +1,116 @@
+"""Spans of the archetypes, whose keys are whose in joint attention, and what a stored attention makes possible."""
+
+from __future__ import annotations
+
+import pytest
+
+from dicompile.analysis import ModelStructure, SiteKind, TokenWise
+from tests.capture.captured import structure
+from tests.models import sd3
+from tests.models import structure as structure_of
+
+# Runs of sites per block, and of the stack; the last run of each kind that the output reads.
+BLOCKS = {
+    "dit": [(0, 1), (2, 3), (4, 5)],
+    "plain_dit": [(0, 1), (2, 3), (4, 5)],
+    "pixart": [(0, 1, 2), (3, 4, 5), (6, 7, 8)],
+    "sd3": [(0, 1), (2, 3), (4, 5), (6, 7), (8, 9)],
+    "flux": [(0, 1), (2, 3), (4, 5), (6, 7), (8,), (9,)],
+}
+STACKS = {
+    "dit": [tuple(range(6))],
+    "plain_dit": [tuple(range(6))],
+    "pixart": [tuple(range(9))],
+    "sd3": [(2, 3, 6, 7), (0, 1, 4, 5, 8, 9)],
+    "flux": [(0, 1, 4, 5), (2, 3, 6, 7), (8, 9)],
+}
+LAST = {"dit": (4, 5), "plain_dit": (4, 5), "pixart": (6, 7, 8), "sd3": (8, 9), "flux": (9,)}
+
+
+def runs(found: ModelStructure, kind: SiteKind) -> list[tuple[int, ...]]:
+    return [span.inside for span in found.spans if span.kind is kind]
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_spans_are_runs_of_sites_on_one_stream(name: str) -> None:
+    found = structure(name)
+    assert runs(found, SiteKind.BLOCK) == BLOCKS[name]
+    assert runs(found, SiteKind.STACK) == STACKS[name]
+    for span in found.spans:
+        members = [found.sites[i] for i in span.inside]
+        assert {site.stream for site in members} == {span.stream}
+        assert (span.source, span.add) == (members[0].source, members[-1].add)
+        assert span.shape == members[-1].shape
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_spans_are_numbered_after_the_sites(name: str) -> None:
+    found = structure(name)
+    assert [site.id for site in found.everything] == list(range(len(found.sites) + len(found.spans)))
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_the_output_reads_the_last_block_and_the_last_stack_alone(name: str) -> None:
+    last = [span for span in structure(name).spans if span.is_last]
+    assert [(span.kind.value, span.inside) for span in last] == [("block", LAST[name]), ("stack", STACKS[name][-1])]
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_stacks_cost_what_their_sites_cost_and_a_little_for_modulation(name: str) -> None:
+    found = structure(name)
+    inside = sum(site.flops for site in found.sites)
+    stacks = sum(span.flops for span in found.spans if span.kind is SiteKind.STACK)
+    assert inside <= stacks <= found.flops
+    assert stacks <= 1.05 * inside
+
+
+@pytest.mark.parametrize("name", ["dit", "plain_dit", "pixart", "flux"])
+def test_a_block_costs_what_its_sites_cost_and_a_little_for_modulation(name: str) -> None:
+    found = structure(name)
+    for span in found.spans:
+        inside = sum(found.sites[i].flops for i in span.inside)
+        if span.kind is SiteKind.BLOCK:
+            assert inside <= span.flops <= 1.08 * inside
+
+
+def test_joint_attention_knows_the_keys_of_its_own_tokens() -> None:
+    """Text comes first in FLUX, the image in SD3."""
+    joint = {
+        name: [site.keys for site in structure(name).sites if site.kind is SiteKind.JOINT_ATTENTION]
+        for name in ("flux", "sd3")
+    }
+    assert joint["flux"] == [(6, 16), (0, 6)] * 2
+    assert joint["sd3"] == [(0, 64), (64, 8)] * 2 + [(0, 64)]
+
+
+def test_text_that_is_no_stream_still_has_its_place_among_the_keys() -> None:
+    attention = structure_of(sd3(1)).sites[0]
+    assert (attention.kind, attention.keys) == (SiteKind.SELF_ATTENTION, (0, 64))
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_only_attention_over_its_own_tokens_has_keys(name: str) -> None:
+    found = structure(name)
+    for site in found.sites:
+        if site.kind in (SiteKind.SELF_ATTENTION, SiteKind.PARALLEL):
+            assert site.keys == (0, site.tokens.count)
+        elif site.kind in (SiteKind.MLP, SiteKind.CROSS_ATTENTION):
+            assert site.keys == (0, 0)
+
+
+def test_parallel_branches_can_be_refreshed_with_stored_attention_or_by_query() -> None:
+    for site in structure("flux").sites:
+        parallel = site.kind is SiteKind.PARALLEL
+        assert site.tokens.stored == parallel
+        assert (site.tokens.wise is TokenWise.QUERIES) == parallel
+
+
+def test_a_stack_is_never_token_wise() -> None:
+    for name in BLOCKS:
+        for span in structure(name).spans:
+            if span.kind is SiteKind.STACK:
+                assert span.tokens.wise is TokenWise.NO
+                assert span.tokens.reason == "tokens of later blocks attend to all tokens of earlier ones"
+            else:
+                joint = any(structure(name).sites[i].kind is SiteKind.JOINT_ATTENTION for i in span.inside)
+                assert span.tokens.wise is (TokenWise.NO if joint else TokenWise.QUERIES)
