@@ -6,11 +6,12 @@ halves, value norm, the unit length over tokens, and the bonus of the best token
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -163,25 +164,33 @@ def test_the_entropy_base_is_one_plus_the_entropy_at_unit_length(shared: bool) -
 # Grid bonus -----------------------------------------------------------------------------------------------------------
 
 
-def bonus_by_loops(score: Tensor, grid: tuple[int, int], cell: int, bonus: float) -> Tensor:
-    result, (rows, columns) = score.clone(), grid
+def bonus_by_loops(score: Tensor, grid: tuple[int, ...], cell: int, bonus: float) -> Tensor:
+    result, places = score.clone(), list(itertools.product(*map(range, grid)))
     for b in range(score.shape[0]):
-        for top in range(0, rows, cell):
-            for left in range(0, columns, cell):
-                tokens = [(top + i) * columns + left + j for i in range(cell) for j in range(cell)]
+        for corner in itertools.product(*(range(0, edge, cell) for edge in grid)):
+            here = [place for place in places if all(0 <= p - c < cell for p, c in zip(place, corner, strict=True))]
+            tokens = [places.index(place) for place in here]
+            if tokens:
                 best = max(tokens, key=lambda token: float(score[b, token]))  # the first one of equals
                 result[b, best] += bonus * score[b, best]
     return result
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.integers(1, 3), st.integers(1, 3), st.integers(1, 3), st.integers(1, 4), st.integers(0, 1000), st.booleans())
+@given(
+    st.integers(1, 3),
+    st.lists(st.integers(1, 6), min_size=2, max_size=3).map(tuple),
+    st.integers(1, 4),
+    st.integers(0, 1000),
+    st.booleans(),
+)
+@example(2, (4, 6), 2, 0, True)
+@example(2, (3, 4, 5), 2, 0, False)  # a film, cut off along two axes
 def test_the_best_token_of_every_cell_gets_the_bonus_and_of_equals_the_first(
-    batch: int, high: int, wide: int, cell: int, seed: int, ties: bool
+    batch: int, grid: tuple[int, ...], cell: int, seed: int, ties: bool
 ) -> None:
-    grid = (high * cell, wide * cell)
     generator = torch.Generator().manual_seed(seed)
-    score = torch.randn(batch, grid[0] * grid[1], generator=generator)
+    score = torch.randn(batch, math.prod(grid), generator=generator)
     score = score.round() if ties else score  # rounded scores are often equal
     found = scores.with_grid_bonus(score, grid, cell, 0.6)
     torch.testing.assert_close(found, bonus_by_loops(score, grid, cell, 0.6), rtol=0, atol=1e-6)

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from dicompile.analysis import analyse
+from dicompile.analysis import SiteKind, analyse
 from dicompile.config import DebugFolder, Settings
 from dicompile.passes import InputRef, LocalStep, OutputRef, Pass, PassReport, Segment, Value, outline, rewrite
 from tests.models import Sample, capture, redraw
@@ -72,6 +72,65 @@ class Attention(nn.Module):
         query, key, value = self.split(self.query(x)), self.split(self.key(source)), self.split(self.value(source))
         attended = F.scaled_dot_product_attention(query, key, value)
         return x + self.proj(attended.transpose(1, 2).reshape(x.shape))
+
+
+class Parallel(Attention):
+    """Attention and MLP beside each other, projected as one: the single-stream block of FLUX."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.out = nn.Linear(WIDTH, 2 * WIDTH), nn.Linear(3 * WIDTH, WIDTH)
+
+    def attended(self, x: Tensor, source: Tensor) -> Tensor:
+        """Attention of tokens `x` to tokens `source`."""
+        query, key, value = self.split(self.query(x)), self.split(self.key(source)), self.split(self.value(source))
+        return F.scaled_dot_product_attention(query, key, value).transpose(1, 2).reshape(x.shape)
+
+    def joined(self, x: Tensor, attended: Tensor) -> Tensor:
+        """The branch, given what its attention returns."""
+        return self.out(torch.cat([attended, F.gelu(self.up(x))], dim=-1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.joined(x, self.attended(x, x))
+
+
+class Both(Parallel):
+    """Attention, then an MLP, on one stream."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(WIDTH, 2 * WIDTH), nn.Linear(2 * WIDTH, WIDTH)
+
+    def through(self, x: Tensor, source: Tensor) -> Tensor:
+        """The stream behind the block for tokens `x` that attend to tokens `source`."""
+        x = x + self.proj(self.attended(x, source))
+        return x + self.down(F.gelu(self.up(x)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.through(x, x)
+
+
+class Folded(Attention):
+    """Attention along one axis of a film of four frames; the other axis is folded into the batch."""
+
+    def __init__(self, along_frames: bool) -> None:
+        super().__init__()
+        self.along_frames = along_frames
+
+    def fold(self, x: Tensor) -> Tensor:
+        film = x.view(BATCH, 4, TOKENS // 4, -1)
+        film = film.transpose(1, 2) if self.along_frames else film
+        return film.reshape(-1, film.shape[2], film.shape[3])
+
+    def unfold(self, x: Tensor) -> Tensor:
+        if self.along_frames:
+            return x.reshape(BATCH, TOKENS // 4, 4, -1).transpose(1, 2).reshape(BATCH, TOKENS, -1)
+        return x.reshape(BATCH, TOKENS, -1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        query, key, value = (self.split(self.fold(layer(x))) for layer in (self.query, self.key, self.value))
+        attended = F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
+        return x + self.proj(self.unfold(attended))
 
 
 class Channels(nn.Module):
@@ -135,14 +194,16 @@ class Cut:
         return values[wanted]
 
 
-def cut(sample: Sample, block: int = 0) -> Cut:
-    """Outline one block of a sample's model."""
+def cut(sample: Sample, block: int = 0, *, with_span: bool = False) -> Cut:
+    """Outline one block of a sample's model; with the span of the whole block as its last site."""
     captured = capture(sample)
     structure = analyse(captured)
     nodes = {node.name: node for node in captured.graph.nodes}
     found = structure.blocks[block]
-    made = outline(captured, structure, [nodes[name] for name in found.nodes], structure.sites_of(found))
-    given = {**dict(sample.model.named_parameters()), **sample.inputs}
+    spans = tuple(span for span in structure.spans if span.kind is SiteKind.BLOCK and span.block == found.id)
+    sites = structure.sites_of(found) + (spans if with_span else ())
+    made = outline(captured, structure, [nodes[name] for name in found.nodes], sites)
+    given = {**dict(sample.model.named_parameters()), **dict(sample.model.named_buffers()), **sample.inputs}
     inputs = [node for node in captured.graph.nodes if node.op == "placeholder"]
     values = {node: given[item.name] for node, item in zip(inputs, captured.inputs, strict=True)}
     for node in captured.graph.nodes:

@@ -9,11 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dicompile.passes import Chosen, LocalStep, Noise, ReuseClock, SlotRef, TokenCount, Value
+from dicompile.passes import Chosen, LocalStep, Noise, Predicted, ReuseClock, SlotRef, TokenCount, Value, Weights
 from dicompile.passes.drop_dead import DropDead
+from dicompile.passes.open_spans import OpenSpans
 from dicompile.passes.refresh_tokens import RefreshTokens
 from dicompile.passes.score_tokens import ScoreTokens
-from dicompile.plan import Score, ScoreBase, SlotKind
+from dicompile.plan import Context, Score, ScoreBase, SlotKind, What
 from tests.passes.segments import (
     BATCH,
     FULL,
@@ -21,7 +22,9 @@ from tests.passes.segments import (
     TOKENS,
     WIDTH,
     Attention,
+    Both,
     Cut,
+    Parallel,
     Positioned,
     chain,
     cross_attention_block,
@@ -204,3 +207,106 @@ def test_a_computed_site_is_left_alone() -> None:
     segment, (report,) = reported(block.segment, [FULL], RefreshTokens())
     assert str(segment) == str(block.segment)
     assert report.changed == ()
+
+
+# Attention over its own tokens ----------------------------------------------------------------------------------------
+
+ATTENTION = SlotRef(0, SlotKind.ATTENTION)
+CONTEXTS = list(Context)
+
+
+def taken(x: Tensor, chosen: Tensor) -> Tensor:
+    """The chosen tokens; [b, k, d]."""
+    return x.gather(1, chosen[..., None].expand(-1, -1, x.shape[-1]))
+
+
+def put(values: Tensor, chosen: Tensor, rows: Tensor) -> Tensor:
+    return values.scatter(1, chosen[..., None].expand(-1, -1, rows.shape[-1]), rows)
+
+
+@pytest.mark.parametrize("count", [1, 5, TOKENS])
+@pytest.mark.parametrize("context", CONTEXTS)
+def test_a_parallel_branch_sees_the_attention_that_its_context_names(context: Context, count: int) -> None:
+    sample = chain(Parallel())
+    block, module = cut(sample), sample.model.blocks[0]
+    step = LocalStep(REFRESH, refresh=Score(ScoreBase.RANDOM), context=context, writes=(SlotKind.VALUE,), attention=0)
+    segment = rewritten(block.segment, [step], RefreshTokens(), DropDead())
+    x, stored = block.arguments[Value(0)], torch.randn(BATCH, TOKENS, WIDTH)
+    kept = torch.randn(BATCH, HEADS, TOKENS, WIDTH // HEADS)
+    assert (ATTENTION in segment.inputs) == (context is Context.STORED)
+    values = {**block.arguments, VALUE: stored, COUNT: count, NOISE: torch.rand(BATCH, TOKENS), ATTENTION: kept}
+    results = run_segment(segment, values)
+    chosen = results[Chosen(0)]
+    with torch.no_grad():
+        rows = taken(x, chosen)
+        attended = {
+            Context.STORED: lambda: taken(kept.transpose(1, 2).reshape(BATCH, TOKENS, WIDTH), chosen),
+            Context.ALL: lambda: module.attended(rows, x),
+            Context.KEPT: lambda: module.attended(rows, rows),
+        }[context]()
+        expected = put(stored, chosen, module.joined(rows, attended))
+    torch.testing.assert_close(results[VALUE], expected, rtol=FEWER_ROWS, atol=FEWER_ROWS)
+    torch.testing.assert_close(results[Value(0)], x + expected, rtol=FEWER_ROWS, atol=FEWER_ROWS)
+
+
+def test_stored_attention_runs_none() -> None:
+    step = LocalStep(REFRESH, refresh=Score(ScoreBase.RANDOM), writes=(SlotKind.VALUE,), attention=0)
+    text = str(rewritten(cut(chain(Parallel())).segment, [step], RefreshTokens(), DropDead()))
+    assert "attention.default" not in text
+    assert text.count("aten.linear.default") == 2  # up and out: no queries, keys, values
+
+
+@pytest.mark.parametrize("count", [1, 5, TOKENS])
+@pytest.mark.parametrize("context", [Context.ALL, Context.KEPT])
+def test_a_whole_block_runs_on_chosen_tokens(context: Context, count: int) -> None:
+    sample = chain(Both())
+    block, module = cut(sample, with_span=True), sample.model.blocks[0]
+    skip, value = LocalStep((0.0,)), SlotRef(2, SlotKind.VALUE)
+    step = LocalStep(
+        REFRESH, what=What.UPDATE, refresh=Score(ScoreBase.RANDOM), context=context, writes=(SlotKind.VALUE,)
+    )
+    segment = rewritten(block.segment, [skip, skip, step], OpenSpans(), RefreshTokens(), DropDead())
+    x, stored = block.arguments[Value(0)], torch.randn(BATCH, TOKENS, WIDTH)
+    noise = torch.rand(BATCH, TOKENS)
+    values = {**block.arguments, value: stored, TokenCount(2): count, Noise(2, share_guidance=False): noise}
+    results = run_segment(segment, values)
+    chosen = results[Chosen(2)]
+    with torch.no_grad():
+        rows = taken(x, chosen)
+        fresh = module.through(rows, x if context is Context.ALL else rows) - rows
+    expected = put(stored, chosen, fresh)
+    torch.testing.assert_close(results[value], expected, rtol=FEWER_ROWS, atol=FEWER_ROWS)
+    torch.testing.assert_close(results[Value(0)], x + expected, rtol=FEWER_ROWS, atol=FEWER_ROWS)
+    assert set(chosen[0].tolist()) == set(noise[0].argsort(descending=True)[:count].tolist())
+
+
+def test_beside_a_forecast_fresh_tokens_are_not_stored() -> None:
+    block = mlp_block()
+    step = LocalStep((1.0, 1.0, 1.0), variable=True, refresh=Score(ScoreBase.RANDOM))
+    segment = rewritten(block.segment, [step], RefreshTokens(), DropDead())
+    newest, older = torch.randn_like(block.core()), torch.randn_like(block.core())
+    values = {
+        **block.arguments, VALUE: newest, SlotRef(0, SlotKind.VALUE, 1): older, COUNT: 5,
+        NOISE: torch.rand(BATCH, TOKENS), Weights(0): torch.tensor([1.0, 2.0, -1.0]),
+    }  # fmt: skip
+    results = run_segment(segment, values)
+    assert set(results) == {Value(0), Chosen(0)}
+    chosen = results[Chosen(0)]
+    branch = put(2 * newest - older, chosen, taken(block.core(), chosen))
+    with torch.no_grad():
+        expected = block.arguments[Value(0)] + block.arguments[Value(5)] * branch
+    torch.testing.assert_close(results[Value(0)], expected, rtol=FEWER_ROWS, atol=FEWER_ROWS)
+
+
+@pytest.mark.parametrize("base", [ScoreBase.NORM, ScoreBase.SIMILARITY, ScoreBase.PREDICTED])
+def test_scores_that_need_no_attention(base: ScoreBase) -> None:
+    block = mlp_block()
+    segment = rewritten(block.segment, [LocalStep(REFRESH, refresh=Score(base))], RefreshTokens(), DropDead())
+    stream, stored, predicted = block.arguments[Value(0)], torch.randn_like(block.core()), torch.rand(BATCH, TOKENS)
+    values = {**block.arguments, VALUE: stored, COUNT: 6, Predicted(0): predicted}
+    score = {
+        ScoreBase.NORM: stream.norm(dim=-1),
+        ScoreBase.SIMILARITY: -F.cosine_similarity(stream, stored, dim=-1),
+        ScoreBase.PREDICTED: predicted,
+    }[base]
+    assert run_segment(segment, values)[Chosen(0)].tolist() == score.argsort(1, descending=True)[:, :6].tolist()

@@ -26,7 +26,6 @@ from tests.passes.segments import (
     self_attention_block,
 )
 
-
 WEIGHTS = Weights(0)
 
 

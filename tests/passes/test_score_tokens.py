@@ -10,6 +10,8 @@ from torch import Tensor
 from dicompile.passes import LocalStep, SlotRef, Value
 from dicompile.passes.score_tokens import ScoreTokens
 from dicompile.plan import Score, ScoreBase, SlotKind
+from tests import models
+from tests.models import Sample
 from tests.passes.segments import (
     BATCH,
     FULL,
@@ -18,6 +20,7 @@ from tests.passes.segments import (
     WIDTH,
     Attention,
     Cut,
+    Folded,
     chain,
     cross_attention_block,
     cut,
@@ -122,3 +125,71 @@ def test_attention_that_nobody_is_ranked_by_is_left_alone() -> None:
     segment, (report,) = reported(block.segment, [FULL], ScoreTokens())
     assert str(segment) == str(block.segment)
     assert report.changed == ()
+
+
+# Joint attention ------------------------------------------------------------------------------------------------------
+
+
+def joint(name: str) -> tuple[Sample, Cut]:
+    """A model of joint attention, and its first block."""
+    sample = getattr(models, name)(2)
+    return sample, cut(sample)
+
+
+@pytest.mark.parametrize(("name", "image", "text"), [("flux", (6, 22), (0, 6)), ("sd3", (0, 64), (64, 72))])
+@pytest.mark.parametrize("base", [ScoreBase.ATTENTION, ScoreBase.VALUE_NORM, ScoreBase.LARGE_VALUE_NORM])
+def test_each_stream_gets_the_score_of_its_own_tokens(
+    name: str, image: tuple[int, int], text: tuple[int, int], base: ScoreBase
+) -> None:
+    block = joint(name)[1]
+    query, key, value = operands(block)
+    whole = {
+        ScoreBase.ATTENTION: attention_map(query, key, query.shape[-1] ** -0.5).sum(1),
+        ScoreBase.VALUE_NORM: (1 - value.norm(dim=-1)).sum(1),
+        ScoreBase.LARGE_VALUE_NORM: value.norm(dim=-1).mean(1),
+    }[base]
+    steps = [produce(base), FULL, produce(base), FULL]
+    segment = rewritten(block.segment, steps, ScoreTokens(), live=range(len(block.segment.outputs)))
+    assert str(segment).count("softmax") == (base is ScoreBase.ATTENTION)  # one map for both streams
+    results = run_segment(segment, block.arguments)
+    for position, (first, end) in ((0, image), (2, text)):
+        found = results[SlotRef(position, SlotKind.SCORE)].double()
+        torch.testing.assert_close(found, whole[:, first:end], rtol=FLOAT32, atol=FLOAT32)
+
+
+def test_key_norms_are_those_before_normalisation_and_rotation() -> None:
+    sample, block = joint("flux")
+    keys: dict[str, Tensor] = {}
+    attention = sample.model.transformer_blocks[0].attn
+    for name in ("to_k", "add_k_proj"):
+        getattr(attention, name).register_forward_hook(lambda *call, name=name: keys.setdefault(name, call[-1]))
+    with torch.no_grad():
+        sample.model(**sample.inputs)
+    steps = [produce(ScoreBase.KEY_NORM), FULL, produce(ScoreBase.KEY_NORM), FULL]
+    results = run_segment(rewritten(block.segment, steps, ScoreTokens(), live=()), block.arguments)
+    for position, name in ((0, "to_k"), (2, "add_k_proj")):
+        expected = keys[name].unflatten(-1, (2, -1)).norm(dim=-1).mean(-1)
+        torch.testing.assert_close(results[SlotRef(position, SlotKind.SCORE)], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_keys_that_are_not_normalised_are_taken_as_they_are() -> None:
+    block = self_attention_block()
+    result = run_segment(rewritten(block.segment, [produce(ScoreBase.KEY_NORM)], ScoreTokens()), block.arguments)[SCORE]
+    torch.testing.assert_close(result.double(), operands(block)[1].norm(dim=-1).mean(1), rtol=FLOAT32, atol=FLOAT32)
+
+
+# Attention along one axis ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("along_frames", [False, True])
+@pytest.mark.parametrize("base", [ScoreBase.ATTENTION, ScoreBase.VALUE_NORM])
+def test_tokens_that_attention_folds_into_the_batch_are_unfolded(along_frames: bool, base: ScoreBase) -> None:
+    sample = chain(Folded(along_frames))
+    block = cut(sample)
+    query, key, value = operands(block)
+    folded = attention_map(query, key).sum(1) if base is ScoreBase.ATTENTION else (1 - value.norm(dim=-1)).sum(1)
+    expected = sample.model.blocks[0].unfold(folded[..., None])[..., 0]
+    segment = rewritten(block.segment, [produce(base)], ScoreTokens())
+    results = run_segment(segment, block.arguments)
+    torch.testing.assert_close(results[SCORE].double(), expected, rtol=FLOAT32, atol=FLOAT32)
+    assert torch.equal(results[Value(0)], block.output())
