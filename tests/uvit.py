@@ -1,8 +1,8 @@
-"""A small U-ViT: time and class are tokens, long skips join by concatenation and a linear layer, branches have no gates.
+"""A small U-ViT: time and class are tokens, long skips join by concatenation and a linear layer, no branch has a gate.
 
 Bao et al., All are Worth Words: A ViT Backbone for Diffusion Models, arXiv 2209.12152. The second half of the file is
-the same network with a cache written by hand, as the Learning-to-Cache code does it: a table of what to compute, and one
-dictionary of values per guidance context.
+the same network with a cache written by hand, as the Learning-to-Cache code does it: a table of what to compute, and
+one dictionary of values per guidance context.
 """
 
 from __future__ import annotations

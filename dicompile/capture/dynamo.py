@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -40,8 +41,10 @@ def capture_model(model: nn.Module, inputs: Mapping[str, Any]) -> Capture:
 
         return stop
 
+    # Every capture is a compilation of its own, and Dynamo counts those of all instances of a class together.
+    unlimited = torch._dynamo.config.patch(recompile_limit=sys.maxsize, accumulated_recompile_limit=sys.maxsize)
     try:
-        with torch.no_grad():
+        with torch.no_grad(), unlimited:
             torch._dynamo.optimize(backend, nopython=True, dynamic=False)(model.__call__)(**inputs)
     except _Captured as done:
         return done.capture

@@ -25,6 +25,15 @@ def test_weights_on_the_meta_device_give_the_sites_of_the_real_model() -> None:
     ]
 
 
+class Scales(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.scale
+
+
 class Refuses(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if x.sum() > 0:
@@ -40,3 +49,10 @@ def test_a_model_that_branches_on_its_data_cannot_be_captured_and_the_text_says_
     assert lines[1] == "  where: capture"
     assert lines[2].startswith("  why:   ") and "branching" in lines[2]
     assert lines[3] == "  fix:   move data-dependent Python out of its forward"
+
+
+def test_models_of_one_class_can_be_captured_any_number_of_times() -> None:
+    """Dynamo gives up after eight compilations of a forward, those of other instances included."""
+    torch._dynamo.reset()
+    found = [capture_model(Scales(width), {"x": torch.randn(2, width)}) for width in range(1, 12)]
+    assert [len(capture.inputs) for capture in found] == [2] * 11

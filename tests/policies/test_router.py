@@ -173,7 +173,10 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
     "no rows": (saved({"routers": {}}), "its keys are not"),
     "other keys": (saved({"weight": torch.zeros(2)}), "its keys are not"),
     "a gap": (saved(OrderedDict([("0.prob", torch.zeros(2)), ("2.prob", torch.zeros(2))])), "without a gap"),
-    "ragged": (saved(OrderedDict([("0.prob", torch.zeros(2)), ("1.prob", torch.zeros(3))])), "not tensors of one shape"),
+    "ragged": (
+        saved(OrderedDict([("0.prob", torch.zeros(2)), ("1.prob", torch.zeros(3))])),
+        "not tensors of one shape",
+    ),
     "no tensors": (saved(OrderedDict([("0.prob", 1), ("1.prob", 2)])), "not tensors of one shape"),
     "NaN": (saved({"routers": {**rows(4, 2), "2.prob": torch.tensor([0.0, torch.nan])}}), "row 2 holds"),
     "double": (saved({f"{k}.prob": torch.zeros(2).double() for k in range(4)}), r"they are float64 \[4, 2\]"),
@@ -207,7 +210,7 @@ def test_nothing_in_a_hostile_file_is_executed(protocol: str, tmp_path: Path) ->
 
 def test_a_class_other_than_the_known_ones_is_named(tmp_path: Path) -> None:
     torch.save({"routers": rows(4, 2), "args": Hostile(tmp_path / "made")}, tmp_path / "hostile.pt")
-    with pytest.raises(InvalidRouter, match="GLOBAL .*mkdir"):
+    with pytest.raises(InvalidRouter, match=r"GLOBAL .*mkdir"):
         load_router(tmp_path / "hostile.pt")
 
 
