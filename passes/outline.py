@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 
 from torch import fx
@@ -27,11 +27,11 @@ class Outline:
     outputs: tuple[str, ...]
 
 
-def boundary(nodes: Sequence[fx.Node]) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Names of the values that enter and leave a set of nodes, each in order of first use."""
+def boundary(nodes: Sequence[fx.Node], also: Container[str] = ()) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Names of the values that enter and leave a set of nodes, each in order of first use; `also` leave in any case."""
     inside = set(nodes)
     entering = dict.fromkeys(p.name for node in nodes for p in node.all_input_nodes if p not in inside)
-    leaving = [node.name for node in nodes if any(user not in inside for user in node.users)]
+    leaving = [node.name for node in nodes if node.name in also or any(user not in inside for user in node.users)]
     return tuple(entering), tuple(leaving)
 
 
@@ -44,8 +44,9 @@ def outline(capture: Capture, structure: ModelStructure, nodes: Sequence[fx.Node
         nodes: nodes of the captured graph, in order.
         sites: sites whose branches lie within the nodes, and spans that end there.
     """
-    entering, leaving = boundary(nodes)
     inside = {node.name for node in nodes}
+    # A span may start in the middle of one piece (FLUX joins its streams there) and end in another.
+    entering, leaving = boundary(nodes, {span.source for span in structure.spans if span.add not in inside})
     entering += tuple(dict.fromkeys(s.source for s in sites if s.source not in inside and s.source not in entering))
     graph, copies = fx.Graph(), {}
     named = {node.name: node for node in capture.graph.nodes}
