@@ -4,12 +4,13 @@ About ten minutes on one CPU core. The run can be stopped and resumed (``--resum
 
     python examples/train_demo_router.py --out dicompile/demo/assets/l2c_router.safetensors
 
-``--evaluate FILE`` only compares: 36 guided samples of 50 steps against those of the uncached model.
+``--evaluate FILE`` only compares: guided samples of 50 steps against those of the uncached model.
 """
 
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -26,17 +27,16 @@ from dicompile.learn.router import Files, RouterOptions, RouterTraining, train_r
 from dicompile.learn.samplers import Ddim
 from dicompile.policies import FORA, LearningToCache, NoCache, load_router, save_router
 
-STEPS, BATCH = 50, 4
-SAMPLES, GUIDANCE = 36, 2.0
+BATCH, GUIDANCE = 4, 2.0
 OPTIONS = RouterOptions(iterations=6000, objective=Objective(penalty=1e-5), lr=0.05, threshold=0.1)
 """A row is trained 240 times, 1/46 of what the published ones were: the learning rate is 50 times theirs."""
 
 
-def train(out: Path, *, resume: bool) -> Router:
+def train(out: Path, steps: int, options: RouterOptions, *, resume: bool) -> Router:
     """Run (or resume) the training and write the router."""
     subject = trainable("demo", BATCH, data=None, device="cpu")
     training = RouterTraining(
-        learnable(subject.module, subject.inputs), Ddim(subject.scheduler, STEPS), subject.data, OPTIONS, subject.null
+        learnable(subject.module, subject.inputs), Ddim(subject.scheduler, steps), subject.data, options, subject.null
     )
     router = train_router(training, Files(out.with_suffix(".ckpt"), out.with_suffix(".jsonl")), resume=resume)
     save_router(router, out)
@@ -50,34 +50,34 @@ def shuffled(router: Router, seed: int) -> Router:
     return Router(logits, router.grid, router.threshold, router.facts, f"shuffled with seed {seed}")
 
 
-def pictures(model: nn.Module, policy: Policy, steps: int) -> tuple[Tensor, float]:
+def pictures(model: nn.Module, policy: Policy, labels: Tensor, steps: int) -> tuple[Tensor, float]:
     """Samples of a policy, and its operations."""
     scheduler = load_scheduler()
     scheduler.set_timesteps(steps)
     fast = dicompile.optimize(model, policy, schedule=TimestepSchedule.of(scheduler), mode="eager")
-    made = sample(fast, load_scheduler(), balanced_labels(SAMPLES), steps, GUIDANCE)
+    made = sample(fast, load_scheduler(), labels, steps, GUIDANCE)
     return made, dicompile.plan_of(fast).flops
 
 
-def compare(router: Router) -> None:
+def compare(router: Router, samples: int) -> None:
     """Print the distance to the uncached samples of the router and of its opponents."""
-    model = load_model()
-    reference, flops = pictures(model, NoCache(), STEPS)
+    model, labels, full = load_model(), balanced_labels(samples), router.steps
+    reference, flops = pictures(model, NoCache(), labels, full)
 
-    def show(name: str, policy: Policy, steps: int = STEPS) -> float:
-        made, own = pictures(model, policy, steps)
+    def show(name: str, policy: Policy, steps: int = full) -> float:
+        made, own = pictures(model, policy, labels, steps)
         print(f"{name:42} {flops / own:5.2f}x fewer FLOPs  PSNR {metrics.psnr(made, reference):5.2f} dB", flush=True)
         return own
 
     own = show("Learning-to-Cache", LearningToCache(router))
     for seed in range(3):
         show(f"  as many sites per step, seed {seed}", LearningToCache(shuffled(router, seed)))
-    show("  uncached, as many FLOPs", NoCache(), round(own / flops * STEPS))
+    show("  uncached, as many FLOPs", NoCache(), round(own / flops * full))
     own = show("FORA, interval 2", FORA(interval=2))
-    show("  uncached, as many FLOPs", NoCache(), round(own / flops * STEPS))
+    show("  uncached, as many FLOPs", NoCache(), round(own / flops * full))
     for threshold in (0.5, 0.9):
         own = show(f"Learning-to-Cache, threshold {threshold}", LearningToCache(router, threshold))
-        show("  uncached, as many FLOPs", NoCache(), round(own / flops * STEPS))
+        show("  uncached, as many FLOPs", NoCache(), round(own / flops * full))
 
 
 def main() -> None:
@@ -85,11 +85,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("l2c_router.safetensors"))
     parser.add_argument("--resume", action="store_true", help="continue from the checkpoint beside the router")
+    parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--iterations", type=int, default=OPTIONS.iterations)
     parser.add_argument("--evaluate", type=Path, help="do not train: compare this router")
+    parser.add_argument("--samples", type=int, default=36, help="to compare with")
     arguments = parser.parse_args()
-    router = load_router(arguments.evaluate) if arguments.evaluate else train(arguments.out, resume=arguments.resume)
+    if arguments.evaluate:
+        router = load_router(arguments.evaluate)
+    else:
+        options = replace(OPTIONS, iterations=arguments.iterations)
+        router = train(arguments.out, arguments.steps, options, resume=arguments.resume)
     print(router.summary())
-    compare(router)
+    compare(router, arguments.samples)
 
 
 if __name__ == "__main__":

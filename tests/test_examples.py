@@ -33,6 +33,11 @@ EXAMPLES = {
         writes=("model/config.json", "model/diffusion_pytorch_model.safetensors", "model/scheduler_config.json"),
         environment=(("TORCHDYNAMO_DISABLE", "1"),),  # torch.compile of the training graph takes a minute
     ),
+    "train_demo_router.py": Example(
+        "--iterations 2 --steps 4 --samples 2 --out router.safetensors",
+        prints="psnr",
+        writes=("router.safetensors", "router.json", "router.ckpt", "router.jsonl"),
+    ),
 }
 
 

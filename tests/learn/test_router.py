@@ -20,7 +20,7 @@ from dicompile.learn.objective import Objective, training_iteration
 from dicompile.learn.router import Files, RouterOptions, RouterTraining, sweep_penalties, train_router, with_penalty
 from dicompile.learn.samplers import Ddim, DpmSolver2
 from dicompile.policies import LearningToCache
-from tests.models import PlainDiT, Sample, plain_dit, run
+from tests.models import PlainDiT, Sample, plain_dit, redraw, run
 from tests.uvit import UViT, forward_with, uvit
 
 STEPS = 6
@@ -104,7 +104,11 @@ SUBJECTS: dict[str, Callable[[], tuple[Sample, Callable[..., Tensor]]]] = {
 
 # The loop -------------------------------------------------------------------------------------------------------------
 
-SAMPLE = plain_dit(layers=2)
+
+SAMPLE = Sample(
+    redraw(PlainDiT(layers=2, width=16, size=4)),
+    {"x": torch.randn(4, 4, 4, 4), "t": torch.full((4,), 500), "y": torch.tensor([1, 2, 10, 10])},
+)
 
 
 @pytest.fixture(scope="module")
@@ -114,10 +118,10 @@ def model() -> LearnableModel:
 
 def data(generator: torch.Generator) -> dict[str, Tensor]:
     labels = torch.randint(10, (4,), generator=generator)
-    return {"latents": torch.randn(4, 4, 16, 16, generator=generator), "y": labels}
+    return {"latents": torch.randn(4, 4, 4, 4, generator=generator), "y": labels}
 
 
-OPTIONS = RouterOptions(iterations=12, objective=Objective(1e-3), lr=0.1, seed=3)
+OPTIONS = RouterOptions(iterations=8, objective=Objective(1e-3), lr=0.1, seed=3)
 
 
 def sampler() -> Ddim:
@@ -136,11 +140,11 @@ def test_the_same_seed_trains_the_same_router(model: LearnableModel) -> None:
 
 
 def test_a_resumed_run_equals_an_uninterrupted_one_bit_by_bit(model: LearnableModel, tmp_path: Path) -> None:
-    whole = Files(tmp_path / "whole.ckpt", tmp_path / "whole.jsonl", every=5)
+    whole = Files(tmp_path / "whole.ckpt", tmp_path / "whole.jsonl", every=3)
     expected = train_router(training(model), whole, progress=False)
-    files = Files(tmp_path / "r.ckpt", tmp_path / "r.jsonl", every=5)
+    files = Files(tmp_path / "r.ckpt", tmp_path / "r.jsonl", every=3)
     interrupted = training(model)
-    advance, interrupted.advance = interrupted.advance, lambda: advance() if interrupted.iteration < 8 else 1 / 0
+    advance, interrupted.advance = interrupted.advance, lambda: advance() if interrupted.iteration < 5 else 1 / 0
     with pytest.raises(ZeroDivisionError):
         train_router(interrupted, files, progress=False)
     resumed = training(model)
@@ -176,7 +180,7 @@ def test_logits_stay_within_their_bound(model: LearnableModel) -> None:
 
 
 def test_a_large_penalty_caches_everything_and_none_nothing(model: LearnableModel) -> None:
-    options = replace(OPTIONS, iterations=150, lr=0.5)
+    options = replace(OPTIONS, iterations=24, lr=3.0)
     routers = sweep_penalties(lambda x: training(model, with_penalty(options, x)), [0.0, 1e3], progress=False)
     cached = {penalty: sum(router.cached(0.5).values()) for penalty, router in routers.items()}
     assert cached[1e3] == 3 * 4
@@ -217,7 +221,7 @@ def test_the_log_says_what_every_iteration_did(model: LearnableModel, tmp_path: 
     files = Files(log=tmp_path / "new" / "log.jsonl")
     train_router(training(model), files, progress=False)
     lines = [json.loads(line) for line in (tmp_path / "new" / "log.jsonl").read_text().splitlines()]
-    assert [line["iteration"] for line in lines] == list(range(1, 13))
+    assert [line["iteration"] for line in lines] == list(range(1, 9))
     assert {line["row"] for line in lines} <= {0, 2, 4}
     assert all(line["row"] == STEPS - 1 - line["call"] for line in lines)
     assert all(line["data_loss"] > 0 and 0 < line["score_sum"] < 4 and 0 <= line["cached"] <= 4 for line in lines)
@@ -280,7 +284,7 @@ def test_a_checkpoint_of_another_training_is_refused(model: LearnableModel, tmp_
 
 def test_more_iterations_continue_a_finished_training(model: LearnableModel, tmp_path: Path) -> None:
     files = Files(tmp_path / "r.ckpt")
-    train_router(training(model, replace(OPTIONS, iterations=5)), files, progress=False)
+    train_router(training(model, replace(OPTIONS, iterations=3)), files, progress=False)
     longer = train_router(training(model), files, resume=True, progress=False)
     assert torch.equal(longer.logits, train_router(training(model), progress=False).logits)
 
