@@ -1,6 +1,6 @@
 """Let every value leave the segment in the memory layout that its readers were compiled for.
 
-A rewritten branch may order its axes in memory as the model did not: sums of a transposed stream and a stored contiguous
+A rewritten branch may order its axes in memory as the model did not: sums of a transposed stream and a stored
 value, gathered rows. Later segments of the model rely on the layout of the original, readers of slots on contiguous
 tensors.
 
