@@ -3,6 +3,7 @@
 from dicompile.api import CachedModel as CachedModel
 from dicompile.api import optimize as optimize
 from dicompile.api import plan_of as plan_of
+from dicompile.api import prepare as prepare
 from dicompile.api import report as report
 from dicompile.api import restore as restore
 from dicompile.api import structure_of as structure_of

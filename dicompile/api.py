@@ -107,6 +107,18 @@ def plan_of(model: Any) -> Plan:
     return frame.programs.plan(frame.run.link.schedule)
 
 
+def prepare(model: Any) -> None:
+    """Compile every step of the schedule ahead, so that no later call has to; call the model once before.
+
+    Raises:
+        NotOptimized, NotYetRun: nothing was captured yet.
+    """
+    frame = _frame_of(model)
+    schedule = frame.run.link.schedule
+    for step in range(schedule.steps):
+        frame.programs.step(schedule, step)
+
+
 def report(model: Any) -> RunReport:
     """What happened in the last generation of this session.
 

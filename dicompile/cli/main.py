@@ -11,13 +11,14 @@ from typing import Annotated
 
 import typer
 
+from dicompile.cli.fit_forecast import fit_forecast_command
 from dicompile.cli.inspect import inspect
 from dicompile.cli.router import router_app
 from dicompile.cli.train_predictor import train_predictor_command
 from dicompile.cli.train_router import train_router_command
 from dicompile.errors import DicompileError
 
-DEMO_EXTRA = {"diffusers": "diffusers", "PIL": "pillow"}
+DEMO_EXTRA = {"diffusers": "diffusers", "PIL": "pillow", "matplotlib": "matplotlib"}
 """Packages that the demo imports and the compiler does not need, with the names that pip knows."""
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
@@ -39,8 +40,8 @@ def about() -> None:
 
 @app.command()
 def demo(
-    out: Annotated[Path, typer.Option(help="Folder for pictures.png and results.json.")] = Path("out"),
-    samples: Annotated[int | None, typer.Option(min=2, help="Pictures for each method; 36 if not given.")] = None,
+    out: Annotated[Path, typer.Option(help="Folder for pictures.png, pareto.png and results.json.")] = Path("out"),
+    samples: Annotated[int | None, typer.Option(min=2, help="Pictures for each method; 24 if not given.")] = None,
     steps: Annotated[int | None, typer.Option(min=2, help="Denoising steps; 50 if not given.")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="12 samples and 20 steps, if not given.")] = False,
 ) -> None:
@@ -57,10 +58,11 @@ def demo(
             why="the compiler itself does without it",
             fix="pip install 'dicompile[demo]'",
         ) from None
-    run_demo(out, samples=samples or (12 if quick else 36), steps=steps or (20 if quick else 50))
+    run_demo(out, samples=samples or (12 if quick else 24), steps=steps or (20 if quick else 50))
 
 
 app.command()(inspect)
+app.command("fit-forecast")(fit_forecast_command)
 app.command("train-router")(train_router_command)
 app.command("train-predictor")(train_predictor_command)
 app.add_typer(router_app, name="router")

@@ -34,9 +34,7 @@ def train_predictor_command(  # noqa: PLR0913, PLR0917 - options
     seed: Annotated[int, typer.Option(help="Of everything that is drawn.")] = 0,
     device: Annotated[str, typer.Option(help="Where to train.")] = "cpu",
     compiled: Annotated[bool, typer.Option("--compile", help="Run the graphs through torch.compile.")] = False,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Continue from the checkpoint beside --out.")
-    ] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue from the checkpoint beside --out.")] = False,
 ) -> None:
     """Train a TokenCache predictor; the model stays as it is."""
     console = Console()

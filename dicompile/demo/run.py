@@ -5,6 +5,7 @@ Every policy has an honest opponent: the same compute spent on fewer steps of th
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import platform
@@ -24,26 +25,13 @@ from torch import Tensor, nn
 import dicompile
 from dicompile.demo import metrics, shapes
 from dicompile.demo.classifier import judge, load_classifier
+from dicompile.demo.methods import methods
+from dicompile.demo.pareto import draw_pareto
 from dicompile.demo.sample import balanced_labels, load_model, load_scheduler, sample
-from dicompile.plan import Policy
-from dicompile.policies import FORA, NoCache, ToCa
+from dicompile.policies import NoCache
 
-
-@dataclass(frozen=True, slots=True)
-class Method:
-    """A cache policy with its arguments and its name in the table."""
-
-    name: str
-    policy: Policy
-
-
-METHODS = (
-    Method("FORA, interval 2", FORA(interval=2)),
-    Method("FORA, interval 3", FORA(interval=3)),
-    Method("FORA, interval 6", FORA(interval=6)),
-    Method("ToCa", ToCa(interval=3, ratio=0.07, schedule="ddim50", score="attention")),
-)
 EAGER, UNCACHED = "uncached, eager", "uncached"
+SAMPLES = 24
 REFERENCE_PICTURES = 3000
 REFERENCE_SEED = 1
 FLOOR_SEED = 2
@@ -64,8 +52,9 @@ class Generation:
     """One timed generation."""
 
     name: str
+    family: str
+    """Method without its setting; empty without a cache."""
     steps: int
-    cached: bool
     pictures: Tensor
     """float32, about [-1, 1], [b, 3, 32, 32]."""
     seconds: float
@@ -76,12 +65,18 @@ class Generation:
     """Of the whole generation."""
     cache_bytes: int
 
+    @property
+    def cached(self) -> bool:
+        """True if a policy was used."""
+        return bool(self.family)
+
 
 @dataclass(frozen=True, slots=True)
 class Row:
     """A generation measured; what the table and results.json show."""
 
     name: str
+    family: str
     steps: int
     cached: bool
     seconds: float
@@ -113,12 +108,12 @@ class Judged:
 
 def run_demo(
     out: Path,
-    samples: int = 36,
+    samples: int = SAMPLES,
     steps: int = 50,
     guidance: float = 2.0,
     seed: int = 0,
 ) -> tuple[Row, ...]:
-    """Compare the cache policies, print a table, write ``pictures.png`` and ``results.json``.
+    """Compare the cache policies, print a table, write ``pictures.png``, ``pareto.png`` and ``results.json``.
 
     Args:
         out: folder for the results, made if it is missing.
@@ -138,9 +133,15 @@ def run_demo(
     judged = judge_all(generations, labels)
     out.mkdir(parents=True, exist_ok=True)
     draw_grid(judged, labels, settings).save(out / "pictures.png")
+    draw_pareto(judged.rows, judged.frechet_floor).savefig(out / "pareto.png", dpi=120)
     (out / "results.json").write_text(to_json(judged, settings) + "\n")
     console.print(to_table(judged, settings))
-    console.print(f"pictures: {out / 'pictures.png'}\nnumbers:  {out / 'results.json'}")
+    for what, name in (
+        ("pictures", "pictures.png"),
+        ("compute against error", "pareto.png"),
+        ("numbers", "results.json"),
+    ):
+        console.print(f"{what}: {out / name}")
     return judged.rows
 
 
@@ -148,45 +149,51 @@ def generate_all(model: nn.Module, labels: Tensor, settings: Settings, progress:
     """Run every method: eager, the policies, compiled without a cache, and that on fewer steps."""
     scheduler = load_scheduler()
 
-    def time_twice(name: str, module: nn.Module, steps: int, warm_up: int) -> tuple[Tensor, float, float]:
-        """Warm up, then time a generation; the pictures, its seconds, and the seconds of the warm-up."""
-        task = progress.add_task(name, total=warm_up + steps)
+    def run(name: str, module: nn.Module, steps: int) -> tuple[Tensor, float, float]:
+        """Warm up (one step, then compile the others), then time a generation; pictures, its seconds, the warm-up's."""
+        task = progress.add_task(name, total=1 + steps)
 
-        def generate(count: int) -> tuple[Tensor, float]:
+        def generate(stop_after: int | None) -> tuple[Tensor, float]:
             start = time.perf_counter()
-            pictures = sample(
-                module, scheduler, labels, count, settings.guidance, settings.seed, lambda: progress.advance(task)
-            )
+            guidance, seed = settings.guidance, settings.seed
+            tick = functools.partial(progress.advance, task)
+            pictures = sample(module, scheduler, labels, steps, guidance, seed, tick, stop_after)
             return pictures, time.perf_counter() - start
 
-        _, first_seconds = generate(warm_up)
-        return *generate(steps), first_seconds
+        _, first_seconds = generate(stop_after=1)
+        if isinstance(module, dicompile.CachedModel):
+            start = time.perf_counter()
+            dicompile.prepare(module)
+            first_seconds += time.perf_counter() - start
+        measured = generate(stop_after=None)
+        progress.remove_task(task)
+        return *measured, first_seconds
 
-    def run(name: str, fast: nn.Module, steps: int, cached: bool) -> Generation:
-        measured = time_twice(name, fast, steps, warm_up=steps if cached else 1)  # uncached steps are all alike
+    def run_cached(name: str, family: str, fast: nn.Module, steps: int) -> Generation:
+        measured = run(name, fast, steps)
         plan = dicompile.plan_of(fast)
-        return Generation(name, steps, cached, *measured, plan.flops, plan.cache_bytes)
+        return Generation(name, family, steps, *measured, plan.flops, plan.cache_bytes)
 
-    eager = time_twice(EAGER, model, settings.steps, warm_up=1)
+    eager = run(EAGER, model, settings.steps)
     generations = []
-    for method in METHODS:
+    for method in methods(settings.steps):
         fast = dicompile.optimize(model, method.policy, schedule=scheduler)
-        generations.append(run(method.name, fast, settings.steps, cached=True))
+        generations.append(run_cached(method.name, method.family, fast, settings.steps))
         model = dicompile.restore(fast)
 
     fast = dicompile.optimize(model, NoCache(), schedule=scheduler)
-    compiled = run(UNCACHED, fast, settings.steps, cached=False)
+    compiled = run_cached(UNCACHED, "", fast, settings.steps)
     baseline_flops = dicompile.plan_of(fast).baseline_flops
     fewer = steps_for_equal_compute([g.flops for g in generations], compiled.flops, settings.steps)
-    generations.extend(run(f"{UNCACHED}, {_count(steps, 'step')}", fast, steps, cached=False) for steps in fewer)
+    generations.extend(run_cached(f"{UNCACHED}, {_count(steps, 'step')}", "", fast, steps) for steps in fewer)
     dicompile.restore(fast)
     by_compute = sorted(generations, key=lambda generation: -generation.flops)
-    first = Generation(EAGER, settings.steps, False, *eager, baseline_flops, 0)
+    first = Generation(EAGER, "", settings.steps, *eager, baseline_flops, 0)
     return [first, compiled, *by_compute]
 
 
 def steps_for_equal_compute(flops: Sequence[float], uncached_flops: float, steps: int) -> list[int]:
-    """Numbers of uncached steps that come nearest to each of ``flops``, without repeats and without the full number.
+    """Numbers of uncached steps that come nearest to ``flops``, at least two apart and without the full number.
 
     Args:
         flops: of whole cached generations.
@@ -194,7 +201,11 @@ def steps_for_equal_compute(flops: Sequence[float], uncached_flops: float, steps
         steps: of the uncached generation.
     """
     nearest = {max(1, round(one / uncached_flops * steps)) for one in flops}
-    return sorted(nearest - {steps}, reverse=True)
+    chosen: list[int] = []
+    for count in sorted(nearest - {steps}, reverse=True):
+        if not chosen or chosen[-1] - count >= 2:
+            chosen.append(count)
+    return chosen
 
 
 def judge_all(generations: Sequence[Generation], labels: Tensor) -> Judged:
@@ -215,6 +226,7 @@ def judge_all(generations: Sequence[Generation], labels: Tensor) -> Judged:
         rows.append(
             Row(
                 name=generation.name,
+                family=generation.family,
                 steps=generation.steps,
                 cached=generation.cached,
                 seconds=generation.seconds,

@@ -44,6 +44,7 @@ def sample(
     guidance: float = 2.0,
     seed: int = 0,
     progress: Callable[[], object] | None = None,
+    stop_after: int | None = None,
 ) -> Tensor:
     """Sample one picture per label; each step is one call of the model on the batch [cond, uncond].
 
@@ -55,6 +56,7 @@ def sample(
         guidance: 1 follows the label without amplification, unitless.
         seed: of the initial noise, drawn on the CPU so that every device starts alike.
         progress: called after every step.
+        stop_after: number of steps after which to give up, for warming up.
 
     Returns:
         Pictures in about [-1, 1], dtype of the initial noise (float32), on the device of ``labels``, [b, 3, 32, 32].
@@ -64,7 +66,7 @@ def sample(
     noise = torch.randn(count, 3, shapes.IMAGE_SIZE, shapes.IMAGE_SIZE, generator=torch.Generator().manual_seed(seed))
     latents: Tensor = noise.to(device) * scheduler.init_noise_sigma
     both_labels = torch.cat([labels, torch.full_like(labels, shapes.NUM_CLASSES)])
-    for timestep in scheduler.timesteps:
+    for timestep in scheduler.timesteps[:stop_after]:
         both = scheduler.scale_model_input(torch.cat([latents, latents]), timestep)
         t_batch = timestep.expand(2 * count)
         predicted = model(both, timestep=t_batch, class_labels=both_labels, return_dict=False)[0]

@@ -105,7 +105,7 @@ def learnable(
     module: nn.Module,
     inputs: Inputs,
     *,
-    level: Literal["site", "block"] = "site",
+    level: Literal["site", "block", "stack"] = "site",
     what: What = What.CORE,
     per_token: bool = False,
     result: Literal["output", "stream"] = "output",
@@ -117,7 +117,7 @@ def learnable(
         module: in eval mode; it is not changed, and its parameters are read at every call.
         inputs: keyword arguments of its forward, of the shapes to train with. Whatever is no tensor becomes part of the
             graph.
-        level: record and blend "site" by site, or what every "block" adds.
+        level: record and blend "site" by site, or what every "block" adds, or the whole "stack".
         what: value of a site; of a block `What.UPDATE`.
         per_token: every token has weights of its own.
         result: what `predict`, `record` and `blend` return: the model's output, or the stream after its last block.
@@ -129,7 +129,7 @@ def learnable(
     """
     capture = capture_model(module, inputs)
     structure = analyse(capture)
-    sites = structure.sites if level == "site" else _blocks(structure)
+    sites = structure.sites if level == "site" else _spans(structure, SiteKind(level))
     if not sites:
         raise NoSitesFound(
             f"{type(module).__name__} has no {level} to learn for",
@@ -235,8 +235,8 @@ def _last_add(structure: ModelStructure) -> str:
     return next(span.add for span in structure.spans if span.kind is SiteKind.STACK and span.is_last)
 
 
-def _blocks(structure: ModelStructure) -> tuple[Site, ...]:
-    return tuple(span for span in structure.spans if span.kind is SiteKind.BLOCK)
+def _spans(structure: ModelStructure, kind: SiteKind) -> tuple[Site, ...]:
+    return tuple(span for span in structure.spans if span.kind is kind)
 
 
 def _slot(position: int) -> SlotRef:

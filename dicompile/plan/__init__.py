@@ -31,6 +31,7 @@ from dicompile.plan.policy import (
     TokenScore,
     TokenTable,
     Window,
+    polynomial_weights,
     taylor_weights,
 )
 from dicompile.plan.rows import make_rows, score_source
@@ -72,6 +73,7 @@ __all__ = [
     "make_plan",
     "make_rows",
     "plan_actions",
+    "polynomial_weights",
     "score_source",
     "taylor_weights",
 ]

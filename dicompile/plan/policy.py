@@ -188,10 +188,13 @@ class Reuse(_Data):
 class Forecast(_Data):
     """Continue the stored values as a Taylor series in the number of steps.
 
-    Derivatives are backward differences of what full steps stored; the order builds up, one per stored value.
+    Derivatives are differences of what full steps stored; the order builds up, one per stored value.
 
     Attributes:
         order: highest derivative, 0 is `Reuse`.
+        differences: "backward" takes all differences over the last distance between full steps, as published; "divided"
+            takes each over the steps that it spans: the forecast is then the polynomial through the stored values,
+            however they are spaced.
         what: which value is stored.
 
     Reference:
@@ -200,11 +203,13 @@ class Forecast(_Data):
 
     do: Literal["forecast"] = "forecast"
     order: NonNegativeInt = 1
+    differences: Literal["backward", "divided"] = "backward"
     what: WhatName = "core"
 
     def action(self, stored: Sequence[int], step: int) -> Action:
         """Action at `step` for values stored at the steps `stored`, newest first."""
-        return Action((0.0, *taylor_weights(stored, step, self.order)), What(self.what))
+        weights = taylor_weights if self.differences == "backward" else polynomial_weights
+        return Action((0.0, *weights(stored, step, self.order)), What(self.what))
 
 
 class Fitted(_Data):
@@ -426,6 +431,18 @@ class Policy(_Data):
         except json.JSONDecodeError as error:
             raise InvalidPolicy("this is not valid JSON", where=source, why=str(error)) from None
         return cls.from_dict(data, source)
+
+
+def polynomial_weights(stored: Sequence[int], step: int, order: int) -> tuple[float, ...]:
+    """Weights of stored values, newest first, in the polynomial through them, at `step` (Lagrange's form).
+
+    Args:
+        stored: steps at which values were stored, newest first; at least one.
+        step: where the polynomial is evaluated.
+        order: its degree at most.
+    """
+    times = stored[: order + 1]
+    return tuple(math.prod((step - other) / (time - other) for other in times if other != time) for time in times)
 
 
 def taylor_weights(stored: Sequence[int], step: int, order: int) -> tuple[float, ...]:

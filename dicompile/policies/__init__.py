@@ -13,11 +13,11 @@ from dicompile.policies.duca import DuCa, DuCaFlux, DuCaOpenSora, DuCaPixArt
 from dicompile.policies.fora import FORA
 from dicompile.policies.l2c import LearningToCache
 from dicompile.policies.none import NoCache
+from dicompile.policies.predictor import Predictor, load_predictor
 from dicompile.policies.router import Router, RouterFacts
 from dicompile.policies.router_file import load_router, save_router
 from dicompile.policies.schedule_json import schedule_from_json, schedule_to_json
 from dicompile.policies.taylorseer import TaylorSeer, TaylorSeerLite
-from dicompile.policies.predictor import Predictor, load_predictor
 from dicompile.policies.toca import ToCa, ToCaFlux, ToCaOpenSora, ToCaPixArt
 from dicompile.policies.tokencache import TokenCache
 

@@ -18,7 +18,7 @@ Steps = tuple[int, ...]
 
 
 def TokenCache(
-    predictor: Predictor | str | Path | None = None,
+    predictor: Predictor | str | Path,
     ratio: float = 0.5,
     schedule: Literal["round-robin", "percentile"] = "round-robin",
     intervals: tuple[int, int] = (3, 1),
@@ -36,7 +36,7 @@ def TokenCache(
 
     Args:
         predictor: the file that ``dicompile train-predictor`` wrote, or what it holds.
-        ratio: share of (block, token) pairs that are cached at a prediction step. How many tokens of each block are kept
+        ratio: share of (block, token) pairs that are cached at a prediction step. How many tokens each block keeps
             follows from the importance on calibration runs, fixed per step.
         schedule: "round-robin": two phases with intervals of their own (version 1 of the paper); "percentile":
             independent steps at uniform percentiles of the accumulated importance (version 2).
@@ -52,19 +52,12 @@ def TokenCache(
         multiple: numbers of tokens are rounded to multiples of this.
 
     Raises:
-        InvalidPolicy: no predictor is given, or an option is outside its range.
+        InvalidPolicy: an option is outside its range.
         InvalidPredictor: the file cannot be read.
 
     Reference:
         Lou et al., Token Caching for Diffusion Transformer Acceleration, arXiv 2409.18523, version 2, sections 3 and 4.
     """
-    if predictor is None:
-        raise InvalidPolicy(
-            "policy 'tokencache' needs a predictor",
-            where="TokenCache",
-            why="which tokens matter is learned for each model",
-            fix="run `dicompile train-predictor` and give its file as option 'predictor'",
-        )
     for name, share in (("ratio", ratio), ("switch", switch), ("block_ratio", block_ratio or 0.0)):
         if not 0 <= share <= 1:
             raise InvalidPolicy(f"option {name!r} cannot be {share!r}", where="TokenCache", fix="give a share, 0 to 1")
@@ -124,8 +117,8 @@ def percentiles(importance: Tensor, count: int) -> Steps:
 def keep_counts(importance: Tensor, ratio: float, multiple: int = 1) -> tuple[tuple[int, ...], ...]:
     """Tokens to keep per step and block under one global cache ratio.
 
-    The ``(1 - ratio) L N`` most important pairs of a step are kept, wherever they are; a block keeps as many tokens as it
-    has pairs among them.
+    The ``(1 - ratio) L N`` most important pairs of a step are kept, wherever they are; a block keeps as many tokens as
+    it has pairs among them.
 
     Args:
         importance: [steps, blocks, tokens].

@@ -1,0 +1,54 @@
+"""What the demo compares: every published method at two or three speeds, learned ones from bundled files."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from dicompile.plan import Policy
+from dicompile.policies import FORA, DuCa, LearningToCache, TaylorSeer, ToCa, TokenCache, get_policy
+
+ASSETS = Path(__file__).parent / "assets"
+ROUTER = ASSETS / "l2c_router.safetensors"
+PREDICTOR = ASSETS / "tokencache_predictor.safetensors"
+STEPS = 50
+"""Sampling steps that the learned files are for."""
+
+
+@dataclass(frozen=True, slots=True)
+class Method:
+    """A cache policy, its family in the plot, and its name in the table."""
+
+    family: str
+    setting: str
+    policy: Policy
+
+    @property
+    def name(self) -> str:
+        """Family and setting."""
+        return f"{self.family}, {self.setting}"
+
+
+def methods(steps: int) -> tuple[Method, ...]:
+    """All methods for a number of sampling steps; learned ones only for the number that they were trained for."""
+    found = [
+        *(Method("FORA", f"interval {n}", FORA(n)) for n in (2, 3, 6)),
+        *(Method("ToCa", f"interval {n}", ToCa(n)) for n in (3, 5)),
+        *(Method("DuCa", f"interval {n}", DuCa(n)) for n in (3, 5)),
+        *(Method("TaylorSeer", f"interval {n}", TaylorSeer(n, order=2)) for n in (2, 3, 6)),
+    ]
+    if steps == STEPS:
+        found += [
+            *(Method("L2C", f"threshold {t:g}", LearningToCache(ROUTER, threshold=t)) for t in (0.1, 0.9)),
+            *(
+                Method("TokenCache", f"phases {a}+{b}", TokenCache(PREDICTOR, ratio=0.9, intervals=(a, b)))
+                for a, b in ((1, 1), (3, 2))
+            ),
+            *(Method("fitted", f"interval {n}", fitted(n)) for n in (3, 4, 6)),
+        ]
+    return tuple(found)
+
+
+def fitted(interval: int) -> Policy:
+    """The bundled forecast with weights fitted to the demo model."""
+    return get_policy(str(ASSETS / f"fitted_{interval}.json"))
