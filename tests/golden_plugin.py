@@ -4,6 +4,7 @@ Run as::
 
     python replay_check.py --make tests.golden_plugin:make          # compiled
     python replay_check.py --make tests.golden_plugin:make_eager    # rewritten graphs, operator by operator
+    python replay_check.py --make tests.golden_plugin:make --make-train tests.golden_plugin:make_train
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from dicompile.analysis import ModelStructure, Site
 from dicompile.capture import Role
 from dicompile.plan import Cadence, Line, Policy, Refresh, Reuse, Rule, TokenScore, Window
 from dicompile.runtime import current_session
+from tests.golden_training import make_train  # noqa: F401 - replay_check.py looks for it here
 
 NUMBER = r"[-+]?\d+(?:\.\d+)?"
 BASES = {"attention": "attention", "kv-norm": "value-norm", "random": "random"}

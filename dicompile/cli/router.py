@@ -20,7 +20,9 @@ Threshold = Annotated[float | None, typer.Option(help="Instead of the router's o
 @router_app.command()
 def show(file: File, threshold: Threshold = None) -> None:
     """Print how many sites every cache step reuses."""
-    Console().print(router_table(load_router(file), threshold))
+    router = load_router(file)
+    typer.echo(router.summary(threshold))
+    Console().print(router_table(router, threshold))
 
 
 @router_app.command()
@@ -36,15 +38,14 @@ def export(
 
 
 def router_table(router: Router, threshold: float | None = None) -> Table:
-    """One row per cache step, in calling order."""
+    """One row per cache step, in calling order: how many sites it reuses, and of which kind."""
     schedule, facts = router.schedule(threshold), router.facts
-    kinds = list(dict.fromkeys(label.partition(".")[2] for label in facts.sites))
-    table = Table(
-        "call", "timestep", "row", "cached", *(f"cached {kind}" for kind in kinds), title=router.summary(threshold)
-    )
+    kind_of = [label.partition(".")[2] for label in facts.sites]
+    kinds = list(dict.fromkeys(kind_of))
+    table = Table("call", "timestep", "row", "cached", *kinds)
     for call, row in router.rows.items():
         reused = (~schedule[call]).tolist()
-        by_kind = (sum(r for r, label in zip(reused, facts.sites, strict=True) if label.endswith(k)) for k in kinds)
+        by_kind = [sum(own for own, kind in zip(reused, kind_of, strict=True) if kind == wanted) for wanted in kinds]
         timestep = f"{facts.timesteps[call]:g}" if facts.timesteps else ""
         table.add_row(f"{call}", timestep, f"{row}", f"{sum(reused)}", *map(str, by_kind))
     return table

@@ -39,7 +39,6 @@ def train_router_command(  # noqa: PLR0913, PLR0917 - options
     resume: Annotated[bool, typer.Option("--resume", help="Continue from the checkpoint beside the router.")] = False,
 ) -> None:
     """Train a Learning-to-Cache router; the model stays as it is."""
-    console = Console()
     subject = trainable(model, batch, data, device)
     sequence: Sampler = Ddim(subject.scheduler, steps) if sampler == "ddim" else DpmSolver2.of(subject.scheduler, steps)
     options = RouterOptions(
@@ -55,5 +54,6 @@ def train_router_command(  # noqa: PLR0913, PLR0917 - options
     files = Files(checkpoint=out.with_suffix(".ckpt"), log=out.with_suffix(".jsonl"))
     router = train_router(training, files, resume=resume)
     save_router(router, out)
-    console.print(router_table(router))
-    console.print(f"router: {out}\nfacts:  {out.with_suffix('.json')}\nlog:    {files.log}")
+    typer.echo(router.summary())
+    Console().print(router_table(router))
+    typer.echo(f"router: {out}\nfacts:  {out.with_suffix('.json')}\nlog:    {files.log}")
