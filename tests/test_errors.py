@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 import dicompile
 from dicompile import errors
+from dicompile.learn.latents import Latents
 from dicompile.passes import PASSES
 from dicompile.policies import POLICIES
 from tests import models
@@ -278,6 +280,29 @@ CASES: list[tuple[type[errors.DicompileError], Callable[[], Any], str]] = [
         errors.AlreadyOptimized,
         optimize_pipeline_twice,
         "the pipeline's transformer is optimized already\n  fix:   dicompile.restore(pipe) first",
+    ),
+    (
+        errors.InvalidRouter,
+        lambda: dicompile.LearningToCache("gone.safetensors"),
+        "there is no router gone.safetensors\n"
+        "  where: load_router\n"
+        "  fix:   give the file that `dicompile train-router` wrote, or a published checkpoint",
+    ),
+    (
+        errors.InvalidRouter,
+        lambda: dicompile.Router(torch.zeros(5, 2)),
+        "these are not the logits of a router\n"
+        "  where: router\n"
+        "  why:   5 steps are odd: every cache step needs a full step of its own before it\n"
+        "  fix:   train it again with an even --steps",
+    ),
+    (
+        errors.InvalidTrainingData,
+        lambda: Latents.load(Path("gone.safetensors")),
+        "cannot train on gone.safetensors\n"
+        "  where: gone.safetensors\n"
+        "  why:   No such file or directory: gone.safetensors\n"
+        "  fix:   write a safetensors file with latents [n, c, ...] and conditioning [n, ...] by forward argument",
     ),
     (
         errors.NotYetRun,

@@ -11,8 +11,7 @@ from torch import Tensor, nn
 
 from dicompile.cli.models import example_inputs, factory_of, transformer_of
 from dicompile.errors import DicompileError
-from dicompile.learn.latents import LATENTS, Latents
-from dicompile.learn.router import Data
+from dicompile.learn.latents import LATENTS, Data, Latents
 
 WHERE = "dicompile train-router"
 

@@ -226,7 +226,7 @@ def _rewritten(
 
 def _output(capture: Capture) -> str:
     """Name of the first tensor that the model returns."""
-    results: Sequence[object] = next(reversed(capture.graph.nodes)).args[0]  # type: ignore[assignment]
+    results: Sequence[object] = next(reversed(capture.graph.nodes)).args[0]
     return next(result.name for result in results if isinstance(result, fx.Node))
 
 
