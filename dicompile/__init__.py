@@ -34,6 +34,7 @@ from dicompile.policies import ToCa as ToCa
 from dicompile.policies import ToCaFlux as ToCaFlux
 from dicompile.policies import ToCaOpenSora as ToCaOpenSora
 from dicompile.policies import ToCaPixArt as ToCaPixArt
+from dicompile.policies import TokenCache as TokenCache
 from dicompile.policies import get_policy as get_policy
 from dicompile.runtime import cache_context as cache_context
 from dicompile.runtime import session as session

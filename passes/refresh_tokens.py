@@ -34,6 +34,7 @@ from dicompile.analysis import Dataflow
 from dicompile.analysis.cost import ATTENTION
 from dicompile.analysis.tokens import RESHAPES, MixesTokens, Mixing, per_token_operands, token_axes
 from dicompile.nodes import node_argument
+from dicompile.nodes import tensor_of
 from dicompile.ops import scores
 from dicompile.passes.base import (
     Chosen,
@@ -201,8 +202,10 @@ class _SiteRefresh:
             if node.target is ATTENTION and self.mixing is Mixing.STORED:
                 copies[node] = self.gather(self.stored_attention(node), chosen, axes[node])
                 continue
-            rank = node.meta["val"].ndim
-            operands = {p: self.gather(p, chosen, axis, rank) for p, axis in per_token_operands(node, axes)}
+            operands = {
+                operand: self.gather(operand, chosen, axis, tensor_of(node).ndim)
+                for operand, axis in per_token_operands(node, axes)
+            }
             replaced = {**copies, **operands}
             if node.target is ATTENTION and self.mixing is Mixing.QUERIES and self.step.context is Context.ALL:
                 query = node_argument(node, 0)

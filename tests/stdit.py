@@ -1,7 +1,7 @@
 """A tiny spatial-temporal DiT in the style of Open-Sora 1.2 (STDiT3), written for the tests.
 
-For every depth one spatial block, whose attention sees the tokens of one frame, then one temporal block, whose attention
-sees the tokens of one place. Tokens are kept as [b, frames * places, channels].
+For every depth one spatial block, whose attention sees the tokens of one frame, then one temporal block, whose
+attention sees the tokens of one place. Tokens are kept as [b, frames * places, channels].
 """
 
 from __future__ import annotations

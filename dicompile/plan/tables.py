@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from dicompile.analysis import Site
 from dicompile.errors import PolicyDoesNotFit
-from dicompile.plan.policy import Origin, Policy, Rule, Table, TokenTable
+from dicompile.plan.policy import Fitted, Origin, Policy, Refresh, Rule, Table, TokenTable
 from dicompile.plan.schedule import TimestepSchedule
 
 SAME_TIMESTEP = 1e-3
@@ -25,6 +25,15 @@ def check_table(policy: Policy, rule: Rule, sites: Sequence[Site], steps: int) -
     Raises:
         PolicyDoesNotFit: it is.
     """
+    recall = rule.do.otherwise if isinstance(rule.do, (Refresh, Table)) else rule.do
+    if isinstance(recall, Fitted) and len(recall.weights) != steps:
+        fitted = len(recall.weights)
+        raise PolicyDoesNotFit(
+            f"the forecast of policy {policy.name!r} was fitted to {fitted} steps, the schedule has {steps}",
+            where=f"rule for {', '.join(rule.sites) or 'all sites'}",
+            why="fitted weights hold for one number of steps",
+            fix=f"sample in {fitted} steps, or fit a forecast for {steps}",
+        )
     if not isinstance(rule.do, (Table, TokenTable)):
         return
     rows = rule.do.compute if isinstance(rule.do, Table) else rule.do.counts

@@ -147,7 +147,7 @@ def keep_counts_of_blocks(
     steps, blocks, tokens = importance.shape
     order = importance.mean(-1).argsort(dim=1, stable=True)
     caching = torch.zeros(steps, blocks).scatter(1, order[:, : math.floor(block_ratio * blocks)], 1.0)
-    kept = _rounded(math.ceil((1 - ratio) * tokens), tokens, multiple)
+    kept = _rounded(math.ceil((1 - ratio) * tokens - 1e-9), tokens, multiple)
     return tuple(tuple(kept if caches else tokens for caches in row) for row in caching.bool().tolist())
 
 

@@ -117,8 +117,9 @@ def test_a_name_that_no_pass_has_is_refused_with_the_names_there_are() -> None:
     with pytest.raises(InvalidSetting) as caught:
         run_pipeline(Settings.from_environment({"DICOMPILE_PASSES": "-drop-dead,-hoist"}))
     assert "DICOMPILE_PASSES leaves out 'hoist', but no pass has this name" in str(caught.value)
-    assert "score-tokens, open-spans, refresh-tokens, reuse-sites, store-values, drop-dead, narrow-linear, keep-layout" in str(
-        caught.value
+    assert (
+        "score-tokens, open-spans, refresh-tokens, reuse-sites, store-values, drop-dead, narrow-linear, keep-layout"
+        in str(caught.value)
     )
 
 
