@@ -12,7 +12,7 @@ from dicompile.cli.router import router_table
 from dicompile.cli.trainable import trainable
 from dicompile.learn.graph import learnable
 from dicompile.learn.objective import Objective
-from dicompile.learn.router import Files, RouterOptions, RouterTraining, train_router
+from dicompile.learn.router import PUBLISHED, Files, RouterOptions, RouterTraining, train_router
 from dicompile.learn.samplers import Ddim, DpmSolver2, Sampler
 from dicompile.policies import save_router
 
@@ -21,16 +21,20 @@ def train_router_command(  # noqa: PLR0913, PLR0917 - options
     model: Annotated[str, typer.Argument(help="'demo', a folder saved by diffusers, or module:factory.")],
     out: Annotated[Path, typer.Option(help="The router; checkpoint and log are written beside it.")],
     steps: Annotated[int, typer.Option(min=2, help="Evaluations of the model in one run, even.")] = 50,
-    penalty: Annotated[float, typer.Option("--lambda", min=0, help="Larger values cache more.")] = 1e-6,
+    penalty: Annotated[
+        float | None, typer.Option("--lambda", min=0, help="Larger values cache more; as published if not given.")
+    ] = None,
     iterations: Annotated[int, typer.Option(min=1, help="Optimiser steps; each trains one cache step.")] = 20000,
     batch: Annotated[int, typer.Option(min=1, help="Samples per iteration.")] = 8,
     lr: Annotated[float, typer.Option(min=0, help="Learning rate of the logits.")] = 1e-3,
-    threshold: Annotated[float, typer.Option(help="Score above which a site is computed.")] = 0.1,
+    threshold: Annotated[
+        float | None, typer.Option(help="Score above which a site is computed; as published if not given.")
+    ] = None,
     straight_through: Annotated[
         float | None, typer.Option(help="Blend by this threshold in the forward; by the scores if not given.")
     ] = None,
     sampler: Annotated[
-        Literal["ddim", "dpm-solver-2"], typer.Option(help="The second sums squares and does not clamp, as U-ViT.")
+        Literal["ddim", "dpm-solver-2"], typer.Option(help="The second trains as for U-ViT: sum of squares, no clamp.")
     ] = "ddim",
     data: Annotated[Path | None, typer.Option(help="Safetensors: latents, conditioning by forward argument.")] = None,
     seed: Annotated[int, typer.Option(help="Of everything that is drawn.")] = 0,
@@ -41,12 +45,15 @@ def train_router_command(  # noqa: PLR0913, PLR0917 - options
     """Train a Learning-to-Cache router; the model stays as it is."""
     subject = trainable(model, batch, data, device)
     sequence: Sampler = Ddim(subject.scheduler, steps) if sampler == "ddim" else DpmSolver2.of(subject.scheduler, steps)
+    published = PUBLISHED[sampler]
     options = RouterOptions(
         iterations=iterations,
-        objective=Objective(penalty, "mean" if sampler == "ddim" else "sum", straight_through),
+        objective=Objective(
+            published.objective.penalty if penalty is None else penalty, published.objective.reduce, straight_through
+        ),
         lr=lr,
-        clamp=5.0 if sampler == "ddim" else None,
-        threshold=threshold,
+        clamp=published.clamp,
+        threshold=published.threshold if threshold is None else threshold,
         seed=seed,
     )
     learned = learnable(subject.module, subject.inputs, compiled=compiled)

@@ -52,5 +52,13 @@ def forget_lines_after(path: Path | None, iteration: int) -> None:
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-    kept = [line for line in lines if json.loads(line)["iteration"] <= iteration]
+    kept = [line for line in lines if _iteration_of(line) <= iteration]
     path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+
+
+def _iteration_of(line: str) -> float:
+    """Iteration of a line; none at all if the line is torn, because the run was killed while it was written."""
+    try:
+        return float(json.loads(line)["iteration"])
+    except (json.JSONDecodeError, KeyError, TypeError):
+        return float("inf")

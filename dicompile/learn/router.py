@@ -22,7 +22,8 @@ from dicompile.learn.graph import LearnableModel
 from dicompile.learn.latents import Data, draw_batch
 from dicompile.learn.objective import Iteration, Objective, training_iteration
 from dicompile.learn.samplers import Sampler
-from dicompile.policies.router import Router, RouterFacts, cache_rows
+from dicompile.policies.router import Grid, Router, RouterFacts, cache_rows
+from dicompile.policies.router_file import PUBLISHED_THRESHOLD
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +48,15 @@ class RouterOptions:
     label_dropout: float = 0.1
     threshold: float = 0.1
     seed: int = 0
+
+
+PUBLISHED: dict[Grid, RouterOptions] = {
+    "ddim": RouterOptions(40000, Objective(1e-6), threshold=PUBLISHED_THRESHOLD["ddim"]),
+    "dpm-solver-2": RouterOptions(
+        40000, Objective(0.1, "sum"), clamp=None, threshold=PUBLISHED_THRESHOLD["dpm-solver-2"]
+    ),
+}
+"""Options of the released routers for DiT-XL/2 and U-ViT-H/2 in 50 evaluations; their batch was 64."""
 
 
 @dataclass(frozen=True, slots=True)

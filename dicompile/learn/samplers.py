@@ -215,7 +215,7 @@ class DpmSolver2:
 
     def _table(self) -> tuple[np.ndarray, np.ndarray]:
         """Times, and logarithms of the signal at them."""
-        logs = 0.5 * np.log(self.alphas_cumprod.double().numpy())
+        logs = 0.5 * np.log(self.alphas_cumprod.double().cpu().numpy())
         return np.linspace(0.0, 1.0, len(logs) + 1)[1:], logs
 
     def _marginal(self, time: float) -> tuple[float, float, float]:

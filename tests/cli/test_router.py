@@ -115,6 +115,8 @@ def test_a_saved_pipeline_trains_on_a_file_of_latents(
     assert result.exit_code == 0, result.output
     router = load_router(out)
     assert (router.grid, router.facts.model, router.sites) == (sampler, "DiTTransformer2DModel", 4)
+    expected = {"ddim": (0.1, 1e-6), "dpm-solver-2": (0.9, 0.1)}[sampler]
+    assert (router.threshold, router.facts.penalty) == expected
 
 
 def factory() -> tuple[Any, dict[str, Any], Any]:

@@ -147,6 +147,8 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_by_bit(model: LearnableMo
     advance, interrupted.advance = interrupted.advance, lambda: advance() if interrupted.iteration < 5 else 1 / 0
     with pytest.raises(ZeroDivisionError):
         train_router(interrupted, files, progress=False)
+    with (tmp_path / "r.jsonl").open("a") as log:
+        log.write('{"iteration": 6, "ca')  # killed while it wrote
     resumed = training(model)
     router = train_router(resumed, files, resume=True, progress=False)
     assert torch.equal(router.logits, expected.logits)
