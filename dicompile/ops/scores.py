@@ -7,6 +7,8 @@ Reference:
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -102,19 +104,21 @@ def with_grid_bonus(score: Tensor, grid: tuple[int, ...], cell: int, bonus: floa
     """
     axes = range(len(grid))
     padded = [-(-edge // cell) * cell for edge in grid]
-    field = score.reshape(-1, *grid)
-    if padded != list(grid):
+    whole = padded == list(grid)
+    if not whole:
         margins = [margin for edge, full in zip(grid[::-1], padded[::-1], strict=True) for margin in (0, full - edge)]
-        field = torch.nn.functional.pad(field, margins, value=float("-inf"))
+        score = torch.nn.functional.pad(score.reshape(-1, *grid), margins, value=float("-inf"))
     split = [size for full in padded for size in (full // cell, cell)]
     order = [0, *[1 + 2 * axis for axis in axes], *[2 + 2 * axis for axis in axes]]
-    cells = field.reshape(-1, *split).permute(order)
-    flat = cells.reshape(*cells.shape[: len(grid) + 1], -1)
+    cells = score.reshape(score.shape[0], *split).permute(order)
+    flat = cells.reshape(*cells.shape[: len(grid) + 1], cell ** len(grid))
     best, where = flat.max(-1, keepdim=True)
-    number = torch.arange(flat.shape[-1], device=score.device)
+    number = torch.arange(cell ** len(grid), device=score.device)
     flat = torch.where(number == where, flat + bonus * best, flat)
-    back = [order.index(axis) for axis in range(len(order))]
-    field = flat.reshape(cells.shape).permute(back).reshape(-1, *padded)
-    for axis in axes:
-        field = field.narrow(axis + 1, 0, grid[axis])
-    return field.reshape(score.shape)
+    cells = flat.reshape(cells.shape).permute([order.index(axis) for axis in range(len(order))])
+    if whole:
+        return cells.reshape(score.shape)
+    field = cells.reshape(-1, *padded)
+    for axis, edge in enumerate(grid, start=1):
+        field = field.narrow(axis, 0, edge)
+    return field.reshape(field.shape[0], math.prod(grid))
