@@ -97,7 +97,8 @@ class LearnableModel:
             The result, through which gradients reach the weights.
         """
         given: dict[InputRef, Tensor] = {_slot(i): value for i, value in enumerate(stored)}
-        given |= {Weights(i): pair for i, pair in enumerate(weights)}
+        # Tensors of more than one number would promote a bfloat16 stream to float32.
+        given |= {Weights(i): pair.to(stored[i].dtype) if pair.ndim > 1 else pair for i, pair in enumerate(weights)}
         return self._blend(inputs, given)[Value(0)]
 
 

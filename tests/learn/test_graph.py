@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -101,6 +103,23 @@ def test_blocks_blend_token_by_token() -> None:
     blended = model.blend(sample.inputs, noise, [torch.stack([fresh, 1 - fresh])])
     torch.testing.assert_close(blended[:, :, :8], output[:, :, :8], rtol=0, atol=1e-6)
     assert not torch.isclose(blended[:, :, 8:], output[:, :, 8:]).all()
+
+
+@pytest.mark.parametrize("level", ["site", "block"])
+def test_a_model_in_bfloat16_stays_in_it_and_weights_in_float32(level: Literal["site", "block"]) -> None:
+    sample = MODELS["sd3"](1)
+    sample.model.bfloat16()
+    inputs = {k: v.bfloat16() if torch.is_tensor(v) and v.is_floating_point() else v for k, v in sample.inputs.items()}
+    per_token = level == "block"
+    what = What.UPDATE if per_token else What.CORE
+    model = learnable(sample.model, inputs, level=level, what=what, per_token=per_token)
+    _, stored = model.record(inputs)
+    shapes = [(2, site.shape[0], site.tokens.count, 1) if per_token else (2,) for site in model.sites]
+    weights = [torch.rand(shape, requires_grad=True) for shape in shapes]
+    output = model.blend(inputs, stored, weights)
+    gradients = torch.autograd.grad(output.float().square().mean(), weights)
+    assert output.dtype == torch.bfloat16
+    assert all(gradient.dtype == torch.float32 and gradient.any() for gradient in gradients)
 
 
 def test_compiled_graphs_compute_the_same() -> None:
