@@ -19,6 +19,7 @@ from dicompile import errors
 from dicompile.learn.latents import Latents
 from dicompile.passes import PASSES
 from dicompile.policies import POLICIES
+from dicompile.policies.predictor import load_predictor
 from tests import models
 from tests.models import optimized, run
 
@@ -295,6 +296,14 @@ CASES: list[tuple[type[errors.DicompileError], Callable[[], Any], str]] = [
         "  where: router\n"
         "  why:   5 steps are odd: every cache step needs a full step of its own before it\n"
         "  fix:   train it again with an even --steps",
+    ),
+    (
+        errors.InvalidPredictor,
+        lambda: load_predictor("gone.safetensors"),
+        "this is not a safetensors file\n"
+        "  where: gone.safetensors\n"
+        "  why:   No such file or directory: gone.safetensors\n"
+        "  fix:   give the file that `dicompile train-predictor` wrote",
     ),
     (
         errors.InvalidTrainingData,
