@@ -89,12 +89,13 @@ class PositionTable(nn.Module):
         super().__init__()
         blocks, self.batch, tokens = len(model.sites), model.sites[0].shape[0], model.sites[0].tokens.count
         angles = torch.tensor(timesteps)[:, None] * torch.logspace(0, -4, width // 2)
-        self.register_buffer("times", torch.cat([angles.sin(), angles.cos()], dim=1))
+        self.times = nn.Buffer(torch.cat([angles.sin(), angles.cos()], dim=1))
         self.blocks, self.tokens = nn.Embedding(blocks, width), nn.Embedding(tokens, width)
         hidden = [nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU()]
-        self.head = nn.Sequential(*hidden, nn.Linear(width, 1))
-        nn.init.zeros_(self.head[-1].weight)
-        nn.init.constant_(self.head[-1].bias, START)
+        last = nn.Linear(width, 1)
+        nn.init.zeros_(last.weight)
+        nn.init.constant_(last.bias, START)
+        self.head = nn.Sequential(*hidden, last)
 
     def forward(self, inputs: Mapping[str, Any], step: int) -> Tensor:
         """Importance, [b, n, blocks]."""

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from dicompile.errors import InvalidPredictor
 
-FORMAT = "dicompile.predictor/1"
 IMPORTANCE = "importance"
 PARAMETER = "parameter."
 
@@ -36,7 +35,7 @@ class PredictorFacts(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    format: Literal["dicompile.predictor/1"] = FORMAT
+    format: Literal["dicompile.predictor/1"] = "dicompile.predictor/1"
     kind: Literal["network", "table"]
     blocks: tuple[str, ...]
     timesteps: tuple[float, ...]
