@@ -33,8 +33,7 @@ from torch import Tensor, fx
 from dicompile.analysis import Dataflow
 from dicompile.analysis.cost import ATTENTION
 from dicompile.analysis.tokens import RESHAPES, MixesTokens, Mixing, per_token_operands, token_axes
-from dicompile.nodes import node_argument
-from dicompile.nodes import tensor_of
+from dicompile.nodes import node_argument, tensor_of
 from dicompile.ops import scores
 from dicompile.passes.base import (
     Chosen,

@@ -24,6 +24,7 @@ class Example(NamedTuple):
 
 EXAMPLES = {
     "bench.py": Example("--quick --model DiT", prints="toca"),
+    "fit_demo_forecast.py": Example("--steps 6 --intervals 3", prints="wrote", writes=("fitted_3.json",)),
     "train_demo_classifier.py": Example(
         "--steps 2 --batch 4 --out classifier.safetensors", prints="saved", writes=("classifier.safetensors",)
     ),
@@ -32,6 +33,11 @@ EXAMPLES = {
         prints="saved",
         writes=("model/config.json", "model/diffusion_pytorch_model.safetensors", "model/scheduler_config.json"),
         environment=(("TORCHDYNAMO_DISABLE", "1"),),  # torch.compile of the training graph takes a minute
+    ),
+    "train_demo_predictor.py": Example(
+        "--iterations 2 --steps 4 --samples 2 --out predictor.safetensors",
+        prints="psnr",
+        writes=("predictor.safetensors", "predictor.ckpt", "predictor.jsonl"),
     ),
     "train_demo_router.py": Example(
         "--iterations 2 --steps 4 --samples 2 --out router.safetensors",

@@ -5,10 +5,12 @@ Inductor keeps what it made in its own on-disk caches (FX graph cache), so a sec
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch import fx
 from torch._inductor import standalone_compile
 
 from dicompile.errors import InvalidSetting
@@ -37,8 +39,35 @@ def compile_segment(segment: Segment, mode: str) -> Compiled:
     """
     if mode == "eager":
         return segment.graph_module
-    examples = [node.meta["val"] for node in segment.graph.nodes if node.op == "placeholder"]
+    graph = segment.graph
+    placeholders: list[fx.Node] = graph.find_nodes(op="placeholder")
+    places = [placeholders.index(node) if node.op == "placeholder" else None for node in segment.results]
+    if all(place is None for place in places):
+        return _compiled(segment, segment.graph_module, placeholders)
+    made = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
+    made.graph_copy(graph, copies)
+    made.output([copies[node] for node in segment.results if node.op != "placeholder"])
+    function = (
+        _compiled(segment, fx.GraphModule(segment.graph_module, made), placeholders) if None in places else _nothing
+    )
+    return functools.partial(_pass_on, function, tuple(places))
+
+
+def _compiled(segment: Segment, graph_module: fx.GraphModule, placeholders: Sequence[fx.Node]) -> Compiled:
     context = torch._guards.TracingContext(segment.fake_mode)
     with torch.no_grad(), torch._guards.tracing(context):
-        compiled: Compiled = standalone_compile(segment.graph_module, examples, dynamic_shapes="from_tracing_context")
+        compiled: Compiled = standalone_compile(
+            graph_module, [node.meta["val"] for node in placeholders], dynamic_shapes="from_tracing_context"
+        )
     return compiled
+
+
+def _pass_on(function: Compiled, places: Sequence[int | None], *arguments: Any) -> list[Any]:
+    """Results of a function, and between them arguments that leave as they came: a reused stream is not copied."""
+    computed = iter(function(*arguments))
+    return [next(computed) if place is None else arguments[place] for place in places]
+
+
+def _nothing(*_: Any) -> tuple[()]:
+    return ()
