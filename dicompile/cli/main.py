@@ -43,6 +43,7 @@ def demo(
     out: Annotated[Path, typer.Option(help="Folder for pictures.png, pareto.png and results.json.")] = Path("out"),
     samples: Annotated[int | None, typer.Option(min=2, help="Pictures for each method; 24 if not given.")] = None,
     steps: Annotated[int | None, typer.Option(min=2, help="Denoising steps; 50 if not given.")] = None,
+    every: Annotated[bool, typer.Option("--all", help="Every method at two or three speeds.")] = False,
     quick: Annotated[bool, typer.Option("--quick", help="12 samples and 20 steps, if not given.")] = False,
 ) -> None:
     """Compare cache policies on the bundled model: time, FLOPs, distance to the uncached samples, pictures."""
@@ -58,7 +59,7 @@ def demo(
             why="the compiler itself does without it",
             fix="pip install 'dicompile[demo]'",
         ) from None
-    run_demo(out, samples=samples or (12 if quick else 24), steps=steps or (20 if quick else 50))
+    run_demo(out, samples=samples or (12 if quick else 24), steps=steps or (20 if quick else 50), every=every)
 
 
 app.command()(inspect)

@@ -29,21 +29,24 @@ class Method:
         return f"{self.family}, {self.setting}"
 
 
-def methods(steps: int) -> tuple[Method, ...]:
-    """All methods for a number of sampling steps; learned ones only for the number that they were trained for."""
+def methods(steps: int, every: bool = True) -> tuple[Method, ...]:
+    """Methods for a number of sampling steps; learned ones only for the number that they were trained for.
+
+    Args:
+        steps: number of sampling steps.
+        every: every method at two or three speeds, or a selection that compiles in half the time.
+    """
     found = [
         *(Method("FORA", f"interval {n}", FORA(n)) for n in (2, 3, 6)),
-        *(Method("ToCa", f"interval {n}", ToCa(n)) for n in (3, 5)),
-        *(Method("DuCa", f"interval {n}", DuCa(n)) for n in (3, 5)),
-        *(Method("TaylorSeer", f"interval {n}", TaylorSeer(n, order=2)) for n in (2, 3, 6)),
+        *(Method("ToCa", f"interval {n}", ToCa(n)) for n in ((3, 5) if every else (3,))),
+        *(Method("DuCa", f"interval {n}", DuCa(n)) for n in ((3, 5) if every else (3,))),
+        *(Method("TaylorSeer", f"interval {n}", TaylorSeer(n, order=2)) for n in ((2, 3, 6) if every else (3,))),
     ]
     if steps == STEPS:
+        phases = ((1, 1), (3, 2)) if every else ((1, 1),)
         found += [
             *(Method("L2C", f"threshold {t:g}", LearningToCache(ROUTER, threshold=t)) for t in (0.1, 0.9)),
-            *(
-                Method("TokenCache", f"phases {a}+{b}", TokenCache(PREDICTOR, ratio=0.9, intervals=(a, b)))
-                for a, b in ((1, 1), (3, 2))
-            ),
+            *(Method("TokenCache", f"phases {a}+{b}", TokenCache(PREDICTOR, 0.9, intervals=(a, b))) for a, b in phases),
             *(Method("fitted", f"interval {n}", fitted(n)) for n in (3, 4, 6)),
         ]
     return tuple(found)

@@ -45,6 +45,8 @@ class Settings:
     steps: int
     guidance: float
     seed: int
+    every: bool = False
+    """Every method at two or three speeds."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +114,7 @@ def run_demo(
     steps: int = 50,
     guidance: float = 2.0,
     seed: int = 0,
+    every: bool = False,
 ) -> tuple[Row, ...]:
     """Compare the cache policies, print a table, write ``pictures.png``, ``pareto.png`` and ``results.json``.
 
@@ -121,11 +124,12 @@ def run_demo(
         steps: denoising steps of the reference and of every cached method.
         guidance: of classifier-free guidance, unitless.
         seed: of the noise.
+        every: every method at two or three speeds instead of a selection.
 
     Returns:
         One row for each method, by falling compute.
     """
-    settings = Settings(samples, steps, guidance, seed)
+    settings = Settings(samples, steps, guidance, seed, every)
     labels = balanced_labels(samples)
     console = Console()
     with _progress(console) as progress:
@@ -176,7 +180,7 @@ def generate_all(model: nn.Module, labels: Tensor, settings: Settings, progress:
 
     eager = run(EAGER, model, settings.steps)
     generations = []
-    for method in methods(settings.steps):
+    for method in methods(settings.steps, settings.every):
         fast = dicompile.optimize(model, method.policy, schedule=scheduler)
         generations.append(run_cached(method.name, method.family, fast, settings.steps))
         model = dicompile.restore(fast)
