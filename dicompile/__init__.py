@@ -9,6 +9,7 @@ from dicompile.api import restore as restore
 from dicompile.api import structure_of as structure_of
 from dicompile.errors import DicompileError as DicompileError
 from dicompile.plan import Cadence as Cadence
+from dicompile.plan import Elsewhere as Elsewhere
 from dicompile.plan import Fitted as Fitted
 from dicompile.plan import Forecast as Forecast
 from dicompile.plan import Plan as Plan

@@ -115,7 +115,7 @@ def plan_table(plans: dict[str, Plan], refused: dict[str, PolicyDoesNotFit], ste
     for name, plan in plans.items():
         kinds = [step.kind for step in plan.steps]
         table.add_row(
-            name,
+            name if plan.policy.startswith(name) and plan.policy.count("-") < 2 else f"{name}: {plan.policy}",
             ", ".join(f"{kinds.count(kind)} {kind}" for kind in dict.fromkeys(kinds)),
             operations(plan.flops),
             f"{plan.flop_speedup:.2f}x",
@@ -138,7 +138,7 @@ def plan_text(plan: Plan) -> str:
             label = f"{start}" if i - start == 1 else f"{start}-{i - 1}"
             folded.append(f"{label:>7}  {cells[start]}")
             start = i
-    legend = "F computed, t some tokens, . reused; one letter per site, blocks apart"
+    legend = "F computed, t some tokens, . reused, f forecast, - skipped; a letter per site, blocks apart, stack last"
     return "\n".join(["", plan.summary(), f"   step  kind, share of a full step, {legend}", *folded])
 
 

@@ -14,11 +14,12 @@ from dicompile.plan.action import (
     SlotKind,
     What,
 )
-from dicompile.plan.fits import check_fits
+from dicompile.plan.fits import check_fits, choose_setting
 from dicompile.plan.plan import Plan, SiteStep, StepPlan
 from dicompile.plan.planner import attention_owner, cold_step, make_plan, plan_actions
 from dicompile.plan.policy import (
     Cadence,
+    Elsewhere,
     Fitted,
     Forecast,
     Line,
@@ -45,6 +46,7 @@ __all__ = [
     "Action",
     "Cadence",
     "Context",
+    "Elsewhere",
     "Fitted",
     "Forecast",
     "Line",
@@ -69,6 +71,7 @@ __all__ = [
     "Window",
     "attention_owner",
     "check_fits",
+    "choose_setting",
     "cold_step",
     "make_plan",
     "make_rows",

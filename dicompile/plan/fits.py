@@ -9,6 +9,29 @@ from dicompile.plan.policy import Policy, Refresh, Rule, Table, TokenScore, Toke
 from dicompile.plan.rows import refreshed, score_source
 
 
+def choose_setting(policy: Policy, structure: ModelStructure) -> Policy:
+    """The setting of a policy that is meant for a model of this kind: itself, or one of its `elsewhere`.
+
+    Raises:
+        PolicyDoesNotFit: neither the policy nor any of them fits; the text is about the policy itself.
+    """
+    if not policy.elsewhere:
+        check_fits(policy, structure)
+        return policy
+    kinds = {site.kind.value for site in structure.sites}
+    axes = len(structure.grid or ())
+    meant = [e for e in policy.elsewhere if kinds.issuperset(e.sites) and e.grid_axes in (None, axes)]
+    candidates = [*(e.policy for e in meant if e.sites), policy, *(e.policy for e in meant if not e.sites)]
+    for candidate in candidates:
+        try:
+            check_fits(candidate, structure)
+        except PolicyDoesNotFit:
+            continue
+        return candidate
+    check_fits(policy, structure)
+    return policy
+
+
 def check_fits(policy: Policy, structure: ModelStructure) -> None:
     """Raise if the policy asks for something that the model cannot do.
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from dicompile.analysis import ModelStructure, Site, SiteKind, TokenWise
 from dicompile.plan.action import COMPUTE, HISTORIC, Action, Context, Score, ScoreBase, Selection, Slot, SlotKind, What
-from dicompile.plan.fits import check_fits
+from dicompile.plan.fits import choose_setting
 from dicompile.plan.plan import FLOPS_PER_BYTE, Plan, SiteStep, StepPlan, sites_by_block, slot_bytes
 from dicompile.plan.policy import Policy
 from dicompile.plan.rows import Row, make_rows, score_source
@@ -16,12 +16,12 @@ from dicompile.plan.tables import check_timesteps
 
 
 def make_plan(structure: ModelStructure, policy: Policy, schedule: TimestepSchedule) -> Plan:
-    """Plan a run.
+    """Plan a run; the plan's name tells which setting of the policy the model got.
 
     Raises:
-        PolicyDoesNotFit: see `check_fits`, `check_timesteps` and `make_rows`.
+        PolicyDoesNotFit: see `choose_setting`, `check_timesteps` and `make_rows`.
     """
-    check_fits(policy, structure)
+    policy = choose_setting(policy, structure)
     check_timesteps(policy, schedule)
     plan = plan_actions(structure, make_rows(structure, policy, schedule.steps), schedule, policy.name)
     return replace(plan, steps=tuple(_with_predictor(structure, step, policy.predictor_cost) for step in plan.steps))

@@ -357,6 +357,20 @@ class Rule(_Data):
         return self.when == "always" or (moment.residue % 2 == 1) == (self.when == "odd")
 
 
+class Elsewhere(_Data):
+    """A policy that takes over on models of another kind.
+
+    Attributes:
+        sites: kinds of site that such a model has, all of them; empty for any model that nothing else fits.
+        grid_axes: axes of its token grid (3 for films), or None for any.
+        policy: what it gets.
+    """
+
+    sites: tuple[SiteName, ...] = ()
+    grid_axes: PositiveInt | None = None
+    policy: Policy
+
+
 class Policy(_Data):
     """A caching policy.
 
@@ -367,6 +381,7 @@ class Policy(_Data):
         seed: of random scores.
         predictor: file of the network that predicts importance, where a rule ranks tokens by it.
         predictor_cost: what one prediction costs, in blocks of the model.
+        elsewhere: settings of the same method for other kinds of model; see `choose_setting`.
     """
 
     name: str
@@ -375,6 +390,7 @@ class Policy(_Data):
     seed: int = 0
     predictor: str | None = None
     predictor_cost: Annotated[float, Field(ge=0)] = 0.0
+    elsewhere: tuple[Elsewhere, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data: what JSON and YAML hold."""
@@ -431,6 +447,9 @@ class Policy(_Data):
         except json.JSONDecodeError as error:
             raise InvalidPolicy("this is not valid JSON", where=source, why=str(error)) from None
         return cls.from_dict(data, source)
+
+
+Elsewhere.model_rebuild()
 
 
 def polynomial_weights(stored: Sequence[int], step: int, order: int) -> tuple[float, ...]:

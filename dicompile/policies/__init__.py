@@ -9,6 +9,7 @@ from typing import Any
 
 from dicompile.errors import InvalidPolicy, UnknownPolicy
 from dicompile.plan import Policy
+from dicompile.policies.anywhere import duca_anywhere, toca_anywhere
 from dicompile.policies.duca import DuCa, DuCaFlux, DuCaOpenSora, DuCaPixArt
 from dicompile.policies.fora import FORA
 from dicompile.policies.l2c import LearningToCache
@@ -66,9 +67,14 @@ POLICIES: dict[str, Callable[..., Policy]] = {
     "l2c": LearningToCache,
 }
 
+ANYWHERE: dict[str, Callable[[], Policy]] = {"toca": toca_anywhere, "duca": duca_anywhere}
+"""What a name means that comes without options."""
+
 
 def get_policy(source: Policy | str | dict[str, Any], **options: Any) -> Policy:
     """Policy from itself, a published name with options, plain data, or the path of a YAML or JSON file.
+
+    "toca" and "duca" without options are the setting published for the kind of model that they meet.
 
     Raises:
         UnknownPolicy: no policy and no file has this name.
@@ -104,6 +110,8 @@ def required_options(name: str) -> tuple[str, ...]:
 
 
 def _call(name: str, options: dict[str, Any]) -> Policy:
+    if name in ANYWHERE and not options:
+        return ANYWHERE[name]()
     function = POLICIES[name]
     known = inspect.signature(function).parameters
     for option in options:

@@ -1,0 +1,58 @@
+"""Published names without options: the setting for the kind of model that they meet."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from dicompile.plan import Policy, TimestepSchedule, make_plan
+from dicompile.policies import DuCa, get_policy
+from tests.models import MODELS, pixart, structure
+from tests.stdit import stdit
+
+
+@pytest.mark.parametrize(
+    ("name", "build", "chosen"),
+    [
+        ("toca", "dit", "toca-3"),
+        ("toca", "plain_dit", "toca-3"),
+        ("toca", "pixart", "toca-pixart-3"),
+        ("toca", "flux", "toca-flux-4"),
+        ("toca", "sd3", "toca-flux-4"),
+        ("duca", "dit", "duca-3"),
+        ("duca", "pixart", "duca-pixart-3"),
+        ("duca", "flux", "duca-flux-5"),
+    ],
+)
+def test_a_name_means_the_setting_for_the_kind_of_model(name: str, build: str, chosen: str) -> None:
+    plan = make_plan(structure(MODELS[build]()), get_policy(name), TimestepSchedule(20))
+    assert plan.policy == chosen
+    assert plan.flop_speedup > 1.2
+
+
+def test_films_have_settings_of_their_own() -> None:
+    found = structure(stdit())
+    assert make_plan(found, get_policy("toca"), TimestepSchedule(20)).policy == "toca-opensora-3"
+    assert make_plan(found, get_policy("duca"), TimestepSchedule(20)).policy == "duca-opensora-3"
+
+
+def test_where_no_setting_fits_tokens_are_chosen_at_random() -> None:
+    """An odd batch cannot share guidance, and 6 x 6 tokens have no 4 x 4 cells: PixArt's setting is for neither."""
+    sample = pixart()
+    sample.inputs["hidden_states"] = torch.randn(1, 4, 12, 12)
+    sample.inputs["encoder_hidden_states"] = torch.randn(1, 12, 24)
+    sample.inputs["timestep"] = torch.full((1,), 500)
+    plan = make_plan(structure(sample), get_policy("toca"), TimestepSchedule(20))
+    assert plan.policy in ("toca-3", "toca-3-random")
+
+
+def test_with_options_a_name_is_the_function_that_takes_them() -> None:
+    assert get_policy("duca", interval=4) == DuCa(interval=4)
+    assert not get_policy("duca", interval=4).elsewhere
+
+
+@pytest.mark.parametrize("name", ["toca", "duca"])
+def test_all_settings_are_in_the_file(name: str) -> None:
+    policy = get_policy(name)
+    assert Policy.from_yaml(policy.to_yaml()) == policy
+    assert hash(policy) == hash(Policy.from_json(policy.to_json()))
