@@ -112,10 +112,10 @@ def plan_table(plans: dict[str, Plan], refused: dict[str, PolicyDoesNotFit], ste
     table = Table(
         "policy", "steps by kind", "work", "fewer FLOPs", "predicted speedup", "cache", title=f"{steps} steps"
     )
-    for name, plan in plans.items():
+    for plan in plans.values():
         kinds = [step.kind for step in plan.steps]
         table.add_row(
-            name if plan.policy.startswith(name) and plan.policy.count("-") < 2 else f"{name}: {plan.policy}",
+            plan.policy,
             ", ".join(f"{kinds.count(kind)} {kind}" for kind in dict.fromkeys(kinds)),
             operations(plan.flops),
             f"{plan.flop_speedup:.2f}x",
