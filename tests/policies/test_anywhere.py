@@ -7,7 +7,7 @@ import torch
 
 from dicompile.plan import Policy, TimestepSchedule, make_plan
 from dicompile.policies import DuCa, get_policy
-from tests.models import MODELS, pixart, structure
+from tests.models import MODELS, optimized, pixart, run, structure, timesteps
 from tests.stdit import stdit
 
 
@@ -56,3 +56,23 @@ def test_all_settings_are_in_the_file(name: str) -> None:
     policy = get_policy(name)
     assert Policy.from_yaml(policy.to_yaml()) == policy
     assert hash(policy) == hash(Policy.from_json(policy.to_json()))
+
+
+@pytest.mark.parametrize("score", ["value-norm", "random"])
+def test_without_attention_scores_no_attention_map_exists_anywhere(score: str) -> None:
+    """V-caching: attention stays the fused call that it was, whatever the step does."""
+    sample = MODELS["dit"]()
+    fast = optimized(sample, DuCa(score=score, ratio=0.3), 12)
+    run(fast, sample.inputs, timesteps(12))
+    variants = fast.frames[-1].programs.variants.variants
+    operators = {str(node.target) for variant in variants for node in variant.segment.graph.nodes}
+    assert "aten.scaled_dot_product_attention.default" in operators
+    assert not [name for name in operators if "softmax" in name or "matmul" in name or "bmm" in name]
+
+
+def test_attention_scores_do_need_the_map() -> None:
+    sample = MODELS["dit"]()
+    fast = optimized(sample, DuCa(score="attention", ratio=0.3), 12)
+    run(fast, sample.inputs, timesteps(12))
+    variants = fast.frames[-1].programs.variants.variants
+    assert any("softmax" in str(node.target) for variant in variants for node in variant.segment.graph.nodes)
