@@ -42,6 +42,8 @@ def check_fits(policy: Policy, structure: ModelStructure) -> None:
     """
     for rule in policy.rules:
         _check_named(policy, structure, rule)
+    for site in structure.everything:
+        _check_one_value(policy, site)
     for site, do in refreshed(structure, policy):
         _check_tokens(policy, site, do)
         _check_score(policy, structure, site, do.score)
@@ -58,20 +60,36 @@ def _check_named(policy: Policy, structure: ModelStructure, rule: Rule) -> None:
             why="no two branches follow each other on one stream",
             fix="use a policy that reuses single branches, such as dicompile.FORA(interval=3)",
         )
-    recall = rule.do.otherwise if isinstance(rule.do, (Refresh, Table)) else rule.do
+    what = _what(rule)
     for site in named:
-        if recall.what in (("core", "attention") if site.kind.is_span else ("stream",)):
+        if what in (("core", "attention") if site.kind.is_span else ("stream",)):
             raise PolicyDoesNotFit(
-                f"policy {policy.name!r} stores the {recall.what} of a {site.kind.value}, which has none",
+                f"policy {policy.name!r} stores the {what} of a {site.kind.value}, which has none",
                 where=_where(site),
                 fix="store 'stream' or 'update'" if site.kind.is_span else "store 'core' or 'update'",
             )
-        if recall.what == "attention" and len(site.attention) != 1:
+        if what == "attention" and len(site.attention) != 1:
             raise PolicyDoesNotFit(
                 f"policy {policy.name!r} stores the output of attention, but the branch has {len(site.attention)}",
                 where=_where(site),
                 fix="store 'core' for this kind of site",
             )
+
+
+def _check_one_value(policy: Policy, site: Site) -> None:
+    whats = sorted({_what(rule) for rule in policy.rules if rule.names(site)} - {"attention"})
+    if len(whats) > 1:
+        raise PolicyDoesNotFit(
+            f"policy {policy.name!r} stores two values of one {'span' if site.kind.is_span else 'branch'}",
+            where=_where(site),
+            why=f"its rules want {' and '.join(whats)}",
+            fix="give all rules for this kind of site the same 'what'",
+        )
+
+
+def _what(rule: Rule) -> str:
+    recall = rule.do.otherwise if isinstance(rule.do, (Refresh, Table)) else rule.do
+    return recall.what
 
 
 def _check_tokens(policy: Policy, site: Site, do: Refresh | TokenTable) -> None:

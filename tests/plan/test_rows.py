@@ -22,9 +22,11 @@ from dicompile.plan import (
     Reuse,
     Rule,
     Table,
+    TimestepSchedule,
     TokenScore,
     TokenTable,
     What,
+    make_plan,
     make_rows,
 )
 from dicompile.policies import (
@@ -228,3 +230,14 @@ def test_fitted_weights_for_another_cadence_are_refused(weights: tuple[float, ..
         "  why:   weights were fitted for another cadence\n"
         "  fix:   fit them again with dicompile.learn.fit_forecast for this cadence"
     )
+
+
+def test_a_branch_keeps_one_kind_of_value() -> None:
+    rules = (
+        Rule(sites=("mlp",), when="odd", do=Reuse(what="core")),
+        Rule(sites=("mlp",), do=Reuse(what="update")),
+    )
+    policy = Policy(name="both", cadence=Cadence(interval=3), rules=rules)
+    with pytest.raises(PolicyDoesNotFit, match="two values of one branch") as caught:
+        make_plan(structure("dit"), policy, TimestepSchedule(6))
+    assert "core and update" in str(caught.value)
