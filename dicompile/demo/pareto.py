@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter
 
 if TYPE_CHECKING:
     from dicompile.demo.run import Row
@@ -43,7 +44,6 @@ def draw_pareto(rows: Sequence[Row], frechet_floor: float) -> Figure:
             axes.plot(*zip(*points, strict=True), color=colour, marker=marker, linewidth=1.2, label=family)
         axes.set_xlabel("compute, % of the uncached run")
         axes.set_ylabel(label)
-        axes.set_yscale("log")
         axes.grid(alpha=0.25, which="both", linewidth=0.5)
         axes.spines[["top", "right"]].set_visible(False)
     frechet.axhline(
@@ -52,5 +52,7 @@ def draw_pareto(rows: Sequence[Row], frechet_floor: float) -> Figure:
     frechet.axhline(frechet_floor, color="black", linewidth=0.8, label="true pictures")
     error.set_title("nearer to the uncached samples: lower", fontsize=10, loc="left")
     frechet.set_title("nearer to true pictures: lower", fontsize=10, loc="left")
+    error.set_yscale("log")
+    error.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     frechet.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
     return figure
