@@ -37,6 +37,8 @@ def compile_segment(segment: Segment, mode: str) -> Compiled:
         segment: what to compile; symbolic ints among its inputs stay symbolic.
         mode: "inductor", or "eager" to run the rewritten graph operator by operator.
     """
+    if not segment.results:
+        return _nothing
     if mode == "eager":
         return segment.graph_module
     graph = segment.graph

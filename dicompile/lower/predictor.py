@@ -107,24 +107,20 @@ def network_predictor(
         PolicyDoesNotFit: a parameter is missing or has another shape.
     """
     first = FirstBlock.of(capture, structure)
-    shapes = {
-        capture.inputs[i].name: tuple(node.meta["val"].shape)
-        for i, node in enumerate(capture.graph.find_nodes(op="placeholder"))
-        if capture.inputs[i].role is Role.PARAMETER
-    }
+    placeholders = first.segment.graph.find_nodes(op="placeholder")
+    expected = {name: node.meta["val"] for (_, name), node in zip(first.arguments, placeholders, strict=True)}
     for name in first.parameters:
         given = tuple(parameters[name].shape) if name in parameters else None
-        if given != shapes[name]:
+        if given != tuple(expected[name].shape):
             raise PolicyDoesNotFit(
-                f"the predictor has parameter {name} of shape {given}, the model {shapes[name]}",
+                f"the predictor has parameter {name} of shape {given}, the model {tuple(expected[name].shape)}",
                 where=source,
                 why="a predictor is a trained copy of one model's first block",
                 fix="use the predictor of this model, or train one for it",
             )
     function = compile_segment(first.segment, mode)
-    device = next(node.meta["val"].device for node in first.segment.graph.nodes if node.op == "call_function")
-    dtypes = {name: _dtype(first, i) for i, (_, name) in enumerate(first.arguments)}
-    own = {name: parameters[name].to(device, dtypes[name]) for name in first.parameters}
+    own = {name: parameters[name].to(expected[name].device, expected[name].dtype) for name in first.parameters}
+    device = next(iter(own.values())).device
     weight, bias = (parameters[name].to(device) for name in (HEAD_WEIGHT, HEAD_BIAS))
 
     def predict(inputs: Sequence[Any], step: int) -> Tensor:
@@ -148,8 +144,3 @@ def table_predictor(importance: Tensor, batch: int) -> Callable[[Sequence[Any], 
         return importance[step].T.to(device).expand(batch, -1, -1)
 
     return predict
-
-
-def _dtype(first: FirstBlock, index: int) -> torch.dtype:
-    placeholders = first.segment.graph.find_nodes(op="placeholder")
-    return placeholders[index].meta["val"].dtype  # type: ignore[no-any-return]

@@ -53,7 +53,7 @@ class VariantCache:
     def _make(self, name: str, segment: Segment, steps: tuple[LocalStep, ...], live: frozenset[int]) -> Variant:
         rewritten, runs = rewrite(segment, steps, live, PASSES, settings=self.settings, debug=self.debug, name=name)
         self.debug.write(f"{name}-variant", rewritten)
-        function = compile_segment(rewritten, self.mode) if rewritten.outputs else _nothing
+        function = compile_segment(rewritten, self.mode)
         return Variant(name, function, tuple(rewritten.inputs), tuple(rewritten.outputs), rewritten, runs)
 
     @property
@@ -71,7 +71,3 @@ def _spelled(steps: tuple[LocalStep, ...]) -> str:
         return "f" if len(step.weights) == 1 else "b"
 
     return "".join(letter(step) for step in steps) or "plain"
-
-
-def _nothing(*_: object) -> tuple[()]:
-    return ()

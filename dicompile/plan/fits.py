@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
 from dicompile.analysis import ModelStructure, Site, TokenWise
 from dicompile.errors import PolicyDoesNotFit
 from dicompile.plan.action import ScoreBase
-from dicompile.plan.policy import Policy, Refresh, Rule, Table, TokenScore, TokenTable
+from dicompile.plan.policy import Policy, Refresh, Rule, TokenScore, TokenTable
 from dicompile.plan.rows import refreshed, score_source
 
 
@@ -15,9 +17,6 @@ def choose_setting(policy: Policy, structure: ModelStructure) -> Policy:
     Raises:
         PolicyDoesNotFit: neither the policy nor any of them fits; the text is about the policy itself.
     """
-    if not policy.elsewhere:
-        check_fits(policy, structure)
-        return policy
     kinds = {site.kind.value for site in structure.sites}
     axes = len(structure.grid or ())
     meant = [e for e in policy.elsewhere if kinds.issuperset(e.sites) and e.grid_axes in (None, axes)]
@@ -60,7 +59,7 @@ def _check_named(policy: Policy, structure: ModelStructure, rule: Rule) -> None:
             why="no two branches follow each other on one stream",
             fix="use a policy that reuses single branches, such as dicompile.FORA(interval=3)",
         )
-    what = _what(rule)
+    what = rule.recall.what
     for site in named:
         if what in (("core", "attention") if site.kind.is_span else ("stream",)):
             raise PolicyDoesNotFit(
@@ -77,7 +76,7 @@ def _check_named(policy: Policy, structure: ModelStructure, rule: Rule) -> None:
 
 
 def _check_one_value(policy: Policy, site: Site) -> None:
-    whats = sorted({_what(rule) for rule in policy.rules if rule.names(site)} - {"attention"})
+    whats = sorted({rule.recall.what for rule in policy.rules if rule.names(site)} - {"attention"})
     if len(whats) > 1:
         raise PolicyDoesNotFit(
             f"policy {policy.name!r} stores two values of one {'span' if site.kind.is_span else 'branch'}",
@@ -85,11 +84,6 @@ def _check_one_value(policy: Policy, site: Site) -> None:
             why=f"its rules want {' and '.join(whats)}",
             fix="give all rules for this kind of site the same 'what'",
         )
-
-
-def _what(rule: Rule) -> str:
-    recall = rule.do.otherwise if isinstance(rule.do, (Refresh, Table)) else rule.do
-    return recall.what
 
 
 def _check_tokens(policy: Policy, site: Site, do: Refresh | TokenTable) -> None:
@@ -156,10 +150,8 @@ def _check_grid(policy: Policy, grid: tuple[int, ...] | None, site: Site, score:
     if grid is None:
         why = "the token grid is unknown"
     else:
-        tokens, shape = 1, "x".join(map(str, grid))
-        for edge in grid:
-            tokens *= edge
-        if tokens != site.tokens.count:
+        shape = "x".join(map(str, grid))
+        if math.prod(grid) != site.tokens.count:
             why = f"the branch has {site.tokens.count} tokens, the token grid is {shape}"
         elif len(grid) == 2 and any(edge % score.grid_cell for edge in grid):
             why = f"the token grid is {shape}"

@@ -352,6 +352,11 @@ class Rule(_Data):
         """True if the rule is for the kind of `site`."""
         return site.kind.value in self.sites if self.sites else not site.kind.is_span
 
+    @property
+    def recall(self) -> Reuse | Forecast | Fitted | TokenTable:
+        """What says which stored value stands in for one that is not computed."""
+        return self.do.otherwise if isinstance(self.do, (Refresh, Table)) else self.do
+
     def holds(self, moment: Moment) -> bool:
         """True if the rule is for this step."""
         return self.when == "always" or (moment.residue % 2 == 1) == (self.when == "odd")

@@ -108,7 +108,7 @@ class _Rows:
     def recall(self, rule: Rule, site: Site, step: int) -> Action:
         """Action that takes what is stored."""
         self._check_stored(site, step)
-        recall = rule.do.otherwise if isinstance(rule.do, (Refresh, Table)) else rule.do
+        recall = rule.recall
         assert not isinstance(recall, TokenTable)
         return recall.action(self.stored[site.id], step)
 

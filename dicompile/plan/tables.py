@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from dicompile.analysis import Site
 from dicompile.errors import PolicyDoesNotFit
-from dicompile.plan.policy import Fitted, Origin, Policy, Refresh, Rule, Table, TokenTable
+from dicompile.plan.policy import Fitted, Origin, Policy, Rule, Table, TokenTable
 from dicompile.plan.schedule import TimestepSchedule
 
 SAME_TIMESTEP = 1e-3
@@ -25,9 +25,8 @@ def check_table(policy: Policy, rule: Rule, sites: Sequence[Site], steps: int) -
     Raises:
         PolicyDoesNotFit: it is.
     """
-    recall = rule.do.otherwise if isinstance(rule.do, (Refresh, Table)) else rule.do
-    if isinstance(recall, Fitted) and len(recall.weights) != steps:
-        fitted = len(recall.weights)
+    if isinstance(rule.recall, Fitted) and len(rule.recall.weights) != steps:
+        fitted = len(rule.recall.weights)
         raise PolicyDoesNotFit(
             f"the forecast of policy {policy.name!r} was fitted to {fitted} steps, the schedule has {steps}",
             where=f"rule for {', '.join(rule.sites) or 'all sites'}",
