@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dicompile.plan import Action, Forecast, What, taylor_weights
+from dicompile.plan import Action, Forecast, What, polynomial_weights, taylor_weights
 
 
 def by_recursion(stored: list[int], values: list[float], step: int, order: int) -> float:
@@ -93,3 +93,30 @@ def test_the_order_builds_up_one_per_stored_value() -> None:
 
 def test_of_order_zero_a_forecast_reuses() -> None:
     assert Forecast(order=0, what="update").action([4, 2], 6) == Action((0.0, 1.0), What.UPDATE)
+
+
+@settings(deadline=None)
+@given(histories, st.integers(1, 8), st.integers(0, 4), st.lists(st.floats(-2, 2), min_size=1, max_size=5))
+def test_divided_differences_are_exact_on_polynomials_however_values_are_spaced(
+    stored: list[int], step: int, order: int, coefficients: list[float]
+) -> None:
+    degree = min(order, len(stored) - 1)
+    polynomial = np.polynomial.Polynomial(coefficients[: degree + 1])
+    weights = polynomial_weights(stored, step, order)
+    found = sum(weight * polynomial(time) for weight, time in zip(weights, stored, strict=False))
+    assert len(weights) == degree + 1
+    assert found == pytest.approx(polynomial(step), rel=1e-6, abs=1e-6 * sum(map(abs, weights)))
+
+
+def test_a_forecast_takes_the_differences_that_it_names() -> None:
+    uneven, step = (8, 7, 4), 10
+    weights = {
+        name: Forecast(order=2, differences=name).action(uneven, step).weights for name in ("backward", "divided")
+    }
+    assert weights["backward"] == (0.0, *taylor_weights(uneven, step, 2))
+    assert weights["divided"] == (0.0, *polynomial_weights(uneven, step, 2))
+    assert weights["backward"] != pytest.approx(weights["divided"])
+
+
+def test_evenly_spaced_lines_do_not_tell_the_two_apart() -> None:
+    assert taylor_weights((6, 3), 8, 1) == pytest.approx(polynomial_weights((6, 3), 8, 1))
