@@ -39,8 +39,13 @@ class Case:
     impossible: str = field(default="")
 
     def model(self) -> nn.Module:
-        """A fresh module whose every block matters."""
-        return redraw(self.make())
+        """A fresh module whose every block matters: weights of norms lie around one, so that no block fades."""
+        model = redraw(self.make())
+        for module in model.modules():
+            weight = getattr(module, "weight", None)
+            if "Norm" in type(module).__name__ and isinstance(weight, nn.Parameter):
+                weight.data += 1
+        return model
 
     def at(self, step: int) -> dict[str, Any]:
         """Inputs at a step: another timestep, and a latent that drifts a little from step to step."""
