@@ -8,9 +8,12 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils import _pytree as pytree
 
 from dicompile.capture.inputs import input_names
 from dicompile.capture.normalise import Capture, capture_graph
+from dicompile.capture.trace import Inputs, module_tensors, trace_model
 from dicompile.errors import CannotCapture
 
 
@@ -24,6 +27,43 @@ class _Captured(Exception):
 
 def capture_model(model: nn.Module, inputs: Mapping[str, Any]) -> Capture:
     """Capture a model as one graph for the shapes of `inputs`.
+
+    A model that Dynamo cannot take whole is run once instead, where its inputs are real.
+
+    Args:
+        model: the module; Dynamo reads none of its parameters.
+        inputs: keyword arguments of its forward.
+
+    Raises:
+        CannotCapture: the model does not fit into one graph.
+    """
+    try:
+        return capture_by_dynamo(model, inputs)
+    except CannotCapture as refused:
+        if any(isinstance(leaf, FakeTensor) or leaf.is_meta for leaf in _tensors(model, inputs)):
+            raise
+        try:
+            return _capture_by_running(model, inputs)
+        except CannotCapture as error:
+            raise error from refused
+
+
+def _tensors(model: nn.Module, inputs: Mapping[str, Any]) -> list[torch.Tensor]:
+    leaves = pytree.tree_leaves(inputs)
+    return [*module_tensors(model).values(), *(leaf for leaf in leaves if isinstance(leaf, torch.Tensor))]
+
+
+def _capture_by_running(model: nn.Module, inputs: Mapping[str, Any]) -> Capture:
+    taken = Inputs.of(model, (), inputs)
+    trace = trace_model(model, taken)
+    arguments = [*module_tensors(model).values(), *taken.tensors.values(), *trace.constants]
+    capture = capture_graph(trace.graph, trace.names, arguments)
+    trace.check(capture.inputs, type(model).__name__)
+    return capture
+
+
+def capture_by_dynamo(model: nn.Module, inputs: Mapping[str, Any]) -> Capture:
+    """Capture a model as one graph that names no tensor but its own and its inputs.
 
     Args:
         model: the module; its parameters are not read.

@@ -1,0 +1,319 @@
+"""Capture a model by running it once: for models that read values of their inputs in Python, which Dynamo cannot take.
+
+Everything that Python reads from a tensor (``.tolist()``, ``if mask.any():``, ``x[mask]``) is written down together
+with the inputs it came from. The graph then holds for calls with the same values there, and whoever uses it has to
+compare them (`Trace.reads`). Values computed from the latent or the timestep differ at every step: a model that reads
+those cannot be captured.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing, get_proxy_mode, make_fx
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+
+from dicompile.capture.inputs import Input, Role
+from dicompile.errors import CannotCapture
+
+# Functions that return Python values, and those whose result has as many elements as the values say.
+_READS = frozenset({
+    Tensor.item, Tensor.tolist, Tensor.numpy, Tensor.__array__, Tensor.__bool__, Tensor.__int__, Tensor.__float__,
+    Tensor.__index__, Tensor.__contains__, Tensor.equal, Tensor.allclose, torch.equal, torch.allclose,
+})  # fmt: skip
+_SIZED_BY_VALUES = frozenset({
+    Tensor.nonzero, torch.nonzero, torch.argwhere, Tensor.argwhere, torch.unique, Tensor.unique, torch.bincount,
+    Tensor.bincount, torch.unique_consecutive, Tensor.unique_consecutive,
+})  # fmt: skip
+_NO_OPERATIONS = (
+    torch._C._set_grad_enabled,
+    torch.amp.autocast_mode._enter_autocast,
+    torch.amp.autocast_mode._exit_autocast,
+)
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Arguments of a call, taken apart.
+
+    Attributes:
+        tensors: the tensors among them, by dotted name (``added_cond_kwargs.resolution``).
+        key: everything else, and what the tensors are like; calls with unequal keys share no trace.
+        pack: positional and keyword arguments with other tensors in the places of these.
+    """
+
+    tensors: Mapping[str, Tensor]
+    key: tuple[object, ...]
+    pack: Callable[[Sequence[Tensor]], tuple[Sequence[Any], Mapping[str, Any]]]
+
+    @classmethod
+    def of(cls, module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Inputs:
+        """Arguments of ``module(*args, **kwargs)``.
+
+        Raises:
+            TypeError: its forward does not take them.
+        """
+        bound = inspect.signature(module.forward).bind(*args, **kwargs)
+        paths, spec = pytree.tree_flatten_with_path((bound.args, bound.kwargs))
+        parameters = list(bound.signature.parameters)
+        leaves = [leaf for _, leaf in paths]
+        places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+
+        def pack(tensors: Sequence[Tensor]) -> tuple[Sequence[Any], Mapping[str, Any]]:
+            filled = list(leaves)
+            for place, tensor in zip(places, tensors, strict=True):
+                filled[place] = tensor
+            arguments: tuple[Sequence[Any], Mapping[str, Any]] = pytree.tree_unflatten(filled, spec)
+            return arguments
+
+        rest = tuple(_kind(leaf) if isinstance(leaf, Tensor) else repr(leaf) for leaf in leaves)
+        return cls({_dotted(paths[i][0], parameters): leaves[i] for i in places}, (str(spec), *rest), pack)
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What one run of a model did.
+
+    Attributes:
+        graph: ATen graph; its placeholders are the module's tensors, the tensors among its inputs, and constants.
+        names: name of each placeholder, and whether it belongs to the module.
+        reads: positions of the placeholders whose values Python read, with the operator that did and its module.
+        constants: values of the last placeholders.
+        unpack: the model's result, made of the graph's.
+    """
+
+    graph: fx.GraphModule
+    names: tuple[tuple[str, bool], ...]
+    reads: Mapping[int, str]
+    constants: tuple[Tensor, ...]
+    unpack: Callable[[Sequence[Tensor]], Any]
+
+    def check(self, inputs: Sequence[Input], model: str) -> None:
+        """Check that no value was read that differs at every step.
+
+        Args:
+            inputs: what the placeholders are.
+            model: its name, for the message.
+
+        Raises:
+            CannotCapture: one was.
+        """
+        for position, how in self.reads.items():
+            if inputs[position].role in (Role.LATENT, Role.TIMESTEP):
+                raise CannotCapture(
+                    f"{model} reads a value computed from its {inputs[position].role.value} in Python",
+                    where=f"capture, {how}",
+                    why="what it computes then differs from step to step, so that no graph holds for two of them",
+                    fix="compute that part of its forward with tensors alone, or run the model as it is",
+                )
+
+
+def module_tensors(module: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers of a module by name."""
+    parameters = module.named_parameters(remove_duplicate=False)
+    return {**dict(parameters), **dict(module.named_buffers(remove_duplicate=False))}
+
+
+def trace_model(module: nn.Module, inputs: Inputs) -> Trace:
+    """Run a module once and write down what it does.
+
+    Args:
+        module: the module; a forward of it computes with real values.
+        inputs: its arguments.
+
+    Raises:
+        CannotCapture: it computes with tensors in a way that leaves no trace.
+    """
+    own = module_tensors(module)
+    given = [*own.values(), *inputs.tensors.values()]
+    reading = _Reading()
+    packed: list[Callable[[Sequence[Tensor]], Any]] = []
+
+    def run(*tensors: Tensor) -> list[Tensor]:
+        args, kwargs = inputs.pack(tensors[len(own) :])
+        with reading:
+            result = torch.func.functional_call(
+                module, dict(zip(own, tensors, strict=False)), tuple(args), dict(kwargs), tie_weights=False
+            )
+        leaves, spec = pytree.tree_flatten(result)
+        packed.append(_unpacker(leaves, spec))
+        return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+
+    try:
+        with torch.no_grad(), fx.traceback.preserve_node_meta(), _module_paths(module):
+            graph = make_fx(run, tracing_mode="real", pre_dispatch=True)(*given)
+    except RuntimeError as error:
+        raise CannotCapture(
+            f"{type(module).__name__} cannot be traced",
+            where=f"capture, {_current_path() or 'forward'}",
+            why=str(error).splitlines()[0],
+            fix="move data-dependent Python out of its forward",
+        ) from error
+    _drop_no_operations(graph.graph)
+    constants = _lift_constants(graph)
+    names = [(name, True) for name in own] + [(name, False) for name in inputs.tensors]
+    names += [(f"constant_{i}", True) for i in range(len(constants))]
+    return Trace(graph, tuple(names), _read_inputs(graph.graph, reading.nodes), tuple(constants), packed[-1])
+
+
+class _Reading(TorchFunctionMode):
+    """Lets Python read values while a graph is traced, and remembers of which nodes."""
+
+    def __init__(self) -> None:
+        self.nodes: list[tuple[fx.Node, str]] = []
+
+    def __torch_function__(
+        self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func in _READS or func in _SIZED_BY_VALUES:
+            return self._untraced(func, args, kwargs)
+        if func in (Tensor.__getitem__, Tensor.__setitem__):
+            args = (args[0], self._indices(args[1]), *args[2:])
+        elif func in (torch.masked_select, Tensor.masked_select):
+            func, args = Tensor.__getitem__, (args[0], self._indices(args[1]))
+        try:
+            return func(*args, **kwargs)
+        except RuntimeError as error:
+            # torch reads the values of tensors that are given where it wants ints: x.view(lengths[0]).
+            if "aten.item" not in str(error) and "_local_scalar_dense" not in str(error):
+                raise
+        args, kwargs = pytree.tree_map_only(Tensor, self._as_int, (tuple(args), kwargs))
+        return func(*args, **kwargs)
+
+    def _as_int(self, value: Tensor) -> Any:
+        if value.ndim or value.is_floating_point():
+            return value
+        return self._untraced(Tensor.item, (value,), {})
+
+    def _untraced(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+        for leaf in pytree.tree_leaves((args, kwargs)):
+            self._note(leaf, func)
+        with disable_proxy_modes_tracing():
+            return func(*args, **kwargs)
+
+    def _indices(self, index: Any) -> Any:
+        """The index with the positions of true values in place of boolean masks."""
+        if isinstance(index, tuple):
+            flat = (self._indices(part) for part in index)
+            return tuple(part for parts in flat for part in (parts if isinstance(parts, tuple) else (parts,)))
+        if isinstance(index, slice):
+            bounds = (index.start, index.stop, index.step)
+            return slice(*(self._as_int(bound) if isinstance(bound, Tensor) else bound for bound in bounds))
+        if not isinstance(index, Tensor) or index.dtype not in (torch.bool, torch.uint8):
+            return index
+        return self._untraced(Tensor.nonzero, (index,), {"as_tuple": True}) if index.ndim else index
+
+    def _note(self, value: object, func: Any) -> None:
+        mode = get_proxy_mode()
+        if isinstance(value, Tensor) and mode is not None:
+            known = mode.tracer.tensor_tracker.get(value)
+            if known is not None:
+                where = f" in {_current_path()}" if _current_path() else ""
+                self.nodes.append((known.proxy.node, f"{getattr(func, '__name__', func)}(){where}"))
+
+
+@contextlib.contextmanager
+def _module_paths(root: nn.Module) -> Iterator[None]:
+    """While open, every new node knows the module that runs."""
+    paths = {id(module): path for path, module in root.named_modules()}
+    meta = fx.traceback.get_current_meta()
+    stacks = [{}]
+
+    def enter(module: nn.Module, _: Any) -> None:
+        path = paths.get(id(module))
+        stack = dict(stacks[-1])
+        if path:
+            stack[path] = (path, type(module))
+        stacks.append(stack)
+        meta["nn_module_stack"] = stack
+
+    def leave(module: nn.Module, _: Any, __: Any) -> None:
+        stacks.pop()
+        meta["nn_module_stack"] = stacks[-1]
+
+    hooks = (
+        nn.modules.module.register_module_forward_pre_hook(enter),
+        nn.modules.module.register_module_forward_hook(leave),
+    )
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+        meta.pop("nn_module_stack", None)
+
+
+def _current_path() -> str:
+    stack = fx.traceback.get_current_meta().get("nn_module_stack")
+    return next(reversed(stack)) if stack else ""
+
+
+def _drop_no_operations(graph: fx.Graph) -> None:
+    """Remove switches of global state: gradients are off anyway, and autocast has put its casts into the graph."""
+    for node in reversed(graph.nodes):
+        if node.target in _NO_OPERATIONS:
+            graph.erase_node(node)
+
+
+def _lift_constants(graph: fx.GraphModule) -> list[Tensor]:
+    """Make placeholders of the tensors that the graph keeps; returns them in order."""
+    last = graph.graph.find_nodes(op="placeholder")[-1]
+    constants: dict[str, Tensor] = {}
+    for node in graph.graph.find_nodes(op="get_attr"):
+        if node.target not in constants:
+            constants[node.target] = getattr(graph, node.target)
+            delattr(graph, node.target)
+            with graph.graph.inserting_after(last):
+                last = graph.graph.placeholder(node.target)
+        node.replace_all_uses_with(last)
+        graph.graph.erase_node(node)
+    graph.recompile()
+    return list(constants.values())
+
+
+def _read_inputs(graph: fx.Graph, read: Sequence[tuple[fx.Node, str]]) -> dict[int, str]:
+    """Positions of the placeholders that the read nodes were computed from."""
+    position = {node: i for i, node in enumerate(graph.find_nodes(op="placeholder"))}
+    found: dict[int, str] = {}
+    for start, how in read:
+        queue, seen = [start], {start}
+        while queue:
+            node = queue.pop()
+            if node in position:
+                found.setdefault(position[node], how)
+            parents = [parent for parent in node.all_input_nodes if parent not in seen]
+            seen.update(parents)
+            queue += parents
+    return dict(sorted(found.items()))
+
+
+def _unpacker(leaves: Sequence[Any], spec: pytree.TreeSpec) -> Callable[[Sequence[Tensor]], Any]:
+    fixed = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+    places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+
+    def unpack(tensors: Sequence[Tensor]) -> Any:
+        filled = list(fixed)
+        for place, tensor in zip(places, tensors, strict=True):
+            filled[place] = tensor
+        return pytree.tree_unflatten(filled, spec)
+
+    return unpack
+
+
+def _kind(tensor: Tensor) -> tuple[object, ...]:
+    return tuple(tensor.shape), tensor.stride(), tensor.dtype, tensor.device
+
+
+def _dotted(path: Sequence[Any], parameters: Sequence[str]) -> str:
+    """Name of a leaf of ``(args, kwargs)``."""
+    first, *inner = path[1:]
+    head = parameters[first.idx] if hasattr(first, "idx") else str(first.key)
+    return ".".join([head, *(str(getattr(part, "key", getattr(part, "idx", part))) for part in inner)])
