@@ -15,10 +15,15 @@ from tests.models import Sample, redraw
 WIDTH, HEADS, TEXT, FRAMES, EDGE = 32, 2, 24, 4, 8
 
 
+def attend_by_matmul(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return ((q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)).float().softmax(dim=-1).to(v.dtype) @ v
+
+
 class Attention(nn.Module):
-    def __init__(self, temporal: bool) -> None:
+    def __init__(self, temporal: bool, matmul: bool = False) -> None:
         super().__init__()
         self.temporal = temporal
+        self.attend = attend_by_matmul if matmul else F.scaled_dot_product_attention
         self.qkv, self.proj = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
 
     def forward(self, x: Tensor, frames: int) -> Tensor:
@@ -29,7 +34,7 @@ class Attention(nn.Module):
             folded = folded.transpose(1, 2)
         folded = folded.reshape(-1, folded.shape[2], width)
         q, k, v = self.qkv(folded).view(*folded.shape[:2], 3, HEADS, -1).permute(2, 0, 3, 1, 4).unbind(0)
-        out = F.scaled_dot_product_attention(q, k, v)
+        out = self.attend(q, k, v)
         out = self.proj(out.transpose(1, 2).reshape(folded.shape))
         if self.temporal:
             return out.view(batch, places, frames, width).transpose(1, 2).reshape(x.shape)
@@ -37,49 +42,57 @@ class Attention(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self, matmul: bool = False) -> None:
         super().__init__()
+        self.attend = attend_by_matmul if matmul else F.scaled_dot_product_attention
         self.q, self.kv, self.proj = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, 2 * WIDTH), nn.Linear(WIDTH, WIDTH)
 
-    def forward(self, x: Tensor, text: Tensor) -> Tensor:
+    def forward(self, x: Tensor, text: Tensor, lengths: list[int] | None = None) -> Tensor:
         q = self.q(x).view(*x.shape[:2], HEADS, -1).transpose(1, 2)
         k, v = self.kv(text).view(*text.shape[:2], 2, HEADS, -1).permute(2, 0, 3, 1, 4).unbind(0)
-        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(x.shape))
+        if lengths is None:
+            out = self.attend(q, k, v)
+        else:  # one row holds the words of all samples, packed
+            own = zip(q.split(1), k.split(lengths, dim=2), v.split(lengths, dim=2), strict=True)
+            out = torch.cat([self.attend(*qkv) for qkv in own])
+        return self.proj(out.transpose(1, 2).reshape(x.shape))
 
 
 class Block(nn.Module):
-    def __init__(self, temporal: bool) -> None:
+    def __init__(self, temporal: bool, matmul: bool = False) -> None:
         super().__init__()
-        self.attn, self.cross = Attention(temporal), CrossAttention()
+        self.attn, self.cross = Attention(temporal, matmul), CrossAttention(matmul)
         self.mlp = nn.Sequential(nn.Linear(WIDTH, 4 * WIDTH), nn.GELU("tanh"), nn.Linear(4 * WIDTH, WIDTH))
         self.scale_shift_table = nn.Parameter(torch.zeros(6, WIDTH))
 
-    def forward(self, x: Tensor, text: Tensor, t: Tensor, frames: int) -> Tensor:
+    def forward(self, x: Tensor, text: Tensor, t: Tensor, frames: int, lengths: list[int] | None = None) -> Tensor:
         shift1, scale1, gate1, shift2, scale2, gate2 = (self.scale_shift_table[None] + t.view(-1, 6, WIDTH)).chunk(6, 1)
         x = x + gate1 * self.attn(F.layer_norm(x, (WIDTH,)) * (1 + scale1) + shift1, frames)
-        x = x + self.cross(x, text)
+        x = x + self.cross(x, text, lengths)
         return x + gate2 * self.mlp(F.layer_norm(x, (WIDTH,)) * (1 + scale2) + shift2)
 
 
 class SpatialTemporalDiT(nn.Module):
-    def __init__(self, depth: int) -> None:
+    def __init__(self, depth: int, *, matmul: bool = False) -> None:
         super().__init__()
         self.embed = nn.Conv3d(4, WIDTH, (1, 2, 2), (1, 2, 2))
         self.time = nn.Sequential(nn.Linear(16, WIDTH), nn.SiLU(), nn.Linear(WIDTH, 6 * WIDTH))
         self.text = nn.Linear(TEXT, WIDTH)
-        self.spatial_blocks = nn.ModuleList(Block(temporal=False) for _ in range(depth))
-        self.temporal_blocks = nn.ModuleList(Block(temporal=True) for _ in range(depth))
+        self.spatial_blocks = nn.ModuleList(Block(temporal=False, matmul=matmul) for _ in range(depth))
+        self.temporal_blocks = nn.ModuleList(Block(temporal=True, matmul=matmul) for _ in range(depth))
         self.head = nn.Linear(WIDTH, 4 * 4)
 
-    def forward(self, latent: Tensor, timestep: Tensor, text: Tensor) -> Tensor:
+    def forward(self, latent: Tensor, timestep: Tensor, text: Tensor, mask: Tensor | None = None) -> Tensor:
         batch, _, frames, height, width = latent.shape
         x = self.embed(latent).flatten(2).transpose(1, 2)
         frequencies = torch.exp(torch.arange(8, device=latent.device) * -0.5)
         angle = timestep[:, None].float() * frequencies
         t = self.time(torch.cat([angle.cos(), angle.sin()], -1))
-        y = self.text(text)
+        y, lengths = self.text(text), None
+        if mask is not None:
+            y, lengths = y[mask.bool()][None], mask.sum(dim=1).tolist()
         for spatial, temporal in zip(self.spatial_blocks, self.temporal_blocks, strict=True):
-            x = temporal(spatial(x, y, t, frames), y, t, frames)
+            x = temporal(spatial(x, y, t, frames, lengths), y, t, frames, lengths)
         x = self.head(F.layer_norm(x, (WIDTH,))).view(batch, frames, height // 2, width // 2, 4, 2, 2)
         return x.permute(0, 4, 1, 2, 5, 3, 6).reshape(latent.shape)
 

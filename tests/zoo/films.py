@@ -10,27 +10,43 @@ from diffusers import (
     ChronoEditTransformer3DModel,
     CogVideoXTransformer3DModel,
     ConsisIDTransformer3DModel,
+    Cosmos3OmniTransformer,
     CosmosTransformer3DModel,
+    EasyAnimateTransformer3DModel,
+    HeliosTransformer3DModel,
     HunyuanVideo15Transformer3DModel,
     HunyuanVideoFramepackTransformer3DModel,
+    Kandinsky5Transformer3DModel,
+    Kandinsky6SRTransformer3DModel,
+    Kandinsky6Transformer3DModel,
     LatteTransformer3DModel,
     LongCatAudioDiTTransformer,
     LTX2VideoTransformer3DModel,
     LTXVideoTransformer3DModel,
     MiniMaxH3Transformer3DModel,
+    MiniMaxMusic3RVQDepthDecoder,
+    MiniMaxMusic3Transformer1DModel,
     MochiTransformer3DModel,
+    MotifVideoTransformer3DModel,
+    RFD4ProteinaTransformer,
     SanaVideoTransformer3DModel,
+    SanaWMLTX2RefinerTransformer3DModel,
     SkyReelsV2Transformer3DModel,
     StableAudio3DiTModel,
     StableAudioDiTModel,
+    T5FilmDecoder,
     WanAnimateTransformer3DModel,
     WanTransformer3DModel,
     WanVACETransformer3DModel,
 )
 from diffusers.models.embeddings import get_1d_rotary_pos_embed, get_3d_rotary_pos_embed_allegro
+from diffusers.models.transformers.transformer_sana_wm_refiner import SanaWMRefinerKVCache
 from diffusers.models.transformers.transformer_temporal import TransformerSpatioTemporalModel, TransformerTemporalModel
 from torch import Tensor
 
+from tests.models import PlainDiT, plain_dit
+from tests.stdit import SpatialTemporalDiT, stdit
+from tests.uvit import UViT, uvit
 from tests.zoo.case import Case
 
 UNIT = tuple(round(0.9 - 0.1 * i, 1) for i in range(8))
@@ -641,9 +657,323 @@ def longcat_audio() -> Case:
     }, timesteps=UNIT[::-1])  # fmt: skip
 
 
+def easy_animate() -> Case:
+    def inputs() -> dict:
+        return {
+            "hidden_states": torch.randn(2, 4, 3, 8, 8),
+            "timestep": time(),
+            "encoder_hidden_states": torch.randn(2, 6, 24),
+            "return_dict": False,
+        }
+
+    def make() -> EasyAnimateTransformer3DModel:
+        return EasyAnimateTransformer3DModel(
+            num_attention_heads=2, attention_head_dim=16, in_channels=4, out_channels=4, patch_size=2, sample_width=8,
+            sample_height=8, num_layers=3, mmdit_layers=2, time_embed_dim=16, text_embed_dim=24,
+            add_norm_text_encoder=True,
+        )  # fmt: skip
+
+    # the last block has one MLP for both streams, but nothing reads the text after the last attention
+    return Case("EasyAnimateTransformer3DModel", make, inputs, {
+        "transformer_blocks.2": ("joint", "mlp"),
+        "transformer_blocks.*": ("joint", "joint", "mlp", "mlp"),
+    })  # fmt: skip
+
+
+def helios() -> Case:
+    def inputs() -> dict:
+        return {
+            "hidden_states": torch.randn(2, 4, 3, 8, 8),
+            "timestep": time(),
+            "encoder_hidden_states": torch.randn(2, 6, 24),
+            "indices_hidden_states": torch.arange(8, 11).expand(2, -1),
+            "indices_latents_history_short": torch.tensor([[0, 7]]).expand(2, -1),
+            "indices_latents_history_mid": torch.arange(5, 7).expand(2, -1),
+            "indices_latents_history_long": torch.arange(1, 5).expand(2, -1),
+            "latents_history_short": torch.randn(2, 4, 2, 8, 8),
+            "latents_history_mid": torch.randn(2, 4, 2, 8, 8),
+            "latents_history_long": torch.randn(2, 4, 4, 8, 8),
+            "return_dict": False,
+        }
+
+    def make() -> HeliosTransformer3DModel:
+        return HeliosTransformer3DModel(
+            num_attention_heads=2, attention_head_dim=16, in_channels=4, out_channels=4, text_dim=24, freq_dim=16,
+            ffn_dim=64, num_layers=2, rope_dim=(4, 6, 6),
+        )  # fmt: skip
+
+    # the cross add is on the part of the stream that is not history, cut out and put back
+    return Case("HeliosTransformer3DModel", make, inputs, {"blocks.*": THREE})
+
+
+def kandinsky5() -> Case:
+    def inputs() -> dict:
+        return {
+            "hidden_states": torch.randn(2, 2, 8, 8, 9),
+            "encoder_hidden_states": torch.randn(2, 6, 24),
+            "pooled_projections": torch.randn(2, 20),
+            "timestep": time(),
+            "visual_rope_pos": [torch.arange(2), torch.arange(4), torch.arange(4)],
+            "text_rope_pos": torch.arange(6),
+            "scale_factor": (1.0, 2.0, 2.0),
+            "sparse_params": None,
+            "return_dict": False,
+        }
+
+    def make() -> Kandinsky5Transformer3DModel:
+        return Kandinsky5Transformer3DModel(
+            in_visual_dim=4, in_text_dim=24, in_text_dim2=20, time_dim=16, out_visual_dim=4, model_dim=32, ff_dim=64,
+            num_text_blocks=2, num_visual_blocks=2, axes_dims=(4, 6, 6), visual_cond=True,
+        )  # fmt: skip
+
+    return Case("Kandinsky5Transformer3DModel", make, inputs, {
+        "text_transformer_blocks.*": ("self", "mlp"),
+        "visual_transformer_blocks.*": THREE,
+    })  # fmt: skip
+
+
+def kandinsky6(audio: bool) -> Case:
+    def inputs() -> dict:
+        return {
+            "hidden_states": torch.randn(2, 2, 8, 8, 9),
+            "audio_hidden_states": torch.randn(2, 10, 5) if audio else None,
+            "encoder_hidden_states": torch.randn(2, 6, 24),
+            "pooled_projections": torch.randn(2, 20),
+            "timestep": time(),
+            "visual_rope_pos": (torch.arange(2), torch.arange(4), torch.arange(4)),
+            "return_dict": False,
+        }
+
+    def make() -> Kandinsky6Transformer3DModel:
+        return Kandinsky6Transformer3DModel(
+            in_visual_dim=4, out_visual_dim=4, in_text_dim=24, in_text_dim2=20, time_dim=16, model_dim=32, ff_dim=64,
+            num_text_blocks=2, num_visual_blocks=2, axes_dims=(4, 6, 6), in_audio_dim=5, out_audio_dim=5,
+            model_dim_a=24, ff_dim_a=48, axes_dims_a=(4, 4, 4),
+        )  # fmt: skip
+
+    # film, then sound: own tokens; sound, then film: text; film, then sound: each other; without sound nobody reads the
+    # text made for it
+    fused = ("self", "self", "cross", "cross", "cross", "cross", "mlp", "mlp")
+    return Case(f"Kandinsky6Transformer3DModel [{'audio' if audio else 'silent'}]", make, inputs, {
+        "video_text_transformer_blocks.*": ("self", "mlp"),
+        "audio_text_transformer_blocks.*": ("self", "mlp") if audio else (),
+        "visual_transformer_blocks.*": fused if audio else THREE,
+    })  # fmt: skip
+
+
+def kandinsky6_sr() -> Case:
+    def inputs() -> dict:
+        return {"hidden_states": torch.randn(2, 3, 8, 8, 9), "timestep": time(), "return_dict": False}
+
+    def make() -> Kandinsky6SRTransformer3DModel:
+        return Kandinsky6SRTransformer3DModel(
+            in_visual_dim=4, out_visual_dim=8, time_dim=16, model_dim=32, ff_dim=64, num_visual_blocks=2,
+            axes_dims=(4, 6, 6), nabla_window=(1, 1, 1),
+        )  # fmt: skip
+
+    # flex_attention with a mask of blocks that depends on the queries
+    return Case("Kandinsky6SRTransformer3DModel", make, inputs, {"visual_transformer_blocks.*": ("self", "mlp")})
+
+
+def motif_video() -> Case:
+    def inputs() -> dict:
+        return {
+            "hidden_states": torch.randn(2, 9, 2, 8, 8),
+            "timestep": time(),
+            "encoder_hidden_states": torch.randn(2, 6, 24),
+            "encoder_attention_mask": mask(6, 4, size=6),
+            "image_embeds": torch.randn(2, 3, 12),
+            "return_dict": False,
+        }
+
+    def make() -> MotifVideoTransformer3DModel:
+        return MotifVideoTransformer3DModel(
+            in_channels=9, out_channels=4, num_attention_heads=2, attention_head_dim=16, num_layers=2,
+            num_single_layers=4, num_decoder_layers=2, text_embed_dim=24, image_embed_dim=12, rope_axes_dim=(4, 6, 6),
+            enable_text_cross_attention_dual=True, enable_text_cross_attention_single=True,
+        )  # fmt: skip
+
+    # the queries of the cross attention are the result of the joint one; the last two blocks start from the noisy
+    # tokens again, with the stream so far in the place of the text
+    return Case("MotifVideoTransformer3DModel", make, inputs, {
+        "transformer_blocks.*": ("joint", "cross", "joint", "mlp", "mlp"),
+        "single_transformer_blocks.*": ("parallel",),
+    })  # fmt: skip
+
+
+def cosmos3() -> Case:
+    def inputs() -> dict:
+        return {
+            "input_ids": torch.arange(6),
+            "text_indexes": torch.arange(6),
+            "position_ids": torch.arange(38).expand(3, -1),
+            "und_len": 6,
+            "sequence_length": 38,
+            "vision_tokens": [torch.randn(1, 4, 2, 8, 8)],
+            "vision_token_shapes": [(2, 4, 4)],
+            "vision_sequence_indexes": torch.arange(6, 38),
+            "vision_mse_loss_indexes": torch.arange(6, 38),
+            "vision_timesteps": time(batch=32),
+            "vision_noisy_frame_indexes": [torch.arange(2)],
+            "return_dict": False,
+        }
+
+    def make() -> Cosmos3OmniTransformer:
+        return Cosmos3OmniTransformer(
+            head_dim=16, hidden_size=32, intermediate_size=64, latent_channel=4, num_attention_heads=2,
+            num_hidden_layers=3, num_key_value_heads=1, patch_latent_dim=16, vocab_size=32, rope_axes_dim=[4, 2, 2],
+        )  # fmt: skip
+
+    # text, then film. The text sees itself only and no time. Its last results are joined to the film's, but no
+    # prediction is made from their rows.
+    return Case("Cosmos3OmniTransformer", make, inputs, {
+        "layers.2": ("joint", "mlp"),
+        "layers.*": ("self", "joint", "mlp", "mlp"),
+    }, timestep="vision_timesteps", latent="vision_tokens")  # fmt: skip
+
+
+def sana_wm_refiner() -> Case:
+    def inputs() -> dict:
+        cache = SanaWMRefinerKVCache(2)
+        for layer in cache.layer_caches:
+            layer.store_sink(torch.randn(2, 16, 32), torch.randn(2, 16, 32))
+            layer.store_history(torch.randn(2, 16, 32), torch.randn(2, 16, 32))
+        cache.sink_pe = rope(16, 32)
+        return {
+            "hidden_states": torch.randn(2, 32, 8),
+            "encoder_hidden_states": torch.randn(2, 6, 24),
+            "timestep": torch.full((2, 32), 500.0),
+            "video_rotary_emb": rope(32, 32),
+            "encoder_attention_mask": mask(6, 4, size=6),
+            "kv_cache": cache,
+            "kv_cache_mode": "inject",
+            "return_dict": False,
+        }
+
+    def make() -> SanaWMLTX2RefinerTransformer3DModel:
+        return SanaWMLTX2RefinerTransformer3DModel(
+            in_channels=8, out_channels=8, num_attention_heads=2, attention_head_dim=16, cross_attention_dim=32,
+            audio_in_channels=8, audio_out_channels=8, audio_num_attention_heads=2, audio_attention_head_dim=8,
+            audio_cross_attention_dim=16, num_layers=2, caption_channels=24,
+        )  # fmt: skip
+
+    # the keys of its own tokens follow cached ones of earlier chunks; the layers for sound are never called
+    return Case("SanaWMLTX2RefinerTransformer3DModel", make, inputs, {"transformer_blocks.*": THREE})
+
+
+def minimax_music3() -> Case:
+    def inputs() -> dict:
+        return {
+            "hidden_states": torch.randn(2, 4, 24),
+            "timestep": time(0.5),
+            "encoder_hidden_states": torch.randn(2, 24, 8),
+            "return_dict": False,
+        }
+
+    def make() -> MiniMaxMusic3Transformer1DModel:
+        return MiniMaxMusic3Transformer1DModel(
+            in_channels=4, condition_dim=8, num_layers=2, num_attention_heads=2, attention_head_dim=16,
+            ff_inner_dim=64, rotary_dim=8, fourier_embedding_dim=16,
+        )  # fmt: skip
+
+    # time is a token, nothing is modulated; around the blocks the model adds convolutions of its input and its output
+    return Case("MiniMaxMusic3Transformer1DModel", make, inputs, {"transformer_blocks.*": ("self", "mlp")},
+                timesteps=UNIT[::-1])  # fmt: skip
+
+
+def minimax_depth_decoder() -> Case:
+    def make() -> MiniMaxMusic3RVQDepthDecoder:
+        return MiniMaxMusic3RVQDepthDecoder(
+            hidden_size=32, num_layers=2, num_attention_heads=2, intermediate_size=64, audio_vocab_size=16,
+            num_codebooks=4, max_position_embeddings=8,
+        )  # fmt: skip
+
+    # predicts codes, knows no time: its only input stands in; the heads are called from outside
+    return Case("MiniMaxMusic3RVQDepthDecoder", make, lambda: {"inputs_embeds": torch.randn(2, 8, 32)},
+                {"layers.*": ("self", "mlp")}, timesteps=UNIT, timestep="inputs_embeds",
+                latent="inputs_embeds")  # fmt: skip
+
+
+def t5_film() -> Case:
+    def inputs() -> dict:
+        tokens = [(torch.randn(2, 6, 32), mask(6, 4, size=6)), (torch.randn(2, 8, 32), mask(8, 8, size=8))]
+        return {
+            "encodings_and_masks": tokens,
+            "decoder_input_tokens": torch.randn(2, 16, 12),
+            "decoder_noise_time": time(0.5),
+        }
+
+    def make() -> T5FilmDecoder:
+        return T5FilmDecoder(input_dims=12, targets_length=16, d_model=32, num_layers=2, num_heads=2, d_kv=16, d_ff=64)
+
+    # the adds are in the three layers of a block, which have no gates
+    return Case("T5FilmDecoder", make, inputs, {"decoders.*": THREE}, timesteps=UNIT,
+                timestep="decoder_noise_time", latent="decoder_input_tokens")  # fmt: skip
+
+
+def rfd4_proteina() -> Case:
+    def inputs() -> dict:
+        residues = torch.arange(16).expand(2, -1)
+        return {
+            "bb_ca": torch.randn(2, 16, 3),
+            "local_latents": torch.randn(2, 16, 4),
+            "bb_ca_time": time(0.5),
+            "local_latents_time": time(0.5),
+            "padding_mask": mask(16, 12, size=16).bool(),
+            "token_type": residues % 4,
+            "conditioning": {
+                "is_in_context_conditioning": residues == 0,
+                "supports_local_latent": residues % 4 < 3,
+                "molecule_iid": residues // 8,
+                "token_bond_path_length": (residues[:, :, None] - residues[:, None]).abs(),
+            },
+            "return_dict": False,
+        }
+
+    def make() -> RFD4ProteinaTransformer:
+        return RFD4ProteinaTransformer(
+            nlayers=4, token_dim=32, nheads=2, dim_cond=16, pair_repr_dim=12, latent_dim=4, token_type_emb_dim=4,
+            cath_emb_dim=4, t_emb_dim=8, seq_sep_dim=8, xt_pair_dist_dim=6, tri_mult_c=8, num_sequence_classes=10,
+            feats_seq=("xt_bb_ca", "xt_local_latents", "token_type"),
+            feats_pair_repr=("xt_bb_ca_pair_dists", "molecule_idx_pair", "token_bond_path_length"),
+        )  # fmt: skip
+
+    # pairs of residues bias the attention and are a stream of their own: an outer product of the residues, products
+    # along the two sides of triangles, and an MLP, after every second block. Time 1 is the finished protein.
+    return Case("RFD4ProteinaTransformer", make, inputs, {
+        "transformer_layers.*": ("self", "mlp"),
+        "pair_update_layers.*": ("mlp", "mlp", "mlp", "mlp"),
+    }, timesteps=UNIT[::-1], timestep="bb_ca_time", latent="bb_ca")  # fmt: skip
+
+
+def own_stdit(matmul: bool) -> Case:
+    def inputs() -> dict:
+        return stdit().inputs | ({"mask": mask(6, 4, size=6)} if matmul else {})
+
+    # without SDPA, and with the text packed by its mask, as the code of Open-Sora has it
+    return Case(f"STDiT3 [{'matmul, text mask' if matmul else 'SDPA'}]", lambda: SpatialTemporalDiT(2, matmul=matmul),
+                inputs, {"spatial_blocks.*": THREE, "temporal_blocks.*": THREE}, latent="latent")  # fmt: skip
+
+
+def own_uvit() -> Case:
+    return Case("UViT", UViT, lambda: uvit().inputs, {
+        "in_blocks.*": ("self", "mlp"),
+        "mid_block": ("self", "mlp"),
+        "out_blocks.*": ("self", "mlp"),
+    }, timestep="timesteps", latent="x")  # fmt: skip
+
+
+def own_dit() -> Case:
+    return Case("PlainDiT", PlainDiT, lambda: plain_dit().inputs, {"blocks.*": ("self", "mlp")},
+                timestep="t", latent="x")  # fmt: skip
+
+
 CASES = (
     wan_t2v(), wan_i2v(), cogvideox(), ltx(), ltx2(), mochi(), hunyuan_video15(False), hunyuan_video15(True),
     hunyuan_framepack(1), hunyuan_framepack(2), allegro(), latte(), any_flow(), chrono_edit(), cosmos1(), cosmos2(),
     wan_vace(), wan_animate(), skyreels_t2v(), skyreels_forcing(), sana_video(), minimax_h3(), consis_id(), temporal(),
     spatio_temporal(), ace_step(), stable_audio(), stable_audio3(False), stable_audio3(True), longcat_audio(),
+    easy_animate(), helios(), kandinsky5(), kandinsky6(audio=True), kandinsky6(audio=False), kandinsky6_sr(),
+    motif_video(), cosmos3(), sana_wm_refiner(), minimax_music3(), minimax_depth_decoder(), t5_film(), rfd4_proteina(),
+    own_stdit(matmul=False), own_stdit(matmul=True), own_uvit(), own_dit(),
 )  # fmt: skip
