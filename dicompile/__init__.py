@@ -1,6 +1,7 @@
 """dicompile: a compiler for diffusion transformers."""
 
 from dicompile.api import CachedModel as CachedModel
+from dicompile.api import free as free
 from dicompile.api import optimize as optimize
 from dicompile.api import plan_of as plan_of
 from dicompile.api import prepare as prepare

@@ -77,15 +77,36 @@ def restore(model: Any) -> Any:
     Raises:
         NotOptimized: it was not optimized.
     """
+    free(model)
     if isinstance(model, CachedModel):
         return model.original
-    found = {} if isinstance(model, nn.Module) else _denoisers(model)
-    cached = {name: denoiser for name, denoiser in found.items() if isinstance(denoiser, CachedModel)}
-    if not cached:
-        raise NotOptimized(f"this {type(model).__name__} was not optimized", fix="dicompile.optimize(model, policy)")
-    for name, denoiser in cached.items():
-        setattr(model, name, denoiser.original)
+    for name, denoiser in _denoisers(model).items():
+        if isinstance(denoiser, CachedModel):
+            setattr(model, name, denoiser.original)
     return model
+
+
+def free(model: Any = None) -> None:
+    """Release what a generation that was left before its end has stored.
+
+    A generation that reaches its last step, or fails, releases everything by itself. Only this session is freed (see
+    `dicompile.session`): a generation that runs in another one keeps what it needs. Another session is freed by its own
+    ``clear()``, that of a thread or task with its end. The generation that was left can go on; its next step computes
+    everything anew.
+
+    Args:
+        model: what `optimize` returned; nothing for all models, those of the bare backend among them.
+
+    Raises:
+        NotOptimized: it was not optimized.
+    """
+    session = current_session()
+    if model is None:
+        session.clear()
+        return
+    for cached in _cached_in(model):
+        for frame in cached.frames:
+            session.state_of(frame.run).free()
 
 
 def structure_of(model: Any) -> ModelStructure:
@@ -214,11 +235,17 @@ def _takes_timestep(module: nn.Module) -> bool:
     return any(name in inspect.signature(original.forward).parameters for name in TIMESTEP_ARGUMENTS)
 
 
-def _frame_of(model: Any) -> CompiledFrame:
+def _cached_in(model: Any) -> list[CachedModel]:
+    """The optimized module that was given, or those of a pipeline; at least one."""
     found = [model] if isinstance(model, nn.Module) else _denoisers(model).values()
-    cached = next((denoiser for denoiser in found if isinstance(denoiser, CachedModel)), None)
-    if cached is None:
+    cached = [module for module in found if isinstance(module, CachedModel)]
+    if not cached:
         raise NotOptimized(f"this {type(model).__name__} was not optimized", fix="dicompile.optimize(model, policy)")
+    return cached
+
+
+def _frame_of(model: Any) -> CompiledFrame:
+    cached = _cached_in(model)[0]
     if not cached.frames:
         raise NotYetRun(
             f"{type(cached.original).__name__} has not run yet",

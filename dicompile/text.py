@@ -39,6 +39,12 @@ def tensor_text(value: object) -> str:
     return "int" if isinstance(value, (int, torch.SymInt)) else type(value).__name__
 
 
+def size_text(size: float) -> str:
+    """Bytes with a fitting binary unit, ``1.50 MiB``."""
+    unit, name = next(((u, n) for u, n in ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")) if size >= u), (1, "bytes"))
+    return f"{size / unit:.2f} {name}" if unit > 1 else f"{size:.0f} {name}"
+
+
 def clean_path(path: str) -> str:
     """Dynamo's spelling of a module path or attribute as dotted text.
 

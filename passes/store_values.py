@@ -10,7 +10,8 @@ After::
     return value[0] = %3
 
 The fresh output tensor is the cache entry: nothing is copied. Values that are not contiguous are made so, because every
-variant that reads the slot was compiled for one layout.
+variant that reads the slot was compiled for one layout. So are parts of a larger tensor, which would keep all of it in
+memory.
 """
 
 from __future__ import annotations
@@ -56,10 +57,14 @@ class StoreValues:
 
 def _store(segment: Segment, reference: SlotRef, node: fx.Node) -> None:
     editor = Editor(segment)
-    if not node.meta["val"].is_contiguous():
+    if not _fills_its_memory(node.meta["val"]):
         with editor.before(node.next):
             node = editor.call(aten.clone.default, node, memory_format=torch.contiguous_format)
     editor.output(reference, node)
+
+
+def _fills_its_memory(value: torch.Tensor) -> bool:
+    return value.is_contiguous() and value.untyped_storage().nbytes() == value.numel() * value.element_size()
 
 
 def _store_stamp(segment: Segment, position: int) -> None:

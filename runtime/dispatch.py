@@ -9,10 +9,10 @@ from typing import Any, Protocol
 import torch
 
 from dicompile.errors import StaleRead
-from dicompile.lower import Constant, Program
+from dicompile.lower import Call, Constant, Program
 from dicompile.plan import HISTORIC, Plan, Slot, StepPlan, TimestepSchedule
 from dicompile.runtime.clock import SchedulerLink, find_step
-from dicompile.runtime.session import ContextState, ModelState, current_context, current_session
+from dicompile.runtime.session import ContextState, ModelState, Session, current_context, current_session
 
 log = logging.getLogger("dicompile")
 
@@ -60,15 +60,16 @@ class Executor:
 
     def __call__(self, *inputs: Any) -> Sequence[Any]:
         """Run one step on the model's inputs; returns its outputs."""
-        state = current_session().state_of(self)
+        session = current_session()
+        state = session.state_of(self)
         try:
             with torch.no_grad():
-                return self._run(state, inputs)
+                return self._run(session, state, inputs)
         except BaseException:
             state.begin(None)
             raise
 
-    def _run(self, state: ModelState, inputs: Sequence[Any]) -> Sequence[Any]:
+    def _run(self, session: Session, state: ModelState, inputs: Sequence[Any]) -> Sequence[Any]:
         name = current_context()
         step = find_step(state, self.link, self._tensor(inputs, self._timestep), name)
         context = self._enter(state, name, step, self._tensor(inputs, self._latent))
@@ -78,16 +79,24 @@ class Executor:
             planned, program = self.programs.cold(schedule, step)
             state.report.cold_starts.append(step)
             log.info("step %d computes everything: nothing is stored for it in this run", step)
-        registers = self._load(program, planned, context, inputs, step)
-        for call in program.calls:
-            results = call.function(*[registers[i] for i in call.inputs])
-            for register, result in zip(call.outputs, results, strict=True):
-                registers[register] = result
-            for register in call.frees:
-                registers[register] = None
-        self._commit(context, planned, program, registers, step)
-        state.report.kinds[planned.kind] += 1
-        return [r.value if isinstance(r, Constant) else registers[r] for r in program.results]
+        contents = _contents_after(planned, program)
+        registers: list[Any] = [*inputs, *[None] * (program.registers - len(inputs))]
+        try:
+            outlasting = set(contents.values())
+            for slot, register in program.reads:
+                registers[register] = _take(context.store, slot, keep=slot in outlasting)
+            self._load(registers, program, planned, inputs, step)
+            for call in program.calls:
+                _run_call(call, registers)
+            _commit(context, contents, registers)
+            context.step = step
+            if session.keep_chosen:
+                context.chosen = {int(site): registers[register] for site, register in program.chosen}
+            state.report.kinds[planned.kind] += 1
+            state.report.hold(state.cache_bytes)
+            return [r.value if isinstance(r, Constant) else registers[r] for r in program.results]
+        finally:
+            registers.clear()  # the traceback of an error may hold on to this frame
 
     def _enter(self, state: ModelState, name: str, step: int, latent: torch.Tensor | None) -> ContextState:
         """The guidance context of this call; several calls at one step in one context are told apart by their order."""
@@ -109,13 +118,9 @@ class Executor:
         return context
 
     def _load(
-        self, program: Program, planned: StepPlan, context: ContextState, inputs: Sequence[Any], step: int
-    ) -> list[Any]:
-        registers: list[Any] = [*inputs, *[None] * (program.registers - len(inputs))]
-        for slot, register in program.reads:
-            if slot not in context.store:
-                raise StaleRead(f"slot {slot} was not written", where=f"step {step}", fix="report this")
-            registers[register] = context.store[slot]
+        self, registers: list[Any], program: Program, planned: StepPlan, inputs: Sequence[Any], step: int
+    ) -> None:
+        """Fill the registers of everything that no call computes and no slot holds."""
         for item in program.ints:
             site = planned.sites[item.site]
             registers[item.register] = site.action.tokens.count if item.is_count and site.action.tokens else site.clock
@@ -129,7 +134,6 @@ class Executor:
             importance = self.predictor(inputs, step)
             for predicted in program.predicted:
                 registers[predicted.register] = importance[..., predicted.block].contiguous()
-        return registers
 
     def _on_device(self, weights: tuple[float, ...], like: torch.Tensor | None) -> torch.Tensor:
         """Weights as a tensor, copied to the device once: every later generation finds them there."""
@@ -147,25 +151,47 @@ class Executor:
         drawn = torch.rand(batch // 2 if share else batch, tokens, generator=generator, device=device)
         return torch.cat([drawn, drawn]) if share else drawn
 
-    def _commit(
-        self, context: ContextState, planned: StepPlan, program: Program, registers: list[Any], step: int
-    ) -> None:
-        """Rebind slots: fresh tensors are the new entries, and what no later step reads is dropped."""
-        store = dict(context.store)
-        for slot, register in program.writes:
-            for age in range(planned.sites[slot.site].history, 0, -1):
-                younger = Slot.of(slot.site, slot.kind, age - 1)
-                if slot.kind in HISTORIC and younger in store:
-                    store[Slot.of(slot.site, slot.kind, age)] = store[younger]
-            store[slot] = registers[register]
-        context.store = {slot: tensor for slot, tensor in store.items() if slot in planned.live}
-        context.chosen = {int(site): registers[register] for site, register in program.chosen}
-        context.step = step
-
     @staticmethod
     def _tensor(inputs: Sequence[Any], position: int | None) -> torch.Tensor | None:
         value = None if position is None else inputs[position]
         return value if isinstance(value, torch.Tensor) else None
+
+
+def _contents_after(planned: StepPlan, program: Program) -> dict[Slot, Slot | int]:
+    """For every slot that the plan keeps after a step: the slot that has its content before, or the register."""
+    contents: dict[Slot, Slot | int] = {slot: slot for slot in planned.live}
+    for slot, register in program.writes:
+        if slot.kind in HISTORIC:
+            for age in range(planned.sites[slot.site].history, 0, -1):
+                contents[Slot.of(slot.site, slot.kind, age)] = Slot.of(slot.site, slot.kind, age - 1)
+        contents[slot] = register
+    return {slot: source for slot, source in contents.items() if slot in planned.live}
+
+
+def _take(store: dict[Slot, torch.Tensor], slot: Slot, *, keep: bool) -> torch.Tensor:
+    """Content of a slot; it leaves the store if nobody needs it after this step, so that a call can free it."""
+    if slot not in store:
+        raise StaleRead(f"slot {slot} was not written", where="runtime", fix="report this")
+    return store[slot] if keep else store.pop(slot)
+
+
+def _run_call(call: Call, registers: list[Any]) -> None:
+    """Run a segment; its own references to what it read and made end with it."""
+    results = call.function(*[registers[i] for i in call.inputs])
+    for register, result in zip(call.outputs, results, strict=True):
+        registers[register] = result
+    for register in call.frees:
+        registers[register] = None
+
+
+def _commit(context: ContextState, contents: dict[Slot, Slot | int], registers: Sequence[Any]) -> None:
+    """Rebind slots: fresh tensors are the new entries, and what no later step reads is dropped."""
+    old = context.store
+    context.store = {
+        slot: registers[source] if isinstance(source, int) else old[source]
+        for slot, source in contents.items()
+        if isinstance(source, int) or source in old
+    }
 
 
 def _same(first: torch.Tensor | None, second: torch.Tensor | None) -> bool:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, field
 
+from dicompile.text import size_text
+
 
 @dataclass
 class RunReport:
@@ -13,12 +15,23 @@ class RunReport:
     Attributes:
         kinds: calls by kind of step.
         cold_starts: calls that computed everything because nothing was remembered, with the step.
+        cache_bytes: bytes of the slots held now.
+        peak_cache_bytes: the most that was held between two calls.
     """
 
     kinds: Counter[str] = field(default_factory=Counter)
     cold_starts: list[int] = field(default_factory=list)
+    cache_bytes: int = 0
+    peak_cache_bytes: int = 0
+
+    def hold(self, cache_bytes: int) -> None:
+        """Note how many bytes are held after a call."""
+        self.cache_bytes = cache_bytes
+        self.peak_cache_bytes = max(self.peak_cache_bytes, cache_bytes)
 
     def __str__(self) -> str:
         kinds = ", ".join(f"{count} {kind}" for kind, count in self.kinds.items())
         cold = f"; computed for want of stored values at steps {self.cold_starts}" if self.cold_starts else ""
-        return f"{self.kinds.total()} calls: {kinds}{cold}"
+        peak, now = size_text(self.peak_cache_bytes), size_text(self.cache_bytes)
+        cache = f"; cache {peak} at most, {now} now" if self.peak_cache_bytes else ""
+        return f"{self.kinds.total()} calls: {kinds}{cold}{cache}"

@@ -34,12 +34,17 @@ class ContextState:
     Attributes:
         step: the last step it ran.
         store: its slots.
-        chosen: tokens that sites refreshed at that step.
+        chosen: tokens that sites refreshed at that step; kept only in a session that was told to.
     """
 
     step: int | None = None
     store: dict[Slot, torch.Tensor] = field(default_factory=dict)
     chosen: dict[int, torch.Tensor] = field(default_factory=dict)
+
+    @property
+    def cache_bytes(self) -> int:
+        """Bytes of the slots held now."""
+        return sum(tensor.numel() * tensor.element_size() for tensor in self.store.values())
 
 
 @dataclass
@@ -71,20 +76,38 @@ class ModelState:
     report: RunReport = field(default_factory=RunReport)
 
     def begin(self, schedule_token: object) -> None:
-        """Forget everything: a new generation starts."""
+        """Forget everything: a new generation starts.
+
+        Stores are emptied, not only dropped: the traceback of an error may hold on to them.
+        """
+        for context in self.contexts.values():
+            context.store.clear()
+            context.chosen.clear()
         self.__init__()  # type: ignore[misc]
         self.generation, self.schedule_token = next(_GENERATIONS), schedule_token
 
+    def free(self) -> None:
+        """Release the slots of a generation that was left; what it did stays in the report."""
+        report = self.report
+        self.begin(None)
+        self.report = report
+        report.hold(0)
+
     @property
     def cache_bytes(self) -> int:
-        """Bytes held now."""
-        return sum(t.numel() * t.element_size() for c in self.contexts.values() for t in c.store.values())
+        """Bytes of the slots held now, over all guidance contexts."""
+        return sum(context.cache_bytes for context in self.contexts.values())
 
 
 class Session:
-    """What models remember for one user of them."""
+    """What models remember for one user of them.
 
-    def __init__(self) -> None:
+    Args:
+        keep_chosen: also remember which tokens the last step refreshed (`ContextState.chosen`), for whoever watches.
+    """
+
+    def __init__(self, *, keep_chosen: bool = False) -> None:
+        self.keep_chosen = keep_chosen
         self._states: weakref.WeakKeyDictionary[Any, ModelState] = weakref.WeakKeyDictionary()
 
     def state_of(self, executor: Any) -> ModelState:
@@ -92,7 +115,9 @@ class Session:
         return self._states.setdefault(executor, ModelState())
 
     def clear(self) -> None:
-        """Forget everything."""
+        """Forget everything, reports included."""
+        for state in self._states.values():
+            state.begin(None)
         self._states.clear()
 
 

@@ -19,7 +19,7 @@ import dicompile
 from dicompile.analysis import ModelStructure, Site
 from dicompile.capture import Role
 from dicompile.plan import Cadence, Line, Policy, Refresh, Reuse, Rule, TokenScore, Window
-from dicompile.runtime import current_session
+from dicompile.runtime import Session, current_session
 from tests.golden_training import make_train  # noqa: F401 - replay_check.py looks for it here
 
 NUMBER = r"[-+]?\d+(?:\.\d+)?"
@@ -45,7 +45,7 @@ class Replay:
         timesteps = [step["timestep"] for step in meta["steps"]]
         self.model = dicompile.optimize(model, self.policy, schedule=timesteps, mode=mode)
         self.extra = meta.get("extra_kwargs", {})
-        self.session = None
+        self.session = Session(keep_chosen=True)
         self.last_indices: dict[str, torch.Tensor] | None = None
 
     def __call__(self, inputs: Any) -> torch.Tensor:

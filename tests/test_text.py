@@ -7,7 +7,7 @@ import torch
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from dicompile.text import clean_path, graph_text, module_path, operator_text, tensor_text
+from dicompile.text import clean_path, graph_text, module_path, operator_text, size_text, tensor_text
 
 aten = torch.ops.aten
 
@@ -103,3 +103,11 @@ def test_the_module_path_is_that_of_the_innermost_module() -> None:
     product = next(node for node in example("n").nodes if node.target is aten.mul.Tensor)
     assert module_path(product) == "blocks.0.gate"
     assert module_path(next(iter(example("n").nodes))) == ""
+
+
+@pytest.mark.parametrize(
+    ("size", "text"),
+    [(0, "0 bytes"), (1023, "1023 bytes"), (1024, "1.00 KiB"), (3 * 2**19, "1.50 MiB"), (5 * 2**30, "5.00 GiB")],
+)
+def test_sizes_have_a_fitting_unit(size: int, text: str) -> None:
+    assert size_text(size) == text

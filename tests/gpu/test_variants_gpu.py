@@ -13,7 +13,7 @@ from torch import Tensor
 import dicompile
 from dicompile.plan import Policy
 from dicompile.policies import FORA, NoCache, ToCa
-from dicompile.runtime import current_session
+from dicompile.runtime import Session, current_session
 from tests.models import dit
 
 pytestmark = pytest.mark.gpu
@@ -48,7 +48,7 @@ class Step(NamedTuple):
 @pytest.fixture(autouse=True)
 def fresh_compiler() -> Iterator[None]:
     torch._dynamo.reset()
-    with dicompile.session():
+    with dicompile.session(Session(keep_chosen=True)):
         yield
 
 

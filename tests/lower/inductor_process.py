@@ -21,6 +21,7 @@ def main(output: Path) -> None:
     torch.set_num_threads(1)
     sample = plain_dit(LAYERS)
     model = dicompile.optimize(sample.model, POLICY, schedule=timesteps(STEPS))
+    current_session().keep_chosen = True
     outputs, chosen = [], []
     for step, timestep in enumerate(timesteps(STEPS)):
         outputs.append(call(model, sample.inputs, timestep, seed=step))

@@ -87,6 +87,7 @@ def test_compiled_variants_agree_with_their_graphs_and_refresh_the_same_tokens(p
     torch.manual_seed(0)
     sample = plain_dit(LAYERS)
     model = optimized(sample, POLICY, STEPS)
+    current_session().keep_chosen = True
     for step, timestep in enumerate(timesteps(STEPS)):
         output = call(model, sample.inputs, timestep, seed=step)
         chosen = current_session().state_of(model.frames[0].run).contexts[""].chosen

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import Tensor, nn
 
 from dicompile.passes import LocalStep, SlotRef, Value, Weights
 from dicompile.passes.reuse_sites import ReuseSites
 from dicompile.passes.store_values import StoreValues
 from dicompile.plan import Score, ScoreBase, SlotKind, What
+from tests.models import Sample
 from tests.passes.segments import (
     REUSE,
+    TOKENS,
+    WIDTH,
+    Chain,
     Channels,
     chain,
     cut,
@@ -72,6 +77,27 @@ def test_a_branch_output_with_another_layout_is_stored_contiguous() -> None:
     assert torch.equal(results[VALUE], block.core())
     assert torch.equal(results[Value(0)], block.output())
     assert str(segment).count("aten.clone.default") == 1
+
+
+class Leading(nn.Module):
+    """A branch whose output is the first half of a tensor, as one sample leaves joint attention."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mix = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.mix(torch.cat([x, x], dim=1))[:, :TOKENS]
+
+
+def test_a_part_of_a_larger_tensor_does_not_keep_the_whole_in_memory() -> None:
+    block = cut(Sample(Chain(Leading()), {"x": torch.randn(1, TOKENS, WIDTH)}))
+    assert block.core().is_contiguous()
+    assert block.core().untyped_storage().nbytes() == 2 * block.core().nbytes
+    segment = rewritten(block.segment, [LocalStep(writes=(VALUE.kind,))], StoreValues())
+    stored = run_segment(segment, block.arguments)[VALUE]
+    assert torch.equal(stored, block.core())
+    assert stored.untyped_storage().nbytes() == stored.nbytes
 
 
 def test_a_contiguous_branch_output_is_not_copied() -> None:

@@ -55,6 +55,7 @@ class Runner:
     """
 
     def __init__(self, policy: str | ProgramSource = "toca", schedule: Any = SCHEDULE, seed: int = 0) -> None:
+        current_session().keep_chosen = True
         self.source = programs(policy) if isinstance(policy, str) else policy
         self.link = SchedulerLink(schedule)
         position = model().capture.input_position
