@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+from unittest import mock
+
 import torch
 from diffusers import (
     AceStepTransformer1DModel,
     AllegroTransformer3DModel,
+    AnyFlowFARTransformer3DModel,
     AnyFlowTransformer3DModel,
     ChronoEditTransformer3DModel,
     CogVideoXTransformer3DModel,
@@ -31,18 +35,23 @@ from diffusers import (
     RFD4ProteinaTransformer,
     SanaVideoTransformer3DModel,
     SanaWMLTX2RefinerTransformer3DModel,
+    SanaWMTransformer3DModel,
     SkyReelsV2Transformer3DModel,
     StableAudio3DiTModel,
     StableAudioDiTModel,
     T5FilmDecoder,
+    WanAnimate2Transformer3DModel,
     WanAnimateTransformer3DModel,
     WanTransformer3DModel,
     WanVACETransformer3DModel,
 )
 from diffusers.models.embeddings import get_1d_rotary_pos_embed, get_3d_rotary_pos_embed_allegro
+from diffusers.models.transformers import transformer_wan_animate_2
 from diffusers.models.transformers.transformer_sana_wm_refiner import SanaWMRefinerKVCache
 from diffusers.models.transformers.transformer_temporal import TransformerSpatioTemporalModel, TransformerTemporalModel
+from diffusers.models.transformers.transformer_wan_animate_2 import WanAnimate2KVCache
 from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
 from tests.models import PlainDiT, plain_dit
 from tests.stdit import SpatialTemporalDiT, stdit
@@ -65,6 +74,10 @@ def mask(*lengths: int, size: int) -> Tensor:
 def rope(tokens: int, width: int) -> tuple[Tensor, Tensor]:
     angle = torch.randn(tokens, width // 2).repeat_interleave(2, dim=1)
     return angle.cos(), angle.sin()
+
+
+def eager_block_mask(*arguments: Any, _compile: bool, **options: Any) -> BlockMask:
+    return create_block_mask(*arguments, **options)
 
 
 WAN = {
@@ -946,6 +959,93 @@ def rfd4_proteina() -> Case:
     }, timesteps=UNIT[::-1], timestep="bb_ca_time", latent="bb_ca")  # fmt: skip
 
 
+def sana_wm() -> Case:
+    def inputs() -> dict:
+        pose = torch.eye(4).repeat(2, 3, 1, 1)
+        pose[..., :3, 3] = torch.randn(2, 3, 3)
+        lens = torch.tensor([6.0, 6.0, 2.0, 2.0]).expand(2, 3, -1)
+        return {
+            "hidden_states": torch.randn(2, 4, 3, 4, 4),
+            "timestep": torch.full((2, 1, 3), 500.0),
+            "encoder_hidden_states": torch.randn(2, 1, 6, 24),
+            "mask": mask(6, 4, size=6),
+            "data_info": {"img_hw": torch.tensor([[128.0, 128.0]])},
+            "camera_conditions": torch.cat([pose.flatten(2), lens], dim=-1),
+            "chunk_plucker": torch.randn(2, 6, 3, 4, 4),
+            "return_dict": False,
+        }
+
+    def make() -> SanaWMTransformer3DModel:
+        return SanaWMTransformer3DModel(
+            in_channels=4, num_layers=4, hidden_size=32, num_attention_heads=2, softmax_every_n=2, linear_head_dim=16,
+            chunk_plucker_channels=6, chunk_plucker_post_attn_blocks=3, image_size=128, caption_channels=24,
+            mlp_ratio=2.0,
+        )  # fmt: skip
+
+    # every second block has softmax attention (in bfloat16), the others a gated delta rule, by a scan over frames; both
+    # sum the attention of the tokens and that of their camera rays. After it, all but the last block add a projection
+    # of the rays, not of the stream. The MLP is of convolutions.
+    return Case("SanaWMTransformer3DModel", make, inputs, {"blocks.*": THREE})
+
+
+def wan_animate2() -> Case:
+    def inputs() -> dict:
+        cache = WanAnimate2KVCache(2)
+        for layer in cache.layer_caches:
+            layer.store(torch.randn(1, 32, 2, 16), torch.randn(1, 32, 2, 16))
+        return {
+            "hidden_states": [torch.randn(4, 3, 8, 8)],
+            "timestep": time(batch=1),
+            "encoder_hidden_states": [torch.randn(6, 24)],
+            "condition_latents": [torch.randn(8, 3, 8, 8)],
+            "kv_cache": cache,
+            "kv_cache_mode": "cached",
+            "seq_len": 48,
+            "encoder_hidden_states_image": torch.randn(1, 5, 1280),
+            "reference_grid_sizes": torch.tensor([[2, 4, 4]]),
+            "origin_len": 5,
+            "origin_area": [64, 64],
+            "return_dict": False,
+        }
+
+    def make() -> WanAnimate2Transformer3DModel:
+        model = WanAnimate2Transformer3DModel(
+            text_len=8, in_dim=12, dim=32, ffn_dim=64, freq_dim=16, text_dim=24, out_dim=4, num_heads=2, num_layers=2
+        )
+        # the model compiles the making of its mask at the first call, and keeps it
+        with mock.patch.object(transformer_wan_animate_2, "create_block_mask", eager_block_mask):
+            model.block_masks[2, 16] = model.create_mask(2, 16, torch.device("cpu"))
+        return model
+
+    # flex_attention to its own tokens and to cached ones of the reference
+    return Case("WanAnimate2Transformer3DModel", make, inputs, {"blocks.*": THREE})
+
+
+def any_flow_far() -> Case:
+    def inputs() -> dict:
+        cached = {"num_cached_chunks": 3, "is_cache_step": False}
+        caches = {
+            layer: {"full_cache": torch.randn(2, 2, 2, 96, 16), "compressed_cache": torch.randn(2, 2, 2, 16, 16)}
+            for layer in range(2)
+        }
+        return {
+            "hidden_states": torch.randn(2, 2, 4, 8, 8),
+            "timestep": torch.full((2, 2), 500.0),
+            "r_timestep": torch.full((2, 2), 50.0),
+            "encoder_hidden_states": torch.randn(2, 8, 24),
+            "chunk_partition": [1, 2, 2, 2],
+            "kv_cache": caches,
+            "kv_cache_flag": cached,
+            "return_dict": False,
+        }
+
+    def make() -> AnyFlowFARTransformer3DModel:
+        return AnyFlowFARTransformer3DModel(**WAN, full_chunk_limit=3, chunk_partition=(1, 2, 2, 2))
+
+    # flex_attention to its own tokens and to cached ones of earlier chunks, the oldest of them compressed
+    return Case("AnyFlowFARTransformer3DModel", make, inputs, {"blocks.*": THREE})
+
+
 def own_stdit(matmul: bool) -> Case:
     def inputs() -> dict:
         return stdit().inputs | ({"mask": mask(6, 4, size=6)} if matmul else {})
@@ -975,5 +1075,6 @@ CASES = (
     spatio_temporal(), ace_step(), stable_audio(), stable_audio3(False), stable_audio3(True), longcat_audio(),
     easy_animate(), helios(), kandinsky5(), kandinsky6(audio=True), kandinsky6(audio=False), kandinsky6_sr(),
     motif_video(), cosmos3(), sana_wm_refiner(), minimax_music3(), minimax_depth_decoder(), t5_film(), rfd4_proteina(),
+    sana_wm(), wan_animate2(), any_flow_far(),
     own_stdit(matmul=False), own_stdit(matmul=True), own_uvit(), own_dit(),
 )  # fmt: skip
