@@ -47,15 +47,12 @@ class CrossAttention(nn.Module):
         self.attend = attend_by_matmul if matmul else F.scaled_dot_product_attention
         self.q, self.kv, self.proj = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, 2 * WIDTH), nn.Linear(WIDTH, WIDTH)
 
-    def forward(self, x: Tensor, text: Tensor, lengths: list[int] | None = None) -> Tensor:
+    def forward(self, x: Tensor, text: Tensor | tuple[Tensor, ...]) -> Tensor:
+        if isinstance(text, tuple):  # the words of every sample, without padding
+            return torch.cat([self(row, words) for row, words in zip(x.split(1), text, strict=True)])
         q = self.q(x).view(*x.shape[:2], HEADS, -1).transpose(1, 2)
         k, v = self.kv(text).view(*text.shape[:2], 2, HEADS, -1).permute(2, 0, 3, 1, 4).unbind(0)
-        if lengths is None:
-            out = self.attend(q, k, v)
-        else:  # one row holds the words of all samples, packed
-            own = zip(q.split(1), k.split(lengths, dim=2), v.split(lengths, dim=2), strict=True)
-            out = torch.cat([self.attend(*qkv) for qkv in own])
-        return self.proj(out.transpose(1, 2).reshape(x.shape))
+        return self.proj(self.attend(q, k, v).transpose(1, 2).reshape(x.shape))
 
 
 class Block(nn.Module):
@@ -65,10 +62,10 @@ class Block(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(WIDTH, 4 * WIDTH), nn.GELU("tanh"), nn.Linear(4 * WIDTH, WIDTH))
         self.scale_shift_table = nn.Parameter(torch.zeros(6, WIDTH))
 
-    def forward(self, x: Tensor, text: Tensor, t: Tensor, frames: int, lengths: list[int] | None = None) -> Tensor:
+    def forward(self, x: Tensor, text: Tensor | tuple[Tensor, ...], t: Tensor, frames: int) -> Tensor:
         shift1, scale1, gate1, shift2, scale2, gate2 = (self.scale_shift_table[None] + t.view(-1, 6, WIDTH)).chunk(6, 1)
         x = x + gate1 * self.attn(F.layer_norm(x, (WIDTH,)) * (1 + scale1) + shift1, frames)
-        x = x + self.cross(x, text, lengths)
+        x = x + self.cross(x, text)
         return x + gate2 * self.mlp(F.layer_norm(x, (WIDTH,)) * (1 + scale2) + shift2)
 
 
@@ -88,11 +85,11 @@ class SpatialTemporalDiT(nn.Module):
         frequencies = torch.exp(torch.arange(8, device=latent.device) * -0.5)
         angle = timestep[:, None].float() * frequencies
         t = self.time(torch.cat([angle.cos(), angle.sin()], -1))
-        y, lengths = self.text(text), None
+        y = self.text(text)
         if mask is not None:
-            y, lengths = y[mask.bool()][None], mask.sum(dim=1).tolist()
+            y = y[mask.bool()][None].split(mask.sum(dim=1).tolist(), dim=1)
         for spatial, temporal in zip(self.spatial_blocks, self.temporal_blocks, strict=True):
-            x = temporal(spatial(x, y, t, frames, lengths), y, t, frames, lengths)
+            x = temporal(spatial(x, y, t, frames), y, t, frames)
         x = self.head(F.layer_norm(x, (WIDTH,))).view(batch, frames, height // 2, width // 2, 4, 2, 2)
         return x.permute(0, 4, 1, 2, 5, 3, 6).reshape(latent.shape)
 

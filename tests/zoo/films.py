@@ -99,6 +99,12 @@ def wan_t2v() -> Case:
     return Case("WanTransformer3DModel [t2v]", lambda: WanTransformer3DModel(**WAN), wan_inputs, {"blocks.*": THREE})
 
 
+def wan_token_times() -> Case:
+    # Wan 2.2 of 5 billion: every token has its own time, so that the first frame may be given
+    return Case("WanTransformer3DModel [time per token]", lambda: WanTransformer3DModel(**WAN),
+                lambda: wan_inputs() | {"timestep": torch.full((2, 48), 500.0)}, {"blocks.*": THREE})  # fmt: skip
+
+
 def wan_i2v() -> Case:
     def inputs() -> dict:
         # the length of the text is written into the attention: what is before the last 512 tokens is the image
@@ -183,13 +189,15 @@ def ltx() -> Case:
     return Case("LTXVideoTransformer3DModel", make, inputs, {"transformer_blocks.*": THREE})
 
 
-def ltx2() -> Case:
+def ltx2(version: str) -> Case:
+    newer = version == "2.3"
+
     def inputs() -> dict:
         return {
             "hidden_states": torch.randn(2, 32, 8),
             "audio_hidden_states": torch.randn(2, 10, 8),
-            "encoder_hidden_states": torch.randn(2, 6, 24),
-            "audio_encoder_hidden_states": torch.randn(2, 6, 24),
+            "encoder_hidden_states": torch.randn(2, 6, 32 if newer else 24),
+            "audio_encoder_hidden_states": torch.randn(2, 6, 16 if newer else 24),
             "timestep": time(),
             "sigma": time(),
             "encoder_attention_mask": mask(6, 4, size=6),
@@ -199,6 +207,7 @@ def ltx2() -> Case:
             "width": 4,
             "fps": 25.0,
             "audio_num_frames": 10,
+            "use_cross_timestep": newer,
             "return_dict": False,
         }
 
@@ -206,11 +215,13 @@ def ltx2() -> Case:
         return LTX2VideoTransformer3DModel(
             in_channels=8, out_channels=8, num_attention_heads=2, attention_head_dim=16, cross_attention_dim=32,
             audio_in_channels=8, audio_out_channels=8, audio_num_attention_heads=2, audio_attention_head_dim=8,
-            audio_cross_attention_dim=16, num_layers=2, caption_channels=24,
+            audio_cross_attention_dim=16, num_layers=2, caption_channels=24, gated_attn=newer,
+            cross_attn_mod=newer, audio_gated_attn=newer, audio_cross_attn_mod=newer, perturbed_attn=newer,
+            use_prompt_embeddings=not newer, rope_type="split" if newer else "interleaved",
         )  # fmt: skip
 
     # film and sound in turn: own tokens, text, then each the other; both come out
-    return Case("LTX2VideoTransformer3DModel", make, inputs, {
+    return Case(f"LTX2VideoTransformer3DModel [{version}]", make, inputs, {
         "transformer_blocks.*": ("self", "self", "cross", "cross", "cross", "cross", "mlp", "mlp"),
     })  # fmt: skip
 
@@ -1069,10 +1080,12 @@ def own_dit() -> Case:
 
 
 CASES = (
-    wan_t2v(), wan_i2v(), cogvideox(), ltx(), ltx2(), mochi(), hunyuan_video15(False), hunyuan_video15(True),
-    hunyuan_framepack(1), hunyuan_framepack(2), allegro(), latte(), any_flow(), chrono_edit(), cosmos1(), cosmos2(),
+    wan_t2v(), wan_i2v(), wan_token_times(), cogvideox(), ltx(), ltx2("2.0"), ltx2("2.3"), mochi(),
+    hunyuan_video15(image=False), hunyuan_video15(image=True), hunyuan_framepack(1), hunyuan_framepack(2), allegro(),
+    latte(), any_flow(), chrono_edit(), cosmos1(), cosmos2(),
     wan_vace(), wan_animate(), skyreels_t2v(), skyreels_forcing(), sana_video(), minimax_h3(), consis_id(), temporal(),
-    spatio_temporal(), ace_step(), stable_audio(), stable_audio3(False), stable_audio3(True), longcat_audio(),
+    spatio_temporal(), ace_step(), stable_audio(), stable_audio3(inpaint=False),
+    stable_audio3(inpaint=True), longcat_audio(),
     easy_animate(), helios(), kandinsky5(), kandinsky6(audio=True), kandinsky6(audio=False), kandinsky6_sr(),
     motif_video(), cosmos3(), sana_wm_refiner(), minimax_music3(), minimax_depth_decoder(), t5_film(), rfd4_proteina(),
     sana_wm(), wan_animate2(), any_flow_far(),
