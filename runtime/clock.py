@@ -2,7 +2,8 @@
 
 With a scheduler (or timesteps) the step is looked up; with a step count only, changes of the timestep are counted. A
 timestep on the CPU is simply read. On an accelerator reading waits for the device, so the step comes from the scheduler
-where possible: from its step index, or from the place of the timestep tensor inside ``scheduler.timesteps``.
+where possible: from the place of the timestep tensor inside ``scheduler.timesteps``, or, after the first call of a run,
+from its step index.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ class SchedulerLink:
 
     def __init__(self, source: Any) -> None:
         self._source = source
-        self._is_pipeline = hasattr(source, "scheduler")
+        self.is_pipeline = hasattr(source, "scheduler")
         self.is_live = hasattr(self.source, "timesteps") and hasattr(self.source, "config")
         self._token: object = None
         self._schedule: TimestepSchedule | None = None if self.is_live else TimestepSchedule.of(source)
@@ -32,7 +33,12 @@ class SchedulerLink:
     @property
     def source(self) -> Any:
         """The scheduler or the data; users replace the scheduler of a pipeline after it was optimized."""
-        return self._source.scheduler if self._is_pipeline else self._source
+        return self._source.scheduler if self.is_pipeline else self._source
+
+    @property
+    def counts(self) -> bool:
+        """True if the scheduler counts its evaluations."""
+        return self.is_live and hasattr(self.source, "step_index")
 
     @property
     def token(self) -> object:
@@ -52,83 +58,142 @@ class SchedulerLink:
         assert self._schedule is not None
         return self._schedule
 
-    def among_equals(self, step: int) -> int:
-        """The evaluation that a live scheduler stands at, if it has the timestep of `step`.
-
-        Samplers of second order evaluate a timestep twice, which looks like a guidance partner otherwise.
-        """
-        index = getattr(self.source, "step_index", None) if self.is_live else None
-        timesteps = self.schedule.timesteps
-        if index is None or index >= len(timesteps) or timesteps[index] != timesteps[step]:
-            return step
-        return int(index)
-
-    def index_without_reading(self, timestep: torch.Tensor) -> int | None:
-        """Step of a timestep on an accelerator, from host-side facts only; None if there are none."""
+    @property
+    def position(self) -> int | None:
+        """Evaluation that a live scheduler stands at, as far as it counts them and is not past its end."""
         if not self.is_live:
             return None
-        table = self.source.timesteps
-        if isinstance(table, torch.Tensor) and table.device == timestep.device and table.dtype == timestep.dtype:
-            start = timestep.data_ptr() - table.data_ptr()
-            if 0 <= start < table.numel() * table.element_size():
-                return start // table.element_size()
-        if hasattr(self.source, "step_index"):
-            begin = getattr(self.source, "begin_index", None) or 0
-            return begin if self.source.step_index is None else int(self.source.step_index)
-        return None
+        position = getattr(self.source, "step_index", None)
+        if position is None:
+            position = getattr(self.source, "begin_index", None)
+        return None if position is None or position >= self.schedule.steps else int(position)
+
+    def place(self, timestep: torch.Tensor) -> int | None:
+        """Evaluation whose entry of the scheduler's timesteps this tensor is a view of, if it is one."""
+        table = self.source.timesteps if self.is_live else None
+        if not isinstance(table, torch.Tensor) or not table.is_contiguous() or _differs(table, timestep):
+            return None
+        start = timestep.data_ptr() - table.data_ptr()
+        return start // table.element_size() if 0 <= start < table.numel() * table.element_size() else None
 
 
-def find_step(state: ModelState, link: SchedulerLink, timestep: torch.Tensor | None, context: str) -> int:
+def find_step(
+    state: ModelState,
+    link: SchedulerLink,
+    timestep: torch.Tensor | None,
+    context: str,
+    latent: torch.Tensor | None = None,
+) -> int:
     """Step of this call. Begins a new generation in `state` where one starts.
+
+    Args:
+        state: what is known of the calls before.
+        link: where the schedule comes from.
+        timestep: what the model receives, or None if it takes none.
+        context: name of the guidance context.
+        latent: what the model denoises; tells two evaluations at one timestep from two guidance partners.
 
     Raises:
         CallOutsideSchedule: the timestep is not on the schedule, or there are more steps than it has.
     """
     if state.schedule_token is not link.token:
         state.begin(link.token)
-    schedule = link.schedule
-    step, value = _look_up(state, link, schedule, timestep, context)
+    call = _Call(state, link, context, latent)
+    step, value = call.step_and_timestep(timestep)
+    is_foreign = state.is_foreign
     if state.step is not None and step < state.step:
         state.begin(link.token)
-    state.timestep = value
+    state.timestep, state.position, state.is_foreign = value, call.position, is_foreign
     return step
 
 
-def _look_up(
-    state: ModelState, link: SchedulerLink, schedule: TimestepSchedule, timestep: torch.Tensor | None, context: str
-) -> tuple[int, float | None]:
-    if timestep is None:
-        return _count_call(state, schedule), None
-    if timestep.device.type != "cpu":
-        index = link.index_without_reading(timestep)
-        if index is not None and not (index == state.step and context in state.calls):
-            return index, None
-    value = float(timestep.max().item())
-    if schedule.timesteps:
-        return link.among_equals(_find_value(state, schedule, value)), value
-    return _count_change(state, link, schedule, value), value
+class _Call:
+    """One call of the model, and what is known about its step."""
+
+    def __init__(self, state: ModelState, link: SchedulerLink, context: str, latent: torch.Tensor | None) -> None:
+        self.state, self.link, self.context, self.latent = state, link, context, latent
+        self.schedule, self.position = link.schedule, link.position
+
+    def step_and_timestep(self, timestep: torch.Tensor | None) -> tuple[int, float | None]:
+        """Step of the call, and the timestep if it had to be read."""
+        state = self.state
+        if timestep is None:
+            return _count_call(state, self.schedule), None
+        place = self.link.place(timestep)
+        if timestep.device.type != "cpu":
+            index = place if place is not None or state.step is None else self.position
+            if index is not None and not (index == state.step and self.context in state.calls):
+                return index, None
+        value = float(timestep.max().item())
+        if place is not None:
+            return place, value
+        if self.schedule.timesteps:
+            return self.by_position(value), value
+        return _count_change(state, self.link, self.schedule, value), value
+
+    def by_position(self, value: float) -> int:
+        """Step by the scheduler's position where the timestep confirms it, or where it is not the scheduler's own.
+
+        Some models receive another function of the timestep, for example ``1 - t / 1000``: then the first call of a run
+        does not agree with the scheduler's position, and from there on the position alone tells the step.
+        """
+        state, position = self.state, self.position
+        if state.step is not None and position == state.position:
+            agrees = position is not None and self.schedule.is_at(value, state.step)
+            is_partner = state.timestep in (None, value) and (agrees or state.is_foreign)
+            return state.step if is_partner else self.by_timestep(value)
+        if position is None:
+            return self.by_timestep(value)
+        if self.schedule.is_at(value, position):
+            return position
+        state.is_foreign = state.is_foreign or state.step is None
+        return position if state.is_foreign else self.by_timestep(value)
+
+    def by_timestep(self, value: float) -> int:
+        """Step by the place of the timestep on the schedule."""
+        state, schedule = self.state, self.schedule
+        after = state.step
+        if after is not None and (value != state.timestep or self.is_another_evaluation(after)):
+            after += 1
+        step = schedule.step_of(value, after)
+        if step is None and state.step is None and self.link.counts:
+            state.is_foreign = True
+            return 0
+        if step is None:
+            first, last = schedule.timesteps[0], schedule.timesteps[-1]
+            raise CallOutsideSchedule(
+                f"the model was called at timestep {value:g}, which is not on the schedule",
+                where=f"{schedule.steps} steps from {first:g} to {last:g}",
+                why="the policy's plan has no step for it",
+                fix="optimize with the scheduler that drives the sampling, after its set_timesteps",
+            )
+        return step
+
+    def is_another_evaluation(self, step: int) -> bool:
+        """True if a sampler of second order comes back to the timestep of a step, with another latent."""
+        kept = self.state.latent
+        if self.context not in self.state.calls or kept is None or not self.schedule.is_repeated(step):
+            return False
+        return not same_latent(self.latent, kept)
+
+
+def same_latent(first: torch.Tensor | None, second: torch.Tensor | None) -> bool:
+    """True if two latents are the same picture: the two calls are guidance partners."""
+    if first is None or second is None:
+        return first is second
+    return first.shape == second.shape and bool(torch.equal(first, second))
+
+
+def _differs(table: torch.Tensor, timestep: torch.Tensor) -> bool:
+    """True if a timestep cannot be a single entry of the table, seen once per sample."""
+    same_kind = table.device == timestep.device and table.dtype == timestep.dtype
+    return not same_kind or any(n > 1 and stride for n, stride in zip(timestep.shape, timestep.stride(), strict=True))
 
 
 def _count_call(state: ModelState, schedule: TimestepSchedule) -> int:
     """Without any timestep every call is a step."""
     following = 0 if state.step is None else state.step + 1
     return following if following < schedule.steps else 0
-
-
-def _find_value(state: ModelState, schedule: TimestepSchedule, value: float) -> int:
-    after = state.step
-    if after is not None and value != state.timestep:
-        after += 1
-    step = schedule.step_of(value, after)
-    if step is None:
-        first, last = schedule.timesteps[0], schedule.timesteps[-1]
-        raise CallOutsideSchedule(
-            f"the model was called at timestep {value:g}, which is not on the schedule",
-            where=f"{schedule.steps} steps from {first:g} to {last:g}",
-            why="the policy's plan has no step for it",
-            fix="optimize with the scheduler that drives the sampling, after its set_timesteps",
-        )
-    return step
 
 
 def _count_change(state: ModelState, link: SchedulerLink, schedule: TimestepSchedule, value: float) -> int:

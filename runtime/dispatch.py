@@ -11,7 +11,7 @@ import torch
 from dicompile.errors import StaleRead
 from dicompile.lower import Call, Constant, Program
 from dicompile.plan import HISTORIC, Plan, Slot, StepPlan, TimestepSchedule
-from dicompile.runtime.clock import SchedulerLink, find_step
+from dicompile.runtime.clock import SchedulerLink, find_step, same_latent
 from dicompile.runtime.session import ContextState, ModelState, Session, current_context, current_session
 
 log = logging.getLogger("dicompile")
@@ -71,12 +71,13 @@ class Executor:
 
     def _run(self, session: Session, state: ModelState, inputs: Sequence[Any]) -> Sequence[Any]:
         name = current_context()
-        step = find_step(state, self.link, self._tensor(inputs, self._timestep), name)
-        context = self._enter(state, name, step, self._tensor(inputs, self._latent))
-        schedule = self.link.schedule
-        planned, program = self.programs.step(schedule, step)
+        latent = self._tensor(inputs, self._latent)
+        step = find_step(state, self.link, self._tensor(inputs, self._timestep), name, latent)
+        context = self._enter(session, state, name, step, latent)
+        schedule = self.schedule_of(state)
+        planned, program = self.programs.step(schedule, step - schedule.before)
         if any(slot not in context.store for slot, _ in program.reads):
-            planned, program = self.programs.cold(schedule, step)
+            planned, program = self.programs.cold(schedule, step - schedule.before)
             state.report.cold_starts.append(step)
             log.info("step %d computes everything: nothing is stored for it in this run", step)
         contents = _contents_after(planned, program)
@@ -98,24 +99,40 @@ class Executor:
         finally:
             registers.clear()  # the traceback of an error may hold on to this frame
 
-    def _enter(self, state: ModelState, name: str, step: int, latent: torch.Tensor | None) -> ContextState:
+    def schedule_of(self, state: ModelState) -> TimestepSchedule:
+        """What is planned in a generation: the schedule from the step at which it began, or all of it before."""
+        whole = self.link.schedule
+        is_its_own = state.schedule_token is self.link.token
+        return whole.rest(state.first_step) if is_its_own and state.first_step else whole
+
+    def _enter(
+        self, session: Session, state: ModelState, name: str, step: int, latent: torch.Tensor | None
+    ) -> ContextState:
         """The guidance context of this call; several calls at one step in one context are told apart by their order."""
         if step != state.step:
-            state.calls.clear()
-            state.latent = latent.clone() if state.step is None and latent is not None else None
-            state.first_step = step if state.step is None else state.first_step
-            state.step = step
-        elif name in state.calls and step == state.first_step and not _same(latent, state.latent):
-            timestep, token = state.timestep, state.schedule_token
-            state.begin(token)
-            state.timestep, state.step, state.first_step = timestep, step, step
-            state.latent = None if latent is None else latent.clone()
+            self._advance(session, state, step, latent)
+        elif name in state.calls and step == state.first_step and not same_latent(latent, state.latent):
+            timestep, position, is_foreign = state.timestep, state.position, state.is_foreign
+            state.begin(state.schedule_token)
+            state.timestep, state.position, state.is_foreign = timestep, position, is_foreign
+            self._advance(session, state, step, latent)
         ordinal = state.calls.get(name, 0)
         state.calls[name] = ordinal + 1
         context = state.contexts.setdefault(f"{name}#{ordinal}" if ordinal else name, ContextState())
         if context.step is not None and step != context.step + 1:
-            context.store.clear()
+            context.forget()
         return context
+
+    def _advance(self, session: Session, state: ModelState, step: int, latent: torch.Tensor | None) -> None:
+        state.calls.clear()
+        if state.step is None:
+            state.first_step = state.report.began = step
+        state.leave(step - 1)
+        if self.link.is_live:
+            session.leave(state.schedule_token, step - 1)
+        compared = step == state.first_step or (not self.link.is_live and self.link.schedule.is_repeated(step))
+        state.latent = latent.clone() if compared and latent is not None else None
+        state.step = step
 
     def _load(
         self, registers: list[Any], program: Program, planned: StepPlan, inputs: Sequence[Any], step: int
@@ -192,10 +209,3 @@ def _commit(context: ContextState, contents: dict[Slot, Slot | int], registers: 
         for slot, source in contents.items()
         if isinstance(source, int) or source in old
     }
-
-
-def _same(first: torch.Tensor | None, second: torch.Tensor | None) -> bool:
-    """True if two latents are the same picture: the two calls are guidance partners."""
-    if first is None or second is None:
-        return first is second
-    return first.shape == second.shape and bool(torch.equal(first, second))

@@ -14,12 +14,14 @@ class RunReport:
 
     Attributes:
         kinds: calls by kind of step.
+        began: step of the schedule at which the generation began; above 0 where a pipeline leaves the first ones out.
         cold_starts: calls that computed everything because nothing was remembered, with the step.
         cache_bytes: bytes of the slots held now.
         peak_cache_bytes: the most that was held between two calls.
     """
 
     kinds: Counter[str] = field(default_factory=Counter)
+    began: int = 0
     cold_starts: list[int] = field(default_factory=list)
     cache_bytes: int = 0
     peak_cache_bytes: int = 0
@@ -29,9 +31,21 @@ class RunReport:
         self.cache_bytes = cache_bytes
         self.peak_cache_bytes = max(self.peak_cache_bytes, cache_bytes)
 
+    def add(self, other: RunReport) -> None:
+        """Add what another model, or the same one with other shapes, did in the same generation.
+
+        Peaks are added as if they had come together.
+        """
+        self.kinds += other.kinds
+        self.began = min(self.began, other.began)
+        self.cold_starts = sorted(self.cold_starts + other.cold_starts)
+        self.cache_bytes += other.cache_bytes
+        self.peak_cache_bytes += other.peak_cache_bytes
+
     def __str__(self) -> str:
         kinds = ", ".join(f"{count} {kind}" for kind, count in self.kinds.items())
+        began = f"; began at step {self.began}" if self.began else ""
         cold = f"; computed for want of stored values at steps {self.cold_starts}" if self.cold_starts else ""
         peak, now = size_text(self.peak_cache_bytes), size_text(self.cache_bytes)
         cache = f"; cache {peak} at most, {now} now" if self.peak_cache_bytes else ""
-        return f"{self.kinds.total()} calls: {kinds}{cold}{cache}"
+        return f"{self.kinds.total()} calls: {kinds}{began}{cold}{cache}"

@@ -41,6 +41,11 @@ class ContextState:
     store: dict[Slot, torch.Tensor] = field(default_factory=dict)
     chosen: dict[int, torch.Tensor] = field(default_factory=dict)
 
+    def forget(self) -> None:
+        """Release the slots."""
+        self.store.clear()
+        self.chosen.clear()
+
     @property
     def cache_bytes(self) -> int:
         """Bytes of the slots held now."""
@@ -56,9 +61,11 @@ class ModelState:
         step: the last step of the generation.
         timestep: timestep of that step, where it had to be read.
         direction: sign of the changes of the timestep, 0 while unknown.
+        position: where the scheduler stood at the last call, if it counts.
+        is_foreign: the model receives something else than the scheduler's timesteps; only its position tells the step.
         schedule_token: identity of the scheduler's timesteps when the generation began.
         calls: calls so far at this step, per context name.
-        latent: copy of the latent of the first call, kept during the first step only.
+        latent: copy of the latent of a call, kept where another one at the same timestep could be another evaluation.
         first_step: the step at which the generation began.
         contexts: per guidance context.
         report: what happened.
@@ -68,6 +75,8 @@ class ModelState:
     step: int | None = None
     timestep: float | None = None
     direction: int = 0
+    position: int | None = None
+    is_foreign: bool = False
     schedule_token: object = None
     calls: dict[str, int] = field(default_factory=dict)
     latent: torch.Tensor | None = None
@@ -81,8 +90,7 @@ class ModelState:
         Stores are emptied, not only dropped: the traceback of an error may hold on to them.
         """
         for context in self.contexts.values():
-            context.store.clear()
-            context.chosen.clear()
+            context.forget()
         self.__init__()  # type: ignore[misc]
         self.generation, self.schedule_token = next(_GENERATIONS), schedule_token
 
@@ -92,6 +100,13 @@ class ModelState:
         self.begin(None)
         self.report = report
         report.hold(0)
+
+    def leave(self, before: int) -> None:
+        """Release what was stored before a step: contexts that were not called since then start anew."""
+        for context in self.contexts.values():
+            if context.step is not None and context.step < before:
+                context.forget()
+        self.report.hold(self.cache_bytes)
 
     @property
     def cache_bytes(self) -> int:
@@ -113,6 +128,20 @@ class Session:
     def state_of(self, executor: Any) -> ModelState:
         """State of a compiled model in this session."""
         return self._states.setdefault(executor, ModelState())
+
+    def leave(self, schedule_token: object, before: int) -> None:
+        """Release what the models of one run stored before a step.
+
+        One that was not called since then never reads it: a guidance partner that pauses, or a pipeline's other
+        denoiser, which had the steps so far.
+
+        Args:
+            schedule_token: the scheduler's timesteps, by which the models know their run.
+            before: the step.
+        """
+        for state in list(self._states.values()):
+            if state.schedule_token is schedule_token:
+                state.leave(before)
 
     def clear(self) -> None:
         """Forget everything, reports included."""

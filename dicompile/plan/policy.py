@@ -73,18 +73,24 @@ class Cadence(_Data):
         """Step index s of the step-th call."""
         return steps - 1 - step if self.counting == "down" else step
 
-    def moments(self, steps: int) -> tuple[Moment, ...]:
-        """What every step of a run is."""
-        current, latest, result = self.interval, 0, []
-        for step in range(steps):
+    def moments(self, steps: int, begin: int = 0) -> tuple[Moment, ...]:
+        """What every step of a run is.
+
+        Args:
+            steps: number of steps of the schedule.
+            begin: step at which the run begins; the warmup follows it, everything else keeps its place.
+        """
+        current, latest, result = self.interval, begin, []
+        for step in range(begin, steps):
             index = self.index(step, steps)
-            first = step < self.warmup or self._residue(index, step - latest, current) == 0
+            warm = step - begin < self.warmup
+            first = warm or self._residue(index, step - latest, current) == 0
             if self.at:
-                first = step == 0 or step in self.at
+                first = step == begin or step in self.at
             if first:
                 current, latest = self._interval_at(index, steps), step
             residue = self._residue(index, step - latest, current)
-            again = self.decide == "step" or step < self.warmup or residue == 0
+            again = self.decide == "step" or warm or residue == 0
             result.append(Moment(step, steps, index / steps, first, first and again, residue))
         return tuple(result)
 
@@ -239,6 +245,17 @@ class Fitted(_Data):
                 fix="fit them again with dicompile.learn.fit_forecast for this cadence",
             )
         return Action((0.0, *weights), What(self.what))
+
+    def for_stored(self, stored: Sequence[int], step: int) -> Fitted | Forecast:
+        """The fitted weights, or, where other steps are stored than they were fitted to, the polynomial through those.
+
+        A run that begins in the middle of the schedule has a shorter history until as many full steps have passed.
+        """
+        fitted_to = [other for other in range(step - 1, -1, -1) if not self.weights[other]]
+        count = len(self.weights[step])
+        if count and list(stored[:count]) == fitted_to[:count]:
+            return self
+        return Forecast(order=max(count - 1, 0), differences="divided", what=self.what)
 
 
 Recall = Annotated[Reuse | Forecast | Fitted, Field(discriminator="do")]

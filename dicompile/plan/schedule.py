@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,11 +20,13 @@ class TimestepSchedule:
         steps: number of evaluations.
         timesteps: their timesteps as the scheduler counts them; empty when only the number is known.
         scales: factors by which pipelines are known to divide timesteps before they reach the model.
+        before: evaluations of the same schedule that the run leaves out at its start, as image to image does.
     """
 
     steps: int
     timesteps: tuple[float, ...] = ()
     scales: tuple[float, ...] = (1.0, 1000.0)
+    before: int = 0
 
     def __post_init__(self) -> None:
         if self.steps < 1 or (self.timesteps and len(self.timesteps) != self.steps):
@@ -64,6 +66,18 @@ class TimestepSchedule:
         scale = float(getattr(getattr(source, "config", None), "num_train_timesteps", 1000) or 1000)
         return _shared(values, (1.0, scale))
 
+    def rest(self, first: int) -> TimestepSchedule:
+        """The schedule of a run that begins at evaluation `first` of this one."""
+        return _rest(self, first) if first else self
+
+    def is_at(self, timestep: float, step: int) -> bool:
+        """True if the model receives `timestep` at evaluation `step`; see `step_of`."""
+        return any(step in matches for matches in self._matches(timestep))
+
+    def is_repeated(self, step: int) -> bool:
+        """True if the evaluation after `step` has the same timestep, as in samplers of second order."""
+        return self.timesteps[step : step + 1] == self.timesteps[step + 1 : step + 2] != ()
+
     def step_of(self, timestep: float, after: int | None) -> int | None:
         """Index of the evaluation at `timestep`, or None if it is not on the schedule.
 
@@ -72,8 +86,12 @@ class TimestepSchedule:
             after: first index that continues the run; of several evaluations at a timestep it is preferred, or else
                 the first one, at which a run begins.
         """
-        matches = [step for scale in self.scales for step in self._steps_at(timestep * scale, SAME * scale * 1e-3)]
+        matches = [step for steps in self._matches(timestep) for step in steps]
         return after if after in matches else min(matches, default=None)
+
+    def _matches(self, timestep: float) -> Iterator[list[int]]:
+        """Evaluations at a timestep that may have been divided by each of the scales."""
+        return (self._steps_at(timestep * scale, SAME * scale * 1e-3) for scale in self.scales)
 
     def _steps_at(self, value: float, same: float) -> list[int]:
         distances = [abs(value - t) for t in self.timesteps]
@@ -103,3 +121,8 @@ def _numbers(timesteps: Any) -> tuple[float, ...] | None:
 @functools.lru_cache(maxsize=64)
 def _shared(timesteps: tuple[float, ...], scales: tuple[float, ...]) -> TimestepSchedule:
     return TimestepSchedule(len(timesteps), timesteps, scales)
+
+
+@functools.lru_cache(maxsize=64)
+def _rest(whole: TimestepSchedule, first: int) -> TimestepSchedule:
+    return TimestepSchedule(whole.steps - first, whole.timesteps[first:], whole.scales, whole.before + first)

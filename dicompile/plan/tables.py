@@ -65,10 +65,11 @@ def check_timesteps(policy: Policy, schedule: TimestepSchedule) -> None:
     """
     for rule in policy.rules:
         origin = _origin(rule)
-        if origin is None or len(origin.timesteps) != len(schedule.timesteps):
+        if origin is None or len(origin.timesteps) != schedule.before + len(schedule.timesteps):
             continue  # another number of steps is the business of `check_table`
         same = SAME_TIMESTEP * max(map(abs, origin.timesteps), default=1.0)
-        for step, (learned, given) in enumerate(zip(origin.timesteps, schedule.timesteps, strict=True)):
+        pairs = zip(origin.timesteps[schedule.before :], schedule.timesteps, strict=True)
+        for step, (learned, given) in enumerate(pairs, schedule.before):
             if abs(learned - given) > same:
                 raise PolicyDoesNotFit(
                     f"the table of policy {policy.name!r} has timestep {learned:g} at step {step + 1}, "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 import pytest
@@ -10,7 +11,9 @@ from diffusers import (
     DDIMScheduler,
     DPMSolverMultistepScheduler,
     FlowMatchEulerDiscreteScheduler,
+    FlowMatchHeunDiscreteScheduler,
     HeunDiscreteScheduler,
+    KDPM2DiscreteScheduler,
 )
 from torch import Tensor
 
@@ -20,10 +23,13 @@ from dicompile.runtime import SchedulerLink
 from dicompile.runtime.clock import find_step
 from dicompile.runtime.session import ModelState
 from tests.models import timesteps
-from tests.runtime.runner import STEPS, Runner, latent, same
+from tests.runtime.runner import LABELS, OTHER_LABELS, STEPS, Runner, latent, same
 
-# diffusers turns tensors into numpy arrays in a way that numpy 2 warns of.
-pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy:DeprecationWarning")
+# diffusers turns tensors into numpy arrays and back in ways that numpy 2 warns of.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:__array_wrap__ must accept context:DeprecationWarning"),
+]
 
 
 class Clock:
@@ -46,16 +52,17 @@ class Clock:
         return self.state.generation
 
 
-def stepped(scheduler: Any, clock: Clock, scale: float = 1.0, calls: int = 1) -> list[int]:
+def stepped(scheduler: Any, clock: Clock, scale: float = 1.0, calls: int = 1, begin: int = 0) -> list[int]:
     """Steps that the clock saw while `scheduler` sampled with so many calls of the model at each of its steps."""
     sample, steps = torch.ones(1, 4), []
-    for timestep in scheduler.timesteps:
+    for timestep in scheduler.timesteps[begin:]:
         steps += [clock(timestep.expand(2) / scale) for _ in range(calls)]
         sample = scheduler.step(torch.ones(1, 4), timestep, sample).prev_sample
     return steps
 
 
-SCHEDULERS = [DDIMScheduler, FlowMatchEulerDiscreteScheduler, HeunDiscreteScheduler, DPMSolverMultistepScheduler]
+SECOND_ORDER = [HeunDiscreteScheduler, FlowMatchHeunDiscreteScheduler, KDPM2DiscreteScheduler]
+SCHEDULERS = [DDIMScheduler, FlowMatchEulerDiscreteScheduler, DPMSolverMultistepScheduler, *SECOND_ORDER]
 
 
 @pytest.mark.parametrize("make", SCHEDULERS)
@@ -211,26 +218,88 @@ def test_a_single_step_never_ends() -> None:
     assert Clock(1).steps([999, 500, 1, 700, 700]) == [0] * 5
 
 
-def test_on_an_accelerator_the_place_in_the_timesteps_tells_the_step() -> None:
+def test_a_view_of_the_timesteps_tells_the_step_without_being_read() -> None:
     scheduler = DDIMScheduler()
     scheduler.set_timesteps(5)
     link = SchedulerLink(scheduler)
     for step, timestep in enumerate(scheduler.timesteps):
-        assert link.index_without_reading(timestep.expand(8)) == step
-    assert link.index_without_reading(scheduler.timesteps.clone()[2]) is None
+        assert link.place(timestep.expand(8)) == step
+    assert link.place(scheduler.timesteps.clone()[2]) is None
+    assert link.place(scheduler.timesteps[1:3]) is None  # a time per sample
+    assert link.place(scheduler.timesteps[2].float()) is None
+    assert SchedulerLink(timesteps(3)).place(torch.tensor(999)) is None
 
 
-def test_on_an_accelerator_a_scheduler_that_counts_tells_the_step() -> None:
+def test_a_scheduler_that_counts_tells_its_position_until_its_end() -> None:
     scheduler = FlowMatchEulerDiscreteScheduler()
     scheduler.set_timesteps(3)
     link = SchedulerLink(scheduler)
-    for step, timestep in enumerate(scheduler.timesteps):
-        assert link.index_without_reading(timestep.clone()) == step
+    assert link.position is None
+    scheduler.set_begin_index(1)
+    for step, timestep in enumerate(scheduler.timesteps[1:], 1):
+        assert link.position == step
         scheduler.step(torch.ones(1), timestep, torch.ones(1))
+    assert link.position is None
+    assert SchedulerLink(timesteps(3)).position is None
 
 
-def test_fixed_timesteps_tell_nothing_without_reading() -> None:
-    assert SchedulerLink(timesteps(3)).index_without_reading(torch.tensor(999)) is None
+def test_timesteps_that_run_backwards_are_followed_by_the_position_of_the_scheduler() -> None:
+    scheduler = FlowMatchEulerDiscreteScheduler()
+    for begin in (None, 0, 2):
+        scheduler.set_timesteps(4)  # evenly spaced: 1 - t / 1000 is another step's t / 1000
+        clock = Clock(scheduler)
+        if begin is not None:
+            scheduler.set_begin_index(begin)
+        steps, sample = [], torch.ones(1, 4)
+        for timestep in scheduler.timesteps[begin or 0 :]:
+            steps += [clock((1 - timestep / 1000).expand(2)) for _ in range(2)]
+            sample = scheduler.step(torch.ones(1, 4), timestep, sample).prev_sample
+        assert steps == [step for step in range(begin or 0, 4) for _ in range(2)]
+        assert clock.generation == clock.state.generation > 0
+
+
+def test_a_loop_that_does_not_step_the_scheduler_is_followed_by_its_timesteps() -> None:
+    scheduler = FlowMatchEulerDiscreteScheduler()
+    scheduler.set_timesteps(5)
+    scheduler.set_begin_index(0)
+    clock = Clock(scheduler)
+    assert clock.steps([t.clone() for t in scheduler.timesteps for _ in range(2)]) == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4]
+
+
+def test_a_run_that_was_left_and_begins_again_without_setting_the_timesteps_is_noticed() -> None:
+    scheduler = FlowMatchEulerDiscreteScheduler()
+    scheduler.set_timesteps(5)
+    clock = Clock(scheduler)
+    for timestep in scheduler.timesteps[:3]:
+        clock(timestep.clone())
+        scheduler.step(torch.ones(1, 4), timestep, torch.ones(1, 4))
+    generation = clock.generation
+    assert clock(scheduler.timesteps[0].clone()) == 0
+    assert clock.generation > generation
+
+
+@pytest.mark.parametrize("make", SECOND_ORDER)
+@pytest.mark.parametrize("begin", [0, 2, 4])
+def test_a_sampler_of_second_order_may_begin_in_the_middle(make: Any, begin: int) -> None:
+    scheduler = make()
+    scheduler.set_timesteps(5)
+    scheduler.set_begin_index(begin)
+    clock = Clock(scheduler)
+    assert stepped(scheduler, clock, begin=begin) == list(range(begin, len(scheduler.timesteps)))
+
+
+@pytest.mark.parametrize("make", SECOND_ORDER)
+def test_evaluations_at_one_timestep_of_a_list_are_told_apart_by_their_latents(make: Any) -> None:
+    scheduler = make()
+    scheduler.set_timesteps(5)
+    times = scheduler.timesteps.tolist()
+    runner = Runner("fora", times)
+    for step in range(len(times)):
+        for labels in (LABELS, OTHER_LABELS):
+            runner(times[step], latent(step), labels)
+    kinds = Counter(step.kind for step in runner.plan.steps)
+    assert runner.state.report.kinds == {kind: 2 * count for kind, count in kinds.items()}
+    assert runner.state.report.cold_starts == []
 
 
 def test_a_fixed_schedule_is_read_once() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 import pytest
@@ -126,7 +127,7 @@ def test_an_interrupt_between_two_blocks_leaves_no_trace(
         assert same(runner.run(), fresh)
 
 
-def test_the_rest_of_a_run_that_failed_starts_cold(policy: str) -> None:
+def test_the_rest_of_a_run_that_failed_is_a_run_of_its_own(policy: str) -> None:
     runner = Runner(policy)
     runner.run(steps=range(4))
     with pytest.raises(CallOutsideSchedule):
@@ -140,23 +141,35 @@ def cached_step(runner: Runner) -> int:
     return next(i for i, step in enumerate(runner.plan.steps) if step.kind in ("reuse", "partial"))
 
 
-def test_a_run_that_enters_in_the_middle_computes_everything_and_says_so(policy: str) -> None:
+def test_a_run_that_enters_in_the_middle_is_planned_from_there(policy: str) -> None:
     runner = Runner(policy)
     step = cached_step(runner)
-    output = runner.run(steps=[step])[0]
+    outputs = runner.run(steps=range(step, STEPS))
+    torch.testing.assert_close(outputs[0], uncached(SCHEDULE[step], latent(step)), rtol=ROUNDING, atol=ROUNDING)
+    plan = runner.source.plan(runner.executor.schedule_of(runner.state))
+    assert plan.schedule == runner.link.schedule.rest(step)
+    kinds = [planned.kind for planned in plan.steps]
+    assert kinds[0] == "full"
+    assert runner.state.report.kinds == {kind: kinds.count(kind) for kind in kinds}
+    assert runner.state.report.cold_starts == []
+    assert str(runner.state.report).startswith(f"{STEPS - step} calls: ")
+    assert f"; began at step {step}" in str(runner.state.report)
+    assert len(runner.run()) == STEPS
+    assert runner.executor.schedule_of(runner.state) == runner.link.schedule
+
+
+def test_a_partner_that_joins_in_the_middle_computes_everything_and_says_so(policy: str) -> None:
+    runner = Runner(policy)
+    step = cached_step(runner)
+    runner.run(steps=range(step))
+    with dicompile.cache_context("uncond"):
+        output = runner.run(steps=[step, step + 1])[0]
     torch.testing.assert_close(output, uncached(SCHEDULE[step], latent(step)), rtol=ROUNDING, atol=ROUNDING)
-    assert runner.state.report.cold_starts == [step]
-    text = f"1 calls: 1 cold; computed for want of stored values at steps [{step}]; cache "
-    assert str(runner.state.report).startswith(text)
-
-
-def test_after_a_cold_start_the_plan_is_followed(policy: str) -> None:
-    runner = Runner(policy)
-    step = cached_step(runner)
     following = runner.plan.steps[step + 1].kind
-    runner.run(steps=[step, step + 1])
-    assert runner.state.report.kinds == {"cold": 1, following: 1}
+    planned = Counter(runner.plan.steps[i].kind for i in range(step))
+    assert runner.state.report.kinds == planned + Counter({"cold": 1, following: 1})
     assert runner.state.report.cold_starts == [step]
+    assert f"; computed for want of stored values at steps [{step}]" in str(runner.state.report)
 
 
 def test_steps_that_are_left_out_start_cold(policy: str) -> None:

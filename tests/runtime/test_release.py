@@ -151,13 +151,30 @@ def test_a_generation_that_was_left_is_freed_by_hand() -> None:
     assert same(run(cached, sample.inputs, timesteps(STEPS)), expected)
 
 
-def test_a_generation_that_goes_on_after_it_was_freed_starts_cold() -> None:
+def test_a_generation_that_goes_on_after_it_was_freed_is_planned_anew_from_there() -> None:
     runner = Runner("fora")
     step = next(i for i, planned in enumerate(runner.plan.steps) if planned.kind == "reuse")
     runner.run(steps=range(step))
     runner.state.free()
     runner.run(steps=[step])
-    assert runner.state.report.cold_starts == [step]
+    assert runner.state.report.kinds == {"full": 1}
+    assert runner.state.report.began == step
+
+
+def test_what_no_later_call_can_read_is_released_in_the_middle_of_a_run() -> None:
+    runner = Runner("fora")
+    step = next(i for i, planned in enumerate(runner.plan.steps) if planned.live)
+    for i in range(step + 1):
+        for name in ("cond", "uncond"):
+            with dicompile.cache_context(name):
+                runner.run(steps=[i])
+    held = runner.state.cache_bytes
+    with dicompile.cache_context("cond"):
+        runner.run(steps=[step + 1])
+        assert runner.state.contexts["uncond"].store
+        runner.run(steps=[step + 2])
+    assert runner.state.contexts["uncond"].store == {}
+    assert runner.state.report.cache_bytes == runner.state.cache_bytes < held
 
 
 def test_another_session_keeps_what_it_has() -> None:
