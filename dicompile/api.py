@@ -22,7 +22,7 @@ from dicompile.errors import (
     UnsupportedModel,
 )
 from dicompile.lower import check_mode
-from dicompile.plan import Plan, Policy
+from dicompile.plan import CacheOptions, Plan, Policy
 from dicompile.policies import get_policy
 from dicompile.runtime import RunReport, SchedulerLink, cache_context, current_session
 
@@ -34,7 +34,15 @@ TIMESTEP_ARGUMENTS = ("timestep", "timesteps", "t", "sigma", "sigmas")
 
 
 def optimize(
-    model: Any, policy: Policy | str | dict[str, Any] = "none", *, schedule: Any = None, mode: str = "inductor"
+    model: Any,
+    policy: Policy | str | dict[str, Any] = "none",
+    *,
+    schedule: Any = None,
+    mode: str = "inductor",
+    max_cache_bytes: int | str | None = None,
+    over_budget: str = "refuse",
+    cache_dtype: str | torch.dtype | None = None,
+    cache_device: str | torch.device | None = None,
 ) -> Any:
     """Compile a diffusion transformer with feature caching.
 
@@ -45,6 +53,13 @@ def optimize(
         schedule: for a module: the diffusers scheduler that drives the sampling, a list of timesteps, or a number of
             steps.
         mode: "inductor" compiles; "eager" runs the rewritten graphs operator by operator, for debugging.
+        max_cache_bytes: budget of what one guidance context remembers between two steps: bytes, or text such as "2GiB".
+            A sampler that calls the model for the conditional and the unconditional half in turn has two contexts.
+        over_budget: what becomes of a plan that needs more: "refuse" raises at the first call, before anything is
+            compiled; "degrade" computes at every step what saves the fewest operations per byte, and says what.
+        cache_dtype: stores values in "bfloat16", "float16" or "float8_e4m3fn", where they are wider; the last two with
+            a scale for every token.
+        cache_device: "cpu" keeps what is remembered in host memory between the steps that use it.
 
     Returns:
         The pipeline itself, or a wrapper of the module that is called like it and passes every attribute through. The
@@ -52,22 +67,24 @@ def optimize(
 
     Raises:
         UnknownPolicy, InvalidPolicy: the policy does not exist or has an option that does not.
+        InvalidSetting: a mode or a cache option that does not exist.
         InvalidSchedule: a caching policy for a module without a schedule.
         AlreadyOptimized: restore it first.
         UnsupportedModel: neither a module nor a pipeline with a denoiser.
     """
     chosen = get_policy(policy)
     check_mode(mode)
+    cache = CacheOptions.of(max_cache_bytes, over_budget, cache_dtype, cache_device)
     if isinstance(model, CachedModel):
         raise AlreadyOptimized(
             f"this {type(model.original).__name__} is optimized already", fix="model = dicompile.restore(model) first"
         )
     if isinstance(model, nn.Module):
-        return CachedModel(model, Options(chosen, _link(schedule, chosen), mode))
+        return CachedModel(model, Options(chosen, _link(schedule, chosen), mode, cache=cache))
     for name, denoiser in _denoisers(model).items():
         if isinstance(denoiser, CachedModel):
             raise AlreadyOptimized(f"the pipeline's {name} is optimized already", fix="dicompile.restore(pipe) first")
-        setattr(model, name, CachedModel(denoiser, Options(chosen, SchedulerLink(model), mode)))
+        setattr(model, name, CachedModel(denoiser, Options(chosen, SchedulerLink(model), mode, cache=cache)))
     return model
 
 

@@ -12,12 +12,14 @@ from dicompile.capture import input_names
 from dicompile.compiler import CompiledFrame, Options, Specialiser
 from dicompile.errors import InvalidSetting, NoSitesFound
 from dicompile.lower import check_mode
+from dicompile.plan import CacheOptions
 from dicompile.policies import get_policy
 from dicompile.runtime import SchedulerLink
 
 log = logging.getLogger("dicompile")
 
-OPTIONS = ("policy", "steps", "schedule", "mode")
+CACHE_OPTIONS = ("max_cache_bytes", "over_budget", "cache_dtype", "cache_device")
+OPTIONS = ("policy", "steps", "schedule", "mode", *CACHE_OPTIONS)
 
 
 def dicache(
@@ -29,7 +31,8 @@ def dicache(
         graph: what Dynamo captured.
         example_inputs: its inputs.
         options: "policy" (name, `Policy` or plain data; default "none"), "steps" (number of sampling steps) or
-            "schedule" (scheduler or timesteps), and "mode".
+            "schedule" (scheduler or timesteps), "mode", and those of the cache: "max_cache_bytes", "over_budget",
+            "cache_dtype", "cache_device"; see `dicompile.optimize`.
 
     Raises:
         InvalidSetting: an option is unknown, or a caching policy comes without steps.
@@ -60,7 +63,10 @@ def read_options(options: dict[str, Any]) -> Options:
         source = 1
     mode = options.get("mode", "inductor")
     check_mode(mode)
-    return Options(policy, SchedulerLink(source), mode)
+    cache = CacheOptions.of(
+        **{name: options[name] for name in CACHE_OPTIONS if name in options}, where="torch.compile(backend='dicache')"
+    )
+    return Options(policy, SchedulerLink(source), mode, cache=cache)
 
 
 def backend_for(options: Options, on_compiled: Callable[[CompiledFrame], None]) -> Callable[..., Callable[..., Any]]:

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -18,9 +19,11 @@ from dicompile.capture import Capture, Role, capture_graph, read_inputs
 from dicompile.config import DebugFolder, Settings
 from dicompile.errors import CallOutsideSchedule, PolicyDoesNotFit
 from dicompile.lower import Program, ProgramBuilder, VariantCache, first_span, network_predictor, table_predictor
-from dicompile.plan import Plan, Policy, StepPlan, TimestepSchedule, cold_step, make_plan
+from dicompile.plan import UNLIMITED, CacheOptions, Plan, Policy, StepPlan, TimestepSchedule, cold_step, make_plan
 from dicompile.policies.predictor import load_predictor
 from dicompile.runtime import Executor, SchedulerLink
+
+log = logging.getLogger("dicompile")
 
 ONE_AT_A_TIME = threading.RLock()
 """Held while a graph is captured or rewritten, and while an optimized model runs, any step of which may compile.
@@ -38,12 +41,14 @@ class Options:
         link: where the schedule comes from.
         mode: "inductor" or "eager".
         settings: what the environment said.
+        cache: how much may be remembered, in which numbers, and where.
     """
 
     policy: Policy
     link: SchedulerLink
     mode: str = "inductor"
     settings: Settings = field(default_factory=Settings.from_environment)
+    cache: CacheOptions = UNLIMITED
 
     @functools.cached_property
     def debug(self) -> DebugFolder:
@@ -59,12 +64,15 @@ def compile_frame(
     Raises:
         CannotCapture: the graph writes to its inputs.
         PolicyDoesNotFit: the model cannot do what the policy asks for.
+        CacheTooLarge: the plan needs more memory than it may have.
     """
     capture = capture_graph(graph, names, arguments)
     options.debug.write("captured", capture)
     structure = analyse(capture)
     options.debug.write("structure", structure)
     programs = Programs(capture, structure, options)
+    if options.cache.max_bytes is not None:
+        programs.plan(options.link.schedule)  # refuses before anything is compiled, a predictor included
     executor = Executor(
         programs,
         options.link,
@@ -109,17 +117,19 @@ class Programs:
     """Plans and programs of one captured model, by schedule and step; made on demand and kept."""
 
     def __init__(self, capture: Capture, structure: ModelStructure, options: Options) -> None:
-        self.structure, self.policy, self.debug = structure, options.policy, options.debug
+        self.structure, self.policy, self.cache, self.debug = structure, options.policy, options.cache, options.debug
         self.variants = VariantCache(options.mode, options.settings, options.debug)
-        self._builder = ProgramBuilder(capture, structure, self.variants)
+        self._builder = ProgramBuilder(capture, structure, self.variants, options.cache.torch_dtype)
         self._plans: dict[TimestepSchedule, Plan] = {}
         self._steps: dict[tuple[TimestepSchedule, int, bool], tuple[StepPlan, Program]] = {}
 
     def plan(self, schedule: TimestepSchedule) -> Plan:
         """The plan for a schedule."""
         if schedule not in self._plans:
-            self._plans[schedule] = make_plan(self.structure, self.policy, schedule)
-            self.debug.write("plan", self._plans[schedule])
+            plan = self._plans[schedule] = make_plan(self.structure, self.policy, schedule, self.cache)
+            self.debug.write("plan", plan)
+            if plan.dropped:
+                log.warning("policy %s: %s", plan.policy, plan.drops())
         return self._plans[schedule]
 
     def step(self, schedule: TimestepSchedule, index: int) -> tuple[StepPlan, Program]:

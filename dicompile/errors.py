@@ -43,6 +43,10 @@ class InvalidTrainingData(DicompileError):
     """A file of latents to train on lacks something, or its tensors do not go together."""
 
 
+class CacheTooLarge(DicompileError):
+    """A plan needs more memory than it may have."""
+
+
 class NoSitesFound(DicompileError):
     """The model has no residual branch that could be cached."""
 

@@ -21,8 +21,10 @@ DTYPES = {
     torch.float64: "f64",
     torch.float16: "f16",
     torch.bfloat16: "bf16",
+    torch.float8_e4m3fn: "f8e4m3",
     torch.int64: "i64",
     torch.int32: "i32",
+    torch.uint8: "u8",
     torch.bool: "b8",
 }
 _SYMBOL = re.compile(r"\bs\d+\b")  # torch numbers the symbols of sizes differently in every process

@@ -23,6 +23,7 @@ from dicompile.passes.base import (
 from dicompile.passes.drop_dead import DropDead
 from dicompile.passes.keep_layout import KeepLayout
 from dicompile.passes.narrow_linear import NarrowLinear
+from dicompile.passes.narrow_slots import NarrowSlots
 from dicompile.passes.open_spans import OpenSpans
 from dicompile.passes.outline import Outline, boundary, outline, outline_until
 from dicompile.passes.pipeline import PassRun, rewrite
@@ -37,6 +38,7 @@ PASSES: tuple[Pass, ...] = (
     RefreshTokens(),  # before anything is removed: it copies whole branches
     ReuseSites(),  # cuts branches off their results
     StoreValues(),  # after the cuts, so that it stores what is really computed
+    NarrowSlots(),  # once everything is stored and read: casts on both sides, where the plan asks for fewer bits
     DropDead(),  # removes what the cuts left behind
     NarrowLinear(),  # needs to know which parts of a layer are still read
     DropDead(),  # removes the wide layers that were narrowed

@@ -120,6 +120,7 @@ class LocalStep:
         produces: score that the site's attention delivers, or None.
         source: position of the site whose score slot ranks the tokens, or None.
         attention: position of the first site with the same attention, which keeps its output, or None.
+        dtype: values are stored in this where they are wider; None stores them as they are.
     """
 
     weights: tuple[float, ...] = (1.0,)
@@ -132,6 +133,7 @@ class LocalStep:
     produces: Score | None = None
     source: int | None = None
     attention: int | None = None
+    dtype: torch.dtype | None = None
 
     @property
     def only_reuses(self) -> bool:
@@ -149,8 +151,10 @@ class LocalStep:
         return self.weights == (1.0,) and not self.writes and self.produces is None
 
     @classmethod
-    def of(cls, step: SiteStep, positions: Mapping[int, int], attention: int | None) -> LocalStep:
-        """The plan's entry, with sites named by position."""
+    def of(
+        cls, step: SiteStep, positions: Mapping[int, int], attention: int | None, dtype: torch.dtype | None = None
+    ) -> LocalStep:
+        """The plan's entry, with sites named by position; slots of scales come with those of values."""
         action: Action = step.action
         variable = any(weight not in (0.0, 1.0) for weight in action.weights)
         return cls(
@@ -159,10 +163,11 @@ class LocalStep:
             what=action.what,
             refresh=action.tokens.score if action.tokens else None,
             context=action.tokens.context if action.tokens else Context.STORED,
-            writes=tuple(slot.kind for slot in step.writes),
+            writes=tuple(slot.kind for slot in step.writes if not slot.kind.is_scale),
             produces=step.score,
             source=None if step.source is None else positions[step.source],
             attention=None if attention is None else positions[attention],
+            dtype=dtype,
         )
 
 

@@ -61,9 +61,10 @@ def plain_dit() -> nn.Module:
     return models.plain_dit(1).model
 
 
-def call_plain_dit(policy: Any, timesteps: list[int], schedule: Any) -> None:
+def call_plain_dit(policy: Any, timesteps: list[int], schedule: Any, **options: Any) -> None:
     sample = models.plain_dit(1)
-    run(dicompile.optimize(sample.model, policy, schedule=schedule, mode="eager"), sample.inputs, timesteps)
+    model = dicompile.optimize(sample.model, policy, schedule=schedule, mode="eager", **options)
+    run(model, sample.inputs, timesteps)
 
 
 def call_module(module: nn.Module, policy: Any) -> None:
@@ -199,6 +200,16 @@ CASES: list[tuple[type[errors.DicompileError], Callable[[], Any], str]] = [
         "  where: site 1, transformer_blocks.0.attn2.to_q (cross-attention)\n"
         "  why:   the two halves of classifier-free guidance must be in one batch\n"
         "  fix:   set share_guidance=False",
+    ),
+    (
+        errors.CacheTooLarge,
+        lambda: call_plain_dit("fora", [999], 4, max_cache_bytes="40 KiB"),
+        "policy 'fora-3' needs a cache of 64.00 KiB, but only 40.00 KiB are allowed\n"
+        "  where: plan of 4 steps, for one guidance context\n"
+        "  why:   after step 1 it holds 1 x value of mlp (32.00 KiB each), "
+        "1 x value of self-attention (32.00 KiB each)\n"
+        "  fix:   max_cache_bytes=65536, or cache_dtype='bfloat16' (needs 32.00 KiB), "
+        "or over_budget='degrade' (1.30x fewer FLOPs instead of 1.87x)",
     ),
     (
         errors.NoSitesFound,
@@ -339,6 +350,13 @@ CASES: list[tuple[type[errors.DicompileError], Callable[[], Any], str]] = [
         errors.InvalidSetting,
         lambda: dicompile.optimize(plain_dit(), mode="fast"),
         "mode 'fast' does not exist\n  where: dicompile\n  fix:   use one of: inductor, eager",
+    ),
+    (
+        errors.InvalidSetting,
+        lambda: dicompile.optimize(plain_dit(), max_cache_bytes="2 gallons"),
+        "max_cache_bytes cannot be '2 gallons'\n"
+        "  where: dicompile.optimize\n"
+        "  fix:   give a number of bytes, or text such as '2GiB' or '500MB'",
     ),
     (
         errors.InvalidSetting,

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from torch import fx
 
 from dicompile.analysis.blocks import Partition, block_path, group_branches, partition, structure_key
-from dicompile.analysis.cost import ATTENTION, node_bytes, node_flops, tensor_bytes
+from dicompile.analysis.cost import ATTENTION, node_bytes, node_flops
 from dicompile.analysis.dataflow import Dataflow
 from dicompile.analysis.residual import Branch, chain_streams, find_branches, own_keys
 from dicompile.analysis.spans import find_runs, last_adds
@@ -136,7 +136,9 @@ def _site(
         token_flops=token_flops,
         bytes=round(work.core[1]),
         attention_flops=round(work.attention[0]),
-        attention_bytes=tensor_bytes(branch.attention[0].meta["val"]) if branch.attention else 0,
+        attention_shape=tuple(int(size) for size in branch.attention[0].meta["val"].shape) if branch.attention else (),
+        attention_itemsize=branch.attention[0].meta["val"].element_size() if branch.attention else 0,
+        update_itemsize=branch.update.meta["val"].element_size(),
         key_flops=key_flops,
         keys=own_keys(flow, branch, streams),
     )
@@ -261,6 +263,9 @@ def _spans(
                     update=end.name,
                     add=end.name,
                     attention=(),
+                    shape=tuple(int(size) for size in end.meta["val"].shape),
+                    itemsize=end.meta["val"].element_size(),
+                    update_itemsize=end.meta["val"].element_size(),
                     tokens=tokens,
                     flops=round(own[0]),
                     token_flops=token_flops,

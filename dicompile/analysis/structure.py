@@ -93,7 +93,9 @@ class Site:
         token_flops: the part of `flops` that shrinks with the number of tokens when the site is refreshed.
         bytes: memory traffic of the same nodes, nothing fused.
         attention_flops: the part of `flops` up to the output of its attention.
-        attention_bytes: size of its attention's output.
+        attention_shape: shape of its attention's output.
+        attention_itemsize: bytes per element of that.
+        update_itemsize: bytes per element of the branch output after its gate.
         key_flops: the part of `flops` that makes keys and values.
         keys: first of the attention's keys that belong to the site's own tokens, and their number.
         inside: sites of a span.
@@ -117,7 +119,9 @@ class Site:
     token_flops: int
     bytes: int
     attention_flops: int = 0
-    attention_bytes: int = 0
+    attention_shape: tuple[int, ...] = ()
+    attention_itemsize: int = 0
+    update_itemsize: int = 0
     key_flops: int = 0
     keys: tuple[int, int] = (0, 0)
     inside: tuple[SiteId, ...] = ()

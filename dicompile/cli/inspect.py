@@ -14,12 +14,14 @@ from rich.table import Table
 from dicompile.analysis import Block, ModelStructure, Site, analyse
 from dicompile.capture import Role, capture_model
 from dicompile.cli.models import load
-from dicompile.errors import PolicyDoesNotFit
-from dicompile.plan import Plan, TimestepSchedule, make_plan
+from dicompile.errors import CacheTooLarge, PolicyDoesNotFit
+from dicompile.plan import DTYPES, CacheOptions, Plan, TimestepSchedule, make_plan
 from dicompile.policies import POLICIES, get_policy, required_options
 
+Refusal = PolicyDoesNotFit | CacheTooLarge
 
-def inspect(
+
+def inspect(  # noqa: PLR0913, PLR0917 - options
     model: Annotated[str, typer.Argument(help="'demo', a folder saved by diffusers, or module:factory.")],
     policy: Annotated[
         list[str] | None, typer.Option("--policy", "-p", help="Policy name or file; may be repeated. Default: all.")
@@ -29,19 +31,26 @@ def inspect(
     size: Annotated[int | None, typer.Option(help="Edge of the latent; from the model's config by default.")] = None,
     grid: Annotated[bool, typer.Option(help="Print what every site does at every step.")] = True,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    max_cache_bytes: Annotated[
+        str | None, typer.Option(help="Budget of the cache for one guidance context: '2GiB', '500MB'.")
+    ] = None,
+    over_budget: Annotated[str, typer.Option(help="'refuse' or 'degrade' a plan that needs more.")] = "refuse",
+    cache_dtype: Annotated[str | None, typer.Option(help=f"Store values as {', '.join(DTYPES)}.")] = None,
+    cache_device: Annotated[str | None, typer.Option(help="'cpu' keeps the cache in host memory.")] = None,
 ) -> None:
     """Show blocks, sites and costs of a model, and what each policy would do to it."""
+    cache = CacheOptions.of(max_cache_bytes, over_budget, cache_dtype, cache_device, where="dicompile inspect")
     loaded = load(model, batch, size)
     with loaded.fake_mode:
         structure = analyse(capture_model(loaded.module, loaded.inputs))
     schedule = TimestepSchedule.of(steps)
     plans: dict[str, Plan] = {}
-    refused: dict[str, PolicyDoesNotFit] = {}
+    refused: dict[str, Refusal] = {}
     trained = [name for name in POLICIES if required_options(name)]
     for name in policy or [name for name in POLICIES if name not in trained]:
         try:
-            plans[name] = make_plan(structure, get_policy(name), schedule)
-        except PolicyDoesNotFit as error:
+            plans[name] = make_plan(structure, get_policy(name), schedule, cache)
+        except (PolicyDoesNotFit, CacheTooLarge) as error:
             refused[name] = error
     if as_json:
         typer.echo(json.dumps(as_data(loaded.name, structure, plans, refused), indent=2))
@@ -107,7 +116,7 @@ def equal_runs(structure: ModelStructure) -> list[list[Block]]:
     return runs
 
 
-def plan_table(plans: dict[str, Plan], refused: dict[str, PolicyDoesNotFit], steps: int) -> Table:
+def plan_table(plans: dict[str, Plan], refused: dict[str, Refusal], steps: int) -> Table:
     """One row per policy."""
     table = Table(
         "policy", "steps by kind", "work", "fewer FLOPs", "predicted speedup", "cache", title=f"{steps} steps"
@@ -123,7 +132,8 @@ def plan_table(plans: dict[str, Plan], refused: dict[str, PolicyDoesNotFit], ste
             f"{plan.cache_bytes / 2**20:.1f} MiB",
         )
     for name, error in refused.items():
-        table.add_row(name, f"[yellow]does not fit:[/yellow] {error.why}", "", "", "", "")
+        reason = error.what if isinstance(error, CacheTooLarge) else error.why
+        table.add_row(name, f"[yellow]does not fit:[/yellow] {reason}", "", "", "", "")
     return table
 
 
@@ -139,11 +149,12 @@ def plan_text(plan: Plan) -> str:
             folded.append(f"{label:>7}  {cells[start]}")
             start = i
     legend = "F computed, t some tokens, . reused, f forecast, - skipped; a letter per site, blocks apart, stack last"
-    return "\n".join(["", plan.summary(), f"   step  kind, share of a full step, {legend}", *folded])
+    notes = [plan.drops()] if plan.dropped else []
+    return "\n".join(["", plan.summary(), *notes, f"   step  kind, share of a full step, {legend}", *folded])
 
 
 def as_data(
-    name: str, structure: ModelStructure, plans: dict[str, Plan], refused: dict[str, PolicyDoesNotFit]
+    name: str, structure: ModelStructure, plans: dict[str, Plan], refused: dict[str, Refusal]
 ) -> dict[str, Any]:
     """Everything that is printed, as plain data."""
     return {
@@ -159,6 +170,7 @@ def as_data(
                 "flop_speedup": plan.flop_speedup,
                 "predicted_speedup": plan.predicted_speedup,
                 "cache_bytes": plan.cache_bytes,
+                "dropped": [label for item in plan.dropped for label in item.labels],
                 "steps": [
                     {"kind": step.kind, "actions": "".join(site.action.symbol for site in step.sites)}
                     for step in plan.steps

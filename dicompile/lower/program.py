@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import fx
 
 from dicompile.analysis import ModelStructure, Site, SiteId, SiteKind
@@ -147,10 +148,23 @@ class _Piece:
 
 
 class ProgramBuilder:
-    """Builds programs for one captured model."""
+    """Builds programs for one captured model.
 
-    def __init__(self, capture: Capture, structure: ModelStructure, variants: VariantCache) -> None:
-        self.capture, self.structure, self.variants = capture, structure, variants
+    Args:
+        capture: the model.
+        structure: its structure.
+        variants: where compiled segments come from.
+        cache_dtype: dtype that values are stored in where they are wider, or None.
+    """
+
+    def __init__(
+        self,
+        capture: Capture,
+        structure: ModelStructure,
+        variants: VariantCache,
+        cache_dtype: torch.dtype | None = None,
+    ) -> None:
+        self.capture, self.structure, self.variants, self.cache_dtype = capture, structure, variants, cache_dtype
         self._nodes = {node.name: node for node in capture.graph.nodes}
         self._order = {node: i for i, node in enumerate(capture.graph.nodes)}
         self._pieces: dict[object, _Piece] = {}
@@ -222,7 +236,7 @@ class ProgramBuilder:
             live = frozenset(i for i, name in enumerate(piece.outline.outputs) if name in needed)
             positions = {int(site.id): i for i, site in enumerate(piece.sites)}
             steps = tuple(
-                LocalStep.of(step.sites[site.id], positions, attention_owner(self.structure, site))
+                LocalStep.of(step.sites[site.id], positions, attention_owner(self.structure, site), self.cache_dtype)
                 for site in piece.sites
             )
             variant = self.variants.get(piece.key, piece.name, piece.outline.segment, steps, live)

@@ -15,7 +15,8 @@ from dicompile.plan.action import (
     What,
 )
 from dicompile.plan.fits import check_fits, choose_setting
-from dicompile.plan.plan import Plan, SiteStep, StepPlan
+from dicompile.plan.memory import DTYPES, UNLIMITED, CacheOptions, needs_scale
+from dicompile.plan.plan import Dropped, Plan, SiteStep, StepPlan
 from dicompile.plan.planner import attention_owner, cold_step, make_plan, plan_actions
 from dicompile.plan.policy import (
     Cadence,
@@ -40,12 +41,16 @@ from dicompile.plan.schedule import TimestepSchedule
 
 __all__ = [
     "COMPUTE",
+    "DTYPES",
     "HISTORIC",
     "REUSE",
     "SKIP",
+    "UNLIMITED",
     "Action",
+    "CacheOptions",
     "Cadence",
     "Context",
+    "Dropped",
     "Elsewhere",
     "Fitted",
     "Forecast",
@@ -75,6 +80,7 @@ __all__ = [
     "cold_step",
     "make_plan",
     "make_rows",
+    "needs_scale",
     "plan_actions",
     "polynomial_weights",
     "score_source",

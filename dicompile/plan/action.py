@@ -201,8 +201,24 @@ class SlotKind(enum.Enum):
     SCORE = "score"
     """Per token: raw score base of the block's attention; [b, n] float32."""
 
+    VALUE_SCALE = "value-scale"
+    """What the stored value is to be multiplied by, per row of its last axis, where its dtype has little range."""
 
-HISTORIC = (SlotKind.VALUE, SlotKind.ATTENTION)
+    ATTENTION_SCALE = "attention-scale"
+    """The same for the stored attention."""
+
+    @property
+    def scale(self) -> SlotKind | None:
+        """Kind of the slot that holds the scales of this one, or None."""
+        return {SlotKind.VALUE: SlotKind.VALUE_SCALE, SlotKind.ATTENTION: SlotKind.ATTENTION_SCALE}.get(self)
+
+    @property
+    def is_scale(self) -> bool:
+        """True for slots of scales."""
+        return self in (SlotKind.VALUE_SCALE, SlotKind.ATTENTION_SCALE)
+
+
+HISTORIC = (SlotKind.VALUE, SlotKind.ATTENTION, SlotKind.VALUE_SCALE, SlotKind.ATTENTION_SCALE)
 """Kinds of slot that move up one age when a new value is stored."""
 
 

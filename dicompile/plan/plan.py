@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from dicompile.analysis import BlockId, ModelStructure
-from dicompile.plan.action import Action, Score, Slot, SlotKind
+from dicompile.plan.action import Action, Score, Slot
+from dicompile.plan.memory import UNLIMITED, CacheOptions
 from dicompile.plan.schedule import TimestepSchedule
+from dicompile.text import size_text
 
 FLOPS_PER_BYTE = 165.0
 """Balance of an H200 in bfloat16: 790 TFLOP/s over 4.8 TB/s; used for the predicted speedup."""
@@ -72,6 +75,23 @@ class StepPlan:
         )
 
 
+@dataclass(frozen=True, slots=True)
+class Dropped:
+    """Sites that do what they do together, dropped from a plan that needed too much memory.
+
+    Attributes:
+        sites: their numbers; of spans, too.
+        labels: what they are called, "3.mlp".
+        bytes: what they held at most.
+        flops: operations of the run that remembering them would save.
+    """
+
+    sites: tuple[int, ...]
+    labels: tuple[str, ...]
+    bytes: int
+    flops: int
+
+
 @dataclass(frozen=True)
 class Plan:
     """Actions, slots and cost of a whole sampling run.
@@ -86,6 +106,10 @@ class Plan:
         block_sites: numbers of the sites of every block.
         block_spans: numbers of the spans of a block, by its first site.
         stack: numbers of the spans of the stack.
+        cache: how much may be remembered, and in which numbers.
+        dropped: what is computed at every step because there is no room to remember it.
+        wanted_bytes: where something was dropped, what the policy would have held at most without it.
+        wanted_flops: and the operations it would have taken.
     """
 
     policy: str
@@ -97,6 +121,10 @@ class Plan:
     block_sites: tuple[tuple[int, ...], ...] = field(repr=False, default=())
     block_spans: dict[int, tuple[int, ...]] = field(repr=False, default_factory=dict)
     stack: tuple[int, ...] = field(repr=False, default=())
+    cache: CacheOptions = UNLIMITED
+    dropped: tuple[Dropped, ...] = ()
+    wanted_bytes: int = 0
+    wanted_flops: int = 0
 
     @property
     def flops(self) -> int:
@@ -116,7 +144,7 @@ class Plan:
 
     @property
     def cache_bytes(self) -> int:
-        """Largest number of bytes held between two steps, for one guidance context."""
+        """Largest number of bytes held between two steps, for one guidance context (see `dicompile.plan.memory`)."""
         return max((sum(self.slot_bytes[slot] for slot in step.live) for step in self.steps), default=0)
 
     @property
@@ -133,7 +161,7 @@ class Plan:
             cells += f"  | {stack}" if stack.strip("F") else ""
             share = step.flops / (self.baseline_flops / len(self.steps)) if self.baseline_flops else 0.0
             timestep = f"{self.schedule.timesteps[number]:8.2f}" if self.schedule.timesteps else ""
-            lines.append(f"{number:>4}{timestep} {step.kind:<8} {share:7.1%}  {cells}")
+            lines.append(f"{self.schedule.before + number:>4}{timestep} {step.kind:<8} {share:7.1%}  {cells}")
         return "\n".join(lines)
 
     def _cell(self, step: StepPlan, block: tuple[int, ...]) -> str:
@@ -149,21 +177,42 @@ class Plan:
             f"{self.policy}: {len(self.steps)} steps ({', '.join(f'{n} {kind}' for kind, n in kinds.items())}), "
             f"{self.flops / 1e9:.3f} GFLOP ({self.flop_speedup:.2f}x fewer), predicted {self.predicted_speedup:.2f}x, "
             f"cache {self.cache_bytes / 2**20:.2f} MiB in {len(self.slots)} slots"
+            + (f" ({self.cache})" if str(self.cache) else "")
+        )
+
+    def drops(self) -> str:
+        """One line about what was dropped to fit the budget; empty if nothing was."""
+        if not self.dropped:
+            return ""
+        return (
+            f"dropped, as {size_text(self.cache.max_bytes or 0)} do not hold {size_text(self.wanted_bytes)}: "
+            f"{_by_kind([label for item in self.dropped for label in item.labels])}; "
+            f"computing them at every step costs {(self.flops - self.wanted_flops) / 1e9:.3f} GFLOP more"
         )
 
     def __str__(self) -> str:
         legend = "F computed   t some tokens   . reused   f forecast   b blended   - skipped, a span is reused"
-        return f"{self.summary()}\n{legend}\n{self.grid()}"
+        return "\n".join(part for part in (self.summary(), self.drops(), legend, self.grid()) if part)
 
 
-def slot_bytes(structure: ModelStructure, slot: Slot) -> int:
-    """Bytes of a slot."""
-    site = structure.everything[slot.site]
-    if slot.kind is SlotKind.VALUE:
-        return site.core_bytes
-    if slot.kind is SlotKind.ATTENTION:
-        return site.attention_bytes
-    return site.shape[0] * site.tokens.count * 4
+def _by_kind(labels: Sequence[str]) -> str:
+    """Labels of sites with those of one kind together: "mlp of blocks 0-3 7, the stack"."""
+    blocks: dict[str, list[int]] = {}
+    for label in labels:
+        block, _, kind = label.partition(".")
+        blocks.setdefault(kind, []).append(int(block))
+    parts = [
+        "the stack" if kind == "stack" else f"{kind} of block{'s'[: len(set(numbers)) - 1]} {_ranges(numbers)}"
+        for kind, numbers in blocks.items()
+    ]
+    return ", ".join(parts)
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    numbers = sorted(set(numbers))
+    starts = [n for n in numbers if n - 1 not in numbers]
+    ends = [n for n in numbers if n + 1 not in numbers]
+    return " ".join(f"{a}" if a == b else f"{a}-{b}" for a, b in zip(starts, ends, strict=True))
 
 
 def sites_by_block(structure: ModelStructure) -> tuple[tuple[int, ...], ...]:

@@ -2,33 +2,58 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from dicompile.analysis import ModelStructure, Site, SiteKind, TokenWise
 from dicompile.plan.action import COMPUTE, HISTORIC, Action, Context, Score, ScoreBase, Selection, Slot, SlotKind, What
+from dicompile.plan.budget import fit_budget
+from dicompile.plan.cost import baseline_time, with_cost, with_predictor
 from dicompile.plan.fits import choose_setting
-from dicompile.plan.plan import FLOPS_PER_BYTE, Plan, SiteStep, StepPlan, sites_by_block, slot_bytes
+from dicompile.plan.memory import UNLIMITED, CacheOptions, slot_bytes, stored_value
+from dicompile.plan.plan import Plan, SiteStep, StepPlan, sites_by_block
 from dicompile.plan.policy import Policy
 from dicompile.plan.rows import Row, make_rows, score_source
 from dicompile.plan.schedule import TimestepSchedule
 from dicompile.plan.tables import check_timesteps
 
 
-def make_plan(structure: ModelStructure, policy: Policy, schedule: TimestepSchedule) -> Plan:
+def make_plan(
+    structure: ModelStructure, policy: Policy, schedule: TimestepSchedule, cache: CacheOptions = UNLIMITED
+) -> Plan:
     """Plan a run; the plan's name tells which setting of the policy the model got.
+
+    Args:
+        structure: the model.
+        policy: the caching policy.
+        schedule: the timesteps.
+        cache: how much may be remembered, and in which numbers.
 
     Raises:
         PolicyDoesNotFit: see `choose_setting`, `check_timesteps` and `make_rows`.
+        CacheTooLarge: the plan needs more than `cache` allows, and is not to be degraded.
     """
     policy = choose_setting(policy, structure)
     check_timesteps(policy, schedule)
-    plan = plan_actions(structure, make_rows(structure, policy, schedule.steps), schedule, policy.name)
-    return replace(plan, steps=tuple(_with_predictor(structure, step, policy.predictor_cost) for step in plan.steps))
+
+    def plan_without(dropped: frozenset[int], cache: CacheOptions) -> Plan:
+        rows = make_rows(structure, policy, schedule.before + schedule.steps, dropped, schedule.before)
+        plan = plan_actions(structure, rows, schedule, policy.name, cache)
+        return replace(plan, steps=tuple(with_predictor(structure, step, policy.predictor_cost) for step in plan.steps))
+
+    return fit_budget(structure, plan_without, cache)
 
 
-def plan_actions(structure: ModelStructure, rows: Sequence[Row], schedule: TimestepSchedule, name: str) -> Plan:
+def plan_actions(
+    structure: ModelStructure,
+    rows: Sequence[Row],
+    schedule: TimestepSchedule,
+    name: str,
+    cache: CacheOptions = UNLIMITED,
+) -> Plan:
     """Plan a run from explicit actions: one row per step, one action per site, and per span if there are any.
+
+    The budget of `cache` is not looked at.
 
     Raises:
         ValueError: a row has the wrong length.
@@ -36,10 +61,12 @@ def plan_actions(structure: ModelStructure, rows: Sequence[Row], schedule: Times
     rows = [(*row, *[COMPUTE] * len(structure.spans)) if len(row) == len(structure.sites) else row for row in rows]
     if len(rows) != schedule.steps or any(len(row) != len(structure.everything) for row in rows):
         raise ValueError(f"{schedule.steps} rows of {len(structure.sites)} actions are needed")
-    rows = _with_whats(rows)
+    whats = _whats(rows)
+    rows = _with_whats(rows, whats)
     steps = _with_liveness(_with_reads(structure, rows))
     plan_steps = tuple(
-        _with_cost(structure, StepPlan(_kind(sites, len(structure.sites)), sites, live)) for sites, live in steps
+        with_cost(structure, StepPlan(_kind(sites, len(structure.sites)), sites, live))
+        for sites, live in _with_scales(structure, steps, whats, cache)
     )
     all_slots = {slot for step in plan_steps for slot in step.live}
     return Plan(
@@ -47,8 +74,11 @@ def plan_actions(structure: ModelStructure, rows: Sequence[Row], schedule: Times
         schedule=schedule,
         steps=plan_steps,
         baseline_flops=structure.flops * schedule.steps,
-        baseline_time=_baseline_time(structure) * schedule.steps,
-        slot_bytes={slot: slot_bytes(structure, slot) for slot in all_slots},
+        baseline_time=baseline_time(structure) * schedule.steps,
+        slot_bytes={
+            slot: slot_bytes(structure.everything[slot.site], slot.kind, whats.get(slot.site, What.CORE), cache)
+            for slot in all_slots
+        },
         block_sites=sites_by_block(structure),
         block_spans={
             int(block.sites[0]): tuple(
@@ -57,6 +87,7 @@ def plan_actions(structure: ModelStructure, rows: Sequence[Row], schedule: Times
             for block in structure.blocks
         },
         stack=tuple(int(span.id) for span in structure.spans if span.kind is SiteKind.STACK),
+        cache=cache,
     )
 
 
@@ -76,12 +107,16 @@ def cold_step(structure: ModelStructure, plan: Plan, step: int) -> StepPlan:
         scores = any(slot.kind is SlotKind.SCORE for slot in writes)
         compute = Action(what=planned.sites[site.id].action.what)
         sites.append(SiteStep(compute, writes=writes, score=bases.get(int(site.id)) if scores else None))
-    return _with_cost(structure, StepPlan("cold", tuple(sites), planned.live))
+    return with_cost(structure, StepPlan("cold", tuple(sites), planned.live))
 
 
-def _with_whats(rows: Sequence[Row]) -> list[Row]:
+def _whats(rows: Sequence[Row]) -> dict[int, What]:
+    """Which value is stored of every site and span of which one is."""
+    return {i: action.what for row in rows for i, action in enumerate(row) if len(action.weights) > 1}
+
+
+def _with_whats(rows: Sequence[Row], whats: Mapping[int, What]) -> list[Row]:
     """Give computing actions the `What` of those that read their values."""
-    whats = {i: action.what for row in rows for i, action in enumerate(row) if len(action.weights) > 1}
     return [
         tuple(
             replace(action, what=whats.get(i, action.what)) if action.is_full else action
@@ -205,6 +240,31 @@ def _live_site(site: SiteStep, number: int, live: set[Slot]) -> tuple[SiteStep, 
     return replace(site, reads=reads, writes=writes, history=history, score=score), live | set(reads)
 
 
+def _with_scales(
+    structure: ModelStructure,
+    steps: Sequence[tuple[tuple[SiteStep, ...], frozenset[Slot]]],
+    whats: Mapping[int, What],
+    cache: CacheOptions,
+) -> list[tuple[tuple[SiteStep, ...], frozenset[Slot]]]:
+    """Beside every slot of values whose dtype has little range, the slot of their scales."""
+
+    def scaled(slots: Iterable[Slot]) -> Iterator[Slot]:
+        for slot in slots:
+            yield slot
+            if slot.kind.scale is not None:
+                _, itemsize = stored_value(structure.everything[slot.site], slot.kind, whats.get(slot.site, What.CORE))
+                if cache.scales(itemsize):
+                    yield replace(slot, kind_name=slot.kind.scale.value)
+
+    return [
+        (
+            tuple(replace(site, reads=tuple(scaled(site.reads)), writes=tuple(scaled(site.writes))) for site in sites),
+            frozenset(scaled(live)),
+        )
+        for sites, live in steps
+    ]
+
+
 def _kind(sites: Sequence[SiteStep], leaves: int) -> str:
     spans = {site.action.symbol for site in sites[leaves:]} - {"F", "-"}
     symbols = {site.action.symbol for site in sites[:leaves]} | spans
@@ -218,59 +278,3 @@ def _kind(sites: Sequence[SiteStep], leaves: int) -> str:
     if present & {"f", "b"}:
         return "forecast"
     return "skip" if "-" in symbols else "reuse"
-
-
-def _with_cost(structure: ModelStructure, step: StepPlan) -> StepPlan:
-    flops, size, time = float(structure.flops), float(structure.bytes), _baseline_time(structure)
-    leaves = len(structure.sites)
-    for site, planned in zip(structure.sites, step.sites[:leaves], strict=True):
-        saved_flops, saved_bytes = _saving(site, planned.action)
-        before = _roofline(site.flops, site.bytes)
-        after = _roofline(site.flops - saved_flops, site.bytes - saved_bytes)
-        flops, size, time = flops - saved_flops, size - saved_bytes, time - before + after
-    for span, planned in zip(structure.spans, step.sites[leaves:], strict=True):
-        saved_flops, saved_bytes = _saving(span, planned.action)
-        inside = [structure.sites[i] for i in span.inside]
-        if planned.action.is_full:
-            continue
-        # Sites inside have counted already; what is left is their modulation, or the tokens that the span computes.
-        saved_flops -= sum(site.flops for site in inside)
-        saved_bytes -= sum(site.bytes for site in inside)
-        flops, size, time = flops - saved_flops, size - saved_bytes, time - saved_flops
-    return replace(step, flops=round(flops), bytes=round(size), time=time)
-
-
-def _with_predictor(structure: ModelStructure, step: StepPlan, cost: float) -> StepPlan:
-    """Add what the predictor costs at steps that rank tokens by it."""
-    ranked = any(s.action.tokens and s.action.tokens.score.base is ScoreBase.PREDICTED for s in step.sites)
-    extra = cost * structure.flops / max(len(structure.blocks), 1) if ranked else 0.0
-    return replace(step, flops=step.flops + round(extra), time=step.time + extra)
-
-
-def _saving(site: Site, action: Action) -> tuple[float, float]:
-    if action.is_full:
-        return 0.0, 0.0
-    if not action.computes:
-        flops = float(site.attention_flops if action.what is What.ATTENTION else site.flops)
-        return flops, site.bytes * (flops / site.flops if site.flops else 1) - min(site.core_bytes, site.bytes)
-    if action.tokens is None:
-        return 0.0, 0.0
-    share = 1 - action.tokens.count / site.tokens.count
-    flops = site.token_flops * share
-    if site.keys[1] and action.tokens.context is Context.STORED and site.tokens.wise is not TokenWise.YES:
-        own = site.flops - site.attention_flops
-        flops = site.attention_flops + own * share
-    elif action.tokens.context is Context.KEPT:
-        flops += site.key_flops * share + site.attention_flops * share * (1 - share)
-    return flops, site.bytes * (flops / site.flops if site.flops else 0)
-
-
-def _baseline_time(structure: ModelStructure) -> float:
-    inside = sum(_roofline(site.flops, site.bytes) for site in structure.sites)
-    rest_flops = structure.flops - sum(site.flops for site in structure.sites)
-    rest_bytes = structure.bytes - sum(site.bytes for site in structure.sites)
-    return inside + _roofline(rest_flops, rest_bytes)
-
-
-def _roofline(flops: float, size: float) -> float:
-    return max(flops, size * FLOPS_PER_BYTE)

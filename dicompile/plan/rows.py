@@ -8,27 +8,39 @@ from dataclasses import replace
 from dicompile.analysis import ModelStructure, Site, SiteKind
 from dicompile.errors import PolicyDoesNotFit
 from dicompile.plan.action import COMPUTE, SKIP, Action, Context, Score, ScoreBase, Selection, What
-from dicompile.plan.policy import Cadence, Moment, Policy, Refresh, Rule, Table, TokenScore, TokenTable
+from dicompile.plan.policy import Cadence, Fitted, Moment, Policy, Refresh, Rule, Table, TokenScore, TokenTable
 from dicompile.plan.tables import check_table
 
 Row = tuple[Action, ...]
 """One action per site, then one per span."""
 
 
-def make_rows(structure: ModelStructure, policy: Policy, steps: int) -> list[Row]:
-    """Actions of a whole run.
+def make_rows(
+    structure: ModelStructure, policy: Policy, steps: int, dropped: frozenset[int] = frozenset(), begin: int = 0
+) -> list[Row]:
+    """Actions of a run.
+
+    Args:
+        structure: the model.
+        policy: the caching policy.
+        steps: number of steps of the schedule.
+        dropped: sites and spans that are computed at every step, whatever the policy says.
+        begin: step of the schedule at which the run begins, as in image to image; everything is computed there.
 
     Raises:
         PolicyDoesNotFit: a table is for another number of steps or sites, or recalls what nobody stored.
     """
-    return _Rows(structure, policy, steps).rows()
+    return _Rows(structure, policy, steps, dropped, begin).rows()
 
 
 class _Rows:
     """Walks through the steps and remembers when each site was computed last."""
 
-    def __init__(self, structure: ModelStructure, policy: Policy, steps: int) -> None:
-        self.structure, self.policy, self.steps = structure, policy, steps
+    def __init__(
+        self, structure: ModelStructure, policy: Policy, steps: int, dropped: frozenset[int], begin: int
+    ) -> None:
+        self.structure, self.policy, self.steps, self.dropped = structure, policy, steps, dropped
+        self.begin = begin
         self.stored: list[list[int]] = [[] for _ in structure.everything]
         self.moments: dict[Cadence, tuple[Moment, ...]] = {}
         named = {rule: [site for site in structure.everything if rule.names(site)] for rule in policy.rules}
@@ -37,9 +49,9 @@ class _Rows:
             check_table(policy, rule, named[rule], steps)
 
     def rows(self) -> list[Row]:
-        """One row per step."""
+        """One row per step of the run."""
         result = []
-        for step in range(self.steps):
+        for step in range(self.begin, self.steps):
             spans = [self.span(span, step) for span in self.structure.spans]
             covered = {
                 int(i)
@@ -68,7 +80,8 @@ class _Rows:
 
     def by_rules(self, site: Site, step: int) -> Action:
         """What the first rule that holds says; a site that no rule names is computed."""
-        for rule in self.policy.rules:
+        enters = step == self.begin > 0  # where the policy's table may reuse already
+        for rule in () if enters or site.id in self.dropped else self.policy.rules:
             if not rule.names(site):
                 continue
             cadence = rule.cadence or self.policy.cadence
@@ -110,13 +123,15 @@ class _Rows:
         self._check_stored(site, step)
         recall = rule.recall
         assert not isinstance(recall, TokenTable)
+        if self.begin and isinstance(recall, Fitted):
+            recall = recall.for_stored(self.stored[site.id], step)
         return recall.action(self.stored[site.id], step)
 
     def moment(self, cadence: Cadence, step: int) -> Moment:
         """What `step` is to a cadence."""
         if cadence not in self.moments:
-            self.moments[cadence] = cadence.moments(self.steps)
-        return self.moments[cadence][step]
+            self.moments[cadence] = cadence.moments(self.steps, self.begin)
+        return self.moments[cadence][step - self.begin]
 
     def _check_stored(self, site: Site, step: int) -> None:
         if not self.stored[site.id]:
