@@ -13,7 +13,7 @@ from torch._dynamo.eval_frame import OptimizedModule
 
 from dicompile.analysis import ModelStructure
 from dicompile.backend import backend_for, require_sites
-from dicompile.compiler import ONE_AT_A_TIME, CompiledFrame, Options
+from dicompile.compiler import CompiledFrame, Options
 from dicompile.errors import (
     AlreadyOptimized,
     InvalidSchedule,
@@ -25,6 +25,7 @@ from dicompile.lower import check_mode
 from dicompile.plan import CacheOptions, Plan, Policy
 from dicompile.policies import get_policy
 from dicompile.runtime import RunReport, SchedulerLink, cache_context, current_session
+from dicompile.turns import TURNS, TracesAlone
 
 # Dynamo compiles a forward 8 times, for all instances of its class together, and then runs it as it is without a word.
 # torch 2.13 can count per instance; every shape of the inputs is one compilation.
@@ -178,6 +179,8 @@ class CachedModel(OptimizedModule):
     def __init__(self, module: nn.Module, options: Options) -> None:
         backend = backend_for(options, self._remember)
         context: Any = torch._dynamo.optimize(backend, dynamic=False, **_OWN_LIMIT)  # Any: Dynamo may be switched off
+        if callable(getattr(context, "callback", None)):
+            context.callback = TracesAlone(context.callback)
         super().__init__(module, context)
         self._options, self._frames = options, []
 
@@ -194,7 +197,7 @@ class CachedModel(OptimizedModule):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call the model; it samples, so no gradients are recorded."""
-        with ONE_AT_A_TIME, torch.no_grad():
+        with TURNS.running(), torch.no_grad():
             return super().__call__(*args, **kwargs)
 
     @contextlib.contextmanager

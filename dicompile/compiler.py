@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import functools
 import logging
-import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,14 +21,9 @@ from dicompile.lower import Program, ProgramBuilder, VariantCache, first_span, n
 from dicompile.plan import UNLIMITED, CacheOptions, Plan, Policy, StepPlan, TimestepSchedule, cold_step, make_plan
 from dicompile.policies.predictor import load_predictor
 from dicompile.runtime import Executor, SchedulerLink
+from dicompile.turns import TURNS
 
 log = logging.getLogger("dicompile")
-
-ONE_AT_A_TIME = threading.RLock()
-"""Held while a graph is captured or rewritten, and while an optimized model runs, any step of which may compile.
-
-torch.fx and Dynamo trace with global state: a second thread that calls a compiled module meanwhile breaks both.
-"""
 
 
 @dataclass(frozen=True)
@@ -147,7 +141,7 @@ class Programs:
     def _kept(self, schedule: TimestepSchedule, index: int, *, cold: bool) -> tuple[StepPlan, Program]:
         key = (schedule, index, cold)
         if key not in self._steps:
-            with ONE_AT_A_TIME:
+            with TURNS.compiling():
                 self._steps[key] = self._steps.get(key) or self._make(schedule, index, cold=cold)
         return self._steps[key]
 
@@ -184,10 +178,11 @@ class Specialiser:
 
     def __call__(self, *arguments: Any) -> Any:
         """Run the frame for the shapes of `arguments`."""
+        TURNS.entered()
         sizes = [value for value in arguments if isinstance(value, int)]
         key = (*sizes, *(arguments[i].item() for i in self._read))
         if key not in self.frames:
-            with ONE_AT_A_TIME:
+            with TURNS.compiling():
                 self.frames[key] = self.frames.get(key) or self._compile(arguments)
         return self.frames[key].run(*arguments)
 

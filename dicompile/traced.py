@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from dicompile.capture import Inputs, Trace, module_tensors, trace_model
 from dicompile.compiler import CompiledFrame, Options, compile_frame
+from dicompile.turns import TURNS
 
 _PLAIN = (bool, int, float, str, type(None), torch.dtype, torch.device)
 Settings = Mapping[tuple[int, str], object]
@@ -44,11 +45,18 @@ class TracedModel:
         arguments = [*own.values(), *inputs.tensors.values()]
         key = (*inputs.key, *((name, t.dtype, t.device) for name, t in own.items()))
         alike = self._known.setdefault(key, [])
-        known = next((k for k in alike if k.serves(self._module, arguments)), None)
+        known = self._find(alike, arguments)
         if known is None:
-            known = self._capture(inputs, arguments)
-            alike.append(known)
+            with TURNS.compiling():
+                known = self._find(alike, arguments)
+                if known is None:
+                    known = self._capture(inputs, arguments)
+                    alike.append(known)
+        TURNS.entered()
         return known.trace.unpack(known.frame.run(*arguments, *known.trace.constants))
+
+    def _find(self, alike: Sequence[_Known], arguments: Sequence[Tensor]) -> _Known | None:
+        return next((known for known in alike if known.serves(self._module, arguments)), None)
 
     def _capture(self, inputs: Inputs, arguments: Sequence[Tensor]) -> _Known:
         before = module_settings(self._module)
