@@ -18,7 +18,17 @@ from dicompile.capture import Capture, Role, capture_graph, read_inputs
 from dicompile.config import DebugFolder, Settings
 from dicompile.errors import CallOutsideSchedule, PolicyDoesNotFit
 from dicompile.lower import Program, ProgramBuilder, VariantCache, first_span, network_predictor, table_predictor
-from dicompile.plan import UNLIMITED, CacheOptions, Plan, Policy, StepPlan, TimestepSchedule, cold_step, make_plan
+from dicompile.plan import (
+    UNLIMITED,
+    CacheOptions,
+    Plan,
+    Policy,
+    StepPlan,
+    TimestepSchedule,
+    check_can_compile,
+    cold_step,
+    make_plan,
+)
 from dicompile.policies.predictor import load_predictor
 from dicompile.runtime import Executor, SchedulerLink
 from dicompile.turns import TURNS
@@ -60,6 +70,8 @@ def compile_frame(
         PolicyDoesNotFit: the model cannot do what the policy asks for.
         CacheTooLarge: the plan needs more memory than it may have.
     """
+    if options.mode != "eager":
+        check_can_compile(options.cache, [value.device for value in arguments if isinstance(value, Tensor)])
     capture = capture_graph(graph, names, arguments)
     options.debug.write("captured", capture)
     structure = analyse(capture)
@@ -74,6 +86,7 @@ def compile_frame(
         latent=capture.input_position(Role.LATENT),
         seed=options.policy.seed,
         predictor=_predictor(capture, structure, options),
+        offload=options.cache.device == "cpu",
     )
     return CompiledFrame(structure, programs, executor)
 

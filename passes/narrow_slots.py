@@ -53,21 +53,20 @@ class NarrowSlots:
         """Narrow the slots of sites whose step names a dtype."""
         changed, skipped = [], []
         stored: dict[fx.Node, _Stored] = {}
-        for reference, node in zip([*segment.inputs], segment.graph.find_nodes(op="placeholder"), strict=True):
-            if isinstance(reference, SlotRef) and reference.kind.scale is not None:
-                dtype = segment.steps[reference.position].dtype
-                if dtype is not None and _is_wider(node, dtype):
-                    wide = _read(segment, reference, node, dtype)
-                    stored[wide] = _Stored(node, reference)
-                    changed.append(f"{reference}: {tensor_of(wide).dtype} from {dtype}")
-        for number, (reference, node) in enumerate(zip([*segment.outputs], segment.results, strict=True)):
-            if isinstance(reference, SlotRef) and reference.kind.scale is not None:
-                dtype = segment.steps[reference.position].dtype
-                if dtype is not None and _is_wider(node, dtype):
-                    _write(segment, number, dtype, stored)
-                    changed.append(f"{reference}: {tensor_of(node).dtype} to {dtype}")
-                elif dtype is not None:
-                    skipped.append(f"{reference}: {tensor_of(node).dtype} is no wider than {dtype}")
+        placeholders = segment.graph.find_nodes(op="placeholder")
+        for entering, node in zip([*segment.inputs], placeholders, strict=True):
+            dtype = _dtype_of(segment, entering)
+            if isinstance(entering, SlotRef) and dtype is not None and _is_wider(node, dtype):
+                wide = _read(segment, entering, node, dtype)
+                stored[wide] = _Stored(node, entering)
+                changed.append(f"{entering}: {tensor_of(wide).dtype} from {dtype}")
+        for number, (leaving, node) in enumerate(zip([*segment.outputs], segment.results, strict=True)):
+            dtype = _dtype_of(segment, leaving)
+            if dtype is not None and _is_wider(node, dtype):
+                _write(segment, number, dtype, stored)
+                changed.append(f"{leaving}: {tensor_of(node).dtype} to {dtype}")
+            elif dtype is not None:
+                skipped.append(f"{leaving}: {tensor_of(node).dtype} is no wider than {dtype}")
         return PassReport(tuple(changed), tuple(skipped))
 
 
@@ -77,6 +76,13 @@ class _Stored:
 
     node: fx.Node
     reference: SlotRef
+
+
+def _dtype_of(segment: Segment, reference: object) -> torch.dtype | None:
+    """What a slot of values is to be stored in; None for anything else, and where values stay as they are."""
+    if not isinstance(reference, SlotRef) or reference.kind.scale is None:
+        return None
+    return segment.steps[reference.position].dtype
 
 
 def _is_wider(node: fx.Node, dtype: torch.dtype) -> bool:

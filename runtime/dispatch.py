@@ -9,10 +9,11 @@ from typing import Any, Protocol
 import torch
 
 from dicompile.errors import StaleRead
-from dicompile.lower import Call, Constant, Program
+from dicompile.lower import Constant, Program
 from dicompile.plan import HISTORIC, Plan, Slot, StepPlan, TimestepSchedule
 from dicompile.runtime.clock import SchedulerLink, find_step, same_latent
 from dicompile.runtime.session import ContextState, ModelState, Session, current_context, current_session
+from dicompile.runtime.storage import Lane, lane_for, run_calls
 
 log = logging.getLogger("dicompile")
 
@@ -43,6 +44,7 @@ class Executor:
         latent: position of the latent among the inputs, or None.
         seed: of random scores.
         predictor: importance of the tokens in every block at a step, from the model's inputs; float32, [b, n, blocks].
+        offload: whether slots are in host memory between the calls that use them.
     """
 
     def __init__(
@@ -53,9 +55,12 @@ class Executor:
         latent: int | None,
         seed: int = 0,
         predictor: Callable[[Sequence[Any], int], torch.Tensor] | None = None,
+        offload: bool = False,
     ) -> None:
         self.programs, self.link, self.seed, self.predictor = programs, link, seed, predictor
+        self.offload = offload
         self._timestep, self._latent = timestep, latent
+        self._lanes: dict[torch.device, Lane | None] = {}
         self._weights: dict[tuple[tuple[float, ...], torch.device], torch.Tensor] = {}
 
     def __call__(self, *inputs: Any) -> Sequence[Any]:
@@ -87,8 +92,7 @@ class Executor:
             for slot, register in program.reads:
                 registers[register] = _take(context.store, slot, keep=slot in outlasting)
             self._load(registers, program, planned, inputs, step)
-            for call in program.calls:
-                _run_call(call, registers)
+            run_calls(program, registers, self._lane(latent))
             _commit(context, contents, registers)
             context.step = step
             if session.keep_chosen:
@@ -152,6 +156,14 @@ class Executor:
             for predicted in program.predicted:
                 registers[predicted.register] = importance[..., predicted.block].contiguous()
 
+    def _lane(self, latent: torch.Tensor | None) -> Lane | None:
+        """How slots go to host memory and back; None where they stay."""
+        if not self.offload or latent is None:
+            return None
+        if latent.device not in self._lanes:
+            self._lanes[latent.device] = lane_for(latent.device)
+        return self._lanes[latent.device]
+
     def _on_device(self, weights: tuple[float, ...], like: torch.Tensor | None) -> torch.Tensor:
         """Weights as a tensor, copied to the device once: every later generation finds them there."""
         key = weights, torch.device("cpu") if like is None else like.device
@@ -190,15 +202,6 @@ def _take(store: dict[Slot, torch.Tensor], slot: Slot, *, keep: bool) -> torch.T
     if slot not in store:
         raise StaleRead(f"slot {slot} was not written", where="runtime", fix="report this")
     return store[slot] if keep else store.pop(slot)
-
-
-def _run_call(call: Call, registers: list[Any]) -> None:
-    """Run a segment; its own references to what it read and made end with it."""
-    results = call.function(*[registers[i] for i in call.inputs])
-    for register, result in zip(call.outputs, results, strict=True):
-        registers[register] = result
-    for register in call.frees:
-        registers[register] = None
 
 
 def _commit(context: ContextState, contents: dict[Slot, Slot | int], registers: Sequence[Any]) -> None:

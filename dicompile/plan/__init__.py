@@ -15,7 +15,7 @@ from dicompile.plan.action import (
     What,
 )
 from dicompile.plan.fits import check_fits, choose_setting
-from dicompile.plan.memory import DTYPES, UNLIMITED, CacheOptions, needs_scale
+from dicompile.plan.memory import DTYPES, UNLIMITED, CacheOptions, check_can_compile, needs_scale
 from dicompile.plan.plan import Dropped, Plan, SiteStep, StepPlan
 from dicompile.plan.planner import attention_owner, cold_step, make_plan, plan_actions
 from dicompile.plan.policy import (
@@ -75,6 +75,7 @@ __all__ = [
     "What",
     "Window",
     "attention_owner",
+    "check_can_compile",
     "check_fits",
     "choose_setting",
     "cold_step",

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +28,7 @@ _UNITS = {
     **dict.fromkeys(("", "b"), 1), "kb": 1000, "mb": 1000**2, "gb": 1000**3, "tb": 1000**4,
     **{f"{name}{end}": 1024**n for n, name in enumerate("kmgt", 1) for end in ("", "ib")},
 }  # fmt: skip
+_FLOAT8_CAPABILITY = (8, 9)
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([a-z]*)")
 
 
@@ -104,6 +106,25 @@ UNLIMITED = CacheOptions()
 def needs_scale(dtype: torch.dtype | None) -> bool:
     """True if plain casts to `dtype` could overflow."""
     return dtype is not None and torch.finfo(dtype).max < torch.finfo(torch.bfloat16).max
+
+
+def check_can_compile(cache: CacheOptions, devices: Iterable[torch.device]) -> None:
+    """Raise if the compiler has no 8-bit floats for one of the devices that a model runs on.
+
+    Raises:
+        InvalidSetting: it has none.
+    """
+    if cache.dtype != "float8_e4m3fn":
+        return
+    for device in sorted({str(device) for device in devices if device.type == "cuda"}):
+        capability = torch.cuda.get_device_capability(device)
+        if capability < _FLOAT8_CAPABILITY and torch.version.hip is None:
+            raise InvalidSetting(
+                f"{device} has no 8-bit floats",
+                where="cache_dtype",
+                why=f"Triton compiles them from compute capability 8.9 on, this is {capability[0]}.{capability[1]}",
+                fix="cache_dtype='bfloat16'",
+            )
 
 
 def slot_bytes(site: Site, kind: SlotKind, what: What, cache: CacheOptions) -> int:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from dicompile.errors import InvalidSetting
-from dicompile.plan import CacheOptions, SlotKind, TimestepSchedule, What, make_plan, needs_scale
+from dicompile.plan import CacheOptions, SlotKind, TimestepSchedule, What, check_can_compile, make_plan, needs_scale
 from dicompile.plan.memory import slot_bytes
 from dicompile.policies import FORA, TaylorSeer, ToCa
 from tests.models import MODELS, structure
@@ -87,6 +87,27 @@ def test_values_take_the_narrower_of_the_two_dtypes(dtype: str | None, itemsize:
     assert plan.cache_bytes == len(TOY.sites) * (VALUE * size + ROWS * scales)
     kinds = {slot.kind for slot in plan.slots}
     assert kinds == {SlotKind.VALUE, SlotKind.VALUE_SCALE} if scales else {SlotKind.VALUE}
+
+
+@pytest.mark.parametrize(("capability", "refused"), [((8, 0), True), ((8, 9), False), ((9, 0), False)])
+def test_eight_bits_need_a_device_that_has_them(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], refused: bool
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    fp8, devices = CacheOptions(dtype="float8_e4m3fn"), [torch.device("cpu"), torch.device("cuda:1")]
+    check_can_compile(CacheOptions(dtype="bfloat16"), devices)
+    check_can_compile(fp8, devices[:1])
+    if not refused:
+        check_can_compile(fp8, devices)
+        return
+    with pytest.raises(InvalidSetting) as caught:
+        check_can_compile(fp8, devices)
+    assert str(caught.value) == (
+        "cuda:1 has no 8-bit floats\n"
+        "  where: cache_dtype\n"
+        "  why:   Triton compiles them from compute capability 8.9 on, this is 8.0\n"
+        "  fix:   cache_dtype='bfloat16'"
+    )
 
 
 def test_scores_and_stamps_keep_their_dtypes() -> None:
