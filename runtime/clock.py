@@ -8,6 +8,7 @@ from its step index.
 
 from __future__ import annotations
 
+import copy
 import logging
 from typing import Any
 
@@ -29,6 +30,12 @@ class SchedulerLink:
         self.is_live = hasattr(self.source, "timesteps") and hasattr(self.source, "config")
         self._token: object = None
         self._schedule: TimestepSchedule | None = None if self.is_live else TimestepSchedule.of(source)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> SchedulerLink:
+        """A copy of a model follows the same scheduler, or, where its pipeline is copied with it, the copy's."""
+        link = copy.copy(self)
+        link._source, link._token = memo.get(id(self._source), self._source), None
+        return link
 
     @property
     def source(self) -> Any:

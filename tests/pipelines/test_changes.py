@@ -1,0 +1,301 @@
+"""What users do to a pipeline between runs: switch it off and on, move, copy, save, interrupt, adapt, offload it."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import accelerate
+import pytest
+import torch
+from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
+from diffusers import DiTTransformer2DModel, FluxImg2ImgPipeline
+
+import dicompile
+from dicompile.errors import AlreadyOptimized, NotOptimized, UnsupportedModel
+from tests.pipelines import pipes
+from tests.pipelines.pipes import Sampler, kinds
+
+# diffusers gives torch tensors to numpy.array, and torch 2.13 does not know numpy 2's keyword `copy` yet.
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept:DeprecationWarning")
+
+FORA = dicompile.FORA(interval=2)
+STEPS = 4
+
+
+def optimized(sampler: Sampler, policy: Any = FORA) -> Sampler:
+    dicompile.optimize(sampler.pipe, policy, mode="eager")
+    return sampler
+
+
+# On and off.
+
+
+def test_a_disabled_pipeline_is_the_untouched_one_and_keeps_what_was_compiled() -> None:
+    sampler = pipes.flux()
+    untouched = sampler(STEPS)
+    cached = optimized(sampler)(STEPS)
+    frames = list(sampler.pipe.transformer.frames)
+    dicompile.disable(sampler.pipe)
+    assert torch.equal(sampler(STEPS), untouched)
+    dicompile.enable(sampler.pipe)
+    assert torch.equal(sampler(STEPS), cached)
+    assert sampler.pipe.transformer.frames == frames
+
+
+def test_switching_in_the_middle_of_a_run_reads_nothing_of_before() -> None:
+    sampler = optimized(pipes.flux())
+
+    def switch(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        dicompile.disable(pipe) if step == 0 else dicompile.enable(pipe)
+        return tensors
+
+    sampler(6, callback_on_step_end=switch)
+    report = dicompile.report(sampler.pipe)
+    assert (report.began, report.kinds.total(), report.cold_starts) == (2, 4, [])
+    assert report.kinds == kinds(dicompile.plan_of(sampler.pipe))
+
+
+def test_a_disabled_model_records_gradients_and_an_enabled_one_does_not() -> None:
+    sampler = optimized(pipes.dit(), "none")
+    model = sampler.pipe.transformer
+    inputs = {
+        "hidden_states": torch.randn(1, 4, 16, 16),
+        "timestep": torch.tensor([9]),
+        "class_labels": torch.tensor([1]),
+    }
+    dicompile.disable(model)
+    assert model(**inputs).sample.requires_grad
+    dicompile.enable(model)
+    sampler.scheduler.set_timesteps(1)
+    inputs["timestep"] = sampler.scheduler.timesteps
+    assert not model(**inputs).sample.requires_grad
+
+
+@pytest.mark.parametrize("switch", [dicompile.disable, dicompile.enable])
+def test_an_untouched_pipeline_cannot_be_switched(switch: Callable[[Any], None]) -> None:
+    with pytest.raises(NotOptimized, match="this FluxPipeline was not optimized"):
+        switch(pipes.flux().pipe)
+
+
+def test_another_policy_comes_after_restoring() -> None:
+    sampler = optimized(pipes.flux())
+    with pytest.raises(AlreadyOptimized, match="the pipeline's transformer is optimized already"):
+        dicompile.optimize(sampler.pipe, "taylorseer")
+    dicompile.optimize(dicompile.restore(sampler.pipe), "taylorseer", mode="eager")
+    sampler(STEPS)
+    assert dicompile.plan_of(sampler.pipe).policy.startswith("taylorseer")
+
+
+# Moving, copying, saving.
+
+
+def test_another_dtype_and_back() -> None:
+    sampler = pipes.sd3()
+    half = {name: value.bfloat16() for name, value in sampler.options.items()}
+    sampler.pipe.to(torch.bfloat16)
+    wanted = sampler(STEPS, **half)
+    sampler.pipe.to(torch.float32)
+    original = sampler.pipe.transformer
+    optimized(sampler, "none").pipe.to(torch.bfloat16)
+    assert original.dtype is sampler.pipe.transformer.dtype is torch.bfloat16
+    assert torch.equal(sampler(STEPS, **half), wanted)
+    sampler.pipe.to("cpu", torch.float32)
+    assert dicompile.restore(sampler.pipe).transformer.dtype is torch.float32
+
+
+def test_a_copy_is_optimized_alike_and_stands_alone() -> None:
+    sampler = optimized(pipes.flux())
+    wanted = sampler(STEPS)
+    twin = Sampler(copy.deepcopy(sampler.pipe), sampler.options)
+    assert twin.pipe.transformer.original is not sampler.pipe.transformer.original
+    assert twin.pipe.transformer.link.source is twin.pipe.scheduler
+    assert torch.equal(twin(STEPS), wanted)
+    with torch.no_grad():
+        twin.pipe.transformer.proj_out.weight.zero_()
+    assert not torch.equal(twin(STEPS), wanted)
+    assert torch.equal(sampler(STEPS), wanted)
+
+
+def test_a_pipeline_made_of_an_optimized_one_follows_its_own_scheduler() -> None:
+    sampler = optimized(pipes.flux())
+    other = pipes.flux_img2img()
+    components = {**sampler.pipe.components, "vae": other.pipe.vae}
+    pipe = FluxImg2ImgPipeline(**components)
+    pipe.set_progress_bar_config(disable=True)
+    Sampler(pipe, other.options)(6)
+    report = dicompile.report(pipe)
+    assert (report.began, report.cold_starts) == (1, [])
+    assert report.kinds == kinds(dicompile.plan_of(pipe))
+
+
+def test_an_optimized_pipeline_saves_its_denoiser(tmp_path: Path) -> None:
+    sampler = optimized(pipes.dit())
+    original = sampler.pipe.transformer.original
+    sampler(2)
+    sampler.pipe.save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "model_index.json").read_text())
+    assert saved["transformer"] == ["diffusers", "DiTTransformer2DModel"]
+    loaded = DiTTransformer2DModel.from_pretrained(tmp_path / "transformer")
+    weights = original.state_dict()
+    assert loaded.state_dict().keys() == weights.keys()
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in loaded.state_dict().items())
+    sampler.pipe.transformer = loaded.eval()
+    assert torch.equal(sampler(2), optimized_anew(sampler, original)(2))
+
+
+def optimized_anew(sampler: Sampler, original: Any) -> Sampler:
+    sampler.pipe.transformer = original
+    return sampler
+
+
+# Interruptions.
+
+
+def interrupt(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+    pipe._interrupt = step == 1
+    return tensors
+
+
+def fail(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+    if step == 1:
+        raise KeyboardInterrupt
+    return tensors
+
+
+def test_runs_that_were_interrupted_leave_no_trace() -> None:
+    sampler = optimized(pipes.flux(guided=True), "taylorseer")
+    fresh = sampler(6)
+    left = sampler(6, seed=2, callback_on_step_end=interrupt)
+    assert not torch.equal(left, fresh)
+    assert dicompile.report(sampler.pipe).kinds.total() == 4
+    assert torch.equal(sampler(6), fresh)
+    with pytest.raises(KeyboardInterrupt):
+        sampler(6, seed=2, callback_on_step_end=fail)
+    assert torch.equal(sampler(6), fresh)
+
+
+# Adapters.
+
+
+def add_lora(pipe: Any, name: str, seed: int) -> None:
+    from peft import LoraConfig
+
+    torch.manual_seed(seed)
+    config = LoraConfig(r=2, lora_alpha=2, init_lora_weights=False, target_modules=["to_q", "to_v", "linear_2"])
+    pipe.transformer.add_adapter(config, adapter_name=name)
+
+
+LORA: dict[str, Callable[[Any], None]] = {
+    "load": lambda pipe: add_lora(pipe, "first", 1),
+    "load another": lambda pipe: add_lora(pipe, "second", 2),
+    "weigh them": lambda pipe: pipe.set_adapters(["first", "second"], [0.3, 0.8]),
+    "fuse": lambda pipe: pipe.fuse_lora(components=["transformer"], lora_scale=0.5),
+    "unfuse": lambda pipe: pipe.unfuse_lora(components=["transformer"]),
+    "take one away": lambda pipe: pipe.delete_adapters("second"),
+    "unload": lambda pipe: pipe.unload_lora_weights(),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute")
+def test_adapters_come_and_go_as_on_an_untouched_pipeline() -> None:
+    pytest.importorskip("peft")
+    untouched, sampler = pipes.flux(), optimized(pipes.flux(), "none")
+    plain = last = untouched(2)
+    for change, apply in LORA.items():
+        apply(untouched.pipe)
+        apply(sampler.pipe)
+        wanted = untouched(2)
+        assert torch.equal(sampler(2), wanted), change
+        assert not torch.equal(wanted, last), change
+        last = wanted
+    assert torch.allclose(last, plain, rtol=0, atol=1e-4)  # fusing leaves rounding behind
+
+
+def test_a_loaded_adapter_is_cached_like_any_model() -> None:
+    pytest.importorskip("peft")
+    sampler = optimized(pipes.flux())
+    plain = sampler(6)
+    add_lora(sampler.pipe, "first", 1)
+    adapted = sampler(6)
+    assert not torch.equal(adapted, plain)
+    assert dicompile.report(sampler.pipe).kinds == kinds(dicompile.plan_of(sampler.pipe))
+    assert dicompile.report(sampler.pipe).cold_starts == []
+    assert torch.equal(sampler(6), adapted)
+
+
+# Offloading.
+
+
+class Recorder(ModelHook):
+    """Stands for a hook that moves weights to the device and back: the weights are gone outside of a call."""
+
+    def __init__(self) -> None:
+        self.calls: list[str] = []
+
+    def pre_forward(self, module: Any, *args: Any, **kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        self.calls.append("to the device")
+        module.proj_out.weight.data.mul_(2)
+        return args, kwargs
+
+    def post_forward(self, module: Any, output: Any) -> Any:
+        self.calls.append("back")
+        module.proj_out.weight.data.div_(2)
+        return output
+
+
+@pytest.mark.parametrize("first", ["optimize", "hook"])
+def test_hooks_of_accelerate_run_around_every_call(first: str) -> None:
+    sampler, hook = pipes.flux(), Recorder()
+    original = sampler.pipe.transformer
+    plain = sampler(STEPS)
+    add_hook_to_module(original, hook)
+    wanted = sampler(STEPS)
+    assert not torch.equal(wanted, plain)
+    if first == "optimize":
+        remove_hook_from_module(original)
+        optimized(sampler, "none")
+        add_hook_to_module(sampler.pipe.transformer, hook)
+    else:
+        optimized(sampler, "none")
+    hook.calls.clear()
+    assert torch.equal(sampler(STEPS), wanted)
+    assert hook.calls == ["to the device", "back"] * STEPS
+    assert len(sampler.pipe.transformer.frames) == 1
+    dicompile.disable(sampler.pipe)
+    assert torch.equal(sampler(STEPS), wanted)
+    assert dicompile.restore(sampler.pipe).transformer is original
+    assert torch.equal(sampler(STEPS), wanted)
+    remove_hook_from_module(original)
+    assert torch.equal(sampler(STEPS), plain)
+    assert not {"_hf_hook", "_old_forward"} & set(vars(original))
+
+
+@pytest.mark.parametrize("first", ["optimize", "offload"])
+def test_whole_models_may_be_offloaded(first: str) -> None:
+    sampler = pipes.flux()
+    wanted = sampler(STEPS)
+    if first == "optimize":
+        optimized(sampler, "none")
+    _, hook = accelerate.cpu_offload_with_hook(sampler.pipe.transformer, "cpu")
+    if first == "offload":
+        optimized(sampler, "none")
+    assert torch.equal(sampler(STEPS), wanted)
+    hook.offload()
+    assert torch.equal(sampler(STEPS), wanted)
+
+
+@pytest.mark.parametrize("first", ["optimize", "offload"])
+def test_weights_that_come_part_by_part_are_refused(first: str) -> None:
+    sampler = pipes.flux()
+    if first == "optimize":
+        optimized(sampler, "none")
+    accelerate.cpu_offload(sampler.pipe.transformer, "cpu")
+    with pytest.raises(UnsupportedModel, match="are not there for a whole call"):
+        if first == "optimize":
+            sampler(STEPS)
+        else:
+            optimized(sampler, "none")
