@@ -28,6 +28,7 @@ DTYPES = {
     torch.bool: "b8",
 }
 _SYMBOL = re.compile(r"\bs\d+\b")  # torch numbers the symbols of sizes differently in every process
+_BLOCK_PATH = re.compile(r"^(.*\.|)\d+(?=\.|$)")
 _ITEM = re.compile(r"\[['\"]?([^\]'\"]+)['\"]?\]")
 
 
@@ -63,6 +64,12 @@ def module_path(node: fx.Node) -> str:
     """Dotted path of the innermost module that ran `node`, or an empty string."""
     stack = node.meta.get("nn_module_stack")
     return clean_path(next(reversed(stack.values()))[0]) if stack else ""
+
+
+def block_path(path: str) -> str:
+    """Path of the block that a module belongs to: up to the last index into a module list, ``blocks.3``; or empty."""
+    match = _BLOCK_PATH.match(path)
+    return match.group(0) if match else ""
 
 
 def operator_text(target: Any) -> str:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 from torch import fx
 
-from dicompile.analysis.blocks import Partition, block_path, group_branches, partition, structure_key
+from dicompile.analysis.blocks import Partition, group_branches, partition, structure_key
 from dicompile.analysis.cost import ATTENTION, node_bytes, node_flops
 from dicompile.analysis.dataflow import Dataflow
 from dicompile.analysis.residual import Branch, chain_streams, find_branches, own_keys
@@ -54,14 +54,19 @@ def analyse(capture: Capture) -> ModelStructure:
     flow = Dataflow(capture.graph)
     placeholders = [node for node in flow.nodes if node.op == "placeholder"]
     position = capture.input_position(Role.LATENT)
-    branches = find_branches(flow, placeholders[position]) if position is not None else []
-    groups = group_branches(flow, branches)
+    samples = flow.bits(
+        node
+        for node, item in zip(placeholders, capture.inputs, strict=True)
+        if item.role in (Role.LATENT, Role.CONDITIONING)
+    )
+    branches = find_branches(flow, placeholders[position], samples) if position is not None else []
+    groups, paths = group_branches(flow, branches)
     parts = partition(flow, [[branches[i] for i in group] for group in groups])
     streams = chain_streams(flow, branches)
     work = _work_of_sites(flow, branches)
     dependence = _dependence(capture, flow, placeholders)
-    stream_nodes = flow.bits(node for branch in branches for node in (branch.add, branch.stream))
-    blocks = _blocks(flow, branches, groups, parts)
+    stream_nodes = flow.bits(node for branch in branches for node in (branch.add, branch.source))
+    blocks = _blocks(flow, groups, paths, parts)
     sites = tuple(
         _site(flow, branch, SiteId(i), BlockId(b), StreamId(streams[i]), work[i], stream_nodes)
         for b, group in enumerate(groups)
@@ -94,9 +99,8 @@ def _dependence(capture: Capture, flow: Dataflow, placeholders: Sequence[fx.Node
 
 
 def _blocks(
-    flow: Dataflow, branches: Sequence[Branch], groups: Sequence[Sequence[int]], parts: Partition
+    flow: Dataflow, groups: Sequence[Sequence[int]], paths: Sequence[str], parts: Partition
 ) -> tuple[Block, ...]:
-    paths = [block_path(branches[group[0]].add) for group in groups]
     keys = [structure_key(flow.members(bits)) for bits in parts.blocks]
     families = [path.rpartition(".")[0] if path else key for path, key in zip(paths, keys, strict=True)]
     return tuple(
@@ -117,14 +121,14 @@ def _site(
 ) -> Site:
     region = list(flow.members(branch.region))
     heaviest = max(region, key=node_flops)
-    tokens, token_flops, key_flops = _token_fact(flow, branch.stream, branch.core, region)
+    tokens, token_flops, key_flops = _token_fact(flow, branch.source, branch.core, region)
     return Site(
         id=number,
         block=block,
         name=module_path(heaviest) or heaviest.name,
         kind=branch.kind,
         stream=stream,
-        source=branch.stream.name,
+        source=branch.source.name,
         core=branch.core.name,
         update=branch.update.name,
         add=branch.add.name,

@@ -1,6 +1,6 @@
 """Which branches form a block, which nodes belong to it, and which blocks are alike.
 
-Grouping: by module path where the graph has one, else by the shortest repeating pattern of branch fingerprints
+Grouping: by module path where it has an index, else by the shortest repeating pattern of branch fingerprints
 (Weisfeiler-Lehman hashes). Membership: a block owns what its adds need and no earlier block computed; values that
 several blocks share without belonging to any (timestep embedding, caption projection) go to the prologue.
 """
@@ -8,6 +8,7 @@ several blocks share without belonging to any (timestep embedding, caption proje
 from __future__ import annotations
 
 import hashlib
+import itertools
 import re
 import warnings
 from collections.abc import Iterable, Sequence
@@ -17,11 +18,11 @@ import networkx as nx
 import torch
 from torch import fx
 
+from dicompile.analysis.cost import is_heavy
 from dicompile.analysis.dataflow import Dataflow
 from dicompile.analysis.residual import Branch
-from dicompile.text import module_path, operator_text, tensor_text
-
-_BLOCK_PATH = re.compile(r"^(.*\.|)\d+(?=\.|$)")
+from dicompile.analysis.structure import SiteKind
+from dicompile.text import block_path, module_path, operator_text, tensor_text
 
 
 @dataclass(frozen=True)
@@ -39,24 +40,46 @@ class Partition:
     epilogue: int
 
 
-def block_path(node: fx.Node) -> str:
-    """Module path of the block that ran `node`: up to the last index into a module list, ``blocks.3``."""
-    match = _BLOCK_PATH.match(module_path(node))
-    return match.group(0) if match else ""
+def group_branches(flow: Dataflow, branches: Sequence[Branch]) -> tuple[list[list[int]], list[str]]:
+    """Positions of the branches of each block, in execution order, and the module path of each block."""
+    paths = _merge_layers(branches, [_path_of(flow, branch) for branch in branches])
+    groups: list[list[int]] = []
+    for path, run in itertools.groupby(range(len(branches)), key=paths.__getitem__):
+        members = list(run)
+        if path[-1:].isdigit():
+            groups.append(members)
+        else:
+            repeats = _repeats([branch_fingerprint(flow, branches[i]) for i in members])
+            groups += [[members[i] for i in repeat] for repeat in repeats]
+    return groups, [paths[group[0]] for group in groups]
 
 
-def group_branches(flow: Dataflow, branches: Sequence[Branch]) -> list[list[int]]:
-    """Positions of the branches of each block, in execution order."""
-    paths = [block_path(branch.add) for branch in branches]
-    if all(paths):
-        groups: list[list[int]] = []
-        for i, path in enumerate(paths):
-            if groups and paths[groups[-1][-1]] == path:
-                groups[-1].append(i)
-            else:
-                groups.append([i])
-        return groups
-    return _repeats([branch_fingerprint(flow, branch) for branch in branches])
+def _path_of(flow: Dataflow, branch: Branch) -> str:
+    """Path of the block that adds; where its parent's forward does, of the block that holds the last matrix product."""
+    own = module_path(branch.add)
+    last = module_path(next(node for node in reversed(list(flow.members(branch.region))) if is_heavy(node)))
+    inner = block_path(last.rpartition(".")[0]) if last.startswith(own) else ""
+    return block_path(own) or inner or own or last.split(".")[0]
+
+
+def _merge_layers(branches: Sequence[Branch], paths: Sequence[str]) -> list[str]:
+    """Blocks that are lists of unlike layers, ``decoders.0.layer.2``, are taken whole."""
+    kinds: dict[str, dict[str, list[SiteKind]]] = {}
+    for branch, path in zip(branches, paths, strict=True):
+        outer = _outer_block(path)
+        if outer:
+            kinds.setdefault(outer, {}).setdefault(path, []).append(branch.kind)
+    whole = {
+        outer for outer, layers in kinds.items()
+        if len(layers) > 1 and len({tuple(layer) for layer in layers.values()}) == len(layers)
+    }  # fmt: skip
+    return [outer if (outer := _outer_block(path)) in whole else path for path in paths]
+
+
+def _outer_block(path: str) -> str:
+    """``decoders.0`` for ``decoders.0.layer.2``; empty where nothing is nested."""
+    match = re.match(r"^(.*\d)\.(\D[^.]*\.)?\d+$", path)
+    return match[1] if match else ""
 
 
 def branch_fingerprint(flow: Dataflow, branch: Branch) -> str:
@@ -97,7 +120,7 @@ def partition(flow: Dataflow, groups: Sequence[Sequence[Branch]]) -> Partition:
     calls = flow.select(lambda node: node.op == "call_function")
     adds = [[branch.add for branch in group] for group in groups]
     streams = flow.bits(add for group in adds for add in group)
-    starts = [b.stream for group in groups for b in group if not flow.ancestors[b.stream] & streams]
+    starts = [b.source for group in groups for b in group if not flow.ancestors[b.source] & streams]
     latent_free = ~_union(flow.descendants[start] for start in starts)
 
     once = twice = 0

@@ -8,16 +8,18 @@ depends on the latent, and no other site lies inside it.
 from __future__ import annotations
 
 import math
-from collections.abc import Container
+import operator
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import fx
 
-from dicompile.analysis.cost import ATTENTION, is_heavy
+from dicompile.analysis.cost import ATTENTION, PRODUCTS, is_heavy
 from dicompile.analysis.dataflow import Dataflow
 from dicompile.analysis.structure import SiteKind
 from dicompile.nodes import node_argument
+from dicompile.text import block_path, module_path
 
 aten = torch.ops.aten
 
@@ -29,14 +31,13 @@ GATES = (
     aten._to_copy.default,
     aten.clone.default,
     aten.contiguous.default,
-    aten.alias.default,
 )
+REDUCTIONS = (aten.mean.dim, aten.sum.dim_IntList, aten.amax.default)
 TRANSPORT = (
     aten._to_copy.default,
     aten.to.dtype,
     aten.clone.default,
     aten.contiguous.default,
-    aten.alias.default,
     aten.cat.default,
     aten.slice.Tensor,
     aten.split.Tensor,
@@ -44,6 +45,14 @@ TRANSPORT = (
     aten.chunk.default,
     aten.view.default,
     aten.reshape.default,
+    aten._unsafe_view.default,
+    aten.permute.default,
+    aten.transpose.int,
+    aten.unbind.int,
+    aten.select.int,
+    aten.unsqueeze.default,
+    aten.squeeze.dim,
+    aten.pad.default,
 )
 
 
@@ -54,15 +63,18 @@ class Branch:
     Attributes:
         add: the residual add.
         stream: the stream value it adds to.
+        source: the stream value it reads: `stream` itself, or, where several branches leave one value (a second
+            attention beside the first) or the stream is split before the add, the value these come from.
         core: branch output before the gate.
         update: branch output after the gate, the other operand of `add`.
-        region: bit set of the nodes from `stream` (left out) to `update`.
+        region: bit set of the nodes from `source` (left out) to `update`.
         kind: what the branch does.
-        attention: its attention nodes.
+        attention: its attention nodes, where it has them as one operator.
     """
 
     add: fx.Node
     stream: fx.Node
+    source: fx.Node
     core: fx.Node
     update: fx.Node
     region: int
@@ -70,38 +82,96 @@ class Branch:
     attention: tuple[fx.Node, ...]
 
 
-def find_branches(flow: Dataflow, latent: fx.Node) -> list[Branch]:
-    """All residual branches of a graph that depend on `latent`, in graph order."""
-    heavy, attention = flow.select(is_heavy), flow.select(lambda node: node.target is ATTENTION)
-    found = []
+@dataclass(frozen=True)
+class _Candidate:
+    add: fx.Node
+    stream: fx.Node
+    source: fx.Node
+    update: fx.Node
+    region: int
+
+
+def find_branches(flow: Dataflow, latent: fx.Node, samples: int) -> list[Branch]:
+    """All residual branches of a graph, in graph order.
+
+    Those of streams that do not come from the latent (refiners of the text) count where they have a token axis.
+
+    Args:
+        flow: of the graph.
+        latent: the input that is denoised.
+        samples: bit set of the inputs that hold tokens: the latent and conditioning.
+    """
+    heavy = flow.select(is_heavy)
+    candidates: dict[fx.Node, _Candidate] = {}
     for add in flow.nodes:
-        if add.target not in ADDS or not flow.is_ancestor(latent, add):
+        if add.target not in ADDS or not _carries_tokens(flow, add, latent):
             continue
-        operands = _residual_operands(flow, add)
+        operands = _residual_operands(flow, add, candidates)
         if operands is None:
             continue
-        stream, update = operands
-        region = flow.between(stream, update)
+        stream, source, update = operands
+        region = flow.between(source, update)
         if region & heavy:
-            found.append((add, stream, update, region))
-    adds = flow.bits(add for add, *_ in found)
-    leaves = [item for item in found if not item[3] & adds]
-    streams = flow.bits(node for add, stream, *_ in leaves for node in (add, stream))
+            candidates[add] = _Candidate(add, stream, source, update, region)
+    chosen = _innermost(flow, candidates.values())
+    streams = flow.bits(node for item in chosen for node in (item.add, item.source))
+    mixers = {node: operands for node in flow.nodes if (operands := _mixed_operands(flow, node, samples))}
     branches = []
-    for add, stream, update, region in leaves:
-        inside = tuple(flow.members(region & attention))
+    for item in chosen:
+        inside = {node: operands for node, operands in mixers.items() if item.region >> flow.position[node] & 1}
         branches.append(
             Branch(
-                add=add,
-                stream=stream,
-                core=branch_core(flow, stream, update),
-                update=update,
-                region=region,
-                kind=_kind(flow, stream, update, inside, streams, heavy),
-                attention=inside,
+                add=item.add,
+                stream=item.stream,
+                source=item.source,
+                core=branch_core(flow, item.source, item.update),
+                update=item.update,
+                region=item.region,
+                kind=_kind(flow, item, inside, streams, heavy),
+                attention=tuple(node for node in inside if node.target is ATTENTION),
             )
         )
     return branches
+
+
+def _carries_tokens(flow: Dataflow, add: fx.Node, latent: fx.Node) -> bool:
+    shape = add.meta["val"].shape
+    return flow.is_ancestor(latent, add) or (len(shape) >= 3 and shape[1] > 1)
+
+
+def _innermost(flow: Dataflow, candidates: Iterable[_Candidate]) -> list[_Candidate]:
+    """Candidates, in graph order, without another one inside; of two that only make up one branch, the outer one."""
+    chosen: dict[fx.Node, _Candidate] = {}
+    for outer in candidates:
+        inside = [inner for inner in chosen.values() if outer.region >> flow.position[inner.add] & 1]
+        if all(_only_serves(flow, inner, outer) for inner in inside):
+            for inner in inside:
+                del chosen[inner.add]
+            chosen[outer.add] = outer
+    return list(chosen.values())
+
+
+def _only_serves(flow: Dataflow, inner: _Candidate, outer: _Candidate) -> bool:
+    """True if the sum inside is no stream, but a step of the outer branch.
+
+    That is a sum with the very value that the outer branch adds to, ``x + mlp(norm(x + attention(x)))``, and what a
+    block sums up in other shapes than that of its stream: the state of a linear attention.
+    """
+    if not all(outer.region >> flow.position[user] & 1 for user in inner.add.users):
+        return False
+    path = block_path(module_path(outer.add))
+    same_block = bool(path) and block_path(module_path(inner.add)) == path
+    return inner.stream is outer.stream or (same_block and inner.add.meta["val"].shape != outer.add.meta["val"].shape)
+
+
+def _mixed_operands(flow: Dataflow, node: fx.Node, samples: int) -> tuple[fx.Node, ...]:
+    """What a node lets tokens see of each other: keys of attention, or both factors of a product of two activations."""
+    if node.target is ATTENTION:
+        return (node_argument(node, 1),)
+    if node.target not in PRODUCTS:
+        return ()
+    factors = [parent for parent in node.all_input_nodes if parent.meta["val"].ndim >= 2][-2:]
+    return tuple(factors) if len(factors) == 2 and all(flow.ancestors[f] & samples for f in factors) else ()
 
 
 def branch_core(flow: Dataflow, stream: fx.Node, update: fx.Node) -> fx.Node:
@@ -140,14 +210,14 @@ def own_keys(flow: Dataflow, branch: Branch, streams: int) -> tuple[int, int]:
     if len(branch.attention) != 1 or branch.kind in (SiteKind.MLP, SiteKind.CROSS_ATTENTION):
         return 0, 0
     node = node_argument(branch.attention[0], 1)
-    value, stream = node.meta["val"], branch.stream.meta["val"]
+    value, stream = node.meta["val"], branch.source.meta["val"]
     total = int(value.shape[-2])
     # Attention along one axis of a film folds the other into the batch.
     if value.shape[0] * total == math.prod(stream.shape[:-1]):
         return 0, total
-    own = flow.bits([branch.stream])
+    own = flow.bits([branch.source])
     while node.target is not aten.cat.default or total not in node.meta["val"].shape:
-        parents = [p for p in node.all_input_nodes if flow.is_ancestor(branch.stream, p) and p is not branch.stream]
+        parents = [p for p in node.all_input_nodes if flow.is_ancestor(branch.source, p) and p is not branch.source]
         if not parents:
             return 0, 0
         node = parents[0]
@@ -174,14 +244,17 @@ def carried(node: fx.Node, wanted: Container[fx.Node]) -> list[fx.Node]:
         current = queue.pop()
         if current in wanted:
             found.append(current)
-        elif current.target in TRANSPORT or (current.op == "call_function" and "getitem" in str(current.target)):
+        elif is_transport(current):
             parents = [parent for parent in current.all_input_nodes if parent not in seen]
             seen.update(parents)
             queue += parents
     return found
 
 
-def _residual_operands(flow: Dataflow, add: fx.Node) -> tuple[fx.Node, fx.Node] | None:
+def _residual_operands(
+    flow: Dataflow, add: fx.Node, known: Mapping[fx.Node, _Candidate]
+) -> tuple[fx.Node, fx.Node, fx.Node] | None:
+    """Stream, source and update of a residual add; see `Branch`."""
     left, right = add.args[:2]
     if not isinstance(left, fx.Node) or not isinstance(right, fx.Node) or left is right:
         return None
@@ -190,36 +263,68 @@ def _residual_operands(flow: Dataflow, add: fx.Node) -> tuple[fx.Node, fx.Node] 
     shape = add.meta["val"].shape
     if len(shape) < 2 or left.meta["val"].shape != shape or right.meta["val"].shape != shape:
         return None
-    if flow.is_ancestor(left, right):
-        return left, right
-    return (right, left) if flow.is_ancestor(right, left) else None
+    for stream, update in ((left, right), (right, left)):
+        if flow.is_ancestor(stream, update):
+            return stream, stream, update
+    for stream, update in ((left, right), (right, left)):
+        source = _source_behind(flow, stream, update, known)
+        if source is not None:
+            return stream, source, update
+    return None
+
+
+def _source_behind(
+    flow: Dataflow, stream: fx.Node, update: fx.Node, known: Mapping[fx.Node, _Candidate]
+) -> fx.Node | None:
+    """The latest value that the stream comes from, by earlier adds or split off, and that the update is made of."""
+    queue, seen = [stream], {stream}
+    while queue:
+        node = queue.pop(0)
+        if node is not stream and flow.is_ancestor(node, update):
+            return node
+        if node in known:
+            parents = [known[node].stream]
+        elif is_transport(node):
+            parents = node.all_input_nodes
+        else:
+            continue
+        queue += [parent for parent in parents if parent not in seen]
+        seen.update(parents)
+    return None
+
+
+def is_transport(node: fx.Node) -> bool:
+    """True for casts, splits and joins, which move a stream without computing with it."""
+    return node.target in TRANSPORT or node.target is operator.getitem
 
 
 def _kind(
-    flow: Dataflow, stream: fx.Node, update: fx.Node, attention: tuple[fx.Node, ...], streams: int, heavy: int
+    flow: Dataflow, branch: _Candidate, mixers: Mapping[fx.Node, Sequence[fx.Node]], streams: int, heavy: int
 ) -> SiteKind:
-    if not attention:
+    if not mixers:
         return SiteKind.MLP
-    if _bypasses(flow, stream, update, attention, heavy):
+    source = branch.source
+    if _bypasses(flow, source, branch.update, set(mixers), heavy):
         return SiteKind.PARALLEL
     from_itself = from_others = False
-    for node in attention:
-        key = node_argument(node, 1)
-        from_itself |= flow.is_ancestor(stream, key)
-        from_others |= bool(_nearest_streams(flow, key, streams) & ~flow.bits([stream]))
+    for operands in mixers.values():
+        from_itself |= all(flow.is_ancestor(source, operand) for operand in operands)
+        near = [_nearest_streams(flow, operand, streams) for operand in operands]
+        from_others |= any(bits & ~flow.bits([source]) for bits in near)
     if not from_itself:
         return SiteKind.CROSS_ATTENTION
     return SiteKind.JOINT_ATTENTION if from_others else SiteKind.SELF_ATTENTION
 
 
 def _nearest_streams(flow: Dataflow, node: fx.Node, streams: int) -> int:
-    """Stream values that `node` is computed from without passing through another one."""
+    """Stream values that `node` has tokens of: it is computed from them without another one or a mean between."""
     result, queue, seen = 0, [node], {node}
     while queue:
         current = queue.pop()
         bit = 1 << flow.position[current]
         if streams & bit:
             result |= bit
+        if streams & bit or current.target in REDUCTIONS:
             continue
         parents = [parent for parent in current.all_input_nodes if parent not in seen]
         seen.update(parents)
@@ -227,17 +332,29 @@ def _nearest_streams(flow: Dataflow, node: fx.Node, streams: int) -> int:
     return result
 
 
-def _bypasses(flow: Dataflow, stream: fx.Node, update: fx.Node, attention: tuple[fx.Node, ...], heavy: int) -> bool:
-    """True if a path with a matrix product leads around attention: an MLP beside it in the same branch."""
-    blocked = set(attention)
-    forward, queue = {stream}, [stream]
+def _bypasses(flow: Dataflow, source: fx.Node, update: fx.Node, mixers: Container[fx.Node], heavy: int) -> bool:
+    """True if a path with a matrix product leads around attention: an MLP beside it in the same branch.
+
+    A factor on the attention's output (gated attention) is none, however it was computed.
+    """
+    attended = flow.select(lambda node: node in mixers)
+    forward, queue = {source}, [source]
     while queue:
-        found = [u for u in queue.pop().users if u not in forward | blocked and flow.is_ancestor(u, update)]
+        found = [u for u in queue.pop().users if u not in forward and u not in mixers and flow.is_ancestor(u, update)]
         forward.update(found)
         queue += found
     backward, queue = {update}, [update]
     while queue:
-        found = [p for p in queue.pop().all_input_nodes if p in forward and p not in backward]
+        node = queue.pop()
+        parents = node.all_input_nodes
+        if node.target is aten.mul.Tensor and any(flow.ancestors[parent] & attended for parent in parents):
+            parents = [parent for parent in parents if flow.ancestors[parent] & attended]
+        found = [p for p in parents if p in forward and p not in backward]
         backward.update(found)
         queue += found
-    return bool(flow.bits(forward & backward) & heavy)
+    around, queue = {source}, [source]
+    while queue:
+        found = [user for user in queue.pop().users if user in backward and user not in around]
+        around.update(found)
+        queue += found
+    return update in around and bool(flow.bits(around) & heavy)

@@ -67,9 +67,9 @@ def _source_name(placeholder: fx.Node) -> tuple[str, bool]:
 def assign_roles(graph: fx.Graph, names: Sequence[tuple[str, bool]]) -> tuple[Input, ...]:
     """Tell parameters, latent, timestep and conditioning apart.
 
-    The latent is the floating input shaped most like the model's output. The timestep is the input of at most one value
-    per sample (or per token, when nothing smaller is there) that reaches a sinusoidal embedding; of several, such as
-    FLUX's guidance beside its timestep, the one whose argument is called after time or sigma.
+    The latent is the floating input shaped most like the model's output. The timestep is the input that reaches a
+    sinusoidal embedding; of several, such as FLUX's guidance beside its timestep, the one whose argument is called
+    after time or sigma, and then the smallest: one value per sample goes before one per frame or token.
 
     Args:
         graph: functional ATen graph with ``meta["val"]``.
@@ -97,20 +97,23 @@ def _find_latent(graph: fx.Graph, arguments: Sequence[fx.Node]) -> fx.Node | Non
 
     def likeness(node: fx.Node) -> tuple[bool, int]:
         shape = tuple(node.meta["val"].shape)
-        same_rank = len(shape) == len(target)
-        return same_rank, sum(a == b for a, b in zip(shape, target, strict=False)) if same_rank else 0
+        # A picture or a film may come with more channels than it leaves with, and a condition with as many.
+        ignored = 1 if len(shape) >= 4 else None
+        equal = [a == b for i, (a, b) in enumerate(zip(shape, target, strict=False)) if i != ignored]
+        return len(shape) == len(target), sum(equal) if len(shape) == len(target) else 0
 
     floating = [node for node in arguments if node.meta["val"].is_floating_point() and node.meta["val"].ndim >= 2]
     return max(floating, key=likeness, default=None)
 
 
 def _find_timestep(arguments: Sequence[fx.Node], label: dict[fx.Node, str]) -> fx.Node | None:
+    """The input that reaches a sinusoid and is called after time; without such a name the smallest that does."""
     embedded = [node for node in arguments if _reaches_sinusoid(node)]
-    for rank in (1, 2):
-        candidates = [node for node in embedded if node.meta["val"].ndim <= rank and not _is_position_table(node)]
-        if candidates:
-            return max(candidates, key=lambda node: _sounds_like_time(label[node]))
-    return None
+    named = [node for node in embedded if _sounds_like_time(label[node])]
+    # A learned table of timesteps has no sinusoid.
+    named = named or [n for n in arguments if n.meta["val"].ndim <= 1 and _sounds_like_time(label[n])]
+    small = [node for node in embedded if node.meta["val"].ndim <= 2 and not _is_position_table(node)]
+    return min(named or small, key=lambda node: node.meta["val"].ndim, default=None)
 
 
 def _reaches_sinusoid(node: fx.Node) -> bool:

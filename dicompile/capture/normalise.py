@@ -15,9 +15,11 @@ from torch._functorch.aot_autograd import aot_export_module
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
+from dicompile.capture.canonical import make_canonical
+from dicompile.capture.constants import spell_out_constants
 from dicompile.capture.inputs import Input, Role, assign_roles
 from dicompile.errors import CannotCapture
-from dicompile.text import graph_text
+from dicompile.text import graph_text, module_path, operator_text
 
 aten = torch.ops.aten
 
@@ -62,7 +64,7 @@ def capture_graph(
             each.
 
     Raises:
-        CannotCapture: the graph writes to its inputs.
+        CannotCapture: the graph writes to its inputs, or has sizes that depend on values.
     """
     fake_mode = FakeTensorMode(shape_env=ShapeEnv())
     read = read_inputs(dynamo_graph.graph)
@@ -76,7 +78,15 @@ def capture_graph(
         fx.traceback.preserve_node_meta(),
         fake_mode,
     ):
-        graph_module, signature = aot_export_module(dynamo_graph, fakes, trace_joint=False, pre_dispatch=True)
+        try:
+            graph_module, signature = aot_export_module(dynamo_graph, fakes, trace_joint=False, pre_dispatch=True)
+        except (RuntimeError, AssertionError) as error:
+            raise CannotCapture(
+                "the graph cannot be made functional",
+                where="capture",
+                why=str(error).splitlines()[0] if str(error) else type(error).__name__,
+                fix="see DICOMPILE_DEBUG=folder for the graph, and report it",
+            ) from error
     assert isinstance(graph_module, fx.GraphModule)
     written = signature.user_inputs_to_mutate.values()
     mutated = [name for (name, _), argument in zip(names, signature.user_inputs, strict=True) if argument in written]
@@ -89,9 +99,26 @@ def capture_graph(
         )
     for placeholder, value in zip(graph_module.graph.find_nodes(op="placeholder"), arguments, strict=True):
         placeholder.meta.setdefault("val", value)  # sizes of a dynamic graph, which nothing uses any more
+    _refuse_open_sizes(graph_module.graph)
+    with torch.no_grad(), fake_mode:
+        spell_out_constants(graph_module)
+        make_canonical(graph_module.graph)
     _drop_inference_noise(graph_module.graph)
     graph_module.recompile()
     return Capture(graph_module, assign_roles(graph_module.graph, names), fake_mode)
+
+
+def _refuse_open_sizes(graph: fx.Graph) -> None:
+    for node in graph.nodes:
+        value = node.meta.get("val")
+        if isinstance(value, torch.Tensor) and not all(isinstance(size, int) for size in value.shape):
+            path = module_path(node)
+            raise CannotCapture(
+                f"the size of {operator_text(node.target)}{f' in {path}' if path else ''} depends on values",
+                where="capture",
+                why="plans and costs are made before the values are there",
+                fix="compute it with tensors of fixed sizes, or from Python numbers",
+            )
 
 
 def read_inputs(dynamo_graph: fx.Graph) -> tuple[int, ...]:
@@ -120,4 +147,5 @@ def _drop_inference_noise(graph: fx.Graph) -> None:
         elif node.target is aten.dropout.default and not (node.args[2] and node.args[1]):
             node.replace_all_uses_with(node.args[0])
             graph.erase_node(node)
-    graph.eliminate_dead_code()
+    # torch counts attention as impure, for the sake of its dropout.
+    graph.eliminate_dead_code(is_impure_node=lambda node: node.op in ("placeholder", "output"))

@@ -179,6 +179,8 @@ class _Reading(TorchFunctionMode):
             args = (args[0], self._indices(args[1]), *args[2:])
         elif func in (torch.masked_select, Tensor.masked_select):
             func, args = Tensor.__getitem__, (args[0], self._indices(args[1]))
+        elif func in (torch.repeat_interleave, Tensor.repeat_interleave):
+            return self._repeat_interleave(*args, **kwargs)
         try:
             return func(*args, **kwargs)
         except RuntimeError as error:
@@ -187,6 +189,12 @@ class _Reading(TorchFunctionMode):
                 raise
         args, kwargs = pytree.tree_map_only(Tensor, self._as_int, (tuple(args), kwargs))
         return func(*args, **kwargs)
+
+    def _repeat_interleave(self, value: Tensor, repeats: Any = None, dim: int | None = None, **kwargs: Any) -> Tensor:
+        if not isinstance(repeats, Tensor):
+            return torch.repeat_interleave(value, repeats, dim, **kwargs)
+        where = self._untraced(torch.repeat_interleave, (repeats,), {})
+        return value.flatten()[where] if dim is None else value.index_select(dim, where)
 
     def _as_int(self, value: Tensor) -> Any:
         if value.ndim or value.is_floating_point():

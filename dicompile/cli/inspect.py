@@ -149,8 +149,7 @@ def plan_text(plan: Plan) -> str:
             folded.append(f"{label:>7}  {cells[start]}")
             start = i
     legend = "F computed, t some tokens, . reused, f forecast, - skipped; a letter per site, blocks apart, stack last"
-    notes = [plan.drops()] if plan.dropped else []
-    return "\n".join(["", plan.summary(), *notes, f"   step  kind, share of a full step, {legend}", *folded])
+    return "\n".join(["", plan.summary(), *plan.notes(), f"   step  kind, share of a full step, {legend}", *folded])
 
 
 def as_data(

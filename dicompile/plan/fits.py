@@ -8,7 +8,7 @@ from dicompile.analysis import ModelStructure, Site, TokenWise
 from dicompile.errors import PolicyDoesNotFit
 from dicompile.plan.action import ScoreBase
 from dicompile.plan.policy import Policy, Refresh, Rule, TokenScore, TokenTable
-from dicompile.plan.rows import refreshed, score_source
+from dicompile.plan.rows import STORES_NO_ATTENTION, refreshed, score_source, why_not_refreshed
 
 
 def choose_setting(policy: Policy, structure: ModelStructure) -> Policy:
@@ -87,20 +87,16 @@ def _check_one_value(policy: Policy, site: Site) -> None:
 
 
 def _check_tokens(policy: Policy, site: Site, do: Refresh | TokenTable) -> None:
-    fact, reason = site.tokens, site.tokens.reason
-    fix = "use a policy that reuses whole branches on this model, such as dicompile.FORA(interval=3)"
-    # A branch of attention over its own tokens can be refreshed where the rule says which attention they see.
-    opened = fact.stored if do.context == "stored" else fact.wise is TokenWise.QUERIES
-    if site.kind.is_span and do.context == "stored" and fact.wise is TokenWise.QUERIES:
-        opened, reason, fix = False, "a span stores no attention", "set context='all' or 'kept'"
-    if fact.wise is TokenWise.YES or (opened and (site.kind.is_span or site.kind.value == "parallel")):
+    reason = why_not_refreshed(site, do)
+    if not reason:
         return
+    fix = "set where_mixed='reuse' to reuse it whole, or use a policy that does, such as dicompile.FORA(interval=3)"
     raise PolicyDoesNotFit(
         f"policy {policy.name!r} refreshes single tokens, which this {'span' if site.kind.is_span else 'branch'} "
         "does not allow",
         where=_where(site),
         why=reason,
-        fix=fix,
+        fix="set context='all' or 'kept'" if reason is STORES_NO_ATTENTION else fix,
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -14,6 +15,9 @@ from dicompile.text import size_text
 
 FLOPS_PER_BYTE = 165.0
 """Balance of an H200 in bfloat16: 790 TFLOP/s over 4.8 TB/s; used for the predicted speedup."""
+
+
+_NUMBER = re.compile(r"\.\d+")  # of blocks and layers in a module path
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +112,8 @@ class Plan:
         stack: numbers of the spans of the stack.
         cache: how much may be remembered, and in which numbers.
         dropped: what is computed at every step because there is no room to remember it.
+        whole: labels of the sites that the policy would refresh token by token, but which mix tokens and are reused
+            whole instead, with the operator that forbids more.
         wanted_bytes: where something was dropped, what the policy would have held at most without it.
         wanted_flops: and the operations it would have taken.
     """
@@ -123,6 +129,7 @@ class Plan:
     stack: tuple[int, ...] = field(repr=False, default=())
     cache: CacheOptions = UNLIMITED
     dropped: tuple[Dropped, ...] = ()
+    whole: tuple[tuple[str, str], ...] = ()
     wanted_bytes: int = 0
     wanted_flops: int = 0
 
@@ -190,9 +197,19 @@ class Plan:
             f"computing them at every step costs {(self.flops - self.wanted_flops) / 1e9:.3f} GFLOP more"
         )
 
+    def notes(self) -> list[str]:
+        """Where the plan is not what the policy asked for: what it dropped, and what it reuses whole."""
+        by_reason: dict[str, list[str]] = {}
+        for label, reason in self.whole:
+            by_reason.setdefault(_NUMBER.sub(".*", reason), []).append(label)
+        whole = [
+            f"reused whole instead of refreshed: {_by_kind(labels)}: {reason}" for reason, labels in by_reason.items()
+        ]
+        return [*([self.drops()] if self.dropped else []), *whole]
+
     def __str__(self) -> str:
         legend = "F computed   t some tokens   . reused   f forecast   b blended   - skipped, a span is reused"
-        return "\n".join(part for part in (self.summary(), self.drops(), legend, self.grid()) if part)
+        return "\n".join((self.summary(), *self.notes(), legend, self.grid()))
 
 
 def _by_kind(labels: Sequence[str]) -> str:

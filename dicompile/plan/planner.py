@@ -13,7 +13,7 @@ from dicompile.plan.fits import choose_setting
 from dicompile.plan.memory import UNLIMITED, CacheOptions, slot_bytes, stored_value
 from dicompile.plan.plan import Plan, SiteStep, StepPlan, sites_by_block
 from dicompile.plan.policy import Policy
-from dicompile.plan.rows import Row, make_rows, score_source
+from dicompile.plan.rows import Row, make_rows, reused_whole, score_source
 from dicompile.plan.schedule import TimestepSchedule
 from dicompile.plan.tables import check_timesteps
 
@@ -39,7 +39,9 @@ def make_plan(
     def plan_without(dropped: frozenset[int], cache: CacheOptions) -> Plan:
         rows = make_rows(structure, policy, schedule.before + schedule.steps, dropped, schedule.before)
         plan = plan_actions(structure, rows, schedule, policy.name, cache)
-        return replace(plan, steps=tuple(with_predictor(structure, step, policy.predictor_cost) for step in plan.steps))
+        whole = tuple((structure.everything[i].label, reason) for i, reason in reused_whole(structure, policy).items())
+        steps = tuple(with_predictor(structure, step, policy.predictor_cost) for step in plan.steps)
+        return replace(plan, steps=steps, whole=whole)
 
     return fit_budget(structure, plan_without, cache)
 

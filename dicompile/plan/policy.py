@@ -403,6 +403,8 @@ class Policy(_Data):
         seed: of random scores.
         predictor: file of the network that predicts importance, where a rule ranks tokens by it.
         predictor_cost: what one prediction costs, in blocks of the model.
+        where_mixed: what becomes of a branch whose tokens a rule refreshes, but which mixes them: "refuse" the policy
+            or "reuse" the branch whole, which the plan then says.
         elsewhere: settings of the same method for other kinds of model; see `choose_setting`.
     """
 
@@ -412,6 +414,7 @@ class Policy(_Data):
     seed: int = 0
     predictor: str | None = None
     predictor_cost: Annotated[float, Field(ge=0)] = 0.0
+    where_mixed: Literal["refuse", "reuse"] = "refuse"
     elsewhere: tuple[Elsewhere, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from dicompile.analysis import ModelStructure, Site, SiteKind
+from dicompile.analysis import ModelStructure, Site, SiteId, SiteKind, TokenWise
 from dicompile.errors import PolicyDoesNotFit
 from dicompile.plan.action import COMPUTE, SKIP, Action, Context, Score, ScoreBase, Selection, What
 from dicompile.plan.policy import Cadence, Fitted, Moment, Policy, Refresh, Rule, Table, TokenScore, TokenTable
@@ -45,6 +45,7 @@ class _Rows:
         self.moments: dict[Cadence, tuple[Moment, ...]] = {}
         named = {rule: [site for site in structure.everything if rule.names(site)] for rule in policy.rules}
         self.positions = {rule: {site.id: n for n, site in enumerate(sites)} for rule, sites in named.items()}
+        self.mixed = reused_whole(structure, policy)
         for rule in policy.rules:
             check_table(policy, rule, named[rule], steps)
 
@@ -101,7 +102,7 @@ class _Rows:
     def instead(self, rule: Rule, site: Site, moment: Moment, interval: int) -> Action:
         """Action on a step that is not full."""
         recalled = self.recall(rule, site, moment.step)
-        if not isinstance(rule.do, Refresh):
+        if not isinstance(rule.do, Refresh) or site.id in self.mixed:
             return recalled
         count = rule.do.count(moment.q, self.structure.blocks[site.block].depth, site.tokens.count)
         if count == 0:
@@ -114,7 +115,7 @@ class _Rows:
         if count >= site.tokens.count:
             return COMPUTE
         self._check_stored(site, step)
-        if count == 0:
+        if count == 0 or site.id in self.mixed:
             return Action((0.0, 1.0), What(table.what))
         return Action.refresh(Selection(score_of(table.score, 1), count, Context(table.context)), What(table.what))
 
@@ -171,6 +172,34 @@ def rule_for(policy: Policy, site: Site, *kinds: type) -> Rule | None:
 
 
 def refreshed(structure: ModelStructure, policy: Policy) -> Sequence[tuple[Site, Refresh | TokenTable]]:
-    """Sites and spans of which single tokens may be computed, and how."""
+    """Sites and spans of which single tokens may be computed, and how; those that are reused whole instead left out."""
+    mixed = reused_whole(structure, policy)
+    return [(site, do) for site, do in _asked_to_refresh(structure, policy) if site.id not in mixed]
+
+
+def reused_whole(structure: ModelStructure, policy: Policy) -> dict[SiteId, str]:
+    """Sites and spans that a rule refreshes but which mix tokens, with the reason, if the policy reuses such."""
+    if policy.where_mixed == "refuse":
+        return {}
+    reasons = ((site, why_not_refreshed(site, do)) for site, do in _asked_to_refresh(structure, policy))
+    return {site.id: reason for site, reason in reasons if reason}
+
+
+def why_not_refreshed(site: Site, do: Refresh | TokenTable) -> str:
+    """What forbids to compute chosen tokens of a site or span alone; empty if nothing does."""
+    fact = site.tokens
+    # A branch of attention over its own tokens can be refreshed where the rule says which attention they see.
+    opened = fact.stored if do.context == "stored" else fact.wise is TokenWise.QUERIES
+    if site.kind.is_span and do.context == "stored" and fact.wise is TokenWise.QUERIES:
+        return STORES_NO_ATTENTION
+    if fact.wise is TokenWise.YES or (opened and (site.kind.is_span or site.kind is SiteKind.PARALLEL)):
+        return ""
+    return fact.reason or "what mixes its tokens is stored at other steps only"
+
+
+STORES_NO_ATTENTION = "a span stores no attention"
+
+
+def _asked_to_refresh(structure: ModelStructure, policy: Policy) -> Sequence[tuple[Site, Refresh | TokenTable]]:
     found = ((site, rule_for(policy, site, Refresh, TokenTable)) for site in structure.everything)
     return [(site, rule.do) for site, rule in found if rule is not None and isinstance(rule.do, (Refresh, TokenTable))]

@@ -1,7 +1,7 @@
 """Published names on any model: every kind of model gets the setting that was published for its kind.
 
 ``"toca"`` is the setting for class-conditional DiT on one, that for PixArt on a model with cross-attention, and so on;
-on a model that none of them fits, tokens are chosen at random. With options a name means the function that takes them.
+on a model that none of them fits, tokens are chosen at random, and branches that mix tokens are reused whole. With options a name means the function that takes them.
 """
 
 from __future__ import annotations
@@ -28,6 +28,6 @@ def _anywhere(main: Policy, joint: Policy, film: Policy, text: Policy, plain: Po
         Elsewhere(sites=("joint-attention",), policy=joint),
         Elsewhere(sites=("self-attention", "cross-attention"), grid_axes=3, policy=film),
         Elsewhere(sites=("self-attention", "cross-attention"), policy=text),
-        Elsewhere(policy=plain.model_copy(update={"name": f"{plain.name}-random"})),
+        Elsewhere(policy=plain.model_copy(update={"name": f"{plain.name}-random", "where_mixed": "reuse"})),
     )
     return main.model_copy(update={"elsewhere": others})

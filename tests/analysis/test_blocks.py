@@ -48,7 +48,7 @@ def test_a_model_of_plain_attributes_has_the_blocks_of_the_model_with_a_module_l
     assert not any("blocks" in name for name, _ in model.named_parameters())
     found = analyse(tiny(model, x=torch.randn(4, 4, 16, 16), t=torch.full((4,), 500), y=torch.tensor([1, 2, 10, 10])))
     expected = structure("plain_dit")
-    assert [block.path for block in found.blocks] == ["", "", ""]
+    assert [block.path for block in found.blocks] == ["a", "b", "c"]
     assert [(b.sites, b.nodes, b.kind) for b in found.blocks] == [(b.sites, b.nodes, b.kind) for b in expected.blocks]
     assert [(s.kind, s.shape, s.flops) for s in found.sites] == [(s.kind, s.shape, s.flops) for s in expected.sites]
     assert [block.depth for block in found.blocks] == [(0, 3), (1, 3), (2, 3)]

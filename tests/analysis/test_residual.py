@@ -172,11 +172,10 @@ def test_where_the_gate_ends_and_the_core_begins(block: type[nn.Module], core: s
 
 
 class NoBranch(Block):
-    """Adds that are no residual branches: nothing is multiplied, nothing of the latent is in it, or it is scaled."""
+    """Adds that are no residual branches: nothing is multiplied, it is scaled, or comes from elsewhere."""
 
     def forward(self, x: Tensor, text: Tensor, t: Tensor) -> Tensor:
         x = x + F.silu(x) * t
-        text = text + self.mlp(text)
         x = torch.add(x, self.mlp(x), alpha=2)
         return x + self.out(text.mean(1, keepdim=True)).expand(x.shape)
 

@@ -12,7 +12,7 @@ from torch import nn
 from tests.models import redraw
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Case:
     """A class of transformer in one configuration.
 

@@ -60,6 +60,7 @@ from tests.zoo.case import Case
 
 UNIT = tuple(round(0.9 - 0.1 * i, 1) for i in range(8))
 THREE = ("self", "cross", "mlp")
+AROUND = {"preprocess_conv": ("mlp",), "postprocess_conv": ("mlp",)}
 
 
 def time(value: float = 500.0, batch: int = 2) -> Tensor:
@@ -159,9 +160,9 @@ def cogvideox() -> Case:
             use_rotary_positional_embeddings=True,
         )  # fmt: skip
 
-    # one MLP over picture and text, its result split between two adds; nothing reads the text after the last attention
+    # one MLP over picture and text, its result split between two adds; nothing reads the text after the last one
     return Case("CogVideoXTransformer3DModel", make, inputs, {
-        "transformer_blocks.2": ("joint", "mlp"),
+        "transformer_blocks.2": ("joint", "joint", "mlp"),
         "transformer_blocks.*": ("joint", "joint", "mlp", "mlp"),
     })  # fmt: skip
 
@@ -538,11 +539,10 @@ def consis_id() -> Case:
         )  # fmt: skip
 
     # the model itself adds the perceivers, after every second block; the extractor knows nothing of noise or time, its
-    # keys are of the face and of its own queries; nothing reads the text after the last attention but the last norm,
-    # row by row, of which only the rows of the picture are kept
+    # keys are of the face and of its own queries, but the face is no stream; of the text after the last block only
+    # rows are made that are cut off in the end
     return Case("ConsisIDTransformer3DModel", make, inputs, {
-        "local_facial_extractor.layers.*": ("joint", "mlp"),
-        "transformer_blocks.3": ("joint", "mlp"),
+        "local_facial_extractor.layers.*": ("self", "mlp"),
         "transformer_blocks.*": ("joint", "joint", "mlp", "mlp"),
         "perceiver_cross_attention.*": ("cross",),
     })  # fmt: skip
@@ -630,7 +630,7 @@ def stable_audio() -> Case:
         )  # fmt: skip
 
     # time is a token, nothing is modulated; around the blocks the model adds convolutions of its input and its output
-    return Case("StableAudioDiTModel", make, inputs, {"transformer_blocks.*": THREE}, timesteps=UNIT)
+    return Case("StableAudioDiTModel", make, inputs, {"transformer_blocks.*": THREE} | AROUND, timesteps=UNIT)
 
 
 def stable_audio3(inpaint: bool) -> Case:
@@ -654,7 +654,7 @@ def stable_audio3(inpaint: bool) -> Case:
     # every attention is a difference of two; around the blocks the model adds convolutions of its input and its
     # output; to inpaint, each block adds an MLP of the condition, not of the stream, to the tokens after the memory
     return Case(f"StableAudio3DiTModel [{'inpaint' if inpaint else 'text'}]", make, inputs,
-                {"transformer_blocks.*": THREE}, timesteps=UNIT)  # fmt: skip
+                {"transformer_blocks.*": THREE} | AROUND, timesteps=UNIT)  # fmt: skip
 
 
 def longcat_audio() -> Case:
@@ -817,10 +817,10 @@ def motif_video() -> Case:
             enable_text_cross_attention_dual=True, enable_text_cross_attention_single=True,
         )  # fmt: skip
 
-    # the queries of the cross attention are the result of the joint one; the last two blocks start from the noisy
-    # tokens again, with the stream so far in the place of the text
+    # the queries of the cross attention are the result of the joint one, so that its branch holds both; the last two
+    # blocks start from the noisy tokens again, with the stream so far in the place of the text
     return Case("MotifVideoTransformer3DModel", make, inputs, {
-        "transformer_blocks.*": ("joint", "cross", "joint", "mlp", "mlp"),
+        "transformer_blocks.*": ("joint", "joint", "joint", "mlp", "mlp"),
         "single_transformer_blocks.*": ("parallel",),
     })  # fmt: skip
 
@@ -848,10 +848,9 @@ def cosmos3() -> Case:
             num_hidden_layers=3, num_key_value_heads=1, patch_latent_dim=16, vocab_size=32, rope_axes_dim=[4, 2, 2],
         )  # fmt: skip
 
-    # text, then film. The text sees itself only and no time. Its last results are joined to the film's, but no
-    # prediction is made from their rows.
+    # text, then film. The text sees itself only and no time. Its last results are joined to the film's and so are made,
+    # though no prediction comes from their rows.
     return Case("Cosmos3OmniTransformer", make, inputs, {
-        "layers.2": ("joint", "mlp"),
         "layers.*": ("self", "joint", "mlp", "mlp"),
     }, timestep="vision_timesteps", latent="vision_tokens")  # fmt: skip
 
@@ -901,7 +900,7 @@ def minimax_music3() -> Case:
         )  # fmt: skip
 
     # time is a token, nothing is modulated; around the blocks the model adds convolutions of its input and its output
-    return Case("MiniMaxMusic3Transformer1DModel", make, inputs, {"transformer_blocks.*": ("self", "mlp")},
+    return Case("MiniMaxMusic3Transformer1DModel", make, inputs, {"transformer_blocks.*": ("self", "mlp")} | AROUND,
                 timesteps=UNIT[::-1])  # fmt: skip
 
 
@@ -962,11 +961,12 @@ def rfd4_proteina() -> Case:
             feats_pair_repr=("xt_bb_ca_pair_dists", "molecule_idx_pair", "token_bond_path_length"),
         )  # fmt: skip
 
-    # pairs of residues bias the attention and are a stream of their own: an outer product of the residues, products
-    # along the two sides of triangles, and an MLP, after every second block. Time 1 is the finished protein.
+    # pairs of residues bias the attention and are a stream of their own: products along the two sides of triangles, in
+    # which pairs see each other, and an MLP, after every second block; the outer product of the residues that is added
+    # first does not read that stream. Time 1 is the finished protein.
     return Case("RFD4ProteinaTransformer", make, inputs, {
         "transformer_layers.*": ("self", "mlp"),
-        "pair_update_layers.*": ("mlp", "mlp", "mlp", "mlp"),
+        "pair_update_layers.*": ("self", "self", "mlp"),
     }, timesteps=UNIT[::-1], timestep="bb_ca_time", latent="bb_ca")  # fmt: skip
 
 

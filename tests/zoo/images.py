@@ -333,8 +333,9 @@ def lumina_next() -> Case:
             "return_dict": False,
         }
 
-    # Self attention and cross attention are summed before their common output projection: one add sees both.
-    return Case("LuminaNextDiT2DModel", make, inputs, {"layers.*": ("joint", "mlp")}, ASCENDING)
+    # Self attention and cross attention are summed before their common output projection: one add for both. The text is
+    # no stream.
+    return Case("LuminaNextDiT2DModel", make, inputs, {"layers.*": ("self", "mlp")}, ASCENDING)
 
 
 def z_image() -> Case:
@@ -521,8 +522,9 @@ def cogview3plus() -> Case:
         }
 
     branches = {
-        "transformer_blocks.2": ("joint", "mlp"),  # nothing reads the text after it
-        # One MLP over the concatenated streams: its halves are added to each.
+        # Nothing reads the text after the last block's MLP, which is one over the concatenated streams: halves of its
+        # result are added to each.
+        "transformer_blocks.2": ("joint", "joint", "mlp"),
         "transformer_blocks.*": ("joint", "joint", "mlp", "mlp"),
     }
     return Case("CogView3PlusTransformer2DModel", make, inputs, branches)
@@ -872,7 +874,7 @@ def nucleus() -> Case:
 
     # Keys are the image's and the text's; the text is no stream, every block reads it anew. Block 3 alone is a mixture
     # of experts.
-    branches = {"transformer_blocks.*": ("joint", "mlp")}
+    branches = {"transformer_blocks.*": ("self", "mlp")}
     return Case("NucleusMoEImageTransformer2DModel", make, inputs, branches, FRACTIONS)
 
 
@@ -914,7 +916,7 @@ def prx() -> Case:
             "return_dict": False,
         }
 
-    branches = {"blocks.*": ("joint", "mlp")}  # keys are the image's and the text's; the text is no stream
+    branches = {"blocks.*": ("self", "mlp")}  # keys are the image's and the text's; the text is no stream
     return Case("PRXTransformer2DModel", make, inputs, branches, FRACTIONS)
 
 

@@ -1,0 +1,113 @@
+"""One spelling for operators that have several, and no edges but dataflow.
+
+``q.type_as(x)``, ``torch.empty_like(x)`` and the writes to slices of it (rotary embeddings) take a tensor for its dtype
+or shape only; left alone, their result would seem to depend on it. Fused spellings (``addcmul``, ``lerp``) hide sums.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from dicompile.nodes import node_argument
+
+aten = torch.ops.aten
+
+_NO_OPERATIONS = (torch.amp.autocast_mode._enter_autocast, torch.amp.autocast_mode._exit_autocast)
+_SAME = (aten.alias.default, aten.detach.default)
+_SYNONYMS = {
+    aten.concat.default: aten.cat.default,
+    aten.concatenate.default: aten.cat.default,
+    aten.clip.default: aten.clamp.default,
+}
+
+
+def make_canonical(graph: fx.Graph) -> None:
+    """Rewrite a functional ATen graph in place; its fake mode must be active."""
+    for node in reversed(graph.nodes):
+        # Autocast has put its casts into the graph already.
+        if node.target in _NO_OPERATIONS:
+            graph.erase_node(node)
+    for node in list(graph.nodes):
+        node.target = _SYNONYMS.get(node.target, node.target)
+        rule = _RULES.get(node.target)
+        if rule is not None:
+            node.replace_all_uses_with(rule(node))
+            graph.erase_node(node)
+
+
+def _same(node: fx.Node) -> fx.Node:
+    return node_argument(node, 0)
+
+
+def _filled(fill: float | None) -> Callable[[fx.Node], fx.Node]:
+    def rule(node: fx.Node) -> fx.Node:
+        value = node.meta["val"]
+        kind = {"dtype": value.dtype, "device": value.device}
+        if fill is None:
+            return _call(node, aten.empty.memory_format, (list(value.shape),), kind)
+        return _call(node, aten.full.default, (list(value.shape), fill), kind)
+
+    return rule
+
+
+def _type_as(node: fx.Node) -> fx.Node:
+    return _cast(node, node_argument(node, 0))
+
+
+def _copy(node: fx.Node) -> fx.Node:
+    source, shape = node_argument(node, 1), node.meta["val"].shape
+    if source.meta["val"].shape != shape:
+        source = _call(node, aten.expand.default, (source, list(shape)), {})
+    return _cast(node, source)
+
+
+def _cast(node: fx.Node, source: fx.Node) -> fx.Node:
+    dtype = node.meta["val"].dtype
+    if source.meta["val"].dtype == dtype:
+        return source
+    return _call(node, aten._to_copy.default, (source,), {"dtype": dtype})
+
+
+def _addcmul(node: fx.Node) -> fx.Node:
+    base, left, right = node.args[:3]
+    product = _call(node, aten.mul.Tensor, (left, right), {})
+    scale = node.kwargs.get("value", 1)
+    if scale != 1:
+        product = _call(node, aten.mul.Tensor, (product, scale), {})
+    return _call(node, aten.add.Tensor, (base, product), {})
+
+
+def _lerp(node: fx.Node) -> fx.Node:
+    start, end, weight = node.args[:3]
+    difference = _call(node, aten.sub.Tensor, (end, start), {})
+    return _call(node, aten.add.Tensor, (start, _call(node, aten.mul.Tensor, (difference, weight), {})), {})
+
+
+def _call(before: fx.Node, target: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> fx.Node:
+    """A call in the module of the node it goes before."""
+    with before.graph.inserting_before(before):
+        node = before.graph.call_function(target, tuple(args), kwargs)
+    node.meta["val"] = target(*fx.node.map_arg(tuple(args), lambda parent: parent.meta["val"]), **kwargs)
+    if "nn_module_stack" in before.meta:
+        node.meta["nn_module_stack"] = before.meta["nn_module_stack"]
+    return node
+
+
+_RULES: dict[object, Callable[[fx.Node], fx.Node]] = {
+    **dict.fromkeys(_SAME, _same),
+    aten.empty_like.default: _filled(None),
+    aten.zeros_like.default: _filled(0),
+    aten.ones_like.default: _filled(1),
+    aten.new_empty.default: _filled(None),
+    aten.new_zeros.default: _filled(0),
+    aten.new_ones.default: _filled(1),
+    aten.type_as.default: _type_as,
+    aten.copy.default: _copy,
+    aten.addcmul.default: _addcmul,
+    aten.lerp.Scalar: _lerp,
+    aten.lerp.Tensor: _lerp,
+}

@@ -1,0 +1,123 @@
+"""Every class of transformer that diffusers exports, and three of other houses, through the whole of dicompile.
+
+The ground truth is the untouched model and what a reader of its source wrote into the zoo; docs/coverage.md is the
+table of what comes out.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+
+from dicompile.capture import Role
+from dicompile.errors import CannotCapture
+from tests.zoo.case import Case
+from tests.zoo.coverage import (
+    CASES,
+    Facts,
+    class_of,
+    expected_branches,
+    exported_classes,
+    facts_of,
+    found_branches,
+    missing_patterns,
+    row_of,
+    table,
+)
+
+DOC = Path(__file__).resolve().parents[1] / "docs" / "coverage.md"
+POSSIBLE = [case for case in CASES if not case.impossible]
+IMPOSSIBLE = [case for case in CASES if case.impossible]
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+    pytest.mark.filterwarnings("ignore::UserWarning"),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+]
+
+
+def cases(those: list[Case]) -> pytest.MarkDecorator:
+    # One group per case: its facts are made once, by whichever test comes first.
+    return pytest.mark.parametrize(
+        "case", [pytest.param(case, marks=pytest.mark.xdist_group(case.name)) for case in those], ids=str
+    )
+
+
+def test_the_zoo_has_every_class_that_diffusers_exports() -> None:
+    assert exported_classes() <= {class_of(case) for case in CASES}
+
+
+@cases(POSSIBLE)
+def test_a_class_works(case: Case) -> None:
+    facts = facts_of(case)
+    paths = list(found_branches(facts.structure))
+    assert found_branches(facts.structure) == expected_branches(case, paths)
+    assert missing_patterns(case, paths) == []
+    check_roles(case, facts)
+    check_calls(facts)
+    check_runs(facts)
+    assert line_of(case.name) == line_of(case.name, "\n".join(table([row_of(case)])))
+
+
+def check_roles(case: Case, facts: Facts) -> None:
+    roles = {item.role: item.name.split(".")[0] for item in facts.structure.inputs}
+    assert roles[Role.LATENT] == case.latent
+    # Some classes do not look at their timestep in this configuration.
+    named = {item.name.split(".")[0] for item in facts.structure.inputs}
+    if case.timestep in named and case.timestep != case.latent and Role.TIMESTEP in roles:
+        assert roles[Role.TIMESTEP] == case.timestep
+
+
+def check_calls(facts: Facts) -> None:
+    """Attention and linear calls of every block of the untouched model lie in branches that were found there."""
+    structure = facts.structure
+    for path in {block.path for block in structure.blocks} - {""}:
+        called = Counter[str]()
+        for (module, name), count in facts.calls.items():
+            if module == path or module.startswith(f"{path}."):
+                called[name] += count
+        blocks = [block for block in structure.blocks if block.path == path]
+        attention = {name for block in blocks for site in structure.sites_of(block) for name in site.attention}
+        assert len(attention) == called["attention"], path
+
+
+def check_runs(facts: Facts) -> None:
+    whole = facts.structure.flops
+    assert abs(facts.eager_flops[0] - whole) <= 0.03 * whole
+    for name, run in facts.runs.items():
+        assert run.frames == 1  # no recompilation between steps
+        assert run.cold_starts == ()
+        assert all(output.isfinite().all() for output in run.outputs)
+        for step, (kind, output) in enumerate(zip(run.kinds, run.outputs, strict=True)):
+            if kind == "full":
+                torch.testing.assert_close(output, facts.eager[step], rtol=1e-3, atol=1e-4)
+        # Plans count no scores, no outer products, and no work that more than one step needs.
+        score = 0.0 if name == "fora" else 0.15
+        for step, (done, planned) in enumerate(zip(run.flops, run.planned, strict=True)):
+            assert planned - 0.03 * whole <= done <= planned + (0.03 + score) * whole, step
+    fora = facts.runs["fora"]
+    assert set(fora.kinds) == {"full", "reuse"} and fora.kinds[0] == "full"
+    outside = whole - sum(site.flops for site in facts.structure.sites)
+    for step, kind in enumerate(fora.kinds):
+        if kind == "reuse":
+            assert fora.flops[step] <= outside + 0.03 * whole
+            assert not torch.equal(fora.outputs[step], facts.eager[step])
+
+
+@cases(IMPOSSIBLE)
+def test_a_class_that_cannot_work_is_refused_with_the_operator_that_forbids_it(case: Case) -> None:
+    with pytest.raises(CannotCapture) as error:
+        facts_of(case)
+    assert case.impossible in str(error.value)
+    assert line_of(case.name) == line_of(case.name, "\n".join(table([row_of(case)])))
+
+
+def line_of(name: str, text: str | None = None) -> str:
+    pattern = re.compile(rf"^\| {re.escape(name)} \|.*$", re.MULTILINE)
+    found = pattern.search(DOC.read_text(encoding="utf-8") if text is None else text)
+    assert found, f"docs/coverage.md has no line for {name}: run `make coverage`"
+    return found[0]
