@@ -1,6 +1,8 @@
 """dicompile: a compiler for diffusion transformers."""
 
 from dicompile.api import CachedModel as CachedModel
+from dicompile.api import disable as disable
+from dicompile.api import enable as enable
 from dicompile.api import free as free
 from dicompile.api import optimize as optimize
 from dicompile.api import plan_of as plan_of

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import inspect
-from collections.abc import Iterator
+import logging
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -16,16 +18,21 @@ from dicompile.backend import backend_for, require_sites
 from dicompile.compiler import CompiledFrame, Options
 from dicompile.errors import (
     AlreadyOptimized,
+    CannotCapture,
     InvalidSchedule,
     NotOptimized,
     NotYetRun,
     UnsupportedModel,
 )
 from dicompile.lower import check_mode
+from dicompile.offload import HOOK_ATTRIBUTES, check_weights_are_whole, move_hook
 from dicompile.plan import CacheOptions, Plan, Policy
 from dicompile.policies import get_policy
 from dicompile.runtime import RunReport, SchedulerLink, cache_context, current_session
+from dicompile.traced import TracedModel
 from dicompile.turns import TURNS, TracesAlone
+
+log = logging.getLogger("dicompile")
 
 # Dynamo compiles a forward 8 times, for all instances of its class together, and then runs it as it is without a word.
 # torch 2.13 can count per instance; every shape of the inputs is one compilation.
@@ -97,11 +104,40 @@ def restore(model: Any) -> Any:
     """
     free(model)
     if isinstance(model, CachedModel):
-        return model.original
+        return model.released()
     for name, denoiser in _denoisers(model).items():
         if isinstance(denoiser, CachedModel):
-            setattr(model, name, denoiser.original)
+            setattr(model, name, denoiser.released())
     return model
+
+
+def disable(model: Any) -> None:
+    """Run the original module until `enable`; what was compiled is kept, and what this session remembers released.
+
+    For another policy, restore it and optimize it anew.
+
+    Args:
+        model: what `optimize` returned.
+
+    Raises:
+        NotOptimized: it was not optimized.
+    """
+    free(model)
+    for cached in _cached_in(model):
+        cached.is_enabled = False
+
+
+def enable(model: Any) -> None:
+    """Cache again after `disable`; whatever runs next remembers nothing of before.
+
+    Args:
+        model: what `optimize` returned.
+
+    Raises:
+        NotOptimized: it was not optimized.
+    """
+    for cached in _cached_in(model):
+        cached.is_enabled = True
 
 
 def free(model: Any = None) -> None:
@@ -137,13 +173,15 @@ def structure_of(model: Any) -> ModelStructure:
 
 
 def plan_of(model: Any) -> Plan:
-    """Plan of an optimized model for its schedule as it is now.
+    """Plan of an optimized model for its schedule as it is now, from the step at which this session's run began.
+
+    Of a pipeline with several denoisers this is the plan of the first one; ask for ``pipe.transformer_2`` by itself.
 
     Raises:
         NotOptimized, NotYetRun: nothing was captured yet.
     """
     frame = _frame_of(model)
-    return frame.programs.plan(frame.run.link.schedule)
+    return frame.programs.plan(frame.run.schedule_of(current_session().state_of(frame.run)))
 
 
 def prepare(model: Any) -> None:
@@ -159,12 +197,21 @@ def prepare(model: Any) -> None:
 
 
 def report(model: Any) -> RunReport:
-    """What happened in the last generation of this session.
+    """What happened in the last generation of this session, in all denoisers of a pipeline and for all shapes.
 
     Raises:
         NotOptimized, NotYetRun: nothing ran yet.
     """
-    return current_session().state_of(_frame_of(model).run).report
+    session, latest = current_session(), _frame_of(model)
+    last = session.state_of(latest.run)
+    whole = copy.deepcopy(last.report)
+    for cached in _cached_in(model):
+        for frame in cached.frames:
+            state = session.state_of(frame.run)
+            # Fixed timesteps do not tell one run from the next.
+            if state is not last and latest.run.link.is_live and state.schedule_token is last.schedule_token:
+                whole.add(state.report)
+    return whole
 
 
 class CachedModel(OptimizedModule):
@@ -175,14 +222,50 @@ class CachedModel(OptimizedModule):
 
     _options: Options | None = None
     _frames: list[CompiledFrame] | None = None
+    _by_dynamo: Callable[..., Any] | None = None
+    _traced: TracedModel | None = None
+    is_enabled: bool = True
 
     def __init__(self, module: nn.Module, options: Options) -> None:
+        check_weights_are_whole(module)
         backend = backend_for(options, self._remember)
-        context: Any = torch._dynamo.optimize(backend, dynamic=False, **_OWN_LIMIT)  # Any: Dynamo may be switched off
+        # Any: Dynamo may be switched off
+        context: Any = torch._dynamo.optimize(backend, nopython=True, dynamic=False, **_OWN_LIMIT)
         if callable(getattr(context, "callback", None)):
             context.callback = TracesAlone(context.callback)
         super().__init__(module, context)
         self._options, self._frames = options, []
+        self._by_dynamo, self.forward = self.forward, self._call
+        move_hook(module, self)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy is optimized alike, and has captured nothing yet."""
+        return type(self), (self.original, self._options), {"is_enabled": self.is_enabled}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.is_enabled = state["is_enabled"]
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in HOOK_ATTRIBUTES:
+            object.__setattr__(self, name, value)
+        else:
+            super().__setattr__(name, value)
+
+    def __delattr__(self, name: str) -> None:
+        if name in HOOK_ATTRIBUTES:
+            object.__delattr__(self, name)
+        else:
+            super().__delattr__(name)
+
+    def released(self) -> nn.Module:
+        """The module that was optimized, with the hooks that it got meanwhile."""
+        move_hook(self, self.original)
+        return self.original
+
+    @property
+    def __class__(self) -> type:  # type: ignore[override]
+        """That of the original: pipelines ask whether a component is a model of theirs."""
+        return type(self._modules["_orig_mod"]) if "_modules" in vars(self) else type(self)
 
     @property
     def original(self) -> nn.Module:
@@ -191,14 +274,39 @@ class CachedModel(OptimizedModule):
         return module
 
     @property
+    def link(self) -> SchedulerLink:
+        """Where the schedule comes from."""
+        assert self._options is not None
+        return self._options.link
+
+    @property
     def frames(self) -> list[CompiledFrame]:
         """Everything compiled so far, the latest last."""
         return self._frames or []
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Call the model; it samples, so no gradients are recorded."""
+        """Call the model; it samples, so no gradients are recorded while it is enabled."""
+        if not self.is_enabled:
+            return super().__call__(*args, **kwargs)
         with TURNS.running(), torch.no_grad():
             return super().__call__(*args, **kwargs)
+
+    def _call(self, *args: Any, **kwargs: Any) -> Any:
+        if not self.is_enabled:
+            return self.original(*args, **kwargs)
+        if self._traced is None:
+            assert self._by_dynamo is not None
+            try:
+                return self._by_dynamo(*args, **kwargs)
+            except (torch._dynamo.exc.TorchDynamoException, CannotCapture) as refused:
+                log.info(
+                    "Dynamo cannot take %s whole, so it is run to capture it: %s",
+                    type(self.original).__name__, str(refused).splitlines()[0],
+                )  # fmt: skip
+            check_weights_are_whole(self.original)
+            assert self._options is not None
+            self._traced = TracedModel(self.original, self._options, self._remember)
+        return self._traced(*args, **kwargs)
 
     @contextlib.contextmanager
     def cache_context(self, name: str, **_: Any) -> Iterator[None]:
