@@ -165,7 +165,8 @@ def dicompile_plan(sampler: Sampler) -> Any:
 def test_a_batch_and_a_prompt_of_another_size_follow_the_plan_too() -> None:
     sampler = optimized(pipes.flux(guided=True))
     longer = {name: pipes.text(tokens=9)["prompt_embeds"] for name in ("prompt_embeds", "negative_prompt_embeds")}
-    for options in ({}, {"num_images_per_prompt": 2}, longer, {}):
+    two = {name: value.repeat_interleave(2, 0) for name, value in sampler.options.items() if "embeds" in name}
+    for options in ({}, two, longer, {}):
         sampler(4, **options)
         check_planned(sampler)
 
