@@ -3,13 +3,17 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint ruff typecheck format bench clean
+.PHONY: demo test nightly lint ruff typecheck format bench clean
 
 demo: $(VENV)/.installed-demo
 	$(BIN)/dicompile demo
 
 test: $(VENV)/.installed-test
 	$(BIN)/python -m pytest
+
+# Hundreds of random sequences of everything that may happen to optimized models.
+nightly: $(VENV)/.installed-test
+	$(BIN)/python -m pytest -m nightly -s
 
 bench: $(VENV)/.installed-demo
 	$(BIN)/python examples/bench.py

@@ -9,6 +9,7 @@ from dicompile.api import plan_of as plan_of
 from dicompile.api import prepare as prepare
 from dicompile.api import report as report
 from dicompile.api import restore as restore
+from dicompile.api import session as session
 from dicompile.api import structure_of as structure_of
 from dicompile.errors import DicompileError as DicompileError
 from dicompile.plan import Cadence as Cadence
@@ -41,6 +42,5 @@ from dicompile.policies import ToCaPixArt as ToCaPixArt
 from dicompile.policies import TokenCache as TokenCache
 from dicompile.policies import get_policy as get_policy
 from dicompile.runtime import cache_context as cache_context
-from dicompile.runtime import session as session
 
 __version__ = "0.1.0"

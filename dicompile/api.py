@@ -28,7 +28,8 @@ from dicompile.lower import check_mode
 from dicompile.offload import HOOK_ATTRIBUTES, check_weights_are_whole, move_hook
 from dicompile.plan import CacheOptions, Plan, Policy
 from dicompile.policies import get_policy
-from dicompile.runtime import RunReport, SchedulerLink, cache_context, current_session
+from dicompile.runtime import RunReport, SchedulerLink, Session, cache_context, current_session
+from dicompile.runtime import session as open_session
 from dicompile.traced import TracedModel
 from dicompile.turns import TURNS, TracesAlone
 
@@ -163,6 +164,21 @@ def free(model: Any = None) -> None:
             session.state_of(frame.run).free()
 
 
+def session(model: Any = None) -> contextlib.AbstractContextManager[Session]:
+    """Run what follows in a session of its own, for generations that take turns in one thread.
+
+    Args:
+        model: what `optimize` returned, of which alone the session then remembers anything; nothing for all models; or
+            a session that was opened before, to go on with it.
+
+    Raises:
+        NotOptimized: the model was not optimized.
+    """
+    if model is None or isinstance(model, Session):
+        return open_session(model)
+    return open_session(Session(links=[cached.link for cached in _cached_in(model)]))
+
+
 def structure_of(model: Any) -> ModelStructure:
     """Structure of an optimized model for the shapes that ran last.
 
@@ -272,6 +288,12 @@ class CachedModel(OptimizedModule):
         """The module that was optimized."""
         module: nn.Module = self._orig_mod
         return module
+
+    @property
+    def link(self) -> SchedulerLink:
+        """Where the schedule comes from."""
+        assert self._options is not None
+        return self._options.link
 
     @property
     def link(self) -> SchedulerLink:

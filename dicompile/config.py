@@ -3,6 +3,7 @@
 | variable | meaning |
 |---|---|
 | ``DICOMPILE_DEBUG`` | folder that receives numbered text files of every stage; unset: nothing is written |
+| ``DICOMPILE_CHECK`` | ``1``: every read of a stored value is held against the plan, and a stale one raises |
 | ``DICOMPILE_PASSES`` | passes to leave out, each with a minus: ``-narrow-linear,-drop-dead`` |
 """
 
@@ -22,14 +23,23 @@ class Settings:
 
     debug: Path | None = None
     disabled_passes: frozenset[str] = frozenset()
+    check: bool = False
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] = os.environ) -> Settings:
         """Read the variables listed in the module docstring.
 
         Raises:
-            InvalidSetting: an item of ``DICOMPILE_PASSES`` does not start with a minus.
+            InvalidSetting: an item of ``DICOMPILE_PASSES`` does not start with a minus, or ``DICOMPILE_CHECK`` is
+                neither 0 nor 1.
         """
+        check = environment.get("DICOMPILE_CHECK", "") or "0"
+        if check not in ("0", "1"):
+            raise InvalidSetting(
+                f"DICOMPILE_CHECK cannot be {check!r}",
+                where="environment",
+                fix="DICOMPILE_CHECK=1 checks every read of a stored value, 0 checks none",
+            )
         items = [item.strip() for item in environment.get("DICOMPILE_PASSES", "").split(",") if item.strip()]
         for item in items:
             if not item.startswith("-"):
@@ -40,7 +50,7 @@ class Settings:
                     fix=f"DICOMPILE_PASSES=-{item}",
                 )
         debug = environment.get("DICOMPILE_DEBUG")
-        return cls(Path(debug) if debug else None, frozenset(item[1:] for item in items))
+        return cls(Path(debug) if debug else None, frozenset(item[1:] for item in items), check == "1")
 
 
 class DebugFolder:

@@ -12,6 +12,7 @@ from dicompile.errors import StaleRead
 from dicompile.lower import Constant, Program
 from dicompile.plan import HISTORIC, Plan, Slot, StepPlan, TimestepSchedule
 from dicompile.runtime.clock import SchedulerLink, find_step, same_latent
+from dicompile.runtime.partners import Conditioning, Given, new_label
 from dicompile.runtime.session import ContextState, ModelState, Session, current_context, current_session
 from dicompile.runtime.storage import Lane, lane_for, run_calls
 
@@ -45,6 +46,8 @@ class Executor:
         seed: of random scores.
         predictor: importance of the tokens in every block at a step, from the model's inputs; float32, [b, n, blocks].
         offload: whether slots are in host memory between the calls that use them.
+        conditioning: positions of the inputs that tell guidance partners apart.
+        check: whether every read is held against the plan (see `dicompile.runtime.stamps`).
     """
 
     def __init__(
@@ -56,29 +59,37 @@ class Executor:
         seed: int = 0,
         predictor: Callable[[Sequence[Any], int], torch.Tensor] | None = None,
         offload: bool = False,
+        *,
+        conditioning: Sequence[int] = (),
+        check: bool = False,
     ) -> None:
         self.programs, self.link, self.seed, self.predictor = programs, link, seed, predictor
         self.offload = offload
-        self._timestep, self._latent = timestep, latent
+        self._timestep, self._latent, self._conditioning, self._check = timestep, latent, conditioning, check
         self._lanes: dict[torch.device, Lane | None] = {}
         self._weights: dict[tuple[tuple[float, ...], torch.device], torch.Tensor] = {}
 
     def __call__(self, *inputs: Any) -> Sequence[Any]:
         """Run one step on the model's inputs; returns its outputs."""
-        session = current_session()
+        session = current_session().serving(self.link)
         state = session.state_of(self)
         try:
             with torch.no_grad():
                 return self._run(session, state, inputs)
         except BaseException:
             state.begin(None)
+            session.begin_others(self)
             raise
 
     def _run(self, session: Session, state: ModelState, inputs: Sequence[Any]) -> Sequence[Any]:
         name = current_context()
         latent = self._tensor(inputs, self._latent)
         step = find_step(state, self.link, self._tensor(inputs, self._timestep), name, latent)
-        context = self._enter(session, state, name, step, latent)
+        if self._timestep is not None and session.goes_back(self.link, step):
+            session.begin_others(self)
+        given = {i: Given.of(inputs[i]) for i in self._conditioning if isinstance(inputs[i], torch.Tensor)}
+        label = self._enter(session, state, name, step, latent, given)
+        context = state.contexts[label]
         schedule = self.schedule_of(state)
         planned, program = self.programs.step(schedule, step - schedule.before)
         if any(slot not in context.store for slot, _ in program.reads):
@@ -86,6 +97,9 @@ class Executor:
             state.report.cold_starts.append(step)
             log.info("step %d computes everything: nothing is stored for it in this run", step)
         contents = _contents_after(planned, program)
+        if self._check:
+            sizes = self.programs.plan(schedule).slot_bytes
+            context.stamps.check([slot for slot, _ in program.reads], context.store, state.generation, label, sizes)
         registers: list[Any] = [*inputs, *[None] * (program.registers - len(inputs))]
         try:
             outlasting = set(contents.values())
@@ -94,7 +108,9 @@ class Executor:
             self._load(registers, program, planned, inputs, step)
             run_calls(program, registers, self._lane(latent))
             _commit(context, contents, registers)
-            context.step = step
+            context.step, context.given = step, given
+            if self._check:
+                context.stamps.advance(contents, context.store, planned, (state.generation, label, step))
             if session.keep_chosen:
                 context.chosen = {int(site): registers[register] for site, register in program.chosen}
             state.report.kinds[planned.kind] += 1
@@ -110,28 +126,39 @@ class Executor:
         return whole.rest(state.first_step) if is_its_own and state.first_step else whole
 
     def _enter(
-        self, session: Session, state: ModelState, name: str, step: int, latent: torch.Tensor | None
-    ) -> ContextState:
-        """The guidance context of this call; several calls at one step in one context are told apart by their order."""
+        self,
+        session: Session,
+        state: ModelState,
+        name: str,
+        step: int,
+        latent: torch.Tensor | None,
+        given: Conditioning,
+    ) -> str:
+        """Label of the guidance context of this call."""
         if step != state.step:
             self._advance(session, state, step, latent)
         elif name in state.calls and step == state.first_step and not same_latent(latent, state.latent):
             timestep, position, is_foreign = state.timestep, state.position, state.is_foreign
             state.begin(state.schedule_token)
+            session.begin_others(self)
             state.timestep, state.position, state.is_foreign = timestep, position, is_foreign
             self._advance(session, state, step, latent)
-        ordinal = state.calls.get(name, 0)
-        state.calls[name] = ordinal + 1
-        context = state.contexts.setdefault(f"{name}#{ordinal}" if ordinal else name, ContextState())
-        if context.step is not None and step != context.step + 1:
-            context.forget()
-        return context
+        state.calls.add(name)
+        before = {k: c.given for k, c in state.contexts.items() if (c.name, c.step) == (name, step - 1)}
+        if name and len(before) == 1:
+            return next(iter(before))
+        label = state.partners.continued(given, before.items())
+        if label is None:
+            label = new_label(name, state.contexts)
+            state.contexts[label] = ContextState(name)
+        return label
 
     def _advance(self, session: Session, state: ModelState, step: int, latent: torch.Tensor | None) -> None:
         state.calls.clear()
         if state.step is None:
             state.first_step = state.report.began = step
         state.leave(step - 1)
+        state.partners.next_step()
         if self.link.is_live:
             session.leave(state.schedule_token, step - 1)
         compared = step == state.first_step or (not self.link.is_live and self.link.schedule.is_repeated(step))

@@ -13,17 +13,19 @@ import contextvars
 import itertools
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from dicompile.plan import Slot
+from dicompile.runtime.partners import Conditioning, Partners
 from dicompile.runtime.report import RunReport
+from dicompile.runtime.stamps import Stamps
 
 _GENERATIONS = itertools.count(1)
-_SESSION: contextvars.ContextVar[Session] = contextvars.ContextVar("dicompile_session")
+_SESSION: contextvars.ContextVar[tuple[Session, ...]] = contextvars.ContextVar("dicompile_session", default=())
 _CONTEXT: contextvars.ContextVar[str] = contextvars.ContextVar("dicompile_context", default="")
 
 
@@ -32,17 +34,24 @@ class ContextState:
     """What one guidance context remembers.
 
     Attributes:
+        name: what the sampler calls it; several may have one name.
         step: the last step it ran.
+        given: its conditioning at that step.
         store: its slots.
+        stamps: what is known of them, where reads are checked.
         chosen: tokens that sites refreshed at that step; kept only in a session that was told to.
     """
 
+    name: str = ""
     step: int | None = None
+    given: Conditioning = field(default_factory=dict)
     store: dict[Slot, torch.Tensor] = field(default_factory=dict)
+    stamps: Stamps = field(default_factory=Stamps)
     chosen: dict[int, torch.Tensor] = field(default_factory=dict)
 
     def forget(self) -> None:
         """Release the slots."""
+        self.given = {}
         self.store.clear()
         self.chosen.clear()
 
@@ -64,10 +73,11 @@ class ModelState:
         position: where the scheduler stood at the last call, if it counts.
         is_foreign: the model receives something else than the scheduler's timesteps; only its position tells the step.
         schedule_token: identity of the scheduler's timesteps when the generation began.
-        calls: calls so far at this step, per context name.
+        calls: names of the contexts of the calls so far at this step.
         latent: copy of the latent of a call, kept where another one at the same timestep could be another evaluation.
         first_step: the step at which the generation began.
         contexts: per guidance context.
+        partners: what tells contexts without names apart.
         report: what happened.
     """
 
@@ -78,10 +88,11 @@ class ModelState:
     position: int | None = None
     is_foreign: bool = False
     schedule_token: object = None
-    calls: dict[str, int] = field(default_factory=dict)
+    calls: set[str] = field(default_factory=set)
     latent: torch.Tensor | None = None
     first_step: int | None = None
     contexts: dict[str, ContextState] = field(default_factory=dict)
+    partners: Partners = field(default_factory=Partners)
     report: RunReport = field(default_factory=RunReport)
 
     def begin(self, schedule_token: object) -> None:
@@ -103,9 +114,9 @@ class ModelState:
 
     def leave(self, before: int) -> None:
         """Release what was stored before a step: contexts that were not called since then start anew."""
-        for context in self.contexts.values():
-            if context.step is not None and context.step < before:
-                context.forget()
+        left = [label for label, context in self.contexts.items() if context.step is None or context.step < before]
+        for label in left:
+            self.contexts.pop(label).forget()
         self.report.hold(self.cache_bytes)
 
     @property
@@ -119,15 +130,26 @@ class Session:
 
     Args:
         keep_chosen: also remember which tokens the last step refreshed (`ContextState.chosen`), for whoever watches.
+        links: remember only models with these links to their schedule, and leave all others to the session around.
     """
 
-    def __init__(self, *, keep_chosen: bool = False) -> None:
+    def __init__(self, *, keep_chosen: bool = False, links: Iterable[Any] | None = None) -> None:
         self.keep_chosen = keep_chosen
+        self._links = None if links is None else weakref.WeakSet(links)
         self._states: weakref.WeakKeyDictionary[Any, ModelState] = weakref.WeakKeyDictionary()
+        self._places: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
 
     def state_of(self, executor: Any) -> ModelState:
         """State of a compiled model in this session."""
-        return self._states.setdefault(executor, ModelState())
+        return self.serving(executor.link)._states.setdefault(executor, ModelState())
+
+    def serving(self, link: Any) -> Session:
+        """This session, or the one around it that remembers the model with this link to its schedule."""
+        if self._links is None or link in self._links:
+            return self
+        opened = _SESSION.get()
+        around = opened[: opened.index(self)] if self in opened else ()
+        return around[-1].serving(link) if around else _own_session()
 
     def leave(self, schedule_token: object, before: int) -> None:
         """Release what the models of one run stored before a step.
@@ -143,6 +165,28 @@ class Session:
             if state.schedule_token is schedule_token:
                 state.leave(before)
 
+    def goes_back(self, link: Any, step: int) -> bool:
+        """True if a model, with whatever shapes, was at a later step before this call: it begins another run.
+
+        Args:
+            link: to the model's schedule.
+            step: of the call.
+        """
+        before = self._places.get(link, step)
+        self._places[link] = step
+        return step < before
+
+    def begin_others(self, executor: Any) -> None:
+        """A model begins a run: with other shapes it has nothing to go on with.
+
+        Args:
+            executor: of the shapes that began.
+        """
+        for other, state in list(self._states.items()):
+            if other is not executor and other.link is executor.link:
+                state.begin(None)
+                state.generation = 0
+
     def clear(self) -> None:
         """Forget everything, reports included."""
         for state in self._states.values():
@@ -154,10 +198,12 @@ _OWN: weakref.WeakKeyDictionary[object, Session] = weakref.WeakKeyDictionary()
 
 
 def current_session() -> Session:
-    """The session that was opened, or that of this thread or task, made at first use."""
-    opened = _SESSION.get(None)
-    if opened is not None:
-        return opened
+    """The session that was opened last, or that of this thread or task, made at first use."""
+    opened = _SESSION.get()
+    return opened[-1] if opened else _own_session()
+
+
+def _own_session() -> Session:
     try:
         owner: object = asyncio.current_task() or threading.current_thread()
     except RuntimeError:  # no event loop
@@ -173,7 +219,7 @@ def session(own: Session | None = None) -> Iterator[Session]:
         own: a session to continue; a new one by default.
     """
     chosen = own if own is not None else Session()
-    token = _SESSION.set(chosen)
+    token = _SESSION.set((*_SESSION.get(), chosen))
     try:
         yield chosen
     finally:

@@ -1,5 +1,6 @@
-"""Fixtures that every test gets: fixed seed, two threads, and a reason wherever a test is skipped."""
+"""What every test gets: fixed seed, two threads, reads of the cache checked, a reason wherever a test is skipped."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -10,9 +11,14 @@ SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(2)
+    os.environ.setdefault("DICOMPILE_CHECK", "1")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if "nightly" not in config.getoption("markexpr"):
+        nightly = [item for item in items if item.get_closest_marker("nightly")]
+        config.hook.pytest_deselected(items=nightly)
+        items[:] = [item for item in items if item not in nightly]
     if torch.cuda.is_available():
         return
     no_cuda = pytest.mark.skip(reason="needs a CUDA device")

@@ -21,6 +21,21 @@ def test_passes_are_left_out_by_name() -> None:
     assert found.disabled_passes == {"narrow-linear", "drop-dead"}
 
 
+@pytest.mark.parametrize(("value", "check"), [("", False), ("0", False), ("1", True)])
+def test_reads_are_checked_when_asked(value: str, check: bool) -> None:
+    assert Settings.from_environment({"DICOMPILE_CHECK": value}).check is check
+
+
+def test_another_value_of_check_is_refused() -> None:
+    with pytest.raises(InvalidSetting) as error:
+        Settings.from_environment({"DICOMPILE_CHECK": "yes"})
+    assert str(error.value) == (
+        "DICOMPILE_CHECK cannot be 'yes'\n"
+        "  where: environment\n"
+        "  fix:   DICOMPILE_CHECK=1 checks every read of a stored value, 0 checks none"
+    )
+
+
 @pytest.mark.parametrize("item", ["narrow-linear", "+drop-dead"])
 def test_a_pass_without_a_minus_is_refused(item: str) -> None:
     with pytest.raises(InvalidSetting) as error:
@@ -36,7 +51,8 @@ def test_a_pass_without_a_minus_is_refused(item: str) -> None:
 def test_the_process_environment_is_read_when_none_is_given(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("DICOMPILE_DEBUG", str(tmp_path / "out"))
     monkeypatch.setenv("DICOMPILE_PASSES", "-drop-dead")
-    assert Settings.from_environment() == Settings(tmp_path / "out", frozenset({"drop-dead"}))
+    monkeypatch.setenv("DICOMPILE_CHECK", "1")
+    assert Settings.from_environment() == Settings(tmp_path / "out", frozenset({"drop-dead"}), check=True)
 
 
 def test_debug_files_are_numbered_in_the_order_they_were_written(tmp_path: Path) -> None:

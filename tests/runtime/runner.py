@@ -59,7 +59,11 @@ class Runner:
         self.source = programs(policy) if isinstance(policy, str) else policy
         self.link = SchedulerLink(schedule)
         position = model().capture.input_position
-        self.executor = Executor(self.source, self.link, position(Role.TIMESTEP), position(Role.LATENT), seed)
+        conditioning = [i for i, item in enumerate(model().capture.inputs) if item.role is Role.CONDITIONING]
+        self.executor = Executor(
+            self.source, self.link, position(Role.TIMESTEP), position(Role.LATENT), seed, conditioning=conditioning,
+            check=True,
+        )  # fmt: skip
 
     def __call__(self, timestep: float | Tensor, x: Tensor, labels: Tensor = LABELS) -> Tensor:
         """One call of the model."""

@@ -1,0 +1,53 @@
+"""Random sequences of events, each run compared with a fresh process: a slice of them, and the nightly ones.
+
+`make nightly` runs at least 500 sequences; see `tests.state.machine` for the events.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+from hypothesis.stateful import RuleBasedStateMachine, run_state_machine_as_test
+
+from dicompile.runtime.stamps import Stamps
+from tests.state import machine
+from tests.state.oracle import oracle
+
+SEQUENCES = int(os.environ.get("DICOMPILE_SEQUENCES", "500"))
+BASE = settings(deadline=None, suppress_health_check=list(HealthCheck), print_blob=False, database=None)
+
+
+@pytest.fixture(autouse=True)
+def faults(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Models of the machine can fail in the middle of a call; one thread, as in the oracle."""
+    monkeypatch.setattr("dicompile.lower.variants.compile_segment", machine.FAULTS.compile_segment)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+    oracle().close()
+    oracle.cache_clear()
+
+
+def run_sequences(kind: type[RuleBasedStateMachine], profile: settings) -> None:
+    machine.DONE.clear()
+    reads, begun = Stamps.reads, time.perf_counter()
+    run_state_machine_as_test(kind, settings=profile)
+    done = ", ".join(f"{count} {what}" for what, count in sorted(machine.DONE.items()))
+    seconds = time.perf_counter() - begun
+    print(f"{done}; {Stamps.reads - reads} reads checked, {len(oracle())} runs in fresh processes, {seconds:.0f} s")
+    assert Stamps.reads > reads
+
+
+def test_nothing_that_happens_changes_what_a_run_gives() -> None:
+    run_sequences(machine.FastMachine, settings(BASE, max_examples=20, stateful_step_count=8, derandomize=True))
+
+
+@pytest.mark.nightly
+def test_nothing_that_happens_changes_what_a_run_gives_however_long() -> None:
+    run_sequences(machine.NightlyMachine, settings(BASE, max_examples=SEQUENCES, stateful_step_count=20))
