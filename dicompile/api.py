@@ -296,12 +296,6 @@ class CachedModel(OptimizedModule):
         return self._options.link
 
     @property
-    def link(self) -> SchedulerLink:
-        """Where the schedule comes from."""
-        assert self._options is not None
-        return self._options.link
-
-    @property
     def frames(self) -> list[CompiledFrame]:
         """Everything compiled so far, the latest last."""
         return self._frames or []

@@ -88,8 +88,8 @@ def compile_frame(
         predictor=_predictor(capture, structure, options),
         offload=options.cache.device == "cpu",
         conditioning=[i for i, item in enumerate(capture.inputs) if item.role is Role.CONDITIONING],
-        check=options.settings.check,
     )
+    executor.check = options.settings.check
     return CompiledFrame(structure, programs, executor)
 
 

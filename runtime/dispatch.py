@@ -47,6 +47,8 @@ class Executor:
         predictor: importance of the tokens in every block at a step, from the model's inputs; float32, [b, n, blocks].
         offload: whether slots are in host memory between the calls that use them.
         conditioning: positions of the inputs that tell guidance partners apart.
+
+    Attributes:
         check: whether every read is held against the plan (see `dicompile.runtime.stamps`).
     """
 
@@ -61,11 +63,11 @@ class Executor:
         offload: bool = False,
         *,
         conditioning: Sequence[int] = (),
-        check: bool = False,
     ) -> None:
         self.programs, self.link, self.seed, self.predictor = programs, link, seed, predictor
         self.offload = offload
-        self._timestep, self._latent, self._conditioning, self._check = timestep, latent, conditioning, check
+        self.check = False
+        self._timestep, self._latent, self._conditioning = timestep, latent, conditioning
         self._lanes: dict[torch.device, Lane | None] = {}
         self._weights: dict[tuple[tuple[float, ...], torch.device], torch.Tensor] = {}
 
@@ -97,7 +99,7 @@ class Executor:
             state.report.cold_starts.append(step)
             log.info("step %d computes everything: nothing is stored for it in this run", step)
         contents = _contents_after(planned, program)
-        if self._check:
+        if self.check:
             sizes = self.programs.plan(schedule).slot_bytes
             context.stamps.check([slot for slot, _ in program.reads], context.store, state.generation, label, sizes)
         registers: list[Any] = [*inputs, *[None] * (program.registers - len(inputs))]
@@ -109,7 +111,7 @@ class Executor:
             run_calls(program, registers, self._lane(latent))
             _commit(context, contents, registers)
             context.step, context.given = step, given
-            if self._check:
+            if self.check:
                 context.stamps.advance(contents, context.store, planned, (state.generation, label, step))
             if session.keep_chosen:
                 context.chosen = {int(site): registers[register] for site, register in program.chosen}

@@ -61,9 +61,9 @@ class Runner:
         position = model().capture.input_position
         conditioning = [i for i, item in enumerate(model().capture.inputs) if item.role is Role.CONDITIONING]
         self.executor = Executor(
-            self.source, self.link, position(Role.TIMESTEP), position(Role.LATENT), seed, conditioning=conditioning,
-            check=True,
-        )  # fmt: skip
+            self.source, self.link, position(Role.TIMESTEP), position(Role.LATENT), seed, conditioning=conditioning
+        )
+        self.executor.check = True
 
     def __call__(self, timestep: float | Tensor, x: Tensor, labels: Tensor = LABELS) -> Tensor:
         """One call of the model."""
