@@ -278,8 +278,8 @@ class CachedModel(OptimizedModule):
         move_hook(self, self.original)
         return self.original
 
-    @property
-    def __class__(self) -> type:  # type: ignore[override]
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:
         """That of the original: pipelines ask whether a component is a model of theirs."""
         return type(self._modules["_orig_mod"]) if "_modules" in vars(self) else type(self)
 
