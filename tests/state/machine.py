@@ -30,7 +30,11 @@ from tests.state.runs import SETUPS, Optimized, Run, Sampling
 PLACES = ("thread", "session", "model session")
 CRASHES = (RuntimeError, KeyboardInterrupt, asyncio.CancelledError, torch.OutOfMemoryError)
 DONE: Counter[str] = Counter()
-"""What all sequences together did; printed by the nightly test."""
+"""What all sequences together did."""
+
+
+def tell() -> None:
+    """Tell how far it is; replaced by the test."""
 
 
 class Faults:
@@ -102,6 +106,8 @@ class Machine(RuleBasedStateMachine):
         self.sessions: dict[Key, Session] = {}
 
     def teardown(self) -> None:
+        if DONE["sequences"] % 25 == 0:
+            tell()
         self.active.clear()
         self.stack.close()
 
@@ -121,6 +127,12 @@ class Machine(RuleBasedStateMachine):
     def go_on(self, number: int, calls: int) -> None:
         """A run that was begun goes on."""
         self._advance(self._choose(number), calls)
+
+    @going_on
+    @rule(number=st.integers(0, 99))
+    def finish(self, number: int) -> None:
+        """A run goes on to its end."""
+        self._advance(self._choose(number), 99)
 
     @going_on
     @rule(number=st.integers(0, 99), calls=st.integers(0, 3))
@@ -207,7 +219,9 @@ class Machine(RuleBasedStateMachine):
 
     @rule(number=st.integers(0, 99))
     def optimize_again(self, number: int) -> None:
-        """A plain model (the cheapest to capture) is restored, and optimized for a policy again."""
+        """A plain model (the cheapest to capture) is restored, and optimized for a policy again: now and then."""
+        if DONE["optimized again"] * 8 > DONE["sequences"]:
+            return
         policies = sorted({run.policy for run in self.runs if run.model == "plain_dit"})
         run = Run("plain_dit", policies[number % len(policies)], 0)
         self.active = {key: s for key, s in self.active.items() if key[1:] != (run.model, run.policy)}

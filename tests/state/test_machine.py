@@ -34,20 +34,30 @@ def faults(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     oracle.cache_clear()
 
 
-def run_sequences(kind: type[RuleBasedStateMachine], profile: settings) -> None:
+def run_sequences(kind: type[RuleBasedStateMachine], profile: settings, monkeypatch: pytest.MonkeyPatch) -> None:
     machine.DONE.clear()
     reads, begun = Stamps.reads, time.perf_counter()
-    run_state_machine_as_test(kind, settings=profile)
-    done = ", ".join(f"{count} {what}" for what, count in sorted(machine.DONE.items()))
-    seconds = time.perf_counter() - begun
-    print(f"{done}; {Stamps.reads - reads} reads checked, {len(oracle())} runs in fresh processes, {seconds:.0f} s")
+
+    def tell() -> None:
+        done = ", ".join(f"{count} {what}" for what, count in sorted(machine.DONE.items()))
+        seconds = time.perf_counter() - begun
+        checked = f"{Stamps.reads - reads} reads checked, {len(oracle())} runs in fresh processes"
+        print(f"{done}; {checked}, {seconds:.0f} s", flush=True)
+
+    monkeypatch.setattr(machine, "tell", tell)
+    try:
+        run_state_machine_as_test(kind, settings=profile)
+    finally:
+        tell()
     assert Stamps.reads > reads
 
 
-def test_nothing_that_happens_changes_what_a_run_gives() -> None:
-    run_sequences(machine.FastMachine, settings(BASE, max_examples=20, stateful_step_count=8, derandomize=True))
+def test_nothing_that_happens_changes_what_a_run_gives(monkeypatch: pytest.MonkeyPatch) -> None:
+    profile = settings(BASE, max_examples=20, stateful_step_count=8, derandomize=True)
+    run_sequences(machine.FastMachine, profile, monkeypatch)
 
 
 @pytest.mark.nightly
-def test_nothing_that_happens_changes_what_a_run_gives_however_long() -> None:
-    run_sequences(machine.NightlyMachine, settings(BASE, max_examples=SEQUENCES, stateful_step_count=20))
+def test_nothing_that_happens_changes_what_a_run_gives_however_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    profile = settings(BASE, max_examples=SEQUENCES, stateful_step_count=20)
+    run_sequences(machine.NightlyMachine, profile, monkeypatch)
