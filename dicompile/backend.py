@@ -10,7 +10,7 @@ from torch import fx
 
 from dicompile.capture import input_names
 from dicompile.compiler import CompiledFrame, Options, Specialiser
-from dicompile.errors import InvalidSetting, NoSitesFound
+from dicompile.errors import CannotCapture, InvalidSetting, NoSitesFound
 from dicompile.lower import check_mode
 from dicompile.plan import CacheOptions
 from dicompile.policies import get_policy
@@ -38,7 +38,22 @@ def dicache(
         InvalidSetting: an option is unknown, or a caching policy comes without steps.
     """
     del example_inputs
-    return backend_for(read_options(options or {}), on_compiled=_say_what_was_found)(graph)
+    return backend_for(_options_of(options or {}), _say_what_was_found, _say_what_forbids)(graph)
+
+
+_READ: dict[int, tuple[dict[str, Any], dict[str, Any], Options]] = {}
+
+
+def _options_of(given: dict[str, Any]) -> Options:
+    """One object for all graphs of a model, by which they know each other.
+
+    ``torch.compile`` hands every graph of a model the very dictionary that the user gave; it is kept, so that no other
+    one takes its identity.
+    """
+    known = _READ.get(id(given))
+    if known is None or known[1] != given:
+        known = _READ[id(given)] = (given, dict(given), read_options(given))
+    return known[2]
 
 
 def read_options(options: dict[str, Any]) -> Options:
@@ -69,12 +84,22 @@ def read_options(options: dict[str, Any]) -> Options:
     return Options(policy, SchedulerLink(source), mode, cache=cache)
 
 
-def backend_for(options: Options, on_compiled: Callable[[CompiledFrame], None]) -> Callable[..., Callable[..., Any]]:
-    """A Dynamo backend with fixed options."""
+def backend_for(
+    options: Options,
+    on_compiled: Callable[[CompiledFrame], None],
+    on_refused: Callable[[CannotCapture], None] | None = None,
+) -> Callable[..., Callable[..., Any]]:
+    """A Dynamo backend with fixed options.
+
+    Args:
+        options: what the user asked for.
+        on_compiled: told of everything that was compiled.
+        on_refused: told of graphs that cannot be captured and are compiled plainly instead; they are errors without it.
+    """
 
     def backend(graph: fx.GraphModule, example_inputs: Sequence[Any] = ()) -> Callable[..., Any]:
         del example_inputs
-        return Specialiser(graph, input_names(graph.graph), options, on_compiled)
+        return Specialiser(graph, input_names(graph.graph), options, on_compiled, on_refused)
 
     return backend
 
@@ -82,6 +107,10 @@ def backend_for(options: Options, on_compiled: Callable[[CompiledFrame], None]) 
 def _say_what_was_found(frame: CompiledFrame) -> None:
     if not frame.structure.sites:
         log.info("no cacheable branch in this graph: compiled without caching")
+
+
+def _say_what_forbids(refused: CannotCapture) -> None:
+    log.warning("compiled without caching: %s (%s)", refused.what, refused.why)
 
 
 def require_sites(frame: CompiledFrame, options: Options, model: str) -> None:

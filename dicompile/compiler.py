@@ -16,8 +16,16 @@ from torch import Tensor, fx
 from dicompile.analysis import ModelStructure, analyse
 from dicompile.capture import Capture, Role, capture_graph, read_inputs
 from dicompile.config import DebugFolder, Settings
-from dicompile.errors import CallOutsideSchedule, PolicyDoesNotFit
-from dicompile.lower import Program, ProgramBuilder, VariantCache, first_span, network_predictor, table_predictor
+from dicompile.errors import CallOutsideSchedule, CannotCapture, PolicyDoesNotFit
+from dicompile.lower import (
+    Program,
+    ProgramBuilder,
+    VariantCache,
+    compile_plainly,
+    first_span,
+    network_predictor,
+    table_predictor,
+)
 from dicompile.plan import (
     UNLIMITED,
     CacheOptions,
@@ -137,8 +145,8 @@ class Programs:
         if schedule not in self._plans:
             plan = self._plans[schedule] = make_plan(self.structure, self.policy, schedule, self.cache)
             self.debug.write("plan", plan)
-            if plan.dropped:
-                log.warning("policy %s: %s", plan.policy, plan.drops())
+            for note in plan.notes():
+                log.warning("policy %s: %s", plan.policy, note)
         return self._plans[schedule]
 
     def step(self, schedule: TimestepSchedule, index: int) -> tuple[StepPlan, Program]:
@@ -179,14 +187,16 @@ class Specialiser:
     """A Dynamo graph, compiled anew for every set of symbolic sizes and floats it is called with.
 
     It is what a ``torch.compile`` backend returns. Compiling at the first call instead of inside the backend keeps
-    dicompile's errors its own.
+    dicompile's errors its own. A graph that cannot be captured is an error, or compiled plainly if `on_refused` is there
+    to say so.
     """
 
     graph: fx.GraphModule
     names: Sequence[tuple[str, bool]]
     options: Options
     on_compiled: Callable[[CompiledFrame], None]
-    frames: dict[tuple[float, ...], CompiledFrame] = field(default_factory=dict)
+    on_refused: Callable[[CannotCapture], None] | None = None
+    frames: dict[tuple[float, ...], Callable[..., Any]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self._read = read_inputs(self.graph.graph)
@@ -199,9 +209,15 @@ class Specialiser:
         if key not in self.frames:
             with TURNS.compiling():
                 self.frames[key] = self.frames.get(key) or self._compile(arguments)
-        return self.frames[key].run(*arguments)
+        return self.frames[key](*arguments)
 
-    def _compile(self, arguments: Sequence[Any]) -> CompiledFrame:
-        frame = compile_frame(self.graph, self.names, arguments, self.options)
+    def _compile(self, arguments: Sequence[Any]) -> Callable[..., Any]:
+        try:
+            frame = compile_frame(self.graph, self.names, arguments, self.options)
+        except CannotCapture as refused:
+            if self.on_refused is None:
+                raise
+            self.on_refused(refused)
+            return compile_plainly(self.graph, arguments, self.options.mode)
         self.on_compiled(frame)
-        return frame
+        return frame.run

@@ -13,7 +13,7 @@ from dicompile.lower import Constant, Program
 from dicompile.plan import HISTORIC, Plan, Slot, StepPlan, TimestepSchedule
 from dicompile.runtime.clock import SchedulerLink, find_step, same_latent
 from dicompile.runtime.partners import Conditioning, Given, new_label
-from dicompile.runtime.session import ContextState, ModelState, Session, current_context, current_session
+from dicompile.runtime.session import ContextState, Lead, ModelState, Session, current_context, current_session
 from dicompile.runtime.storage import Lane, lane_for, run_calls
 
 log = logging.getLogger("dicompile")
@@ -86,11 +86,11 @@ class Executor:
     def _run(self, session: Session, state: ModelState, inputs: Sequence[Any]) -> Sequence[Any]:
         name = current_context()
         latent = self._tensor(inputs, self._latent)
-        step = find_step(state, self.link, self._tensor(inputs, self._timestep), name, latent)
-        if self._timestep is not None and session.goes_back(self.link, step):
-            session.begin_others(self)
-        given = {i: Given.of(inputs[i]) for i in self._conditioning if isinstance(inputs[i], torch.Tensor)}
-        label = self._enter(session, state, name, step, latent, given)
+        lead = session.leads.get(self.link) if self._timestep is None else None
+        if lead is not None:
+            label, step, given = self._follow(session, state, lead), lead.step, {}
+        else:
+            label, step, given = self._find(session, state, name, inputs, latent)
         context = state.contexts[label]
         schedule = self.schedule_of(state)
         planned, program = self.programs.step(schedule, step - schedule.before)
@@ -120,6 +120,30 @@ class Executor:
             return [r.value if isinstance(r, Constant) else registers[r] for r in program.results]
         finally:
             registers.clear()  # the traceback of an error may hold on to this frame
+
+    def _find(
+        self, session: Session, state: ModelState, name: str, inputs: Sequence[Any], latent: torch.Tensor | None
+    ) -> tuple[str, int, Conditioning]:
+        """Guidance context, step and conditioning of a call that can tell them."""
+        step = find_step(state, self.link, self._tensor(inputs, self._timestep), name, latent)
+        if self._timestep is not None and session.goes_back(self.link, step):
+            session.begin_others(self)
+        given = {i: Given.of(inputs[i]) for i in self._conditioning if isinstance(inputs[i], torch.Tensor)}
+        label = self._enter(session, state, name, step, latent, given)
+        if self._timestep is not None:
+            session.leads[self.link] = Lead(state.generation, step, label, state.schedule_token)
+        return label, step, given
+
+    def _follow(self, session: Session, state: ModelState, lead: Lead) -> str:
+        """Guidance context of a call that is part of one whose step is known."""
+        if state.generation != lead.generation:
+            state.begin(lead.schedule_token)
+            state.generation = lead.generation
+        if state.step != lead.step:
+            self._advance(session, state, lead.step, None)
+        label = lead.next_label(self)
+        state.contexts.setdefault(label, ContextState(label))
+        return label
 
     def schedule_of(self, state: ModelState) -> TimestepSchedule:
         """What is planned in a generation: the schedule from the step at which it began, or all of it before."""

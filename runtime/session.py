@@ -125,6 +125,30 @@ class ModelState:
         return sum(context.cache_bytes for context in self.contexts.values())
 
 
+@dataclass
+class Lead:
+    """A call whose step is known. Where Dynamo breaks a model into several graphs, later ones have no timestep to read.
+
+    Attributes:
+        generation: of the graph that was called.
+        step: of the call.
+        label: its guidance context.
+        schedule_token: see `ModelState`.
+        calls: how often each graph that follows was called since.
+    """
+
+    generation: int
+    step: int
+    label: str
+    schedule_token: object
+    calls: weakref.WeakKeyDictionary[Any, int] = field(default_factory=weakref.WeakKeyDictionary)
+
+    def next_label(self, executor: Any) -> str:
+        """Guidance context of the next call of a graph that follows; blocks may share one graph and take turns in it."""
+        count = self.calls[executor] = self.calls.get(executor, 0) + 1
+        return self.label if count == 1 else f"{self.label}, call {count}"
+
+
 class Session:
     """What models remember for one user of them.
 
@@ -138,6 +162,7 @@ class Session:
         self._links = None if links is None else weakref.WeakSet(links)
         self._states: weakref.WeakKeyDictionary[Any, ModelState] = weakref.WeakKeyDictionary()
         self._places: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
+        self.leads: weakref.WeakKeyDictionary[Any, Lead] = weakref.WeakKeyDictionary()
 
     def state_of(self, executor: Any) -> ModelState:
         """State of a compiled model in this session."""

@@ -139,19 +139,25 @@ class PlainDiT(nn.Module):
         self.modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
         self.head = nn.Linear(width, patch * patch * 4)
 
-    def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        b, _, height, width = x.shape
-        h = self.embed(x).flatten(2).transpose(1, 2) + self.position
+    def tokens(self, x: Tensor) -> Tensor:
+        return self.embed(x).flatten(2).transpose(1, 2) + self.position
+
+    def condition(self, t: Tensor, y: Tensor) -> Tensor:
         frequency = torch.exp(-torch.arange(self.width // 2, dtype=torch.float32) / (self.width // 2) * 9.21)
         angle = t[:, None].float() * frequency[None]
-        c = self.time(torch.cat([torch.cos(angle), torch.sin(angle)], dim=-1)) + self.label(y)
-        for block in self.blocks:
-            h = block(h, c)
+        return self.time(torch.cat([torch.cos(angle), torch.sin(angle)], dim=-1)) + self.label(y)
+
+    def picture(self, h: Tensor, c: Tensor, height: int, width: int) -> Tensor:
         shift, scale = self.modulation(c).chunk(2, dim=1)
         h = self.head(self.norm(h) * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1))
-        rows, columns = height // self.patch, width // self.patch
-        h = h.reshape(b, rows, columns, self.patch, self.patch, 4)
-        return torch.einsum("nhwpqc->nchpwq", h).reshape(b, 4, height, width)
+        h = h.reshape(h.shape[0], height // self.patch, width // self.patch, self.patch, self.patch, 4)
+        return torch.einsum("nhwpqc->nchpwq", h).reshape(h.shape[0], 4, height, width)
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        h, c = self.tokens(x), self.condition(t, y)
+        for block in self.blocks:
+            h = block(h, c)
+        return self.picture(h, c, *x.shape[2:])
 
 
 def plain_dit(layers: int = 3) -> Sample:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import dicompile
 from dicompile.plan import Policy
@@ -79,7 +79,7 @@ def test_without_options_it_compiles_and_caches_nothing() -> None:
 WITHOUT_IMPORT = """
 import sys
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 class Residual(nn.Module):
     def __init__(self):
@@ -160,3 +160,119 @@ def test_every_batch_size_gets_what_it_gets_alone(name: str, dynamic: bool | Non
     for size, outputs in ((2, got[0]), (4, got[1])):
         alone = dicompile.optimize(sample.model, dicompile.FORA(interval=2), schedule=4, mode="eager")
         assert same(outputs, run(alone, batch(size), timesteps(4)))
+
+
+class Broken(nn.Module):
+    """A DiT with a graph break inside: its later blocks are a graph of their own, which the timestep does not enter."""
+
+    def __init__(self, whole: nn.Module) -> None:
+        super().__init__()
+        self.whole = whole
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        whole = self.whole
+        tokens, condition = whole.tokens(x), whole.condition(t, y)
+        for number, block in enumerate(whole.blocks):
+            if number == 1:
+                torch._dynamo.graph_break()
+            tokens = block(tokens, condition)
+        return whole.picture(tokens, condition, *x.shape[2:])
+
+
+def broken() -> tuple[nn.Module, dict[str, Any]]:
+    sample = models.plain_dit(3)
+    return Broken(sample.model), sample.inputs
+
+
+def test_graphs_behind_a_break_follow_the_step_of_the_first_one() -> None:
+    model, inputs = broken()
+    whole = dicompile.optimize(model.whole, dicompile.FORA(interval=3), schedule=STEPS, mode="eager")
+    wanted = run(whole, inputs, timesteps(STEPS))
+    got = compiled(model, fullgraph=False, policy=dicompile.FORA(interval=3), steps=STEPS, mode="eager")
+    outputs = run(got, inputs, timesteps(STEPS))
+    for output, expected in zip(outputs, wanted, strict=True):
+        torch.testing.assert_close(output, expected)
+    assert not torch.equal(outputs[1], run(model, inputs, timesteps(STEPS))[1])
+    # A run that was left in the middle leaves nothing behind, whichever graph it concerns.
+    run(got, inputs, timesteps(STEPS)[:2])
+    assert same(run(got, inputs, timesteps(STEPS)), outputs)
+
+
+def test_graphs_behind_a_break_keep_guidance_partners_apart() -> None:
+    model, inputs = broken()
+    other = {**inputs, "y": inputs["y"].flip(0)}
+    got = compiled(model, fullgraph=False, policy=dicompile.FORA(interval=3), steps=STEPS, mode="eager")
+    alone = [run(got, given, timesteps(STEPS)) for given in (inputs, other)]
+    both: list[list[Tensor]] = [[], []]
+    for step, t in enumerate(timesteps(STEPS)):
+        for outputs, given in zip(both, (inputs, other), strict=True):
+            outputs.append(models.call(got, given, t, step))
+    assert same(both[0], alone[0]) and same(both[1], alone[1])
+
+
+def test_blocks_that_share_one_graph_behind_breaks_do_not_share_what_is_stored() -> None:
+    sample = models.plain_dit(3)
+
+    class EveryBlock(Broken):
+        def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+            whole = self.whole
+            tokens, condition = whole.tokens(x), whole.condition(t, y)
+            for block in whole.blocks:
+                torch._dynamo.graph_break()
+                tokens = block(tokens, condition)
+            return whole.picture(tokens, condition, *x.shape[2:])
+
+    wanted = run(
+        dicompile.optimize(sample.model, dicompile.FORA(interval=3), schedule=STEPS, mode="eager"),
+        sample.inputs,
+        timesteps(STEPS),
+    )
+    got = compiled(
+        EveryBlock(sample.model), fullgraph=False, policy=dicompile.FORA(interval=3), steps=STEPS, mode="eager"
+    )
+    for output, expected in zip(run(got, sample.inputs, timesteps(STEPS)), wanted, strict=True):
+        torch.testing.assert_close(output, expected)
+
+
+def marked(inputs: dict[str, Any], t: int, step: int) -> dict[str, Any]:
+    """What `models.call` calls with, every batch dimension marked as dynamic."""
+    given = {
+        "x": torch.randn(inputs["x"].shape, generator=torch.Generator().manual_seed(step)),
+        "t": torch.full_like(inputs["t"], t),
+        "y": inputs["y"].clone(),
+    }
+    for value in given.values():
+        torch._dynamo.mark_dynamic(value, 0)
+    return given
+
+
+def test_a_dimension_marked_dynamic_stays_dynamic() -> None:
+    sample = models.plain_dit(2)
+    model = compiled(sample.model, policy=dicompile.FORA(interval=2), steps=4, mode="eager")
+    for size in (4, 2):
+        inputs = {k: v[:size].clone() if isinstance(v, Tensor) else v for k, v in sample.inputs.items()}
+        alone = dicompile.optimize(sample.model, dicompile.FORA(interval=2), schedule=4, mode="eager")
+        wanted = run(alone, inputs, timesteps(4))
+        with torch._dynamo.config.patch(error_on_recompile=size == 2), torch.no_grad():
+            assert same([model(**marked(inputs, t, i)) for i, t in enumerate(timesteps(4))], wanted)
+
+
+@pytest.mark.parametrize("mode", ["eager", "inductor"])
+def test_a_graph_that_cannot_be_captured_is_compiled_plainly_and_one_line_says_why(
+    mode: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Counts(nn.Module):
+        def forward(self, x: Tensor, seen: Tensor) -> Tensor:
+            seen += 1
+            return x * 2
+
+    seen = torch.zeros(1)
+    with caplog.at_level(logging.INFO, logger="dicompile"), torch.no_grad():
+        got = compiled(Counts(), policy="fora", steps=3, mode=mode)
+        assert all(torch.equal(got(torch.ones(2, 3) * i, seen), torch.ones(2, 3) * 2 * i) for i in range(3))
+    assert seen.item() == 3
+    lines = [record.getMessage() for record in caplog.records if record.name.startswith("dicompile")]
+    assert lines == [
+        "compiled without caching: the model writes to its inputs: seen "
+        "(a step that is skipped could not repeat the write)"
+    ]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import operator
 import re
 import warnings
 from collections.abc import Iterable, Sequence
@@ -129,13 +130,19 @@ def partition(flow: Dataflow, groups: Sequence[Sequence[Branch]]) -> Partition:
         twice |= once & bits
         once |= bits
     shared = _union(flow.ancestors[node] for node in flow.members(twice & latent_free))
-    prologue = (shared | _union(flow.ancestors[start] for start in starts)) & calls
+    prologue = _with_items(flow, (shared | _union(flow.ancestors[start] for start in starts)) & calls)
     taken, parts = prologue, []
     for group in adds:
-        bits = _union(flow.ancestors[add] for add in group) & calls
+        bits = _with_items(flow, _union(flow.ancestors[add] for add in group) & calls)
         parts.append(bits & ~taken)
         taken |= bits
     return Partition(prologue, tuple(parts), flow.ancestors[flow.nodes[-1]] & calls & ~taken)
+
+
+def _with_items(flow: Dataflow, bits: int) -> int:
+    """The same nodes with everything taken out of the lists that some of them return: no list leaves a part."""
+    lists = (node for node in flow.members(bits) if not isinstance(node.meta["val"], torch.Tensor))
+    return bits | flow.bits(user for node in lists for user in node.users if user.target is operator.getitem)
 
 
 def _private_ancestors(flow: Dataflow, ends: Sequence[fx.Node], streams: int) -> int:

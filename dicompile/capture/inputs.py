@@ -83,7 +83,7 @@ def assign_roles(graph: fx.Graph, names: Sequence[tuple[str, bool]]) -> tuple[In
     label = {node: name for node, (name, _) in zip(placeholders, names, strict=True)}
     latent = _find_latent(graph, arguments)
     timestep = _find_timestep([node for node in arguments if node is not latent], label)
-    roles = {latent: Role.LATENT, timestep: Role.TIMESTEP}
+    roles = {**dict.fromkeys(_whole_batch(latent, label), Role.LATENT), timestep: Role.TIMESTEP}
     return tuple(
         Input(name, Role.PARAMETER if owned else roles.get(node, Role.CONDITIONING))
         for node, (name, owned) in zip(placeholders, names, strict=True)
@@ -104,6 +104,14 @@ def _find_latent(graph: fx.Graph, arguments: Sequence[fx.Node]) -> fx.Node | Non
 
     floating = [node for node in arguments if node.meta["val"].is_floating_point() and node.meta["val"].ndim >= 2]
     return max(floating, key=likeness, default=None)
+
+
+def _whole_batch(latent: fx.Node | None, label: dict[fx.Node, str]) -> list[fx.Node]:
+    """The latent, and where a model takes the samples of a batch as a list, the other ones."""
+    batch, _, index = label[latent].rpartition(".") if latent is not None else ("", "", "")
+    if not (batch and index.isdigit()):
+        return [] if latent is None else [latent]
+    return [node for node, name in label.items() if name.rpartition(".")[0] == batch]
 
 
 def _find_timestep(arguments: Sequence[fx.Node], label: dict[fx.Node, str]) -> fx.Node | None:

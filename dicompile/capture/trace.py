@@ -276,6 +276,8 @@ def _lift_constants(graph: fx.GraphModule) -> list[Tensor]:
     last = graph.graph.find_nodes(op="placeholder")[-1]
     constants: dict[str, Tensor] = {}
     for node in graph.graph.find_nodes(op="get_attr"):
+        if not isinstance(getattr(graph, node.target, constants.get(node.target)), Tensor):
+            continue  # the function of a higher-order operator
         if node.target not in constants:
             constants[node.target] = getattr(graph, node.target)
             delattr(graph, node.target)

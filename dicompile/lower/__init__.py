@@ -1,6 +1,6 @@
 """Lower: rewritten segments -> compiled functions, deduplicated, and programs that call them in order."""
 
-from dicompile.lower.inductor import MODES, check_mode, compile_segment
+from dicompile.lower.inductor import MODES, check_mode, compile_plainly, compile_segment
 from dicompile.lower.predictor import first_span, network_predictor, table_predictor
 from dicompile.lower.program import Call, Constant, IntRef, NoiseRead, Program, ProgramBuilder
 from dicompile.lower.variants import Variant, VariantCache
@@ -16,6 +16,7 @@ __all__ = [
     "Variant",
     "VariantCache",
     "check_mode",
+    "compile_plainly",
     "compile_segment",
     "first_span",
     "network_predictor",

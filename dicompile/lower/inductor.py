@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import fx
 from torch._inductor import standalone_compile
+from torch._inductor.compile_fx import compile_fx
 
 from dicompile.errors import InvalidSetting
 from dicompile.passes import Segment
@@ -28,6 +29,14 @@ def check_mode(mode: str) -> None:
     """
     if mode not in MODES:
         raise InvalidSetting(f"mode {mode!r} does not exist", where="dicompile", fix=f"use one of: {', '.join(MODES)}")
+
+
+def compile_plainly(graph: fx.GraphModule, arguments: Sequence[Any], mode: str) -> Callable[..., Any]:
+    """Compile a graph of Dynamo's as it is, without caching."""
+    if mode == "eager":
+        return graph
+    compiled: Callable[..., Any] = compile_fx(graph, list(arguments))
+    return compiled
 
 
 def compile_segment(segment: Segment, mode: str) -> Compiled:
