@@ -23,16 +23,16 @@ read from a slot and gathered, or only the queries are restricted, or keys and v
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, fx
 
 from dicompile.analysis import Dataflow
 from dicompile.analysis.cost import ATTENTION
-from dicompile.analysis.tokens import RESHAPES, MixesTokens, Mixing, per_token_operands, token_axes
+from dicompile.analysis.layout import Layout
+from dicompile.analysis.tokens import Carried, MixesTokens, Mixing, token_layouts
 from dicompile.nodes import node_argument, tensor_of
 from dicompile.ops import scores
 from dicompile.passes.base import (
@@ -48,6 +48,7 @@ from dicompile.passes.base import (
     TokenCount,
 )
 from dicompile.passes.edit import Editor
+from dicompile.passes.narrow import Narrow
 from dicompile.passes.reuse_sites import recalled
 from dicompile.passes.score_tokens import raw_score
 from dicompile.plan import Context, Score, ScoreBase, SlotKind, What
@@ -89,10 +90,11 @@ class _SiteRefresh:
         users = list(core.users)
         with editor.before(min(users, key=list(self.segment.graph.nodes).index)):
             chosen = self.choose()
-            copies = self.branch_on(chosen)
+            narrow = Narrow(editor, chosen, self.count, self.batch, self.tokens)
+            copies = self.branch_on(narrow)
             value = recalled(editor, self.position, self.step, core)
             assert value is not None
-            refreshed = editor.call(aten.scatter.src, value, 1, self.rows(chosen, core), copies[core])
+            refreshed = editor.call(aten.scatter.src, value, 1, narrow.rows(core), copies[core])
             placed = editor.in_layout_of(core, refreshed)
             stamp = self.stamp_after(chosen) if SlotKind.STAMP in self.step.writes else None
             raw = self.raw_score_after(chosen, copies) if SlotKind.SCORE in self.step.writes else None
@@ -171,58 +173,33 @@ class _SiteRefresh:
         self.segment.scores[self.position] = self.editor.call(aten.scatter.src, old, 1, chosen, fresh)
         return self.segment.scores[self.position]
 
-    def rows(self, chosen: fx.Node, like: fx.Node, axis: int = 1) -> fx.Node:
-        """Indices expanded to gather or scatter whole rows of `like`; int64, its shape with k tokens."""
-        shape = list(like.meta["val"].shape)
-        view: list[Any] = [self.batch if shape[0] != 1 else 1] + [1] * (len(shape) - 1)
-        view[0], view[axis] = self.batch, self.count
-        shape[0], shape[axis] = self.batch, self.count
-        return self.editor.call(aten.expand.default, self.editor.call(aten.view.default, chosen, view), shape)
-
-    def gather(self, node: fx.Node, chosen: fx.Node, axis: int, rank: int = 0) -> fx.Node:
-        """The chosen tokens of a value with a token axis; batch comes first, and may be 1 or, up to `rank`, missing."""
-        missing = max(0, rank - node.meta["val"].ndim)
-        if missing:
-            node = self.editor.call(aten.view.default, node, [*[1] * missing, *node.meta["val"].shape])
-            axis += missing
-        if node.meta["val"].shape[0] != self.batch:
-            node = self.editor.call(aten.expand.default, node, [self.batch, *node.meta["val"].shape[1:]])
-        return self.editor.call(aten.gather.default, node, axis, self.rows(chosen, node, axis))
-
-    def branch_on(self, chosen: fx.Node) -> dict[fx.Node, fx.Node]:
+    def branch_on(self, narrow: Narrow) -> dict[fx.Node, fx.Node]:
         """Copy the branch for the chosen tokens; maps every node that carries tokens to its copy."""
         flow, stream = Dataflow(self.segment.graph), self.site.stream
-        region = list(flow.members(flow.between(stream, self.fresh)))
-        axes = self.axes(region)
-        copies = {stream: self.gather(stream, chosen, self.site.token_axis)}
-        for node in region:
-            if node not in axes:
-                continue
+        found = self.carried(list(flow.members(flow.between(stream, self.fresh))))
+        copies = {stream: narrow.gather(stream, found.pop(stream).layout)}
+        for node, carried in found.items():
             if node.target is ATTENTION and self.mixing is Mixing.STORED:
-                copies[node] = self.gather(self.stored_attention(node), chosen, axes[node])
+                copies[node] = narrow.gather(self.stored_attention(node), carried.layout)
                 continue
-            operands = {
-                operand: self.gather(operand, chosen, axis, tensor_of(node).ndim)
-                for operand, axis in per_token_operands(node, axes)
-            }
-            replaced = {**copies, **operands}
+            given, what = dict(copies), carried
             if node.target is ATTENTION and self.mixing is Mixing.QUERIES and self.step.context is Context.ALL:
-                query = node_argument(node, 0)
-                replaced = {query: copies[query]}
-            args, kwargs = _arguments(node, replaced)
-            # Gathered values are laid out anew: what was a view of the original may have to copy.
-            target = aten.reshape.default if node.target in RESHAPES else node.target
-            copies[node] = self.editor.call(target, *self.resized(node, args, axes[node]), **kwargs)
+                for of_keys in (node_argument(node, 1), node_argument(node, 2)):
+                    given.pop(of_keys, None)
+                per_query = {operand: own for operand, own in carried.operands.items() if not own.counts(-1)}
+                what = Carried(carried.layout, per_query)
+            copies[node] = narrow.copied(node, what, given)
             if "nn_module_stack" in node.meta:
                 copies[node].meta["nn_module_stack"] = node.meta["nn_module_stack"]
         return copies
 
-    def axes(self, region: list[fx.Node]) -> dict[fx.Node, int]:
-        """Token axes of the branch; decides what becomes of attention over the same tokens."""
+    def carried(self, region: list[fx.Node]) -> dict[fx.Node, Carried]:
+        """What the branch's operators do to tokens; decides what becomes of attention over the same tokens."""
+        layout = Layout.of_stream(tensor_of(self.site.stream).shape, [self.site.token_axis])
         stored = Mixing.STORED if self.step.context is Context.STORED else Mixing.QUERIES
         for self.mixing in (Mixing.FORBIDDEN, stored):
             try:
-                return token_axes(region, self.site.stream, self.site.token_axis, self.mixing)
+                return token_layouts(region, self.site.stream, layout, self.mixing)
             except MixesTokens:
                 if self.mixing is stored:
                     raise
@@ -235,15 +212,3 @@ class _SiteRefresh:
         return self.editor.tensor_input(
             SlotRef(owner, SlotKind.ATTENTION), tuple(value.shape), value.dtype, self.site.stream
         )
-
-    def resized(self, node: fx.Node, args: tuple[Any, ...], axis: int) -> tuple[Any, ...]:
-        """Arguments with the literal number of tokens replaced by the count."""
-        if node.target not in RESHAPES:
-            return args
-        shape = [self.count if i == axis else size for i, size in enumerate(args[1])]
-        return args[0], shape, *args[2:]
-
-
-def _arguments(node: fx.Node, replaced: Mapping[fx.Node, fx.Node]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Arguments of `node` with some of its operands replaced."""
-    return fx.node.map_arg((node.args, node.kwargs), lambda operand: replaced.get(operand, operand))

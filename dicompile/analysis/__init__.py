@@ -13,6 +13,7 @@ from torch import fx
 from dicompile.analysis.blocks import Partition, group_branches, partition, structure_key
 from dicompile.analysis.cost import ATTENTION, node_bytes, node_flops
 from dicompile.analysis.dataflow import Dataflow
+from dicompile.analysis.layout import Layout
 from dicompile.analysis.residual import Branch, chain_streams, find_branches, own_keys
 from dicompile.analysis.spans import find_runs, last_adds
 from dicompile.analysis.structure import (
@@ -27,7 +28,7 @@ from dicompile.analysis.structure import (
     TokenFact,
     TokenWise,
 )
-from dicompile.analysis.tokens import MixesTokens, Mixing, token_axes
+from dicompile.analysis.tokens import MixesTokens, Mixing, token_layouts
 from dicompile.capture import Capture, Role
 from dicompile.nodes import node_argument
 from dicompile.text import module_path
@@ -137,7 +138,7 @@ def _site(
         itemsize=branch.core.meta["val"].element_size(),
         tokens=tokens,
         flops=round(work.core[0]),
-        token_flops=token_flops,
+        token_flops=min(token_flops, max(0, round(work.core[0]) - key_flops)),  # joint attention is shared work
         bytes=round(work.core[1]),
         attention_flops=round(work.attention[0]),
         attention_shape=tuple(int(size) for size in branch.attention[0].meta["val"].shape) if branch.attention else (),
@@ -200,21 +201,23 @@ def _token_fact(
     flow: Dataflow, stream: fx.Node, core: fx.Node, region: Sequence[fx.Node]
 ) -> tuple[TokenFact, int, int]:
     """Whether a branch is token-wise, the operations that then shrink with its tokens, and those of its keys."""
-    rank = stream.meta["val"].ndim
-    axis = 0 if rank == 2 else 1
-    count = int(stream.meta["val"].shape[axis])
-    if rank != 3:
-        why = f"the stream has {rank} axes instead of batch, token and channel"
+    shape = stream.meta["val"].shape
+    axis = 0 if len(shape) == 2 else 1
+    count = int(shape[axis])
+    if len(shape) != 3 or count == 1:
+        axes = f"{len(shape)} axes instead of batch, token and channel"
+        why = f"the stream has {axes if count > 1 else 'a single token'}"
         return TokenFact(TokenWise.NO, axis, count, why), 0, 0
     to_core = [node for node in region if flow.is_ancestor(node, core)]
+    layout = Layout.of_stream(shape, [axis])
     axes, refusals = {}, {}
     for mixing in Mixing:
         try:
-            found = token_axes(to_core, stream, axis, mixing)
+            found = token_layouts(to_core, stream, layout, mixing)
         except MixesTokens as mixed:
             refusals[mixing] = str(mixed)
             continue
-        if found.get(core) == axis:
+        if core in found and found[core].layout == layout:
             axes[mixing] = found
         else:
             refusals[mixing] = "the branch ends with its tokens on another axis"
@@ -232,9 +235,13 @@ def _token_fact(
         shrinking = axes.get(Mixing.STORED, {})
         for_keys = for_keys if stored else set()
     if fact.wise is TokenWise.NO and stored:
-        shrinking = {node: a for node, a in shrinking.items() if node.target is not ATTENTION}
-    token_flops = sum(node_flops(node) for node in shrinking if node is not stream and node not in for_keys)
-    return fact, token_flops, sum(node_flops(node) for node in for_keys)
+        shrinking = {node: carried for node, carried in shrinking.items() if node.target is not ATTENTION}
+    token_flops = sum(
+        node_flops(node) * carried.layout.token_share
+        for node, carried in shrinking.items()
+        if node is not stream and node not in for_keys
+    )
+    return fact, round(token_flops), sum(node_flops(node) for node in for_keys)
 
 
 def _spans(
@@ -254,6 +261,9 @@ def _spans(
             tokens, token_flops, key_flops = _token_fact(flow, start, end, region)
             if kind is SiteKind.STACK:
                 why = "tokens of later blocks attend to all tokens of earlier ones"
+                tokens, token_flops, key_flops = TokenFact(TokenWise.NO, tokens.axis, tokens.count, why), 0, 0
+            elif any(sites[i].kind is SiteKind.JOINT_ATTENTION for i in run):
+                why = "another stream needs the same attention over all tokens"
                 tokens, token_flops, key_flops = TokenFact(TokenWise.NO, tokens.axis, tokens.count, why), 0, 0
             first, final = sites[run[0]], sites[run[-1]]
             result.append(

@@ -99,7 +99,7 @@ class MixedMlp(Block):
 @pytest.mark.parametrize(
     ("block", "reason"),
     [
-        (ConvolvedMlp, "aten.conv1d.default in blocks.{b}.conv is not known to keep tokens apart"),
+        (ConvolvedMlp, "aten.conv1d.default in blocks.{b}.conv mixes neighbouring tokens"),
         (MixedMlp, "aten.linear.default in blocks.{b}.mix contracts the token axis"),
     ],
 )

@@ -98,11 +98,10 @@ def test_only_attention_over_its_own_tokens_has_keys(name: str) -> None:
             assert site.keys == (0, 0)
 
 
-def test_parallel_branches_can_be_refreshed_with_stored_attention_or_by_query() -> None:
+def test_attention_of_joint_and_parallel_branches_keeps_tokens_apart_by_query_or_when_stored() -> None:
     for site in structure("flux").sites:
-        parallel = site.kind is SiteKind.PARALLEL
-        assert site.tokens.stored == parallel
-        assert (site.tokens.wise is TokenWise.QUERIES) == parallel
+        assert site.tokens.stored == site.kind.is_attention
+        assert (site.tokens.wise is TokenWise.QUERIES) == site.kind.is_attention
 
 
 def test_a_stack_is_never_token_wise() -> None:
@@ -114,3 +113,4 @@ def test_a_stack_is_never_token_wise() -> None:
             else:
                 joint = any(structure(name).sites[i].kind is SiteKind.JOINT_ATTENTION for i in span.inside)
                 assert span.tokens.wise is (TokenWise.NO if joint else TokenWise.QUERIES)
+                assert not joint or span.tokens.reason == "another stream needs the same attention over all tokens"

@@ -12,7 +12,7 @@ from tests.capture.captured import captured, one_block, structure
 from tests.models import MODELS, Sample, capture
 
 SELF = "aten.scaled_dot_product_attention.default in {path} reads keys and values of all tokens"
-JOIN = "no: aten.cat.default in {path} joins tokens with others"
+JOIN = "queries only: aten.scaled_dot_product_attention.default in {path} reads keys and values of all tokens"
 
 # Per site: kind, stream, token-wise, shape.
 BLOCKS: dict[str, list[tuple[str, str, list[tuple[str, int, str, tuple[int, ...]]]]]] = {
