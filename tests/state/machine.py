@@ -298,8 +298,12 @@ GUIDED = [
 ]  # fmt: skip
 NIGHTLY = [
     *runs_of("plain_dit", ("duca", "toca", "fora"), {}, {"prompt": 1}, {"seed": 1}, {"batch": 2}, *GUIDED),
-    *runs_of("pixart", ("toca", "taylorseer"), {}, {"prompt": 1}, {"size": 1}, {"size": 2}, {"steps": 4}),
-    *runs_of("pixart", ("toca",), {"guidance": "contexts"}, {"guidance": "order"}, {"guidance": "interval"}),
+    *runs_of("pixart", ("taylorseer",), {}, {"prompt": 1}, {"size": 1}, {"size": 2}, {"steps": 4}),
+    *runs_of("pixart", ("taylorseer",), {"guidance": "contexts"}, {"guidance": "order"}, {"guidance": "interval"}),
+    *[  # ToCa for PixArt shares tokens between the halves of one batch
+        replace(run, guidance="batched")
+        for run in runs_of("pixart", ("toca",), {}, {"prompt": 1}, {"size": 1}, {"size": 2}, {"steps": 4})
+    ],
     *runs_of("flux", ("duca",), {}, {"prompt": 1}, {"size": 1}, {"guidance": "contexts"}, {"guidance": "joins late"}),
     *runs_of("flux", ("taylorseer",), {}, {"size": 1}),
 ]
