@@ -28,7 +28,7 @@ from dicompile.analysis.structure import (
     TokenFact,
     TokenWise,
 )
-from dicompile.analysis.tokens import MixesTokens, Mixing, token_layouts
+from dicompile.analysis.tokens import Carried, MixesTokens, Mixing, token_layouts
 from dicompile.capture import Capture, Role
 from dicompile.nodes import node_argument
 from dicompile.text import module_path
@@ -69,7 +69,10 @@ def analyse(capture: Capture) -> ModelStructure:
     stream_nodes = flow.bits(node for branch in branches for node in (branch.add, branch.source))
     blocks = _blocks(flow, groups, paths, parts)
     sites = tuple(
-        _site(flow, branch, SiteId(i), BlockId(b), StreamId(streams[i]), work[i], stream_nodes)
+        _at_hand(
+            _site(flow, branch, SiteId(i), BlockId(b), StreamId(streams[i]), work[i], stream_nodes),
+            _names(flow, flow.bits(branch.attention) & ~parts.blocks[b]),
+        )
         for b, group in enumerate(groups)
         for i, branch in ((i, branches[i]) for i in group)
     )
@@ -115,6 +118,13 @@ def _blocks(
         )
         for b, group in enumerate(groups)
     )
+
+
+def _at_hand(site: Site, elsewhere: Sequence[str]) -> Site:
+    """The site without its attention, where that is computed in another part of the graph and cannot be stored there."""
+    if not elsewhere:
+        return site
+    return replace(site, attention=(), tokens=replace(site.tokens, stored=False), keys=(0, 0))
 
 
 def _site(
@@ -205,12 +215,13 @@ def _token_fact(
     axis = 0 if len(shape) == 2 else 1
     count = int(shape[axis])
     if len(shape) != 3 or count == 1:
-        axes = f"{len(shape)} axes instead of batch, token and channel"
-        why = f"the stream has {axes if count > 1 else 'a single token'}"
+        has = f"{len(shape)} axes instead of batch, token and channel" if count > 1 else "a single token"
+        why = f"the stream has {has}"
         return TokenFact(TokenWise.NO, axis, count, why), 0, 0
     to_core = [node for node in region if flow.is_ancestor(node, core)]
     layout = Layout.of_stream(shape, [axis])
-    axes, refusals = {}, {}
+    axes: dict[Mixing, dict[fx.Node, Carried]] = {}
+    refusals: dict[Mixing, str] = {}
     for mixing in Mixing:
         try:
             found = token_layouts(to_core, stream, layout, mixing)

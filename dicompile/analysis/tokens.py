@@ -248,7 +248,7 @@ def _combine(node: fx.Node, layouts: Layouts, operands: Mapping[fx.Node, _Axes],
     carriers = [parent for parent in operands if parent in layouts]
     if any(axis is None and layouts[p].counts(own) for p in carriers for own, axis in enumerate(operands[p])):
         raise MixesTokens(node, mixes)
-    axes = []
+    axes: list[Axis] = []
     for axis, size in enumerate(tensor_of(node).shape):
         found = {
             layouts[p].axes[operands[p].index(axis)] if axis in operands[p] else () for p in carriers
@@ -687,7 +687,7 @@ _RULES: dict[object, _Rule] = {
     **dict.fromkeys(NORMS, _norm),
     **dict.fromkeys(SPLITS, _split),
 }
-_KNOWN_TO_MIX = {
+_KNOWN_TO_MIX: dict[object, str] = {
     aten.einsum.default: _PRODUCT,
     aten.baddbmm.default: _PRODUCT,
     aten.conv_transpose1d.default: "mixes neighbouring tokens",
