@@ -21,7 +21,8 @@ FEWER_ROWS = 1e-4
 NAMES = (
     "PixArtTransformer2DModel[alpha]", "SD3Transformer2DModel[3.5]", "WanTransformer3DModel [t2v]",
     "QwenImageTransformer2DModel[text]", "Lumina2Transformer2DModel", "HunyuanDiT2DModel", "LTXVideoTransformer3DModel",
-    "CosmosTransformer3DModel [1.0]", "FluxTransformer2DModel", "CogVideoXTransformer3DModel", "ZImageTransformer2DModel",
+    "CosmosTransformer3DModel [1.0]", "FluxTransformer2DModel", "CogVideoXTransformer3DModel",
+    "ZImageTransformer2DModel",
 )  # fmt: skip
 
 
