@@ -15,6 +15,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from dicompile.analysis.layout import Layout
 from dicompile.analysis.tokens import token_layouts
+from dicompile.lower.inductor import compile_segment
 from dicompile.passes import Segment, TokenCount, Value
 from dicompile.passes.edit import Editor
 from dicompile.passes.narrow import Narrow
@@ -24,8 +25,8 @@ aten = torch.ops.aten
 Function = Callable[..., Tensor]
 
 
-def for_chosen(function: Function, stream: Tensor, chosen: Tensor, *others: Tensor) -> tuple[Tensor, fx.Graph]:
-    """``function(stream, *others)`` computed for chosen tokens alone, put into the places of a poisoned result."""
+def for_chosen(function: Function, stream: Tensor, *others: Tensor) -> Segment:
+    """``function(stream, *others)`` for the first tokens of an order, whose number and the order are further inputs."""
     mode = FakeTensorMode(shape_env=ShapeEnv())
     with mode:
         fakes = [mode.from_tensor(value, static_shapes=True) for value in (stream, *others)]
@@ -47,14 +48,13 @@ def for_chosen(function: Function, stream: Tensor, chosen: Tensor, *others: Tens
         copies = {first: narrow.gather(first, found[first].layout)}
         for node in [node for node in found if node is not first]:
             copies[node] = narrow.copied(node, found[node], copies)
-    nodes[-1].args = (copies[last],)
+    nodes[-1].args = ([copies[last]],)
     module.graph.eliminate_dead_code()
     module.recompile()
-    with torch.no_grad():
-        return module(stream, *others, COUNT, chosen), module.graph
+    return segment
 
 
-def check(function: Function, *others: Tensor, stream: Tensor | None = None) -> fx.Graph:
+def check(function: Function, *others: Tensor, stream: Tensor | None = None, mode: str = "eager") -> fx.Graph:
     """Compare with the chosen tokens of the full result; other tokens of the stream hold no number."""
     stream = torch.randn(BATCH, TOKENS, WIDTH) if stream is None else stream
     chosen = torch.stack([torch.randperm(TOKENS) for _ in range(stream.shape[0] if stream.ndim > 2 else 1)])
@@ -64,11 +64,13 @@ def check(function: Function, *others: Tensor, stream: Tensor | None = None) -> 
     poisoned = torch.full_like(flat, torch.nan).scatter(
         1, rows.expand(-1, -1, flat.shape[-1]), flat.gather(1, rows.expand(-1, -1, flat.shape[-1]))
     )
-    result, graph = for_chosen(function, poisoned.view(stream.shape), chosen, *others)
+    segment = for_chosen(function, stream, *others)
+    with torch.no_grad():
+        (result,) = compile_segment(segment, mode)(poisoned.view(stream.shape), *others, COUNT, chosen)
     expected = whole.reshape(len(chosen), TOKENS, -1)
     expected = expected.gather(1, rows.expand(-1, -1, expected.shape[-1]))
     torch.testing.assert_close(result.reshape(expected.shape), expected)
-    return graph
+    return segment.graph
 
 
 def heads(x: Tensor) -> Tensor:
@@ -188,6 +190,18 @@ def test_a_single_sample_may_lose_its_axis(function: Function, others: tuple[Ten
 def test_streams_of_other_ranks(shape: tuple[int, ...]) -> None:
     check(lambda x, w, y: F.gelu(F.linear(F.layer_norm(x, [WIDTH]), w) * y), torch.randn(WIDTH, WIDTH),
           torch.randn(*shape[-2:]), stream=torch.randn(shape))  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("function", "others"),
+    [
+        (through_joined, (TEXT, torch.randn(3 + TOKENS, WIDTH))),
+        (rotated_into_slices, (torch.randn(1, TOKENS, 1, 2), torch.randn(1, TOKENS, 1, 2))),
+        (lambda x, w: F.linear(x.view(-1, WIDTH), w).view(BATCH, TOKENS, 3), (torch.randn(3, WIDTH),)),
+    ],
+)
+def test_inductor_takes_sizes_that_are_sums_and_products(function: Function, others: tuple[Tensor, ...]) -> None:
+    check(function, *others, mode="inductor")
 
 
 def test_an_empty_buffer_is_made_for_the_chosen_tokens() -> None:
