@@ -9,7 +9,7 @@ demo: $(VENV)/.installed-demo
 	$(BIN)/dicompile demo
 
 test: $(VENV)/.installed-test
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadgroup
 
 # Hundreds of random sequences of everything that may happen to optimized models.
 nightly: $(VENV)/.installed-test

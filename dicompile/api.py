@@ -15,7 +15,7 @@ from torch._dynamo.eval_frame import OptimizedModule
 
 from dicompile.analysis import ModelStructure
 from dicompile.backend import backend_for, require_sites
-from dicompile.compiler import CompiledFrame, Options
+from dicompile.compiler import ONE_AT_A_TIME, CompiledFrame, Options
 from dicompile.errors import (
     AlreadyOptimized,
     CannotCapture,
@@ -31,7 +31,6 @@ from dicompile.policies import get_policy
 from dicompile.runtime import RunReport, SchedulerLink, Session, cache_context, current_session
 from dicompile.runtime import session as open_session
 from dicompile.traced import TracedModel
-from dicompile.turns import TURNS, TracesAlone
 
 log = logging.getLogger("dicompile")
 
@@ -247,8 +246,6 @@ class CachedModel(OptimizedModule):
         backend = backend_for(options, self._remember)
         # Any: Dynamo may be switched off
         context: Any = torch._dynamo.optimize(backend, nopython=True, dynamic=False, **_OWN_LIMIT)
-        if callable(getattr(context, "callback", None)):
-            context.callback = TracesAlone(context.callback)
         super().__init__(module, context)
         self._options, self._frames = options, []
         self._by_dynamo, self.forward = self.forward, self._call
@@ -304,7 +301,7 @@ class CachedModel(OptimizedModule):
         """Call the model; it samples, so no gradients are recorded while it is enabled."""
         if not self.is_enabled:
             return super().__call__(*args, **kwargs)
-        with TURNS.running(), torch.no_grad():
+        with ONE_AT_A_TIME, torch.no_grad():
             return super().__call__(*args, **kwargs)
 
     def _call(self, *args: Any, **kwargs: Any) -> Any:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -39,9 +40,15 @@ from dicompile.plan import (
 )
 from dicompile.policies.predictor import load_predictor
 from dicompile.runtime import Executor, SchedulerLink
-from dicompile.turns import TURNS
 
 log = logging.getLogger("dicompile")
+
+ONE_AT_A_TIME = threading.RLock()
+"""Held while a graph is captured or rewritten, and while an optimized model runs, any step of which may compile.
+
+torch.fx and Dynamo trace with global state: a second thread that calls a compiled module meanwhile breaks both. Calls of
+two threads that compile nothing are not safe either: run at once, one in a few hundred generations lost its cache.
+"""
 
 
 @dataclass(frozen=True)
@@ -164,7 +171,7 @@ class Programs:
     def _kept(self, schedule: TimestepSchedule, index: int, *, cold: bool) -> tuple[StepPlan, Program]:
         key = (schedule, index, cold)
         if key not in self._steps:
-            with TURNS.compiling():
+            with ONE_AT_A_TIME:
                 self._steps[key] = self._steps.get(key) or self._make(schedule, index, cold=cold)
         return self._steps[key]
 
@@ -187,8 +194,8 @@ class Specialiser:
     """A Dynamo graph, compiled anew for every set of symbolic sizes and floats it is called with.
 
     It is what a ``torch.compile`` backend returns. Compiling at the first call instead of inside the backend keeps
-    dicompile's errors its own. A graph that cannot be captured is an error, or compiled plainly if `on_refused` is there
-    to say so.
+    dicompile's errors its own. A graph that cannot be captured is an error, or compiled plainly if `on_refused` is
+    there to say so.
     """
 
     graph: fx.GraphModule
@@ -203,11 +210,10 @@ class Specialiser:
 
     def __call__(self, *arguments: Any) -> Any:
         """Run the frame for the shapes of `arguments`."""
-        TURNS.entered()
         sizes = [value for value in arguments if isinstance(value, int)]
         key = (*sizes, *(arguments[i].item() for i in self._read))
         if key not in self.frames:
-            with TURNS.compiling():
+            with ONE_AT_A_TIME:
                 self.frames[key] = self.frames.get(key) or self._compile(arguments)
         return self.frames[key](*arguments)
 

@@ -13,11 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dicompile.capture import Inputs, Trace, module_tensors, trace_model
-from dicompile.compiler import CompiledFrame, Options, compile_frame
-from dicompile.turns import TURNS
+from dicompile.capture import PLAIN, Inputs, Trace, module_tensors, trace_model
+from dicompile.compiler import ONE_AT_A_TIME, CompiledFrame, Options, compile_frame
 
-_PLAIN = (bool, int, float, str, type(None), torch.dtype, torch.device)
 Settings = Mapping[tuple[int, str], object]
 
 
@@ -47,12 +45,11 @@ class TracedModel:
         alike = self._known.setdefault(key, [])
         known = self._find(alike, arguments)
         if known is None:
-            with TURNS.compiling():
+            with ONE_AT_A_TIME:
                 known = self._find(alike, arguments)
                 if known is None:
                     known = self._capture(inputs, arguments)
                     alike.append(known)
-        TURNS.entered()
         return known.trace.unpack(known.frame.run(*arguments, *known.trace.constants))
 
     def _find(self, alike: Sequence[_Known], arguments: Sequence[Tensor]) -> _Known | None:
@@ -104,13 +101,13 @@ def module_settings(module: nn.Module) -> Settings:
     found: dict[tuple[int, str], object] = {}
     for child in module.modules():
         for name, value in vars(child).items():
-            if isinstance(value, _PLAIN):
+            if isinstance(value, PLAIN):
                 found[id(child), name] = value
             elif isinstance(value, dict) and name == "_modules":
                 found[id(child), name] = tuple(id(part) for part in value.values())
-            elif isinstance(value, dict) and all(isinstance(item, _PLAIN) for item in value.values()):
+            elif isinstance(value, dict) and all(isinstance(item, PLAIN) for item in value.values()):
                 found[id(child), name] = dict(value)
-            elif isinstance(value, (list, tuple)) and all(isinstance(item, _PLAIN) for item in value):
+            elif isinstance(value, (list, tuple)) and all(isinstance(item, PLAIN) for item in value):
                 found[id(child), name] = tuple(value)
             elif callable(value):  # the processor of an attention, an activation, a forward that was replaced
                 found[id(child), name] = id(value)

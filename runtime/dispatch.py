@@ -87,8 +87,9 @@ class Executor:
         name = current_context()
         latent = self._tensor(inputs, self._latent)
         lead = session.leads.get(self.link) if self._timestep is None else None
+        given: Conditioning = {}
         if lead is not None:
-            label, step, given = self._follow(session, state, lead), lead.step, {}
+            label, step = self._follow(session, state, lead), lead.step
         else:
             label, step, given = self._find(session, state, name, inputs, latent)
         context = state.contexts[label]

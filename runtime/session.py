@@ -144,7 +144,7 @@ class Lead:
     calls: weakref.WeakKeyDictionary[Any, int] = field(default_factory=weakref.WeakKeyDictionary)
 
     def next_label(self, executor: Any) -> str:
-        """Guidance context of the next call of a graph that follows; blocks may share one graph and take turns in it."""
+        """Guidance context of the next call of a graph that follows; blocks of one graph take turns in it."""
         count = self.calls[executor] = self.calls.get(executor, 0) + 1
         return self.label if count == 1 else f"{self.label}, call {count}"
 

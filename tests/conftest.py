@@ -1,4 +1,4 @@
-"""What every test gets: fixed seed, two threads, reads of the cache checked, a reason wherever a test is skipped."""
+"""What every test gets: fixed seed, few threads, reads of the cache checked, a reason wherever a test is skipped."""
 
 import os
 from pathlib import Path
@@ -10,7 +10,7 @@ SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    torch.set_num_threads(2)
+    torch.set_num_threads(1 if hasattr(config, "workerinput") else 2)
     os.environ.setdefault("DICOMPILE_CHECK", "1")
 
 

@@ -121,7 +121,7 @@ def _blocks(
 
 
 def _at_hand(site: Site, elsewhere: Sequence[str]) -> Site:
-    """The site without its attention, where that is computed in another part of the graph and cannot be stored there."""
+    """The site without its attention, where another part of the graph computes that, which cannot store it."""
     if not elsewhere:
         return site
     return replace(site, attention=(), tokens=replace(site.tokens, stored=False), keys=(0, 0))

@@ -53,6 +53,7 @@ TRANSPORT = (
     aten.unsqueeze.default,
     aten.squeeze.dim,
     aten.pad.default,
+    aten.expand.default,
 )
 
 
@@ -115,10 +116,10 @@ def find_branches(flow: Dataflow, latent: fx.Node, samples: int) -> list[Branch]
             candidates[add] = _Candidate(add, stream, source, update, region)
     chosen = _innermost(flow, candidates.values())
     streams = flow.bits(node for item in chosen for node in (item.add, item.source))
-    mixers = {node: operands for node in flow.nodes if (operands := _mixed_operands(flow, node, samples))}
+    mixers = {node: mixed for node in flow.nodes if (mixed := _mixed_operands(flow, node, samples))}
     branches = []
     for item in chosen:
-        inside = {node: operands for node, operands in mixers.items() if item.region >> flow.position[node] & 1}
+        inside = {node: mixed for node, mixed in mixers.items() if item.region >> flow.position[node] & 1}
         branches.append(
             Branch(
                 add=item.add,

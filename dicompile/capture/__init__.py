@@ -3,9 +3,10 @@
 from dicompile.capture.dynamo import capture_by_dynamo, capture_model
 from dicompile.capture.inputs import Input, Role, input_names
 from dicompile.capture.normalise import Capture, capture_graph, read_inputs
-from dicompile.capture.trace import Inputs, Trace, module_tensors, trace_model
+from dicompile.capture.trace import PLAIN, Inputs, Trace, module_tensors, trace_model
 
 __all__ = [
+    "PLAIN",
     "Capture",
     "Input",
     "Inputs",

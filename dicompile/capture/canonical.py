@@ -33,10 +33,20 @@ def make_canonical(graph: fx.Graph) -> None:
             graph.erase_node(node)
     for node in list(graph.nodes):
         node.target = _SYNONYMS.get(node.target, node.target)
+        if node.target is aten.add.Tensor:
+            _spread_over_batch(node)
         rule = _RULES.get(node.target)
         if rule is not None:
             node.replace_all_uses_with(rule(node))
             graph.erase_node(node)
+
+
+def _spread_over_batch(add: fx.Node) -> None:
+    """One sample that is added to a batch becomes a batch first: a text stream that pipelines do not repeat."""
+    shape = add.meta["val"].shape
+    for parent in add.all_input_nodes if len(shape) >= 3 else ():
+        if parent.meta["val"].shape == (1, *shape[1:]) and shape[0] > 1:
+            add.replace_input_with(parent, _call(add, aten.expand.default, (parent, list(shape)), {}))
 
 
 def _same(node: fx.Node) -> fx.Node:

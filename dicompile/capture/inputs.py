@@ -83,7 +83,10 @@ def assign_roles(graph: fx.Graph, names: Sequence[tuple[str, bool]]) -> tuple[In
     label = {node: name for node, (name, _) in zip(placeholders, names, strict=True)}
     latent = _find_latent(graph, arguments)
     timestep = _find_timestep([node for node in arguments if node is not latent], label)
-    roles = {**dict.fromkeys(_whole_batch(latent, label), Role.LATENT), timestep: Role.TIMESTEP}
+    roles: dict[fx.Node | None, Role] = {
+        **dict.fromkeys(_whole_batch(latent, label), Role.LATENT),
+        timestep: Role.TIMESTEP,
+    }
     return tuple(
         Input(name, Role.PARAMETER if owned else roles.get(node, Role.CONDITIONING))
         for node, (name, owned) in zip(placeholders, names, strict=True)

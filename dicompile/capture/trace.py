@@ -20,6 +20,7 @@ from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing, get_
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
+from dicompile.capture.flex import written_out
 from dicompile.capture.inputs import Input, Role
 from dicompile.errors import CannotCapture
 
@@ -32,6 +33,7 @@ _SIZED_BY_VALUES = frozenset({
     Tensor.nonzero, torch.nonzero, torch.argwhere, Tensor.argwhere, torch.unique, Tensor.unique, torch.bincount,
     Tensor.bincount, torch.unique_consecutive, Tensor.unique_consecutive,
 })  # fmt: skip
+PLAIN = (bool, int, float, complex, str, type(None), torch.dtype, torch.device)
 _NO_OPERATIONS = (
     torch._C._set_grad_enabled,
     torch.amp.autocast_mode._enter_autocast,
@@ -59,6 +61,7 @@ class Inputs:
 
         Raises:
             TypeError: its forward does not take them.
+            CannotCapture: one of them is an object that cannot be looked into.
         """
         bound = inspect.signature(module.forward).bind(*args, **kwargs)
         paths, spec = pytree.tree_flatten_with_path((bound.args, bound.kwargs))
@@ -73,7 +76,15 @@ class Inputs:
             arguments: tuple[Sequence[Any], Mapping[str, Any]] = pytree.tree_unflatten(filled, spec)
             return arguments
 
-        rest = tuple(_kind(leaf) if isinstance(leaf, Tensor) else repr(leaf) for leaf in leaves)
+        for path, leaf in paths:
+            if not isinstance(leaf, (Tensor, *PLAIN)) and not callable(leaf):
+                raise CannotCapture(
+                    f"{type(module).__name__} takes an object of class {type(leaf).__name__}",
+                    where=f"capture, argument {_dotted(path, parameters)}",
+                    why="what it holds may differ at every call, and nothing tells",
+                    fix="give tensors, numbers, and lists or dictionaries of them",
+                )
+        rest = tuple(_kind(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves)
         return cls({_dotted(paths[i][0], parameters): leaves[i] for i in places}, (str(spec), *rest), pack)
 
 
@@ -138,16 +149,18 @@ def trace_model(module: nn.Module, inputs: Inputs) -> Trace:
 
     def run(*tensors: Tensor) -> list[Tensor]:
         args, kwargs = inputs.pack(tensors[len(own) :])
+        before = pytree.tree_flatten((args, kwargs))
         with reading:
             result = torch.func.functional_call(
                 module, dict(zip(own, tensors, strict=False)), tuple(args), dict(kwargs), tie_weights=False
             )
+        _refuse_writes(before, pytree.tree_flatten((args, kwargs)), type(module).__name__)
         leaves, spec = pytree.tree_flatten(result)
         packed.append(_unpacker(leaves, spec))
         return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
 
     try:
-        with torch.no_grad(), fx.traceback.preserve_node_meta(), _module_paths(module):
+        with torch.no_grad(), fx.traceback.preserve_node_meta(), _module_paths(module), written_out():
             graph = make_fx(run, tracing_mode="real", pre_dispatch=True)(*given)
     except RuntimeError as error:
         raise CannotCapture(
@@ -161,6 +174,17 @@ def trace_model(module: nn.Module, inputs: Inputs) -> Trace:
     names = [(name, True) for name in own] + [(name, False) for name in inputs.tensors]
     names += [(f"constant_{i}", True) for i in range(len(constants))]
     return Trace(graph, tuple(names), _read_inputs(graph.graph, reading.nodes), tuple(constants), packed[-1])
+
+
+def _refuse_writes(before: tuple[list[Any], Any], after: tuple[list[Any], Any], model: str) -> None:
+    if before[1] == after[1] and all(old is new for old, new in zip(before[0], after[0], strict=True)):
+        return
+    raise CannotCapture(
+        f"{model} writes to the lists or dictionaries among its arguments",
+        where="capture",
+        why="a step that is skipped could not repeat the write",
+        fix="return what is written instead",
+    )
 
 
 class _Reading(TorchFunctionMode):
@@ -233,7 +257,7 @@ def _module_paths(root: nn.Module) -> Iterator[None]:
     """While open, every new node knows the module that runs."""
     paths = {id(module): path for path, module in root.named_modules()}
     meta = fx.traceback.get_current_meta()
-    stacks = [{}]
+    stacks: list[dict[str, tuple[str, type]]] = [{}]
 
     def enter(module: nn.Module, _: Any) -> None:
         path = paths.get(id(module))
@@ -271,22 +295,25 @@ def _drop_no_operations(graph: fx.Graph) -> None:
             graph.erase_node(node)
 
 
-def _lift_constants(graph: fx.GraphModule) -> list[Tensor]:
-    """Make placeholders of the tensors that the graph keeps; returns them in order."""
-    last = graph.graph.find_nodes(op="placeholder")[-1]
-    constants: dict[str, Tensor] = {}
-    for node in graph.graph.find_nodes(op="get_attr"):
-        if not isinstance(getattr(graph, node.target, constants.get(node.target)), Tensor):
-            continue  # the function of a higher-order operator
-        if node.target not in constants:
-            constants[node.target] = getattr(graph, node.target)
-            delattr(graph, node.target)
-            with graph.graph.inserting_after(last):
-                last = graph.graph.placeholder(node.target)
-        node.replace_all_uses_with(last)
-        graph.graph.erase_node(node)
-    graph.recompile()
-    return list(constants.values())
+def _lift_constants(graph_module: fx.GraphModule) -> list[Tensor]:
+    """Make placeholders of the tensors that a graph holds; returns them in order."""
+    graph = graph_module.graph
+    last = graph.find_nodes(op="placeholder")[-1]
+    lifted: dict[str, fx.Node] = {}
+    constants: list[Tensor] = []
+    for node in graph.find_nodes(op="get_attr"):
+        if node.target not in lifted:
+            value = getattr(graph_module, node.target)
+            if not isinstance(value, Tensor):
+                continue  # the function of a higher-order operator
+            constants.append(value)
+            delattr(graph_module, node.target)
+            with graph.inserting_after(last):
+                last = lifted[node.target] = graph.placeholder(node.target)
+        node.replace_all_uses_with(lifted[node.target])
+        graph.erase_node(node)
+    graph_module.recompile()
+    return constants
 
 
 def _read_inputs(graph: fx.Graph, read: Sequence[tuple[fx.Node, str]]) -> dict[int, str]:

@@ -35,8 +35,9 @@ def compile_plainly(graph: fx.GraphModule, arguments: Sequence[Any], mode: str) 
     """Compile a graph of Dynamo's as it is, without caching."""
     if mode == "eager":
         return graph
-    compiled: Callable[..., Any] = compile_fx(graph, list(arguments))
-    return compiled
+    compiled: Any = compile_fx(graph, list(arguments))
+    function: Callable[..., Any] = compiled
+    return function
 
 
 def compile_segment(segment: Segment, mode: str) -> Compiled:

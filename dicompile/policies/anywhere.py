@@ -1,7 +1,8 @@
 """Published names on any model: every kind of model gets the setting that was published for its kind.
 
 ``"toca"`` is the setting for class-conditional DiT on one, that for PixArt on a model with cross-attention, and so on;
-on a model that none of them fits, tokens are chosen at random, and branches that mix tokens are reused whole. With options a name means the function that takes them.
+on a model that none of them fits, tokens are chosen at random, and branches that mix tokens are reused whole. With
+options a name means the function that takes them.
 """
 
 from __future__ import annotations

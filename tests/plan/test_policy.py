@@ -162,7 +162,8 @@ def test_a_branch_that_mixes_tokens_cannot_be_refreshed() -> None:
         "policy 'mine' refreshes single tokens, which this branch does not allow\n"
         "  where: site 1, blocks.0.mlp (mlp)\n"
         "  why:   aten.conv1d.default in blocks.0.conv is not known to keep tokens apart\n"
-        "  fix:   set where_mixed='reuse' to reuse it whole, or use a policy that does, such as dicompile.FORA(interval=3)"
+        "  fix:   set where_mixed='reuse' to reuse it whole, or use a policy that does, "
+        "such as dicompile.FORA(interval=3)"
     )
     assert "site 0, blocks.0.self-attention" in refusal(DIT, on("self-attention", base="random"))
 

@@ -9,9 +9,11 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+import torch
 from torch import Tensor
 
 import dicompile
+from dicompile.errors import CannotCapture
 from dicompile.runtime import Session, current_session
 from dicompile.runtime.session import current_context
 from tests.models import call, optimized, plain_dit, run, timesteps
@@ -219,3 +221,37 @@ def test_tasks_that_take_turns_in_one_thread_give_what_each_gives_alone() -> Non
 
     for seed, result in zip((1, 2), asyncio.run(both()), strict=True):
         assert same(result, Runner("toca").run(seed=seed))
+
+
+def test_shapes_that_are_new_are_captured_while_other_threads_sample() -> None:
+    sample = plain_dit(1)
+    model = optimized(sample, "fora", 4)
+
+    def batch(size: int) -> dict[str, Tensor]:
+        return {name: value[:size] for name, value in sample.inputs.items()}
+
+    wanted = run(model, batch(4), timesteps(4))
+    alone = {size: run(optimized(sample, "fora", 4), batch(size), timesteps(4)) for size in (1, 2, 3)}
+
+    def sample_on(_: int) -> bool:
+        return all(same(run(model, batch(4), timesteps(4)), wanted) for _ in range(20))
+
+    with ThreadPoolExecutor(5) as pool:
+        sampling = pool.map(sample_on, range(2))
+        new = pool.map(lambda size: run(model, batch(size), timesteps(4)), (1, 2, 3))
+        assert all(sampling)
+        assert all(same(outputs, alone[size]) for size, outputs in zip((1, 2, 3), new, strict=True))
+    assert len(model.frames) == 4
+
+
+def test_a_model_that_cannot_be_captured_leaves_the_lock_to_others() -> None:
+    class ReadsTheTimestep(torch.nn.Module):
+        def forward(self, x: Tensor, t: Tensor) -> Tensor:
+            return x * 2 if torch.sin(t).max().item() > 0 else x
+
+    refused = dicompile.optimize(ReadsTheTimestep(), mode="eager")
+    with pytest.raises(CannotCapture):
+        refused(torch.ones(2, 4, 8), torch.ones(2))
+    sample = plain_dit(1)
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(call, optimized(sample, "none", 1), sample.inputs, 999, 0).result(60)

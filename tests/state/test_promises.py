@@ -10,7 +10,7 @@
 | optimized again for another policy: as if fresh | here |
 | restore and disable are bit-exact | tests/test_api.py, tests/state/machine.py |
 | a plan that never reuses equals no policy | tests/test_api.py |
-| threads at once | tests/test_turns.py, tests/runtime/test_contexts.py |
+| threads at once | tests/runtime/test_contexts.py |
 | generations that take turns in one thread, in sessions | here, tests/runtime/test_contexts.py |
 | a sample does not depend on its batch mates | here |
 | a cancelled task leaves nothing behind | here |

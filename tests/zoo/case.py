@@ -26,7 +26,7 @@ class Case:
         timesteps: values of the timestep argument from noise to picture, at least eight of them.
         timestep: name of the forward argument that takes them.
         latent: name of the forward argument that takes the noisy sample.
-        impossible: why no capture can serve this class, or an empty string.
+        impossible: part of what the refusal says where no graph can serve this class; else empty.
     """
 
     name: str

@@ -66,8 +66,9 @@ class Facts:
         structure: what analysis finds.
         is_traced: Dynamo could not take it whole, so it was captured by running it.
         eager: first result of every step of the untouched model.
-        eager_flops: its operations per step.
-        calls: attention and linear calls of the untouched model, by the path of the module that makes them.
+        eager_flops: its operations per step; 0 where they cannot be counted.
+        calls: attention and linear calls of the untouched model, by the path of the module that makes them; empty where
+            they cannot be counted.
         runs: by policy.
     """
 
@@ -90,7 +91,7 @@ def facts_of(case: Case) -> Facts:
     model = case.model()
     with torch.no_grad():
         counted = [_counted(model, case.at(step)) for step in range(STEPS)]
-        calls = eager_calls(model, case.at(0))
+        calls = eager_calls(model, case.at(0)) if counted[0][1] else {}
     runs, structure, traced = {}, None, False
     for policy in ("fora", "duca"):
         optimized = dicompile.optimize(model, policy, schedule=list(case.timesteps[:STEPS]), mode="eager")
@@ -126,8 +127,12 @@ def _run(optimized: Any, case: Case) -> Run:
 
 
 def _counted(model: nn.Module, inputs: Mapping[str, Any]) -> tuple[Tensor, int]:
-    with _counter() as counter:
-        result = model(**inputs)
+    try:
+        with _counter() as counter:
+            result = model(**inputs)
+    except TypeError:  # flex_attention lets nobody watch
+        torch._dynamo.reset()
+        return first_tensor(model(**inputs)), 0
     return first_tensor(result), counter.get_total_flops()
 
 

@@ -582,13 +582,13 @@ def spatio_temporal() -> Case:
             num_attention_heads=2, attention_head_dim=16, in_channels=32, num_layers=2, cross_attention_dim=24
         )
 
-    # a part of a U-Net that is told no timestep: its context stands in. A temporal block starts from the spatial
+    # a part of a U-Net that is told no timestep: every call is a step. A temporal block starts from the spatial
     # stream plus the places of the frames, and its result is blended with the spatial stream. Around the blocks the
     # model adds its input again.
     return Case("TransformerSpatioTemporalModel", make, inputs, {
         "transformer_blocks.*": THREE,
         "temporal_transformer_blocks.*": ("mlp", "self", "cross", "mlp"),
-    }, timesteps=UNIT, timestep="encoder_hidden_states")  # fmt: skip
+    }, timesteps=UNIT, timestep="hidden_states")  # fmt: skip
 
 
 def ace_step() -> Case:
@@ -1029,7 +1029,8 @@ def wan_animate2() -> Case:
         return model
 
     # flex_attention to its own tokens and to cached ones of the reference
-    return Case("WanAnimate2Transformer3DModel", make, inputs, {"blocks.*": THREE})
+    return Case("WanAnimate2Transformer3DModel", make, inputs, {"blocks.*": THREE},
+                impossible="takes an object of class WanAnimate2KVCache")  # fmt: skip
 
 
 def any_flow_far() -> Case:
@@ -1054,7 +1055,8 @@ def any_flow_far() -> Case:
         return AnyFlowFARTransformer3DModel(**WAN, full_chunk_limit=3, chunk_partition=(1, 2, 2, 2))
 
     # flex_attention to its own tokens and to cached ones of earlier chunks, the oldest of them compressed
-    return Case("AnyFlowFARTransformer3DModel", make, inputs, {"blocks.*": THREE})
+    return Case("AnyFlowFARTransformer3DModel", make, inputs, {"blocks.*": THREE},
+                impossible="writes to the lists or dictionaries among its arguments")  # fmt: skip
 
 
 def own_stdit(matmul: bool) -> Case:

@@ -1,0 +1,172 @@
+"""Capture by running: what Python reads is known, and the graph holds for equal values only."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+import dicompile
+from dicompile.capture import Inputs, capture_graph, module_tensors, trace_model
+from dicompile.capture.flex import attend
+from dicompile.errors import CannotCapture
+
+WIDTH = 8
+
+
+class Reads(nn.Module):
+    """Reads the mask in Python, in a way of the test's choice, and otherwise computes with tensors."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how = how
+        self.linear = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor, t: Tensor, mask: Tensor) -> Tensor:
+        return WAYS[self.how](self.linear(x) * torch.cos(t)[:, None, None], mask)
+
+
+def write(x: Tensor, mask: Tensor) -> Tensor:
+    x[:, mask[0]] = 0
+    return x
+
+
+WAYS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "tolist": lambda x, mask: x[:, : max(mask.sum(1).tolist())],
+    "if": lambda x, mask: x if mask.all() else x * 2,
+    "boolean index": lambda x, mask: x[:, mask[0]],
+    "slice": lambda x, mask: x[:, : mask[0].sum()],
+    "nonzero": lambda x, mask: x.index_select(1, torch.nonzero(mask[0]).flatten()),
+    "repeat": lambda x, mask: x.repeat_interleave(mask[0].long() + 1, dim=1),
+    "view": lambda x, mask: x.view(x.shape[0], mask.sum() // mask.sum(), -1),
+    "write": write,
+}
+
+
+def given(kept: int) -> dict[str, Tensor]:
+    mask = torch.arange(6)[None] < kept
+    return {"x": torch.randn(2, 6, WIDTH), "t": torch.rand(2), "mask": mask.expand(2, 6).clone()}
+
+
+def traced(module: nn.Module, **inputs: Any) -> tuple[Any, list[Tensor]]:
+    taken = Inputs.of(module, (), inputs)
+    trace = trace_model(module, taken)
+    return trace, [*module_tensors(module).values(), *taken.tensors.values(), *trace.constants]
+
+
+@pytest.mark.parametrize("how", WAYS)
+def test_the_graph_does_what_the_model_did_and_the_read_input_is_known(how: str) -> None:
+    module, inputs = Reads(how).eval(), given(4)
+    trace, arguments = traced(module, **inputs)
+    capture = capture_graph(trace.graph, trace.names, arguments)
+    with torch.no_grad():
+        torch.testing.assert_close(trace.unpack(capture.graph_module(*arguments)), module(**inputs))
+    assert [trace.names[position][0] for position in trace.reads] == ["mask"]
+    trace.check(capture.inputs, "Reads")
+
+
+@pytest.mark.parametrize("how", WAYS)
+def test_other_values_of_what_was_read_are_captured_anew_and_equal_ones_are_not(how: str) -> None:
+    module = Reads(how).eval()
+    model = dicompile.optimize(module, "none", mode="eager")
+    with torch.no_grad():
+        for kept, frames in ((4, 1), (4, 1), (6, 2), (4, 2)):
+            inputs = given(kept)
+            torch.testing.assert_close(model(**inputs), module(**inputs))
+            if model._traced is not None:  # Dynamo takes some of the ways by itself
+                assert len(model.frames) == frames
+
+
+class Constants(nn.Module):
+    """Tensors that are neither parameters nor buffers, used in turns."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = torch.randn(WIDTH), torch.randn(WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.shape[0] > 10 and x.sum() > 0:
+            return x
+        return (x * self.first + self.second) * self.first - self.second
+
+
+def test_every_constant_goes_where_it_came_from() -> None:
+    module, x = Constants(), torch.randn(2, WIDTH)
+    trace, arguments = traced(module, x=x)
+    assert len(trace.constants) == 2
+    torch.testing.assert_close(trace.unpack(trace.graph(*arguments)), module(x))
+
+
+def test_results_come_back_packed_as_the_model_packs_them() -> None:
+    class Packs(nn.Module):
+        def forward(self, x: Tensor) -> dict[str, Any]:
+            return {"sample": [x * 2], "count": 3}
+
+    trace, arguments = traced(Packs(), x=torch.ones(2))
+    result = trace.unpack(trace.graph(*arguments))
+    assert result["count"] == 3 and torch.equal(result["sample"][0], torch.full((2,), 2.0))
+
+
+def test_an_object_that_holds_something_is_refused() -> None:
+    class Takes(nn.Module):
+        def forward(self, x: Tensor, cache: Any) -> Tensor:
+            return x + cache.value
+
+    with pytest.raises(CannotCapture, match="takes an object of class SimpleNamespace"):
+        from types import SimpleNamespace
+
+        traced(Takes(), x=torch.ones(2), cache=SimpleNamespace(value=torch.ones(2)))
+
+
+def test_a_model_that_writes_to_a_dictionary_of_its_caller_is_refused() -> None:
+    class Writes(nn.Module):
+        def forward(self, x: Tensor, cache: dict[str, Tensor]) -> Tensor:
+            cache["x"] = x * 2
+            return x
+
+    with pytest.raises(CannotCapture, match="writes to the lists or dictionaries"):
+        traced(Writes(), x=torch.ones(2), cache={})
+
+
+def test_a_setting_of_the_module_that_changes_is_captured_anew() -> None:
+    class Scales(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = 2.0
+            self.linear = nn.Linear(WIDTH, WIDTH)
+
+        def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+            return self.linear(x)[:, : max(mask.tolist())] * self.scale
+
+    module = Scales().eval()
+    model = dicompile.optimize(module, "none", mode="eager")
+    x, mask = torch.randn(2, 6, WIDTH), torch.tensor([3, 4])
+    with torch.no_grad():
+        first = model(x, mask)
+        module.scale = 3.0
+        second = model(x, mask)
+        torch.testing.assert_close(second, module(x, mask))
+    assert not torch.equal(first, second)
+    module.linear.weight.data.mul_(2)  # weights are inputs: no new graph
+    frames = len(model.frames)
+    with torch.no_grad():
+        torch.testing.assert_close(model(x, mask), module(x, mask))
+    assert len(model.frames) == frames
+
+
+@pytest.mark.parametrize("score", [None, "relative"])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+def test_flex_attention_is_written_out(score: str | None, masked: bool) -> None:
+    query, key, value = (torch.randn(1, 2, 256, 16) for _ in range(3))
+    relative = (lambda s, b, h, q, k: s + 0.01 * (q - k)) if score else None
+    mask = create_block_mask(lambda b, h, q, k: q >= k, 1, 1, 256, 256, device="cpu") if masked else None
+    wanted = flex_attention(query, key, value, score_mod=relative, block_mask=mask)
+    torch.testing.assert_close(attend(query, key, value, relative, mask), wanted)
+    if not score and not masked:
+        torch.testing.assert_close(wanted, F.scaled_dot_product_attention(query, key, value))
