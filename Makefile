@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test nightly lint ruff typecheck format bench clean
+.PHONY: demo test nightly coverage lint ruff typecheck format bench clean
 
 demo: $(VENV)/.installed-demo
 	$(BIN)/dicompile demo
@@ -14,6 +14,10 @@ test: $(VENV)/.installed-test
 # Hundreds of random sequences of everything that may happen to optimized models.
 nightly: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -m nightly -s
+
+# The table of what works on which class of model; the tests check every line of it.
+coverage: $(VENV)/.installed-test
+	$(BIN)/python -m tests.zoo.coverage > docs/coverage.md
 
 bench: $(VENV)/.installed-demo
 	$(BIN)/python examples/bench.py
