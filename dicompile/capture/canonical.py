@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from dicompile.nodes import node_argument
+from dicompile.nodes import list_argument, node_argument
 
 aten = torch.ops.aten
 
@@ -91,6 +91,13 @@ def _addcmul(node: fx.Node) -> fx.Node:
     return _call(node, aten.add.Tensor, (base, product), {})
 
 
+def _cat(node: fx.Node) -> fx.Node:
+    """Without parts that are empty: rows beyond a length that is the whole one here."""
+    given: Sequence[fx.Node] = list_argument(node, 0)
+    parts = [part for part in given if part.meta["val"].numel()] or list(given)
+    return parts[0] if len(parts) == 1 else _call(node, aten.cat.default, (parts, *node.args[1:]), {})
+
+
 def _lerp(node: fx.Node) -> fx.Node:
     start, end, weight = node.args[:3]
     difference = _call(node, aten.sub.Tensor, (end, start), {})
@@ -118,6 +125,7 @@ _RULES: dict[object, Callable[[fx.Node], fx.Node]] = {
     aten.type_as.default: _type_as,
     aten.copy.default: _copy,
     aten.addcmul.default: _addcmul,
+    aten.cat.default: _cat,
     aten.lerp.Scalar: _lerp,
     aten.lerp.Tensor: _lerp,
 }

@@ -11,9 +11,10 @@ from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils import _pytree as pytree
 
+from dicompile.capture.arguments import Inputs
 from dicompile.capture.inputs import input_names
 from dicompile.capture.normalise import Capture, capture_graph
-from dicompile.capture.trace import Inputs, module_tensors, trace_model
+from dicompile.capture.trace import module_tensors, trace_model
 from dicompile.errors import CannotCapture
 
 

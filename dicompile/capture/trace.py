@@ -9,7 +9,6 @@ those cannot be captured.
 from __future__ import annotations
 
 import contextlib
-import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +19,7 @@ from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing, get_
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
+from dicompile.capture.arguments import Inputs, flatten_arguments
 from dicompile.capture.flex import written_out
 from dicompile.capture.inputs import Input, Role
 from dicompile.errors import CannotCapture
@@ -33,7 +33,6 @@ _SIZED_BY_VALUES = frozenset({
     Tensor.nonzero, torch.nonzero, torch.argwhere, Tensor.argwhere, torch.unique, Tensor.unique, torch.bincount,
     Tensor.bincount, torch.unique_consecutive, Tensor.unique_consecutive,
 })  # fmt: skip
-PLAIN = (bool, int, float, complex, str, type(None), torch.dtype, torch.device)
 _NO_OPERATIONS = (
     torch._C._set_grad_enabled,
     torch.amp.autocast_mode._enter_autocast,
@@ -41,51 +40,7 @@ _NO_OPERATIONS = (
 )
 
 
-@dataclass(frozen=True)
-class Inputs:
-    """Arguments of a call, taken apart.
-
-    Attributes:
-        tensors: the tensors among them, by dotted name (``added_cond_kwargs.resolution``).
-        key: everything else, and what the tensors are like; calls with unequal keys share no trace.
-        pack: positional and keyword arguments with other tensors in the places of these.
-    """
-
-    tensors: Mapping[str, Tensor]
-    key: tuple[object, ...]
-    pack: Callable[[Sequence[Tensor]], tuple[Sequence[Any], Mapping[str, Any]]]
-
-    @classmethod
-    def of(cls, module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Inputs:
-        """Arguments of ``module(*args, **kwargs)``.
-
-        Raises:
-            TypeError: its forward does not take them.
-            CannotCapture: one of them is an object that cannot be looked into.
-        """
-        bound = inspect.signature(module.forward).bind(*args, **kwargs)
-        paths, spec = pytree.tree_flatten_with_path((bound.args, bound.kwargs))
-        parameters = list(bound.signature.parameters)
-        leaves = [leaf for _, leaf in paths]
-        places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
-
-        def pack(tensors: Sequence[Tensor]) -> tuple[Sequence[Any], Mapping[str, Any]]:
-            filled = list(leaves)
-            for place, tensor in zip(places, tensors, strict=True):
-                filled[place] = tensor
-            arguments: tuple[Sequence[Any], Mapping[str, Any]] = pytree.tree_unflatten(filled, spec)
-            return arguments
-
-        for path, leaf in paths:
-            if not isinstance(leaf, (Tensor, *PLAIN)) and not callable(leaf):
-                raise CannotCapture(
-                    f"{type(module).__name__} takes an object of class {type(leaf).__name__}",
-                    where=f"capture, argument {_dotted(path, parameters)}",
-                    why="what it holds may differ at every call, and nothing tells",
-                    fix="give tensors, numbers, and lists or dictionaries of them",
-                )
-        rest = tuple(_kind(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves)
-        return cls({_dotted(paths[i][0], parameters): leaves[i] for i in places}, (str(spec), *rest), pack)
+Flat = tuple[list[Any], pytree.TreeSpec]
 
 
 @dataclass(frozen=True)
@@ -149,12 +104,12 @@ def trace_model(module: nn.Module, inputs: Inputs) -> Trace:
 
     def run(*tensors: Tensor) -> list[Tensor]:
         args, kwargs = inputs.pack(tensors[len(own) :])
-        before = pytree.tree_flatten((args, kwargs))
+        before = flatten_arguments((args, kwargs))
         with reading:
             result = torch.func.functional_call(
                 module, dict(zip(own, tensors, strict=False)), tuple(args), dict(kwargs), tie_weights=False
             )
-        _refuse_writes(before, pytree.tree_flatten((args, kwargs)), type(module).__name__)
+        _refuse_writes(before, flatten_arguments((args, kwargs)), type(module).__name__)
         leaves, spec = pytree.tree_flatten(result)
         packed.append(_unpacker(leaves, spec))
         return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
@@ -176,11 +131,11 @@ def trace_model(module: nn.Module, inputs: Inputs) -> Trace:
     return Trace(graph, tuple(names), _read_inputs(graph.graph, reading.nodes), tuple(constants), packed[-1])
 
 
-def _refuse_writes(before: tuple[list[Any], Any], after: tuple[list[Any], Any], model: str) -> None:
+def _refuse_writes(before: Flat, after: Flat, model: str) -> None:
     if before[1] == after[1] and all(old is new for old, new in zip(before[0], after[0], strict=True)):
         return
     raise CannotCapture(
-        f"{model} writes to the lists or dictionaries among its arguments",
+        f"{model} writes to a list, dictionary or object among its arguments",
         where="capture",
         why="a step that is skipped could not repeat the write",
         fix="return what is written instead",
@@ -343,14 +298,3 @@ def _unpacker(leaves: Sequence[Any], spec: pytree.TreeSpec) -> Callable[[Sequenc
         return pytree.tree_unflatten(filled, spec)
 
     return unpack
-
-
-def _kind(tensor: Tensor) -> tuple[object, ...]:
-    return tuple(tensor.shape), tensor.stride(), tensor.dtype, tensor.device
-
-
-def _dotted(path: Sequence[Any], parameters: Sequence[str]) -> str:
-    """Name of a leaf of ``(args, kwargs)``."""
-    first, *inner = path[1:]
-    head = parameters[first.idx] if hasattr(first, "idx") else str(first.key)
-    return ".".join([head, *(str(getattr(part, "key", getattr(part, "idx", part))) for part in inner)])

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -112,15 +114,38 @@ def test_results_come_back_packed_as_the_model_packs_them() -> None:
     assert result["count"] == 3 and torch.equal(result["sample"][0], torch.full((2,), 2.0))
 
 
-def test_an_object_that_holds_something_is_refused() -> None:
-    class Takes(nn.Module):
-        def forward(self, x: Tensor, cache: Any) -> Tensor:
-            return x + cache.value
+class Adds(nn.Module):
+    def forward(self, x: Tensor, cache: Any) -> Tensor:
+        if cache.mode == "write":
+            cache.value = x
+        return x + cache.parts[0].value
 
-    with pytest.raises(CannotCapture, match="takes an object of class SimpleNamespace"):
-        from types import SimpleNamespace
 
-        traced(Takes(), x=torch.ones(2), cache=SimpleNamespace(value=torch.ones(2)))
+def cache(value: float, mode: str = "read") -> SimpleNamespace:
+    return SimpleNamespace(mode=mode, parts=[SimpleNamespace(value=torch.full((2,), value))])
+
+
+def test_an_object_is_looked_into() -> None:
+    module, x = Adds(), torch.ones(2)
+    trace, arguments = traced(module, x=x, cache=cache(1.0))
+    assert [name for name, _ in trace.names] == ["x", "cache.parts.0.value"]
+    other = Inputs.of(module, (x,), {"cache": cache(2.0)})
+    assert other.key == Inputs.of(module, (x,), {"cache": cache(1.0)}).key
+    assert other.key != Inputs.of(module, (x,), {"cache": cache(1.0, "other")}).key
+    assert torch.equal(trace.unpack(trace.graph(*other.tensors.values())), torch.full((2,), 3.0))
+    assert len(arguments) == 2
+
+
+def test_an_object_that_is_written_to_is_refused_and_stays_as_it_is() -> None:
+    given = cache(1.0, "write")
+    with pytest.raises(CannotCapture, match="writes to a list, dictionary or object"):
+        traced(Adds(), x=torch.ones(2), cache=given)
+    assert not hasattr(given, "value")
+
+
+def test_an_object_that_cannot_be_looked_into_is_refused() -> None:
+    with pytest.raises(CannotCapture, match="holds an object of class ndarray"):
+        Inputs.of(Adds(), (torch.ones(2),), {"cache": SimpleNamespace(value=np.ones(2))})
 
 
 def test_a_model_that_writes_to_a_dictionary_of_its_caller_is_refused() -> None:
@@ -129,7 +154,7 @@ def test_a_model_that_writes_to_a_dictionary_of_its_caller_is_refused() -> None:
             cache["x"] = x * 2
             return x
 
-    with pytest.raises(CannotCapture, match="writes to the lists or dictionaries"):
+    with pytest.raises(CannotCapture, match="writes to a list, dictionary or object"):
         traced(Writes(), x=torch.ones(2), cache={})
 
 

@@ -45,7 +45,7 @@ class Case:
             weight = getattr(module, "weight", None)
             if "Norm" in type(module).__name__ and isinstance(weight, nn.Parameter):
                 weight.data += 1
-        return model
+        return model.requires_grad_(False)
 
     def at(self, step: int) -> dict[str, Any]:
         """Inputs at a step: another timestep, and a latent that drifts a little from step to step."""
