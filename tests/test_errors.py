@@ -159,7 +159,8 @@ CASES: list[tuple[type[errors.DicompileError], Callable[[], Any], str]] = [
         "policy 'mine' refreshes single tokens, which this branch does not allow\n"
         "  where: site 0, blocks.0 (self-attention)\n"
         "  why:   aten.scaled_dot_product_attention.default in blocks.0 reads keys and values of all tokens\n"
-        "  fix:   use a policy that reuses whole branches on this model, such as dicompile.FORA(interval=3)",
+        "  fix:   set where_mixed='reuse' to reuse it whole, or use a policy that does, "
+        "such as dicompile.FORA(interval=3)",
     ),
     (
         errors.PolicyDoesNotFit,
@@ -190,7 +191,7 @@ CASES: list[tuple[type[errors.DicompileError], Callable[[], Any], str]] = [
         call_attention_over_other_tokens,
         "policy 'toca-3' ranks tokens by attention, but the attention is not over the same tokens\n"
         "  where: site 1, blocks.0.mlp.0 (mlp)\n"
-        "  why:   aten.view.default in blocks.0 folds tokens into another axis ([4, 64, 32] to [4, 16, 4, 32])\n"
+        "  why:   aten.mean.dim in blocks.0 combines all tokens\n"
         "  fix:   choose another score, for example score='random'",
     ),
     (

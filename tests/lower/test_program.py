@@ -108,7 +108,7 @@ def test_steps_that_differ_in_token_counts_only_share_a_program() -> None:
 
 
 STORE = """\
-%25, %26 = prologue:prologue-plain(%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10)
+%25, %26 = prologue:prologue-plain(%2, %0, %1, %3, %4, %5, %6, %7, %8, %9, %10)
 %27, %28, %29 = block0:block0-ff(%26, %11, %12, %25, %13, %14, %15, %16, %17, %18, %19, %20)
 %30 = epilogue:epilogue-plain(%26, %21, %22, %27, %23, %24)
 slot value[0] = %28
@@ -117,7 +117,7 @@ return (30,)"""
 REUSE = """\
 %27 = slot value[0]
 %28 = slot value[1]
-%25, %26 = prologue:prologue-plain(%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10)
+%25, %26 = prologue:prologue-plain(%2, %0, %1, %3, %4, %5, %6, %7, %8, %9, %10)
 %29 = block0:block0-rr(%26, %11, %12, %25, %27, %28)
 %30 = epilogue:epilogue-plain(%26, %21, %22, %29, %23, %24)
 return (30,)"""
