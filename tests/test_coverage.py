@@ -99,7 +99,7 @@ def check_runs(facts: Facts) -> None:
         # Plans count no scores and no outer products; what spans share (long skips) they count once too often, and what
         # refreshed joint attention needs of the other stream (HunyuanVideo 1.5, ConsisID) too little.
         for step, (done, planned) in enumerate(zip(run.flops, run.planned, strict=True)):
-            assert done <= planned + (0.03 if name == "fora" else 0.3) * whole, step
+            assert done <= planned + (0.03 if name == "fora" else 0.4) * whole, step
             assert name != "fora" or done >= planned - 0.05 * whole, step
     fora = facts.runs["fora"]
     assert set(fora.kinds) == {"full", "reuse"} and fora.kinds[0] == "full"
