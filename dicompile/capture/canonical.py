@@ -16,7 +16,11 @@ from dicompile.nodes import list_argument, node_argument
 
 aten = torch.ops.aten
 
-_NO_OPERATIONS = (torch.amp.autocast_mode._enter_autocast, torch.amp.autocast_mode._exit_autocast)
+_SWITCHES = (
+    torch._C._set_grad_enabled,
+    torch.amp.autocast_mode._enter_autocast,
+    torch.amp.autocast_mode._exit_autocast,
+)
 _SAME = (aten.alias.default, aten.detach.default)
 _SYNONYMS = {
     aten.concat.default: aten.cat.default,
@@ -27,10 +31,7 @@ _SYNONYMS = {
 
 def make_canonical(graph: fx.Graph) -> None:
     """Rewrite a functional ATen graph in place; its fake mode must be active."""
-    for node in reversed(graph.nodes):
-        # Autocast has put its casts into the graph already.
-        if node.target in _NO_OPERATIONS:
-            graph.erase_node(node)
+    drop_switches(graph)
     for node in list(graph.nodes):
         node.target = _SYNONYMS.get(node.target, node.target)
         if node.target is aten.add.Tensor:
@@ -41,12 +42,19 @@ def make_canonical(graph: fx.Graph) -> None:
             graph.erase_node(node)
 
 
+def drop_switches(graph: fx.Graph) -> None:
+    """Remove switches of global state: gradients are off anyway, and autocast has put its casts into the graph."""
+    for node in reversed(graph.nodes):
+        if node.target in _SWITCHES:
+            graph.erase_node(node)
+
+
 def _spread_over_batch(add: fx.Node) -> None:
     """One sample that is added to a batch becomes a batch first: a text stream that pipelines do not repeat."""
     shape = add.meta["val"].shape
     for parent in add.all_input_nodes if len(shape) >= 3 else ():
         if parent.meta["val"].shape == (1, *shape[1:]) and shape[0] > 1:
-            add.replace_input_with(parent, _call(add, aten.expand.default, (parent, list(shape)), {}))
+            add.replace_input_with(parent, call_before(add, aten.expand.default, (parent, list(shape)), {}))
 
 
 def _same(node: fx.Node) -> fx.Node:
@@ -58,8 +66,8 @@ def _filled(fill: float | None) -> Callable[[fx.Node], fx.Node]:
         value = node.meta["val"]
         kind = {"dtype": value.dtype, "device": value.device}
         if fill is None:
-            return _call(node, aten.empty.memory_format, (list(value.shape),), kind)
-        return _call(node, aten.full.default, (list(value.shape), fill), kind)
+            return call_before(node, aten.empty.memory_format, (list(value.shape),), kind)
+        return call_before(node, aten.full.default, (list(value.shape), fill), kind)
 
     return rule
 
@@ -71,7 +79,7 @@ def _type_as(node: fx.Node) -> fx.Node:
 def _copy(node: fx.Node) -> fx.Node:
     source, shape = node_argument(node, 1), node.meta["val"].shape
     if source.meta["val"].shape != shape:
-        source = _call(node, aten.expand.default, (source, list(shape)), {})
+        source = call_before(node, aten.expand.default, (source, list(shape)), {})
     return _cast(node, source)
 
 
@@ -79,32 +87,32 @@ def _cast(node: fx.Node, source: fx.Node) -> fx.Node:
     dtype = node.meta["val"].dtype
     if source.meta["val"].dtype == dtype:
         return source
-    return _call(node, aten._to_copy.default, (source,), {"dtype": dtype})
+    return call_before(node, aten._to_copy.default, (source,), {"dtype": dtype})
 
 
 def _addcmul(node: fx.Node) -> fx.Node:
     base, left, right = node.args[:3]
-    product = _call(node, aten.mul.Tensor, (left, right), {})
+    product = call_before(node, aten.mul.Tensor, (left, right), {})
     scale = node.kwargs.get("value", 1)
     if scale != 1:
-        product = _call(node, aten.mul.Tensor, (product, scale), {})
-    return _call(node, aten.add.Tensor, (base, product), {})
+        product = call_before(node, aten.mul.Tensor, (product, scale), {})
+    return call_before(node, aten.add.Tensor, (base, product), {})
 
 
 def _cat(node: fx.Node) -> fx.Node:
     """Without parts that are empty: rows beyond a length that is the whole one here."""
     given: Sequence[fx.Node] = list_argument(node, 0)
     parts = [part for part in given if part.meta["val"].numel()] or list(given)
-    return parts[0] if len(parts) == 1 else _call(node, aten.cat.default, (parts, *node.args[1:]), {})
+    return parts[0] if len(parts) == 1 else call_before(node, aten.cat.default, (parts, *node.args[1:]), {})
 
 
 def _lerp(node: fx.Node) -> fx.Node:
     start, end, weight = node.args[:3]
-    difference = _call(node, aten.sub.Tensor, (end, start), {})
-    return _call(node, aten.add.Tensor, (start, _call(node, aten.mul.Tensor, (difference, weight), {})), {})
+    difference = call_before(node, aten.sub.Tensor, (end, start), {})
+    return call_before(node, aten.add.Tensor, (start, call_before(node, aten.mul.Tensor, (difference, weight), {})), {})
 
 
-def _call(before: fx.Node, target: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> fx.Node:
+def call_before(before: fx.Node, target: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> fx.Node:
     """A call in the module of the node it goes before."""
     with before.graph.inserting_before(before):
         node = before.graph.call_function(target, tuple(args), kwargs)

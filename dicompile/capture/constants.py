@@ -19,6 +19,8 @@ from typing import Any
 import torch
 from torch import fx
 
+from dicompile.capture.canonical import call_before
+
 aten = torch.ops.aten
 
 
@@ -27,9 +29,7 @@ def spell_out_constants(graph_module: fx.GraphModule) -> None:
     graph = graph_module.graph
     for node in graph.find_nodes(op="get_attr"):
         value = getattr(graph_module, node.target)
-        with graph.inserting_before(node):
-            made = _make(graph, value.tolist(), {"dtype": value.dtype, "device": value.device})
-        made.meta.update({key: node.meta[key] for key in ("nn_module_stack", "stack_trace") if key in node.meta})
+        made = _make(node, value.tolist(), {"dtype": value.dtype, "device": value.device})
         for user in list(node.users):
             if user.target is aten.lift_fresh_copy.default:
                 user.replace_all_uses_with(made)
@@ -39,16 +39,9 @@ def spell_out_constants(graph_module: fx.GraphModule) -> None:
     graph_module.recompile()
 
 
-def _make(graph: fx.Graph, value: Any, kind: dict[str, Any]) -> fx.Node:
+def _make(before: fx.Node, value: Any, kind: dict[str, Any]) -> fx.Node:
     if not isinstance(value, list):
-        return _call(graph, aten.full.default, ([], value), kind)
+        return call_before(before, aten.full.default, ([], value), kind)
     if not value:
-        return _call(graph, aten.full.default, ([0], 0), kind)
-    return _call(graph, aten.stack.default, ([_make(graph, part, kind) for part in value],), {})
-
-
-def _call(graph: fx.Graph, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.Node:
-    node = graph.call_function(target, args, kwargs)
-    values = torch.utils._pytree.tree_map_only(fx.Node, lambda argument: argument.meta["val"], args)
-    node.meta["val"] = target(*values, **kwargs)
-    return node
+        return call_before(before, aten.full.default, ([0], 0), kind)
+    return call_before(before, aten.stack.default, ([_make(before, part, kind) for part in value],), {})

@@ -19,7 +19,8 @@ from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing, get_
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from dicompile.capture.arguments import Inputs, flatten_arguments
+from dicompile.capture.arguments import Inputs, filler, flatten_arguments
+from dicompile.capture.canonical import drop_switches
 from dicompile.capture.flex import written_out
 from dicompile.capture.inputs import Input, Role
 from dicompile.errors import CannotCapture
@@ -33,12 +34,6 @@ _SIZED_BY_VALUES = frozenset({
     Tensor.nonzero, torch.nonzero, torch.argwhere, Tensor.argwhere, torch.unique, Tensor.unique, torch.bincount,
     Tensor.bincount, torch.unique_consecutive, Tensor.unique_consecutive,
 })  # fmt: skip
-_NO_OPERATIONS = (
-    torch._C._set_grad_enabled,
-    torch.amp.autocast_mode._enter_autocast,
-    torch.amp.autocast_mode._exit_autocast,
-)
-
 
 Flat = tuple[list[Any], pytree.TreeSpec]
 
@@ -111,7 +106,7 @@ def trace_model(module: nn.Module, inputs: Inputs) -> Trace:
             )
         _refuse_writes(before, flatten_arguments((args, kwargs)), type(module).__name__)
         leaves, spec = pytree.tree_flatten(result)
-        packed.append(_unpacker(leaves, spec))
+        packed.append(filler(leaves, spec))
         return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
 
     try:
@@ -124,7 +119,7 @@ def trace_model(module: nn.Module, inputs: Inputs) -> Trace:
             why=str(error).splitlines()[0],
             fix="move data-dependent Python out of its forward",
         ) from error
-    _drop_no_operations(graph.graph)
+    drop_switches(graph.graph)
     constants = _lift_constants(graph)
     names = [(name, True) for name in own] + [(name, False) for name in inputs.tensors]
     names += [(f"constant_{i}", True) for i in range(len(constants))]
@@ -243,13 +238,6 @@ def _current_path() -> str:
     return next(reversed(stack)) if stack else ""
 
 
-def _drop_no_operations(graph: fx.Graph) -> None:
-    """Remove switches of global state: gradients are off anyway, and autocast has put its casts into the graph."""
-    for node in reversed(graph.nodes):
-        if node.target in _NO_OPERATIONS:
-            graph.erase_node(node)
-
-
 def _lift_constants(graph_module: fx.GraphModule) -> list[Tensor]:
     """Make placeholders of the tensors that a graph holds; returns them in order."""
     graph = graph_module.graph
@@ -285,16 +273,3 @@ def _read_inputs(graph: fx.Graph, read: Sequence[tuple[fx.Node, str]]) -> dict[i
             seen.update(parents)
             queue += parents
     return dict(sorted(found.items()))
-
-
-def _unpacker(leaves: Sequence[Any], spec: pytree.TreeSpec) -> Callable[[Sequence[Tensor]], Any]:
-    fixed = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-    places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
-
-    def unpack(tensors: Sequence[Tensor]) -> Any:
-        filled = list(fixed)
-        for place, tensor in zip(places, tensors, strict=True):
-            filled[place] = tensor
-        return pytree.tree_unflatten(filled, spec)
-
-    return unpack

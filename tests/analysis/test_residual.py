@@ -7,10 +7,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import dicompile
 from dicompile.analysis import ModelStructure, analyse
-from dicompile.capture import Capture
+from dicompile.capture import Capture, capture_model
 from tests.capture.captured import captured, node_of, structure, tiny
-from tests.models import MODELS
+from tests.models import MODELS, flux
 
 WIDTH, TOKENS, TEXT = 8, 6, 5
 LATENT, TEXT_TOKENS = (2, TOKENS, WIDTH), (2, TEXT, WIDTH)
@@ -278,3 +279,18 @@ def test_a_model_without_a_latent_has_no_sites() -> None:
     found = analyse(tiny(NoLatent(), y=torch.ones(3, dtype=torch.int64)))
     assert (found.sites, found.blocks, found.streams, found.grid) == ((), (), (), None)
     assert found.flops == 2 * 3 * WIDTH * WIDTH
+
+
+def test_one_text_for_a_batch_of_pictures_is_a_stream_like_any_other() -> None:
+    """Pipelines do not repeat embeddings that users give them for several pictures."""
+    sample = flux(2)
+    pictures = ("hidden_states", "timestep", "guidance", "pooled_projections")
+    batch = {name: torch.cat([value] * 2) if name in pictures else value for name, value in sample.inputs.items()}
+    found, alone = analyse(capture_model(sample.model, batch)), structure("flux")
+    assert [(block.path, len(block.sites)) for block in found.blocks] == [
+        (block.path, len(block.sites)) for block in alone.blocks
+    ]
+    assert [site.kind for site in found.sites] == [site.kind for site in alone.sites]
+    model = dicompile.optimize(sample.model, dicompile.FORA(interval=2), schedule=4, mode="eager")
+    with torch.no_grad():
+        torch.testing.assert_close(model(**batch)[0], sample.model(**batch)[0])

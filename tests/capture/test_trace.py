@@ -84,6 +84,16 @@ def test_other_values_of_what_was_read_are_captured_anew_and_equal_ones_are_not(
                 assert len(model.frames) == frames
 
 
+def test_values_are_compared_anew_in_inference_mode_where_writes_are_not_counted() -> None:
+    module = Reads("boolean index").eval()
+    model = dicompile.optimize(module, "none", mode="eager")
+    with torch.inference_mode():
+        inputs = given(4)
+        for kept in (4, 2):
+            inputs["mask"][:, kept:] = False
+            torch.testing.assert_close(model(**inputs), module(**inputs))
+
+
 class Constants(nn.Module):
     """Tensors that are neither parameters nor buffers, used in turns."""
 

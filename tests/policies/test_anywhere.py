@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import logging
+
 import pytest
 import torch
 
+import dicompile
+from dicompile.analysis import SiteKind
 from dicompile.plan import Policy, TimestepSchedule, make_plan
 from dicompile.policies import DuCa, get_policy
 from tests.models import MODELS, optimized, pixart, run, structure, timesteps
 from tests.stdit import stdit
+from tests.zoo import images
 
 
 @pytest.mark.parametrize(
@@ -76,3 +81,21 @@ def test_attention_scores_do_need_the_map() -> None:
     run(fast, sample.inputs, timesteps(12))
     variants = fast.frames[-1].programs.variants.variants
     assert any("softmax" in str(node.target) for variant in variants for node in variant.segment.graph.nodes)
+
+
+def test_a_branch_that_mixes_tokens_is_reused_whole_and_plan_and_log_name_the_operator(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    case = next(case for case in images.CASES if case.name == "SanaTransformer2DModel")
+    model = dicompile.optimize(case.model(), "duca", schedule=list(case.timesteps[:6]), mode="eager")
+    with caplog.at_level(logging.WARNING, logger="dicompile"):
+        for step in range(6):
+            model(**case.at(step))
+    why = "aten.conv2d.default in transformer_blocks.*.ff.conv_depth mixes neighbouring tokens"
+    note = f"reused whole instead of refreshed: mlp of blocks 0-2: {why}"
+    plan = dicompile.plan_of(model)
+    assert plan.notes() == [note] and note in str(plan)
+    assert [record.getMessage() for record in caplog.records] == [f"policy {plan.policy}: {note}"]
+    convolved = [site.id for site in dicompile.structure_of(model).sites if site.kind is SiteKind.MLP]
+    assert all(step.sites[i].action.tokens is None for step in plan.steps for i in convolved)
+    assert any(step.sites[i].action.symbol == "." for step in plan.steps for i in convolved)
