@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import fx
 
-from dicompile.capture import input_names
-from dicompile.compiler import CompiledFrame, Options, Specialiser
-from dicompile.errors import CannotCapture, InvalidSetting, NoSitesFound
-from dicompile.lower import check_mode
+from dicompile.capture import ambient, capture_graph, input_names, read_inputs
+from dicompile.compiler import ONE_AT_A_TIME, Options, Same, compile_capture
+from dicompile.errors import CannotCapture, InvalidSetting
+from dicompile.lower import check_mode, compile_plainly
+from dicompile.model import MOST_FRAMES
 from dicompile.plan import CacheOptions
 from dicompile.policies import get_policy
 from dicompile.runtime import SchedulerLink
@@ -38,10 +41,12 @@ def dicache(
         InvalidSetting: an option is unknown, or a caching policy comes without steps.
     """
     del example_inputs
-    return backend_for(_options_of(options or {}), _say_what_was_found, _say_what_forbids)(graph)
+    return Specialiser(graph, input_names(graph.graph), _options_of(options or {}))
 
 
 _READ: dict[int, tuple[dict[str, Any], dict[str, Any], Options]] = {}
+MOST_OPTIONS = 64
+"""Dictionaries of options that are kept: those that a compiled model was called with last."""
 
 
 def _options_of(given: dict[str, Any]) -> Options:
@@ -50,9 +55,12 @@ def _options_of(given: dict[str, Any]) -> Options:
     ``torch.compile`` hands every graph of a model the very dictionary that the user gave; it is kept, so that no other
     one takes its identity.
     """
-    known = _READ.get(id(given))
+    known = _READ.pop(id(given), None)
     if known is None or known[1] != given:
-        known = _READ[id(given)] = (given, dict(given), read_options(given))
+        known = (given, dict(given), read_options(given))
+    _READ[id(given)] = known
+    for oldest in list(_READ)[:-MOST_OPTIONS]:
+        del _READ[oldest]
     return known[2]
 
 
@@ -84,46 +92,47 @@ def read_options(options: dict[str, Any]) -> Options:
     return Options(policy, SchedulerLink(source), mode, cache=cache)
 
 
-def backend_for(
-    options: Options,
-    on_compiled: Callable[[CompiledFrame], None],
-    on_refused: Callable[[CannotCapture], None] | None = None,
-) -> Callable[..., Callable[..., Any]]:
-    """A Dynamo backend with fixed options.
+@dataclass
+class Specialiser:
+    """A Dynamo graph, compiled anew for every set of symbolic sizes and numbers it is called with.
 
-    Args:
-        options: what the user asked for.
-        on_compiled: told of everything that was compiled.
-        on_refused: told of graphs that cannot be captured and are compiled plainly instead; they are errors without it.
+    It is what the backend returns. Compiling at the first call instead of inside the backend keeps dicompile's errors
+    its own. A graph that cannot be captured is compiled plainly, and a log line says so.
+
+    Dynamo shares it between all instances of a class: it holds code only, and whose features a call reads and stores is
+    told by the parameters that it is called with.
     """
 
-    def backend(graph: fx.GraphModule, example_inputs: Sequence[Any] = ()) -> Callable[..., Any]:
-        del example_inputs
-        return Specialiser(graph, input_names(graph.graph), options, on_compiled, on_refused)
+    graph: fx.GraphModule
+    names: Sequence[tuple[str, bool]]
+    options: Options
+    _frames: dict[tuple[object, ...], Callable[..., Any]] = field(default_factory=dict)
 
-    return backend
+    def __post_init__(self) -> None:
+        self._read = read_inputs(self.graph.graph)
+        self._own = [i for i, (_, owned) in enumerate(self.names) if owned]
 
+    def __call__(self, *arguments: Any) -> Any:
+        """Run the frame for the shapes of `arguments`."""
+        sizes = [value for value in arguments if isinstance(value, int)]
+        key = (ambient(), *sizes, *(arguments[i].item() for i in self._read))
+        frame = self._frames.get(key)
+        if frame is None:
+            with ONE_AT_A_TIME:
+                frame = self._frames.get(key) or self._compile(key, arguments)
+                latest = list(self._frames.items())[1 - MOST_FRAMES :]
+                self._frames = {**dict(latest), key: frame}
+        with torch.no_grad():
+            return frame(*arguments)
 
-def _say_what_was_found(frame: CompiledFrame) -> None:
-    if not frame.structure.sites:
-        log.info("no cacheable branch in this graph: compiled without caching")
-
-
-def _say_what_forbids(refused: CannotCapture) -> None:
-    log.warning("compiled without caching: %s (%s)", refused.what, refused.why)
-
-
-def require_sites(frame: CompiledFrame, options: Options, model: str) -> None:
-    """Raise if a caching policy meets a model without sites.
-
-    Raises:
-        NoSitesFound: it does.
-    """
-    if frame.structure.sites or not options.policy.rules:
-        return
-    raise NoSitesFound(
-        f"{model} has no cacheable branch",
-        where=f"analysis, {frame.structure.flops / 1e9:.3f} GFLOP a call",
-        why="no residual add with a matrix product in its branch depends on the latent",
-        fix="use policy 'none' to compile it without caching",
-    )
+    def _compile(self, key: tuple[object, ...], arguments: Sequence[Any]) -> Callable[..., Any]:
+        try:
+            with torch.no_grad():
+                capture = capture_graph(self.graph, self.names, arguments)
+        except CannotCapture as refused:
+            log.warning("compiled without caching: %s (%s)", refused.what, refused.why)
+            return compile_plainly(self.graph, arguments, self.options.mode)
+        compiled = compile_capture(capture, arguments, self.options, Same(key))
+        if not compiled.structure.sites:
+            log.info("no cacheable branch in this graph: compiled without caching")
+        return lambda *inputs: compiled.run.run(self.options.owners.of([inputs[i] for i in self._own]), inputs)

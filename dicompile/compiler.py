@@ -1,6 +1,6 @@
 """The whole flow: capture -> analysis -> plan -> passes -> lower -> runtime.
 
-`compile_frame` is all of it for one graph that Dynamo captured; both front ends end here.
+`compile_capture` is all of it for one captured graph; both front ends end here.
 """
 
 from __future__ import annotations
@@ -12,17 +12,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import Tensor, fx
+import torch
+from torch import Tensor
 
 from dicompile.analysis import ModelStructure, analyse
-from dicompile.capture import Capture, Role, capture_graph, read_inputs
+from dicompile.capture import Capture, Role
 from dicompile.config import DebugFolder, Settings
-from dicompile.errors import CallOutsideSchedule, CannotCapture, PolicyDoesNotFit
+from dicompile.errors import CallOutsideSchedule, PolicyDoesNotFit
 from dicompile.lower import (
-    Program,
     ProgramBuilder,
     VariantCache,
-    compile_plainly,
     first_span,
     network_predictor,
     table_predictor,
@@ -32,23 +31,20 @@ from dicompile.plan import (
     CacheOptions,
     Plan,
     Policy,
-    StepPlan,
     TimestepSchedule,
     check_can_compile,
-    cold_step,
     make_plan,
 )
 from dicompile.policies.predictor import load_predictor
-from dicompile.runtime import Executor, SchedulerLink
+from dicompile.runtime import Executor, Owners, SchedulerLink, Signature, Step
 
 log = logging.getLogger("dicompile")
 
 ONE_AT_A_TIME = threading.RLock()
-"""Held while a graph is captured or rewritten, and while an optimized model runs, any step of which may compile.
+"""Held while something is captured, rewritten or compiled, and never otherwise: fx and Dynamo trace with global state."""
 
-torch.fx and Dynamo trace with global state: a second thread that calls a compiled module meanwhile breaks both. Calls
-that compile nothing are not safe either: side by side, three threads gave five wrong generations in three minutes.
-"""
+MOST_PLANS = 64
+"""Plans of one captured model that are kept; a pipeline makes one for every number of steps that it is asked for."""
 
 
 @dataclass(frozen=True)
@@ -70,24 +66,31 @@ class Options:
     cache: CacheOptions = UNLIMITED
 
     @functools.cached_property
+    def owners(self) -> Owners:
+        """Models that were compiled with these very options, where compiled code is shared between them."""
+        return Owners(self.link)
+
+    @functools.cached_property
     def debug(self) -> DebugFolder:
         """Where the text of every stage goes; one folder for all graphs of a model."""
         return DebugFolder(self.settings.debug)
 
 
-def compile_frame(
-    graph: fx.GraphModule, names: Sequence[tuple[str, bool]], arguments: Sequence[Any], options: Options
-) -> CompiledFrame:
+def compile_capture(capture: Capture, arguments: Sequence[Any], options: Options, way: object) -> CompiledFrame:
     """Compile one captured graph for the shapes of `arguments`.
 
+    Args:
+        capture: the graph.
+        arguments: values of its placeholders.
+        options: what the user asked for.
+        way: what it depends on besides tensors, see `dicompile.runtime.contexts.Call`.
+
     Raises:
-        CannotCapture: the graph writes to its inputs.
         PolicyDoesNotFit: the model cannot do what the policy asks for.
         CacheTooLarge: the plan needs more memory than it may have.
     """
     if options.mode != "eager":
         check_can_compile(options.cache, [value.device for value in arguments if isinstance(value, Tensor)])
-    capture = capture_graph(graph, names, arguments)
     options.debug.write("captured", capture)
     structure = analyse(capture)
     options.debug.write("structure", structure)
@@ -96,16 +99,52 @@ def compile_frame(
         programs.plan(options.link.schedule)  # refuses before anything is compiled, a predictor included
     executor = Executor(
         programs,
-        options.link,
-        timestep=capture.input_position(Role.TIMESTEP),
-        latent=capture.input_position(Role.LATENT),
+        _signature(capture, structure, arguments, way),
         seed=options.policy.seed,
         predictor=_predictor(capture, structure, options),
         offload=options.cache.device == "cpu",
-        conditioning=[i for i, item in enumerate(capture.inputs) if item.role is Role.CONDITIONING],
+        check=options.settings.check,
     )
-    executor.check = options.settings.check
     return CompiledFrame(structure, programs, executor)
+
+
+def _signature(capture: Capture, structure: ModelStructure, arguments: Sequence[Any], way: object) -> Signature:
+    roles = list(enumerate(capture.inputs))
+    shapes = tuple(
+        (tuple(value.shape), value.dtype, value.device) if isinstance(value, Tensor) else type(value)
+        for (_, item), value in zip(roles, arguments, strict=True)
+        if item.role is not Role.PARAMETER
+    )
+    sites = tuple((site.name, site.kind, site.shape, site.itemsize) for site in structure.everything)
+    return Signature(
+        timestep=capture.input_position(Role.TIMESTEP),
+        latent=capture.input_position(Role.LATENT),
+        conditioning=tuple(i for i, item in roles if item.role is Role.CONDITIONING),
+        signals=frozenset(i for i, item in roles if item.is_signal),
+        geometry=Same((shapes, sites)),
+        way=way,
+    )
+
+
+class Same:
+    """A value that is compared at every call: hashed once, and found equal at once where it is the very one.
+
+    Args:
+        value: a tuple.
+    """
+
+    __slots__ = ("_hash", "_value")
+
+    def __init__(self, value: tuple[object, ...]) -> None:
+        self._value, self._hash = value, hash(value)
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    def __eq__(self, other: object) -> bool:
+        return self is other or (
+            isinstance(other, Same) and self._hash == other._hash and self._value == other._value
+        )
 
 
 def _predictor(
@@ -138,92 +177,57 @@ class CompiledFrame:
 
 
 class Programs:
-    """Plans and programs of one captured model, by schedule and step; made on demand and kept."""
+    """Plans and steps of one captured model, by schedule; made on demand, and the latest ones kept."""
 
     def __init__(self, capture: Capture, structure: ModelStructure, options: Options) -> None:
         self.structure, self.policy, self.cache, self.debug = structure, options.policy, options.cache, options.debug
         self.variants = VariantCache(options.mode, options.settings, options.debug)
         self._builder = ProgramBuilder(capture, structure, self.variants, options.cache.torch_dtype)
-        self._plans: dict[TimestepSchedule, Plan] = {}
-        self._steps: dict[tuple[TimestepSchedule, int, bool], tuple[StepPlan, Program]] = {}
+        self._plans: dict[TimestepSchedule, tuple[Plan, dict[int, Step]]] = {}
 
     def plan(self, schedule: TimestepSchedule) -> Plan:
         """The plan for a schedule."""
-        if schedule not in self._plans:
-            plan = self._plans[schedule] = make_plan(self.structure, self.policy, schedule, self.cache)
-            self.debug.write("plan", plan)
-            for note in plan.notes():
-                log.warning("policy %s: %s", plan.policy, note)
-        return self._plans[schedule]
+        return self._planned(schedule)[0]
 
-    def step(self, schedule: TimestepSchedule, index: int) -> tuple[StepPlan, Program]:
+    def step(self, schedule: TimestepSchedule, index: int) -> Step:
         """What to run at a step.
 
         Raises:
             CallOutsideSchedule: the schedule has no such step.
         """
-        return self._kept(schedule, index, cold=False)
+        known = self._plans.get(schedule)
+        step = None if known is None else known[1].get(index)
+        if step is not None:
+            return step
+        with ONE_AT_A_TIME:
+            plan, steps = self._planned(schedule)
+            if index not in steps:
+                steps[index] = self._make(plan, index)
+            return steps[index]
 
-    def cold(self, schedule: TimestepSchedule, index: int) -> tuple[StepPlan, Program]:
-        """What to run at a step when nothing is remembered."""
-        return self._kept(schedule, index, cold=True)
+    def _planned(self, schedule: TimestepSchedule) -> tuple[Plan, dict[int, Step]]:
+        known = self._plans.get(schedule)
+        if known is not None:
+            return known
+        with ONE_AT_A_TIME:
+            if schedule not in self._plans:
+                plan = make_plan(self.structure, self.policy, schedule, self.cache)
+                self.debug.write("plan", plan)
+                for note in plan.notes() if not schedule.before else ():
+                    log.warning("policy %s: %s", plan.policy, note)
+                latest = list(self._plans.items())[1 - MOST_PLANS :]
+                self._plans = {**dict(latest), schedule: (plan, {})}
+            return self._plans[schedule]
 
-    def _kept(self, schedule: TimestepSchedule, index: int, *, cold: bool) -> tuple[StepPlan, Program]:
-        key = (schedule, index, cold)
-        if key not in self._steps:
-            with ONE_AT_A_TIME:
-                self._steps[key] = self._steps.get(key) or self._make(schedule, index, cold=cold)
-        return self._steps[key]
-
-    def _make(self, schedule: TimestepSchedule, index: int, *, cold: bool) -> tuple[StepPlan, Program]:
-        if index >= schedule.steps:
+    def _make(self, plan: Plan, index: int) -> Step:
+        if index >= plan.schedule.steps:
             raise CallOutsideSchedule(
-                f"there is no step {index + 1} in a schedule of {schedule.steps} steps",
+                f"there is no step {index + 1} in a schedule of {plan.schedule.steps} steps",
                 where="runtime",
                 fix="set the scheduler's timesteps before sampling",
             )
-        plan = self.plan(schedule)
-        step = cold_step(self.structure, plan, index) if cold else plan.steps[index]
-        program = self._builder.program(step)
-        self.debug.write(f"step{index}-{step.kind}", program)
-        return step, program
-
-
-@dataclass
-class Specialiser:
-    """A Dynamo graph, compiled anew for every set of symbolic sizes and floats it is called with.
-
-    It is what a ``torch.compile`` backend returns. Compiling at the first call instead of inside the backend keeps
-    dicompile's errors its own. A graph that cannot be captured is an error, or compiled plainly if `on_refused` is
-    there to say so.
-    """
-
-    graph: fx.GraphModule
-    names: Sequence[tuple[str, bool]]
-    options: Options
-    on_compiled: Callable[[CompiledFrame], None]
-    on_refused: Callable[[CannotCapture], None] | None = None
-    frames: dict[tuple[float, ...], Callable[..., Any]] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        self._read = read_inputs(self.graph.graph)
-
-    def __call__(self, *arguments: Any) -> Any:
-        """Run the frame for the shapes of `arguments`."""
-        sizes = [value for value in arguments if isinstance(value, int)]
-        key = (*sizes, *(arguments[i].item() for i in self._read))
-        if key not in self.frames:
-            with ONE_AT_A_TIME:
-                self.frames[key] = self.frames.get(key) or self._compile(arguments)
-        return self.frames[key](*arguments)
-
-    def _compile(self, arguments: Sequence[Any]) -> Callable[..., Any]:
-        try:
-            frame = compile_frame(self.graph, self.names, arguments, self.options)
-        except CannotCapture as refused:
-            if self.on_refused is None:
-                raise
-            self.on_refused(refused)
-            return compile_plainly(self.graph, arguments, self.options.mode)
-        self.on_compiled(frame)
-        return frame.run
+        planned = plan.steps[index]
+        with torch.inference_mode(mode=False), torch.no_grad():
+            program = self._builder.program(planned)
+        self.debug.write(f"step{index}-{planned.kind}", program)
+        return Step.of(plan, index, program)

@@ -1,16 +1,22 @@
 """Runtime: per call, which step it is, which program runs, what is remembered. Knows no graphs."""
 
 from dicompile.runtime.clock import SchedulerLink
-from dicompile.runtime.dispatch import Executor, ProgramSource
+from dicompile.runtime.execute import Executor, Step, StepSource
+from dicompile.runtime.identify import Signature
+from dicompile.runtime.owner import Owner, Owners
 from dicompile.runtime.report import RunReport
 from dicompile.runtime.session import Session, cache_context, current_session, session
 
 __all__ = [
     "Executor",
-    "ProgramSource",
+    "Owner",
+    "Owners",
     "RunReport",
     "SchedulerLink",
     "Session",
+    "Signature",
+    "Step",
+    "StepSource",
     "cache_context",
     "current_session",
     "session",

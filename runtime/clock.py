@@ -16,6 +16,7 @@ import torch
 
 from dicompile.errors import CallOutsideSchedule
 from dicompile.plan import TimestepSchedule
+from dicompile.runtime.contexts import is_same_latent
 from dicompile.runtime.session import ModelState
 
 log = logging.getLogger("dicompile")
@@ -84,10 +85,18 @@ class SchedulerLink:
         return start // table.element_size() if 0 <= start < table.numel() * table.element_size() else None
 
 
+class OutsideSchedule(Exception):
+    """A call that belongs to no step: it computes everything and remembers nothing.
+
+    Args:
+        why: for the log.
+    """
+
+
 def find_step(
     state: ModelState,
     link: SchedulerLink,
-    timestep: torch.Tensor | None,
+    timestep: torch.Tensor | float | None,
     context: str,
     latent: torch.Tensor | None = None,
 ) -> int:
@@ -102,14 +111,20 @@ def find_step(
 
     Raises:
         CallOutsideSchedule: the timestep is not on the schedule, or there are more steps than it has.
+        OutsideSchedule: samples of the batch are at different steps, or only part of the latent went on.
     """
     if state.schedule_token is not link.token:
         state.begin(link.token)
     call = _Call(state, link, context, latent)
-    step, value = call.step_and_timestep(timestep)
+    step, value, times = call.step_and_timestep(timestep)
     is_foreign = state.is_foreign
     if state.step is not None and step < state.step:
         state.begin(link.token)
+    elif times is not None and call.went_on_in_part(step, value, times):
+        state.times = times.clone()
+        raise OutsideSchedule("part of the latent went on to another timestep, and the largest one stayed")
+    if times is not None and times.numel() > 1:
+        state.times = times.clone()
     state.timestep, state.position, state.is_foreign = value, call.position, is_foreign
     return step
 
@@ -121,22 +136,33 @@ class _Call:
         self.state, self.link, self.context, self.latent = state, link, context, latent
         self.schedule, self.position = link.schedule, link.position
 
-    def step_and_timestep(self, timestep: torch.Tensor | None) -> tuple[int, float | None]:
-        """Step of the call, and the timestep if it had to be read."""
+    def step_and_timestep(
+        self, timestep: torch.Tensor | float | None
+    ) -> tuple[int, float | None, torch.Tensor | None]:
+        """Step of the call, and the timestep if it had to be read: the largest one, and all of it."""
         state = self.state
         if timestep is None:
-            return _count_call(state, self.schedule), None
+            return _count_call(state, self.schedule), None, None
+        if not isinstance(timestep, torch.Tensor):
+            timestep = torch.tensor(timestep)
         place = self.link.place(timestep)
         if timestep.device.type != "cpu":
             index = place if place is not None or state.step is None else self.position
             if index is not None and not (index == state.step and self.context in state.calls):
-                return index, None
-        value = float(timestep.max().item())
+                return index, None, None
+        value = _largest(timestep, self.latent)
         if place is not None:
-            return place, value
+            return place, value, timestep
         if self.schedule.timesteps:
-            return self.by_position(value), value
-        return _count_change(state, self.link, self.schedule, value), value
+            return self.by_position(value), value, timestep
+        return _count_change(state, self.link, self.schedule, value), value, timestep
+
+    def went_on_in_part(self, step: int, value: float | None, times: torch.Tensor) -> bool:
+        """True if the timestep is another one than at the last call, but its largest value, which counts, is not."""
+        before = self.state.times
+        if before is None or step != self.state.step or value != self.state.timestep or before.shape != times.shape:
+            return False
+        return before.device == times.device and not torch.equal(before, times)
 
     def by_position(self, value: float) -> int:
         """Step by the scheduler's position where the timestep confirms it, or where it is not the scheduler's own.
@@ -178,17 +204,24 @@ class _Call:
 
     def is_another_evaluation(self, step: int) -> bool:
         """True if a sampler of second order comes back to the timestep of a step, with another latent."""
-        kept = self.state.latent
-        if self.context not in self.state.calls or kept is None or not self.schedule.is_repeated(step):
+        if self.context not in self.state.calls or not self.schedule.is_repeated(step):
             return False
-        return not same_latent(self.latent, kept)
+        kept = [c.latent for c in self.state.contexts.by_label.values() if c.name == self.context and c.step == step]
+        return bool(kept) and not any(is_same_latent(self.latent, latent) for latent in kept)
 
 
-def same_latent(first: torch.Tensor | None, second: torch.Tensor | None) -> bool:
-    """True if two latents are the same picture: the two calls are guidance partners."""
-    if first is None or second is None:
-        return first is second
-    return first.shape == second.shape and bool(torch.equal(first, second))
+def _largest(timestep: torch.Tensor, latent: torch.Tensor | None) -> float:
+    """The timestep of a call: of frames or tokens at several, as in films that go on from given ones, the largest.
+
+    Raises:
+        OutsideSchedule: samples of the batch are at different steps.
+    """
+    if timestep.ndim == 0 or latent is None or timestep.shape[0] != latent.shape[0] or timestep.shape[0] == 1:
+        return float(timestep.max())
+    rows = timestep.flatten(1).amax(1).tolist() if timestep.ndim > 1 else timestep.tolist()
+    if any(row != rows[0] for row in rows):
+        raise OutsideSchedule(f"samples of one batch are at different timesteps: {', '.join(f'{r:g}' for r in rows)}")
+    return float(rows[0])
 
 
 def _differs(table: torch.Tensor, timestep: torch.Tensor) -> bool:

@@ -16,6 +16,7 @@ class RunReport:
         kinds: calls by kind of step.
         began: step of the schedule at which the generation began; above 0 where a pipeline leaves the first ones out.
         cold_starts: calls that computed everything because nothing was remembered, with the step.
+        outside: calls that belong to no step, and computed everything.
         cache_bytes: bytes of the slots held now.
         peak_cache_bytes: the most that was held between two calls.
     """
@@ -23,8 +24,14 @@ class RunReport:
     kinds: Counter[str] = field(default_factory=Counter)
     began: int = 0
     cold_starts: list[int] = field(default_factory=list)
+    outside: int = 0
     cache_bytes: int = 0
     peak_cache_bytes: int = 0
+
+    def count(self, kind: str, cache_bytes: int) -> None:
+        """Note a call, and how many bytes are held after it."""
+        self.kinds[kind] += 1
+        self.hold(cache_bytes)
 
     def hold(self, cache_bytes: int) -> None:
         """Note how many bytes are held after a call."""
@@ -39,6 +46,7 @@ class RunReport:
         self.kinds += other.kinds
         self.began = min(self.began, other.began)
         self.cold_starts = sorted(self.cold_starts + other.cold_starts)
+        self.outside += other.outside
         self.cache_bytes += other.cache_bytes
         self.peak_cache_bytes += other.peak_cache_bytes
 
@@ -46,6 +54,7 @@ class RunReport:
         kinds = ", ".join(f"{count} {kind}" for kind, count in self.kinds.items())
         began = f"; began at step {self.began}" if self.began else ""
         cold = f"; computed for want of stored values at steps {self.cold_starts}" if self.cold_starts else ""
+        cold += f"; {self.outside} calls outside of the schedule computed whole" if self.outside else ""
         peak, now = size_text(self.peak_cache_bytes), size_text(self.cache_bytes)
         cache = f"; cache {peak} at most, {now} now" if self.peak_cache_bytes else ""
         return f"{self.kinds.total()} calls: {kinds}{began}{cold}{cache}"

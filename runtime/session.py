@@ -1,4 +1,4 @@
-"""Who remembers: sessions hold what models remember, one generation at a time, one store per guidance context.
+"""Who remembers: sessions hold what models remember, one generation at a time, one store per context of its calls.
 
 Every thread and every asyncio task has a session of its own, so that they never see each other's features. An opened
 session (``with dicompile.session():``) separates generations that take turns in one thread; it goes where Python's
@@ -19,10 +19,10 @@ from typing import Any
 
 import torch
 
-from dicompile.plan import Slot
-from dicompile.runtime.partners import Conditioning, Partners
+from dicompile.plan import TimestepSchedule
+from dicompile.runtime.contexts import Contexts
+from dicompile.runtime.owner import Owner
 from dicompile.runtime.report import RunReport
-from dicompile.runtime.stamps import Stamps
 
 _GENERATIONS = itertools.count(1)
 _SESSION: contextvars.ContextVar[tuple[Session, ...]] = contextvars.ContextVar("dicompile_session", default=())
@@ -30,69 +30,35 @@ _CONTEXT: contextvars.ContextVar[str] = contextvars.ContextVar("dicompile_contex
 
 
 @dataclass
-class ContextState:
-    """What one guidance context remembers.
-
-    Attributes:
-        name: what the sampler calls it; several may have one name.
-        step: the last step it ran.
-        given: its conditioning at that step.
-        store: its slots.
-        stamps: what is known of them, where reads are checked.
-        chosen: tokens that sites refreshed at that step; kept only in a session that was told to.
-    """
-
-    name: str = ""
-    step: int | None = None
-    given: Conditioning = field(default_factory=dict)
-    store: dict[Slot, torch.Tensor] = field(default_factory=dict)
-    stamps: Stamps = field(default_factory=Stamps)
-    chosen: dict[int, torch.Tensor] = field(default_factory=dict)
-
-    def forget(self) -> None:
-        """Release the slots."""
-        self.given = {}
-        self.store.clear()
-        self.chosen.clear()
-
-    @property
-    def cache_bytes(self) -> int:
-        """Bytes of the slots held now."""
-        return sum(tensor.numel() * tensor.element_size() for tensor in self.store.values())
-
-
-@dataclass
 class ModelState:
-    """What a session remembers of one compiled model.
+    """What a session remembers of one model: one run of it, with whatever shapes.
 
     Attributes:
         generation: number of the generation, counted over all models; 0 before the first one.
         step: the last step of the generation.
         timestep: timestep of that step, where it had to be read.
+        times: the whole of it, where it was read.
         direction: sign of the changes of the timestep, 0 while unknown.
         position: where the scheduler stood at the last call, if it counts.
         is_foreign: the model receives something else than the scheduler's timesteps; only its position tells the step.
         schedule_token: identity of the scheduler's timesteps when the generation began.
         calls: names of the contexts of the calls so far at this step.
-        latent: copy of the latent of a call, kept where another one at the same timestep could be another evaluation.
         first_step: the step at which the generation began.
-        contexts: per guidance context.
-        partners: what tells contexts without names apart.
+        contexts: of its calls.
         report: what happened.
     """
 
     generation: int = 0
     step: int | None = None
     timestep: float | None = None
+    times: torch.Tensor | None = None
     direction: int = 0
     position: int | None = None
     is_foreign: bool = False
     schedule_token: object = None
     calls: set[str] = field(default_factory=set)
-    latent: torch.Tensor | None = None
     first_step: int | None = None
-    contexts: dict[str, ContextState] = field(default_factory=dict)
-    partners: Partners = field(default_factory=Partners)
+    contexts: Contexts = field(default_factory=Contexts)
     report: RunReport = field(default_factory=RunReport)
 
     def begin(self, schedule_token: object) -> None:
@@ -100,8 +66,7 @@ class ModelState:
 
         Stores are emptied, not only dropped: the traceback of an error may hold on to them.
         """
-        for context in self.contexts.values():
-            context.forget()
+        self.contexts.forget()
         self.__init__()  # type: ignore[misc]
         self.generation, self.schedule_token = next(_GENERATIONS), schedule_token
 
@@ -114,15 +79,13 @@ class ModelState:
 
     def leave(self, before: int) -> None:
         """Release what was stored before a step: contexts that were not called since then start anew."""
-        left = [label for label, context in self.contexts.items() if context.step is None or context.step < before]
-        for label in left:
-            self.contexts.pop(label).forget()
+        self.contexts.leave(before)
         self.report.hold(self.cache_bytes)
 
     @property
     def cache_bytes(self) -> int:
-        """Bytes of the slots held now, over all guidance contexts."""
-        return sum(context.cache_bytes for context in self.contexts.values())
+        """Bytes of the slots held now, over all contexts."""
+        return sum(context.held for context in self.contexts.by_label.values())
 
 
 @dataclass
@@ -134,18 +97,20 @@ class Lead:
         step: of the call.
         label: its guidance context.
         schedule_token: see `ModelState`.
-        calls: how often each graph that follows was called since.
+        schedule: what is planned in that context.
+        calls: how often each model that follows was called since.
     """
 
     generation: int
     step: int
     label: str
     schedule_token: object
-    calls: weakref.WeakKeyDictionary[Any, int] = field(default_factory=weakref.WeakKeyDictionary)
+    schedule: TimestepSchedule
+    calls: weakref.WeakKeyDictionary[Owner, int] = field(default_factory=weakref.WeakKeyDictionary)
 
-    def next_label(self, executor: Any) -> str:
-        """Guidance context of the next call of a graph that follows; blocks of one graph take turns in it."""
-        count = self.calls[executor] = self.calls.get(executor, 0) + 1
+    def next_label(self, owner: Owner) -> str:
+        """Context of the next call of a graph that follows; blocks of one graph take turns in it."""
+        count = self.calls[owner] = self.calls.get(owner, 0) + 1
         return self.label if count == 1 else f"{self.label}, call {count}"
 
 
@@ -160,13 +125,14 @@ class Session:
     def __init__(self, *, keep_chosen: bool = False, links: Iterable[Any] | None = None) -> None:
         self.keep_chosen = keep_chosen
         self._links = None if links is None else weakref.WeakSet(links)
-        self._states: weakref.WeakKeyDictionary[Any, ModelState] = weakref.WeakKeyDictionary()
-        self._places: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
+        self._states: weakref.WeakKeyDictionary[Owner, ModelState] = weakref.WeakKeyDictionary()
         self.leads: weakref.WeakKeyDictionary[Any, Lead] = weakref.WeakKeyDictionary()
 
-    def state_of(self, executor: Any) -> ModelState:
-        """State of a compiled model in this session."""
-        return self.serving(executor.link)._states.setdefault(executor, ModelState())
+    def state_of(self, owner: Owner) -> ModelState:
+        """What is remembered of a model in this session."""
+        states = self.serving(owner.link)._states
+        state = states.get(owner)
+        return states.setdefault(owner, ModelState()) if state is None else state
 
     def serving(self, link: Any) -> Session:
         """This session, or the one around it that remembers the model with this link to its schedule."""
@@ -189,28 +155,6 @@ class Session:
         for state in list(self._states.values()):
             if state.schedule_token is schedule_token:
                 state.leave(before)
-
-    def goes_back(self, link: Any, step: int) -> bool:
-        """True if a model, with whatever shapes, was at a later step before this call: it begins another run.
-
-        Args:
-            link: to the model's schedule.
-            step: of the call.
-        """
-        before = self._places.get(link, step)
-        self._places[link] = step
-        return step < before
-
-    def begin_others(self, executor: Any) -> None:
-        """A model begins a run: with other shapes it has nothing to go on with.
-
-        Args:
-            executor: of the shapes that began.
-        """
-        for other, state in list(self._states.items()):
-            if other is not executor and other.link is executor.link:
-                state.begin(None)
-                state.generation = 0
 
     def clear(self) -> None:
         """Forget everything, reports included."""

@@ -1,18 +1,47 @@
 """The check that nothing stale is read: every slot carries who wrote it when, and every read is held against the plan.
 
-It is for tests and for debugging (``DICOMPILE_CHECK=1``); without it no stamp is made. Stamps go the way of the
-tensors; what they have to say follows from the plan alone, so that a mistake of one shows in the other.
+It is for tests and for debugging (``DICOMPILE_CHECK=1``); without it no stamp is made. What a slot should hold does not
+come from the moves that brought it there, but from the rows of the plan: the value of age k that a step weighs was
+computed at the k-th step before it that computed anything, and is of the kind that the step reads.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 
 from dicompile.errors import StaleRead
-from dicompile.plan import HISTORIC, Slot, StepPlan
+from dicompile.plan import HISTORIC, Plan, Slot, SlotKind, What
+
+if TYPE_CHECKING:
+    Store = Sequence[torch.Tensor | None]
+
+
+class Stepped(Protocol):
+    """What the check has to know of a step; see `dicompile.runtime.execute.Step`."""
+
+    @property
+    def plan(self) -> Plan:
+        """The whole run."""
+        ...
+
+    @property
+    def index(self) -> int:
+        """Of the step in it."""
+        ...
+
+    @property
+    def slots(self) -> tuple[Slot, ...]:
+        """By their numbers."""
+        ...
+
+    @property
+    def moves(self) -> tuple[int | None, ...]:
+        """Where the content of every slot comes from."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,97 +50,97 @@ class Stamp:
 
     Attributes:
         generation: number of the generation, which belongs to one session and one model.
-        context: label of the guidance context.
-        step: at which it was written.
+        step: of the plan, at which it was written.
+        what: which value of its site it is.
         shape: of the tensor.
         dtype: of the tensor.
         version: counts writes to the tensor.
     """
 
     generation: int
-    context: str
     step: int
+    what: What
     shape: tuple[int, ...]
     dtype: torch.dtype
     version: int
 
     @classmethod
-    def on(cls, tensor: torch.Tensor, generation: int, context: str, step: int) -> Stamp:
+    def on(cls, tensor: torch.Tensor, generation: int, step: int, what: What) -> Stamp:
         """Stamp of a tensor that is stored now."""
         version = 0 if tensor.is_inference() else tensor._version
-        return cls(generation, context, step, tuple(tensor.shape), tensor.dtype, version)
+        return cls(generation, step, what, tuple(tensor.shape), tensor.dtype, version)
 
 
 @dataclass
 class Stamps:
-    """Stamps of the slots of one guidance context, and the step at which the plan says that each was written."""
+    """Stamps of the slots of one context, by their numbers.
 
-    found: dict[Slot, Stamp] = field(default_factory=dict)
-    planned: dict[Slot, int] = field(default_factory=dict)
+    A context has stamps of its own, so that those of another one never come into question.
+    """
+
+    found: list[Stamp | None] = field(default_factory=list)
 
     reads = 0
     """Checked so far, by all contexts."""
 
-    def check(
-        self, reads: Iterable[Slot], store: Mapping[Slot, torch.Tensor], generation: int, context: str, size: Sizes
-    ) -> None:
+    def check(self, reads: Iterable[int], store: Store, step: Stepped, generation: int) -> None:
         """Check what a step is about to read.
 
         Args:
-            reads: slots.
-            store: their tensors.
+            reads: numbers of slots.
+            store: the tensors of all slots.
+            step: the step.
             generation: the current one.
-            context: label of the current guidance context.
-            size: bytes of every slot, by the plan.
 
         Raises:
             StaleRead: a slot is not what the plan says.
         """
-        for slot in reads:
+        for number in reads:
             Stamps.reads += 1
-            stamp, tensor = self.found.get(slot), store[slot]
-            step = self.planned.get(slot, -1)
-            expected = Stamp.on(tensor, generation, context, step)
-            size_now = tensor.numel() * tensor.element_size()
-            if stamp != expected or size_now != size[slot]:
-                raise StaleRead(
-                    f"slot {slot} is not what the plan says",
-                    where=f"runtime, context {context!r}",
-                    why=f"found {stamp}, {size_now} bytes; expected {expected}, {size[slot]} bytes",
-                    fix="report this",
-                )
+            slot = step.slots[number]
+            stamp = self.found[number] if number < len(self.found) else None
+            tensor = store[number] if number < len(store) else None
+            written = written_at(step.plan, step.index, slot)
+            if tensor is None or stamp is None or written is None:
+                raise _stale(slot, stamp, f"a value of step {written}")
+            expected = Stamp.on(tensor, generation, written, _what(step, slot))
+            size, planned = tensor.numel() * tensor.element_size(), step.plan.slot_bytes[slot]
+            if stamp != expected or size != planned:
+                raise _stale(slot, f"{stamp}, {size} bytes", f"{expected}, {planned} bytes")
 
-    def advance(
-        self,
-        contents: Mapping[Slot, Slot | int],
-        store: Mapping[Slot, torch.Tensor],
-        planned: StepPlan,
-        made: tuple[int, str, int],
-    ) -> None:
-        """Follow a step.
-
-        Args:
-            contents: for every slot, which slot had its content before the step; a number if it is new.
-            store: tensors after the step.
-            planned: what the plan says about the step.
-            made: generation, context and step.
-        """
+    def advance(self, step: Stepped, store: Store, generation: int) -> None:
+        """Follow a step: stamps go the way of the tensors."""
         old = self.found
-        self.found = {}
-        for slot, tensor in store.items():
-            source = contents[slot]
-            self.found[slot] = Stamp.on(tensor, *made) if isinstance(source, int) else old[source]
-        for site in planned.sites:
-            for slot in site.writes:
-                self._write(slot, site.history, made[2])
-        self.planned = {slot: step for slot, step in self.planned.items() if slot in planned.live}
-
-    def _write(self, slot: Slot, history: int, step: int) -> None:
-        for age in range(history if slot.kind in HISTORIC else 0, 0, -1):
-            moved = self.planned.pop(Slot.of(slot.site, slot.kind, age - 1), None)
-            if moved is not None:
-                self.planned[Slot.of(slot.site, slot.kind, age)] = moved
-        self.planned[slot] = step
+        self.found = [
+            None if source is None or tensor is None else old[source] if source >= 0
+            else Stamp.on(tensor, generation, step.index, _what(step, slot))
+            for slot, source, tensor in zip(step.slots, step.moves, store, strict=True)
+        ]  # fmt: skip
 
 
-Sizes = Mapping[Slot, int]
+def written_at(plan: Plan, index: int, slot: Slot) -> int | None:
+    """Step at which what a step finds in a slot should have been computed, by the rows of the plan alone."""
+    age, newest = slot.age, Slot.of(slot.site, slot.kind)
+    for step in range(index - 1, -1, -1):
+        site = plan.steps[step].sites[slot.site]
+        is_whole = site.action.computes and site.action.tokens is None and slot.kind is SlotKind.VALUE
+        if not is_whole and newest not in site.writes:
+            continue
+        if age == 0:
+            return step
+        age -= slot.kind in HISTORIC and site.action.tokens is None  # refreshed tokens do not make a value older
+    return None
+
+
+def _what(step: Stepped, slot: Slot) -> What:
+    """Which value of its site a step reads from a slot, or writes to it."""
+    return step.plan.steps[step.index].sites[slot.site].action.what if slot.kind is SlotKind.VALUE else What.CORE
+
+
+def _stale(slot: Slot, found: object, expected: str) -> StaleRead:
+    return StaleRead(
+        f"slot {slot} is not what the plan says",
+        where="runtime",
+        why=f"found {found}; expected {expected}",
+        fix="report this",
+    )

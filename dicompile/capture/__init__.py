@@ -1,23 +1,31 @@
 """Capture: a module and its first inputs -> one functional ATen graph with parameters as inputs and roles known."""
 
-from dicompile.capture.arguments import PLAIN, Inputs
-from dicompile.capture.dynamo import capture_by_dynamo, capture_model
-from dicompile.capture.inputs import Input, Role, input_names
+from dicompile.capture.ambient import ambient
+from dicompile.capture.arguments import Arguments, bind_positions
+from dicompile.capture.call import capture_call, capture_model, normalised, values_of
+from dicompile.capture.captured import Captured
+from dicompile.capture.dynamo import capture_by_dynamo
+from dicompile.capture.guards import Guards, Pins
 from dicompile.capture.normalise import Capture, capture_graph, read_inputs
-from dicompile.capture.trace import Trace, module_tensors, trace_model
+from dicompile.capture.roles import Input, Role, input_names, sounds_like_time
 
 __all__ = [
-    "PLAIN",
+    "Arguments",
     "Capture",
+    "Captured",
+    "Guards",
     "Input",
-    "Inputs",
+    "Pins",
     "Role",
-    "Trace",
+    "ambient",
+    "bind_positions",
     "capture_by_dynamo",
+    "capture_call",
     "capture_graph",
     "capture_model",
     "input_names",
-    "module_tensors",
+    "normalised",
     "read_inputs",
-    "trace_model",
+    "sounds_like_time",
+    "values_of",
 ]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import numbers
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,38 +19,126 @@ from torch.utils import _pytree as pytree
 from dicompile.errors import CannotCapture
 
 PLAIN = (bool, int, float, complex, str, type(None), torch.dtype, torch.device)
+_SIMPLE = frozenset(PLAIN)
 _DEEPEST = 8
 
 
 @dataclass(frozen=True)
-class Inputs:
+class Arguments:
     """Arguments of a call, taken apart.
 
     Attributes:
-        tensors: the tensors among them, by dotted name (``added_cond_kwargs.resolution``).
-        key: everything else, and what the tensors are like; calls with unequal keys share no trace.
-        pack: positional and keyword arguments with other tensors in the places of these.
+        args: positional arguments, as given.
+        kwargs: keyword arguments, as given.
+        tensors: the tensors among them, in order, each once; then the open numbers.
+        key: everything else, what the tensors are like, and which of them are one; calls with unequal keys share no
+            graph.
+        numbers: names of the open numbers among the keyword arguments: 0-d tensors to whoever runs the graph.
     """
 
-    tensors: Mapping[str, Tensor]
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    tensors: list[Tensor]
     key: tuple[object, ...]
-    pack: Callable[[Sequence[Tensor]], tuple[Sequence[Any], Mapping[str, Any]]]
+    numbers: tuple[str, ...] = ()
 
     @classmethod
-    def of(cls, module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Inputs:
-        """Arguments of ``module(*args, **kwargs)``.
+    def of(cls, args: tuple[Any, ...], kwargs: Mapping[str, Any], open_numbers: Iterable[str] = ()) -> Arguments:
+        """Take arguments apart.
+
+        Args:
+            args: positional arguments.
+            kwargs: keyword arguments.
+            open_numbers: keyword arguments that are not part of the key where they are Python or NumPy numbers.
 
         Raises:
-            TypeError: its forward does not take them.
             CannotCapture: one of them is an object that cannot be looked into.
         """
-        bound = inspect.signature(module.forward).bind(*args, **kwargs)
-        parameters = list(bound.signature.parameters)
-        paths, spec = pytree.tree_flatten_with_path(_opened((bound.args, bound.kwargs)))
-        leaves = [leaf for _, leaf in paths]
-        tensors = {_dotted(path, parameters): leaf for path, leaf in paths if isinstance(leaf, Tensor)}
-        rest = tuple(_kind(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves)
-        return cls(tensors, (str(spec), *rest), filler(leaves, spec))
+        open_ = {name: _python_number(kwargs[name]) for name in open_numbers if is_number(kwargs.get(name))}
+        closed = {**kwargs, **{name: type(value).__name__ for name, value in open_.items()}} if open_ else kwargs
+        tensors: list[Tensor] = []
+        rest: list[object] = [*open_]
+        if not (_flatten_simply(args, tensors, rest) and _flatten_simply(closed, tensors, rest)):
+            leaves, spec = flatten_arguments((args, dict(closed)))
+            tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+            rest = [str(spec), *(None if isinstance(leaf, Tensor) else (type(leaf), leaf) for leaf in leaves), *open_]
+        kinds = [(type(t), t.shape, t.stride(), t.dtype, t.device, t.requires_grad) for t in tensors]
+        unique = {id(tensor): tensor for tensor in tensors}
+        if len(unique) < len(tensors):
+            places = list(unique)
+            rest.append(tuple(places.index(id(tensor)) for tensor in tensors))
+        numbers_ = [torch.tensor(value, dtype=_DTYPES[type(value)]) for value in open_.values()]
+        return cls(args, kwargs, [*unique.values(), *numbers_], (*rest, *kinds), tuple(open_))
+
+    @property
+    def given(self) -> list[Tensor]:
+        """The tensors without the numbers."""
+        return self.tensors[: len(self.tensors) - len(self.numbers)]
+
+    def names(self, module: nn.Module) -> list[str]:
+        """Dotted name of each tensor (``added_cond_kwargs.resolution``), by the forward's own argument names."""
+        parameters = list(inspect.signature(module.forward).parameters)
+        paths, _ = pytree.tree_flatten_with_path(_opened((self.args, dict(self.kwargs))))
+        found = {id(leaf): _dotted(path, parameters) for path, leaf in reversed(paths) if isinstance(leaf, Tensor)}
+        return [*(found[id(tensor)] for tensor in self.given), *self.numbers]
+
+    def filled(self, tensors: Sequence[Tensor]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The same arguments with other tensors in the places of `given`, objects copied."""
+        leaves, spec = flatten_arguments((self.args, dict(self.kwargs)))
+        other = dict(zip(map(id, self.given), tensors, strict=True))
+        args, kwargs = pytree.tree_unflatten([other.get(id(leaf), leaf) for leaf in leaves], spec)
+        return tuple(args), dict(kwargs)
+
+    def copied(self) -> Arguments:
+        """The same arguments with copies of the tensors: what a forward writes to them does not reach the caller."""
+        copies = [tensor.clone(memory_format=torch.preserve_format) for tensor in self.given]
+        args, kwargs = self.filled(copies)
+        return Arguments(args, kwargs, [*copies, *self.tensors[len(copies) :]], self.key, self.numbers)
+
+
+_DTYPES = {int: torch.int64, float: torch.float64}
+
+
+def is_number(value: object) -> bool:
+    """True for Python and NumPy numbers that are real; flags are none."""
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
+
+
+def _python_number(value: Any) -> int | float:
+    return int(value) if isinstance(value, numbers.Integral) else float(value)
+
+
+def bind_positions(
+    module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], open_numbers: Iterable[str]
+) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
+    """Arguments with all positional ones by name, if one of them is an open number."""
+    if not any(map(is_number, args)):
+        return args, kwargs
+    parameters = list(inspect.signature(module.forward).parameters.values())[: len(args)]
+    named = all(parameter.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD for parameter in parameters)
+    by_name = dict(zip((parameter.name for parameter in parameters), args, strict=False))
+    if not named or len(by_name) < len(args) or not any(is_number(by_name.get(name)) for name in open_numbers):
+        return args, kwargs
+    return (), {**by_name, **kwargs}
+
+
+def _flatten_simply(value: Any, tensors: list[Tensor], rest: list[object]) -> bool:
+    """Take apart what has only plain containers in it; False where there is anything else."""
+    kind = type(value)
+    if isinstance(value, Tensor):
+        tensors.append(value)
+        rest.append(None)
+    elif kind in _SIMPLE:
+        rest += (kind, value)
+    elif kind is dict:
+        rest += ("dict", *value)
+        return all([_flatten_simply(item, tensors, rest) for item in value.values()])
+    elif kind is tuple or kind is list:
+        rest += (kind, len(value))
+        return all([_flatten_simply(item, tensors, rest) for item in value])
+    else:
+        return False
+    return True
 
 
 def flatten_arguments(arguments: Any) -> tuple[list[Any], pytree.TreeSpec]:
@@ -137,10 +226,6 @@ def _opened(value: Any, depth: int = 0) -> Any:
         return _Opened(leaf, {name: _opened(item, depth + 1) for name, item in vars(leaf).items()})
 
     return pytree.tree_map(opened, value)
-
-
-def _kind(tensor: Tensor) -> tuple[object, ...]:
-    return tuple(tensor.shape), tensor.stride(), tensor.dtype, tensor.device
 
 
 def _dotted(path: Sequence[Any], parameters: Sequence[str]) -> str:

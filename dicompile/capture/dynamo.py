@@ -1,99 +1,253 @@
-"""Capture a model without running it: what `inspect` and tests need; its tensors may be fake or on the meta device."""
+"""Capture by Dynamo: a forward becomes one graph without being run.
+
+Dynamo is asked for the graph and for what it read on the way, and never again: nothing that it compiles is installed, so
+that no look-up of its own decides at run time, and nothing of it stays behind.
+"""
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Mapping, Sequence
+import contextlib
+import types
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import fx, nn
-from torch._subclasses.fake_tensor import FakeTensor
-from torch.utils import _pytree as pytree
+from torch import Tensor, nn
+from torch._dynamo import source as sources
+from torch.utils._pytree import tree_leaves
 
-from dicompile.capture.arguments import Inputs
-from dicompile.capture.inputs import input_names
-from dicompile.capture.normalise import Capture, capture_graph
-from dicompile.capture.trace import module_tensors, trace_model
+from dicompile.capture.arguments import Arguments
+from dicompile.capture.captured import Captured, Changes, Unsettled, packer
+from dicompile.capture.compat import DynamoCapture, dynamo_capture
+from dicompile.capture.guards import PARTS, By, Fact, Guards, Path, find_place, python_module
 from dicompile.errors import CannotCapture
 
-
-class _Captured(Exception):
-    """Stops the call once the graph is there."""
-
-    def __init__(self, capture: Capture) -> None:
-        super().__init__()
-        self.capture = capture
+_CONTAINERS = ("DICT_KEYS_MATCH", "SEQUENCE_LENGTH", "DICT_CONTAINS", "DICT_NOT_CONTAINS", "SET_CONTAINS",
+               "SET_NOT_CONTAINS", "MAPPING_KEYS_CHECK", "DICT_VERSION")  # fmt: skip
 
 
-def capture_model(model: nn.Module, inputs: Mapping[str, Any]) -> Capture:
-    """Capture a model as one graph for the shapes of `inputs`.
-
-    A model that Dynamo cannot take whole is run once instead, where its inputs are real.
+def capture_by_dynamo(module: nn.Module, arguments: Arguments) -> Captured:
+    """Capture a module without running it; its tensors may be fake or on the meta device.
 
     Args:
-        model: the module; Dynamo reads none of its parameters.
-        inputs: keyword arguments of its forward.
+        module: the module.
+        arguments: of the call.
 
     Raises:
-        CannotCapture: the model does not fit into one graph.
+        CannotCapture: Dynamo cannot take the forward as one graph.
+        Unsettled: the forward changes what it keeps.
     """
+    with _clean_dynamo(), _errors_of(module):
+        made = dynamo_capture(_traced(arguments.numbers), (module, arguments.args, dict(arguments.kwargs),
+                              dict(zip(arguments.numbers, arguments.tensors[len(arguments.given) :], strict=True))))  # fmt: skip
+    read = _Read(module, made)
+    results = [torch.empty((), device="meta") for _ in range(made.results)]
+    guards = Guards.of(module, read.facts, read.tensors, read.modules)
+    changes = [Changes(path, container) for path, container in read.containers.items()]
+    inputs, result = made.run(results)
+    _check_settled(module, guards, changes)
+    own = [read.value(path) for path in read.tensors]
+    tensors = [*own, *arguments.tensors]
+    place = {id(tensor): i for i, tensor in reversed(list(enumerate(tensors)))}
+    pack = packer(result, results, tensors)
+    unknown = [value for value in inputs if id(value) not in place]
+    if unknown or pack is None:
+        raise CannotCapture(
+            f"{type(module).__name__} computes with a {type(unknown[0] if unknown else result).__name__} that is "
+            "neither its own nor given",
+            where="capture",
+            why="whether it is the same at the next call cannot be told",
+            fix="make it a buffer, or pass it",
+        )
+    order = tuple(place[id(value)] for value in inputs)
+    names = [*((path.name, True) for path in read.tensors), *((name, False) for name in arguments.names(module))]
+    return Captured(
+        graph=made.graph,
+        names=tuple(names[i] for i in order),
+        order=order,
+        constants=(),
+        guards=guards,
+        pack=pack,
+        reads={},
+    )
+
+
+def _traced(numbers: Sequence[str]) -> Callable[..., Any]:
+    """What Dynamo traces: a function with globals of its own, in which it may leave what it likes."""
+    function = _call_with_numbers if numbers else _call
+    return types.FunctionType(function.__code__, {"__builtins__": __builtins__}, "call")
+
+
+def _call(module: Any, args: Any, kwargs: Any, numbers: Any) -> Any:
+    return module._call_impl(*args, **kwargs)
+
+
+def _call_with_numbers(module: Any, args: Any, kwargs: Any, numbers: Any) -> Any:
+    for name, number in numbers.items():
+        kwargs[name] = number.item()
+    return module._call_impl(*args, **kwargs)
+
+
+@contextlib.contextmanager
+def _clean_dynamo() -> Iterator[None]:
+    """Settings of ours for one capture: fixed sizes, numbers of tensors as symbols, hooks looked at."""
+    settings = {
+        "assume_static_by_default": True, "automatic_dynamic_shapes": False, "capture_scalar_outputs": True,
+        "skip_nnmodule_hook_guards": False, "error_on_recompile": False,
+    }  # fmt: skip
+    with torch.no_grad(), torch._dynamo.config.patch(**settings):
+        yield
+
+
+@contextlib.contextmanager
+def _errors_of(module: nn.Module) -> Iterator[None]:
     try:
-        return capture_by_dynamo(model, inputs)
-    except CannotCapture as refused:
-        if any(isinstance(leaf, FakeTensor) or leaf.is_meta for leaf in _tensors(model, inputs)):
-            raise
-        try:
-            return _capture_by_running(model, inputs)
-        except CannotCapture as error:
-            raise error from refused
-
-
-def _tensors(model: nn.Module, inputs: Mapping[str, Any]) -> list[torch.Tensor]:
-    leaves = pytree.tree_leaves(inputs)
-    return [*module_tensors(model).values(), *(leaf for leaf in leaves if isinstance(leaf, torch.Tensor))]
-
-
-def _capture_by_running(model: nn.Module, inputs: Mapping[str, Any]) -> Capture:
-    taken = Inputs.of(model, (), inputs)
-    trace = trace_model(model, taken)
-    arguments = [*module_tensors(model).values(), *taken.tensors.values(), *trace.constants]
-    capture = capture_graph(trace.graph, trace.names, arguments)
-    trace.check(capture.inputs, type(model).__name__)
-    return capture
-
-
-def capture_by_dynamo(model: nn.Module, inputs: Mapping[str, Any]) -> Capture:
-    """Capture a model as one graph that names no tensor but its own and its inputs.
-
-    Args:
-        model: the module; its parameters are not read.
-        inputs: keyword arguments of its forward.
-
-    Raises:
-        CannotCapture: Dynamo cannot take the model in one graph.
-    """
-
-    def backend(graph: fx.GraphModule, _: Sequence[Any]) -> Callable[..., Any]:
-        names = input_names(graph.graph)
-
-        def stop(*arguments: Any) -> Any:
-            raise _Captured(capture_graph(graph, names, arguments))
-
-        return stop
-
-    # Every capture is a compilation of its own, and Dynamo counts those of all instances of a class together.
-    unlimited = torch._dynamo.config.patch(recompile_limit=sys.maxsize, accumulated_recompile_limit=sys.maxsize)
-    try:
-        with torch.no_grad(), unlimited:
-            torch._dynamo.optimize(backend, nopython=True, dynamic=False)(model.__call__)(**inputs)
-    except _Captured as done:
-        return done.capture
+        yield
     except torch._dynamo.exc.TorchDynamoException as error:
         raise CannotCapture(
-            f"{type(model).__name__} does not fit into one graph",
+            f"{type(module).__name__} does not fit into one graph",
             where="capture",
-            why=str(error).splitlines()[0],
+            why=next(iter(str(error).splitlines()), type(error).__name__),
             fix="move data-dependent Python out of its forward",
         ) from error
-    raise CannotCapture(f"{type(model).__name__} ran without any operator", where="capture", fix="check its inputs")
+
+
+def _check_settled(module: nn.Module, guards: Guards, changes: Sequence[Changes]) -> None:
+    """Check that what Python did around the graph left what it reads as it was, and kept no tensor.
+
+    Raises:
+        Unsettled: it did not.
+    """
+    kept = [text for change in changes for text, value in change.found() if _holds_tensor(value)]
+    pins = guards.pin(module)
+    changed = [*kept, *([pins] if isinstance(pins, str) else [])]
+    if kept:  # tensors of the graph, which nobody computed
+        for change in changes:
+            change.undo()
+    if changed:
+        raise Unsettled(changed)
+
+
+def _holds_tensor(value: object) -> bool:
+    return any(isinstance(leaf, Tensor) for leaf in tree_leaves(value))
+
+
+class _Read:
+    """What Dynamo's guards say was read, as facts about paths.
+
+    Only the places matter: what lies there now is what was read. An argument is no place of ours; it is compared by
+    `Arguments.key`.
+
+    Attributes:
+        facts: by path.
+        tensors: paths of tensors.
+        modules: paths of the modules that ran.
+        containers: dictionaries and lists on the way, by the text of their path.
+    """
+
+    def __init__(self, module: nn.Module, made: DynamoCapture) -> None:
+        self.facts: dict[Path, Fact] = {}
+        self.tensors: list[Path] = []
+        self.modules: list[Path] = []
+        self.containers: dict[str, Any] = {}
+        self._aliases = made.aliases
+        self._values: dict[Path, Any] = {Path(): module}
+        for source, kind, name in made.guards:
+            self._read(source, kind, name)
+        self._values[Path("builtins")] = python_module("builtins")
+
+    def value(self, path: Path) -> Any:
+        """What lies at a path."""
+        return self._values[path]
+
+    def _read(self, source: Any, kind: str, name: str) -> None:
+        path = self._path(source)
+        if path is None:
+            return
+        value = self._follow(path)
+        if kind == "NOT_PRESENT_IN_GENERIC_DICT":
+            absent = path.attribute(name)
+            self.facts[absent] = Fact(absent, "absent")
+        elif isinstance(value, Tensor):
+            self.facts.pop(path, None)
+            if path not in self.tensors:
+                self.tensors.append(path)
+        elif kind in _CONTAINERS:
+            self.facts[path] = Fact.of(path, value)
+
+    def _follow(self, path: Path) -> Any:
+        """The value at a path, a fact for every link of it."""
+        if path in self._values:
+            return self._values[path]
+        if not path.links:
+            self._values[path] = python_module(path.root)
+            return self._values[path]
+        parent = self._follow(path.parent)
+        by, key = path.links[-1]
+        value = self._step(path.parent, parent, by, key)
+        self._values[path] = value
+        if isinstance(value, nn.Module) and path not in self.modules and path.root == "self":
+            self.modules.append(path)
+        is_simple = by in (By.ATTRIBUTE, By.ITEM) and not isinstance(value, Tensor)
+        if is_simple and key not in PARTS:
+            fact = Fact.of(path, value)
+            # Of a container only the type counts, until a guard is about its keys.
+            self.facts[path] = Fact(path, "object", type(value)) if fact.kind == "container" else fact
+        return value
+
+    def _step(self, path: Path, parent: Any, by: By, key: Any) -> Any:
+        if by is By.DICT:
+            return vars(parent)
+        if by is By.TYPE:
+            return type(parent)
+        place = (parent, key) if by is By.ITEM else find_place(parent, key)
+        own = getattr(parent, "__dict__", None)
+        if isinstance(own, dict) and not isinstance(parent, types.ModuleType):
+            self.containers[str(path)] = own
+        if place is None:
+            return getattr(parent, key)
+        if isinstance(place[0], (dict, list)) and place[0] is not own and path.root == "self":
+            self.containers[str(path) if by is By.ITEM else f"{path} ({key})"] = place[0]
+        return place[0][key]
+
+    def _path(self, source: Any) -> Path | None:
+        """Where a source of Dynamo's is found; None for arguments, and for what is no object."""
+        if isinstance(source, sources.LocalSource):
+            return Path() if source.local_name == "module" else None
+        if isinstance(source, sources.GlobalSource):
+            return self._root(source.global_name)
+        if not isinstance(source, sources.ChainedSource):
+            return None
+        if isinstance(source, (sources.DictGetItemSource, sources.DictSubclassGetItemSource)):
+            if isinstance(source.base, sources.TypeDictSource):
+                base = self._path(source.base.base)
+                return None if base is None else base.attribute(source.index)
+        base = self._path(source.base)
+        return None if base is None else self._link(base, source)
+
+    def _link(self, base: Path, source: Any) -> Path | None:
+        if isinstance(source, sources.NNModuleSource):
+            return base
+        if isinstance(source, (sources.AttrSource, sources.GenericAttrSource)):
+            return base.via(By.DICT) if source.member == "__dict__" else base.attribute(source.member)
+        if isinstance(source, sources.TypeSource):
+            return base.via(By.TYPE)
+        if isinstance(source, sources.ConstDictKeySource):
+            self.facts[base] = Fact.of(base, self._follow(base))
+            return None
+        if isinstance(source, (sources.DictGetItemSource, sources.DictSubclassGetItemSource, sources.GetItemSource)):
+            index = source.index
+            if isinstance(index, sources.ConstDictKeySource):
+                self.facts[base] = Fact.of(base, self._follow(base))
+                index = list(self._follow(base))[index.index]
+            return base.item(index) if not getattr(source, "index_is_slice", False) else base
+        if isinstance(source, sources.DefaultsSource):
+            return base.attribute(source.field).item(source.idx_key)
+        named = {sources.TypeMROSource: "__mro__", sources.CodeSource: "__code__", sources.ClosureSource: "__closure__"}
+        name = named.get(type(source))
+        return base if name is None else base.attribute(name)
+
+    def _root(self, name: str) -> Path | None:
+        if name.startswith("__builtins_dict__"):
+            return Path("builtins").via(By.DICT)
+        return Path(self._aliases[name]) if name in self._aliases else None

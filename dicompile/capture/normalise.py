@@ -17,7 +17,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from dicompile.capture.canonical import make_canonical
 from dicompile.capture.constants import spell_out_constants
-from dicompile.capture.inputs import Input, Role, assign_roles
+from dicompile.capture.roles import Input, Role, assign_roles
 from dicompile.errors import CannotCapture
 from dicompile.text import graph_text, module_path, operator_text
 

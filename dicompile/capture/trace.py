@@ -2,15 +2,17 @@
 
 Everything that Python reads from a tensor (``.tolist()``, ``if mask.any():``, ``x[mask]``) is written down together
 with the inputs it came from. The graph then holds for calls with the same values there, and whoever uses it has to
-compare them (`Trace.reads`). Values computed from the latent or the timestep differ at every step: a model that reads
-those cannot be captured.
+compare them (`Captured.reads`). Values computed from the latent or the timestep differ at every step: a model that reads
+those cannot be captured. What Python reads of the module itself, `reads` notes.
+
+The run computes with copies of the arguments, and buffers that it wrote to are put back: a refusal changes nothing.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+import threading
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -19,11 +21,14 @@ from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing, get_
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from dicompile.capture.arguments import Inputs, filler, flatten_arguments
+from dicompile.capture.arguments import Arguments, flatten_arguments
 from dicompile.capture.canonical import drop_switches
+from dicompile.capture.captured import Captured, Unsettled, packer
 from dicompile.capture.flex import written_out
-from dicompile.capture.inputs import Input, Role
-from dicompile.errors import CannotCapture
+from dicompile.capture.guards import Guards, Path
+from dicompile.capture.reads import Reads
+from dicompile.capture.roles import Role
+from dicompile.errors import CannotCapture, DicompileError
 
 # Functions that return Python values, and those whose result has as many elements as the values say.
 _READS = frozenset({
@@ -38,92 +43,142 @@ _SIZED_BY_VALUES = frozenset({
 Flat = tuple[list[Any], pytree.TreeSpec]
 
 
-@dataclass(frozen=True)
-class Trace:
-    """What one run of a model did.
-
-    Attributes:
-        graph: ATen graph; its placeholders are the module's tensors, the tensors among its inputs, and constants.
-        names: name of each placeholder, and whether it belongs to the module.
-        reads: positions of the placeholders whose values Python read, with the operator that did and its module.
-        constants: values of the last placeholders.
-        unpack: the model's result, made of the graph's.
-    """
-
-    graph: fx.GraphModule
-    names: tuple[tuple[str, bool], ...]
-    reads: Mapping[int, str]
-    constants: tuple[Tensor, ...]
-    unpack: Callable[[Sequence[Tensor]], Any]
-
-    def check(self, inputs: Sequence[Input], model: str) -> None:
-        """Check that no value was read that differs at every step.
-
-        Args:
-            inputs: what the placeholders are.
-            model: its name, for the message.
-
-        Raises:
-            CannotCapture: one was.
-        """
-        for position, how in self.reads.items():
-            if inputs[position].role in (Role.LATENT, Role.TIMESTEP):
-                raise CannotCapture(
-                    f"{model} reads a value computed from its {inputs[position].role.value} in Python",
-                    where=f"capture, {how}",
-                    why="what it computes then differs from step to step, so that no graph holds for two of them",
-                    fix="compute that part of its forward with tensors alone, or run the model as it is",
-                )
-
-
-def module_tensors(module: nn.Module) -> dict[str, Tensor]:
-    """Parameters and buffers of a module by name."""
-    parameters = module.named_parameters(remove_duplicate=False)
-    return {**dict(parameters), **dict(module.named_buffers(remove_duplicate=False))}
-
-
-def trace_model(module: nn.Module, inputs: Inputs) -> Trace:
+def capture_by_running(module: nn.Module, arguments: Arguments) -> Captured:
     """Run a module once and write down what it does.
 
     Args:
         module: the module; a forward of it computes with real values.
-        inputs: its arguments.
+        arguments: of the call; their numbers are constants of the graph.
 
     Raises:
-        CannotCapture: it computes with tensors in a way that leaves no trace.
+        CannotCapture: it computes with tensors, or depends on Python, in a way that leaves no trace.
+        Unsettled: it changed what it keeps.
     """
     own = module_tensors(module)
-    given = [*own.values(), *inputs.tensors.values()]
-    reading = _Reading()
-    packed: list[Callable[[Sequence[Tensor]], Any]] = []
+    copied = arguments.copied()
+    reads, reading = Reads(module), _Reading()
+    returned: list[Any] = []
 
-    def run(*tensors: Tensor) -> list[Tensor]:
-        args, kwargs = inputs.pack(tensors[len(own) :])
-        before = flatten_arguments((args, kwargs))
-        with reading:
-            result = torch.func.functional_call(
-                module, dict(zip(own, tensors, strict=False)), tuple(args), dict(kwargs), tie_weights=False
-            )
-        _refuse_writes(before, flatten_arguments((args, kwargs)), type(module).__name__)
-        leaves, spec = pytree.tree_flatten(result)
-        packed.append(filler(leaves, spec))
-        return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+    def run(*_: Tensor) -> list[Tensor]:
+        before = flatten_arguments((copied.args, dict(copied.kwargs)))
+        with reading, reads.noted():
+            result = module._call_impl(*copied.args, **copied.kwargs)
+        _refuse_writes(before, flatten_arguments((copied.args, dict(copied.kwargs))), type(module).__name__)
+        returned.append(result)
+        return [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor)]
 
-    try:
-        with torch.no_grad(), fx.traceback.preserve_node_meta(), _module_paths(module), written_out():
-            graph = make_fx(run, tracing_mode="real", pre_dispatch=True)(*given)
-    except RuntimeError as error:
-        raise CannotCapture(
-            f"{type(module).__name__} cannot be traced",
-            where=f"capture, {_current_path() or 'forward'}",
-            why=str(error).splitlines()[0],
-            fix="move data-dependent Python out of its forward",
-        ) from error
+    with torch.no_grad(), _buffers_put_back(module), written_out():
+        try:
+            with fx.traceback.preserve_node_meta(), _module_paths(module):
+                graph = make_fx(run, tracing_mode="real", pre_dispatch=True)(*own.values(), *copied.tensors)
+        except DicompileError:
+            raise
+        except Exception as error:
+            where = _current_path()
+            module._call_impl(*arguments.copied().args, **arguments.copied().kwargs)  # the caller's own mistake raises
+            raise CannotCapture(
+                f"{type(module).__name__} cannot be traced",
+                where=f"capture, {where or 'forward'}",
+                why=next(iter(str(error).splitlines()), type(error).__name__),
+                fix="move data-dependent Python out of its forward",
+            ) from error
     drop_switches(graph.graph)
-    constants = _lift_constants(graph)
-    names = [(name, True) for name in own] + [(name, False) for name in inputs.tensors]
+    return _captured(module, arguments, copied, graph, own, reads, reading, returned[-1])
+
+
+def _captured(
+    module: nn.Module,
+    arguments: Arguments,
+    copied: Arguments,
+    graph: fx.GraphModule,
+    own: dict[Path, Tensor],
+    reads: Reads,
+    reading: _Reading,
+    result: Any,
+) -> Captured:
+    name = type(module).__name__
+    used = {path: t for (path, t), p in zip(own.items(), graph.graph.find_nodes(op="placeholder"), strict=False) if p.users}
+    paths = list(dict.fromkeys([*used, *reads.tensors]))
+    guards = Guards.of(module, reads.facts, paths, reads.modules)
+    pins = guards.pin(module)
+    changed = [*reads.kept(), *reads.replaced(), *([pins] if isinstance(pins, str) else [])]
+    if changed:
+        raise Unsettled(changed)
+    values = [*(own.get(path, reads.tensors.get(path)) for path in paths), *copied.tensors]
+    place = {id(value): i for i, value in reversed(list(enumerate(values)))}
+    lifted = _lift_constants(graph)
+    unknown = [value for value, is_made in lifted if id(value) not in place and not is_made and id(value) not in reading.made]
+    if unknown:
+        raise CannotCapture(
+            f"{name} computes with a tensor of shape {list(unknown[0].shape)} that lies neither in it nor in its arguments",
+            where="capture",
+            why="whether it is the same at the next call cannot be told",
+            fix="register it as a buffer, or pass it",
+        )
+    constants = [value for value, _ in lifted if id(value) not in place]
+    place |= {id(value): len(values) + i for i, value in enumerate(constants)}
+    given = [*own.values(), *copied.tensors, *(value for value, _ in lifted)]
+    order = _drop_unused(graph, [place.get(id(value)) for value in given])
+    results = [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor)]
+    pack = packer(result, results, ())
+    assert pack is not None
+    names = [*((path.name, True) for path in paths), *((name, False) for name in arguments.names(module))]
     names += [(f"constant_{i}", True) for i in range(len(constants))]
-    return Trace(graph, tuple(names), _read_inputs(graph.graph, reading.nodes), tuple(constants), packed[-1])
+    return Captured(
+        graph=graph,
+        names=tuple(names[i] for i in order),
+        order=tuple(order),
+        constants=tuple(constants),
+        guards=guards,
+        pack=pack,
+        reads=_read_inputs(graph.graph, reading.nodes),
+        is_run=True,
+    )
+
+
+def module_tensors(module: nn.Module) -> dict[Path, Tensor]:
+    """Parameters and buffers of a module by path, each once."""
+    found = {}
+    for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
+        path = Path()
+        for part in name.split("."):
+            path = path.attribute(part)
+        found[path] = tensor
+    return found
+
+
+def check_reads(captured: Captured, roles: Sequence[Role], model: str) -> None:
+    """Check that no value was read that differs at every step.
+
+    Args:
+        captured: the graph.
+        roles: what its placeholders are.
+        model: its name, for the message.
+
+    Raises:
+        CannotCapture: one was.
+    """
+    for position, how in captured.reads.items():
+        if roles[position] in (Role.LATENT, Role.TIMESTEP):
+            raise CannotCapture(
+                f"{model} reads a value computed from its {roles[position].value} in Python",
+                where=f"capture, {how}",
+                why="what it computes then differs from step to step, so that no graph holds for two of them",
+                fix="compute that part of its forward with tensors alone, or run the model as it is",
+            )
+
+
+@contextlib.contextmanager
+def _buffers_put_back(module: nn.Module) -> Iterator[None]:
+    """Put back what the run writes to buffers."""
+    buffers = list(module.buffers())
+    kept = [buffer.clone() for buffer in buffers]
+    try:
+        yield
+    finally:
+        for buffer, value in zip(buffers, kept, strict=True):
+            if buffer.shape != value.shape or not torch.equal(buffer, value):
+                buffer.data = value
 
 
 def _refuse_writes(before: Flat, after: Flat, model: str) -> None:
@@ -138,10 +193,16 @@ def _refuse_writes(before: Flat, after: Flat, model: str) -> None:
 
 
 class _Reading(TorchFunctionMode):
-    """Lets Python read values while a graph is traced, and remembers of which nodes."""
+    """Lets Python read values while a graph is traced.
+
+    Attributes:
+        nodes: the nodes whose values were read, and how.
+        made: tensors that were computed aside, out of what was read.
+    """
 
     def __init__(self) -> None:
         self.nodes: list[tuple[fx.Node, str]] = []
+        self.made: dict[int, Tensor] = {}
 
     def __torch_function__(
         self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
@@ -179,7 +240,9 @@ class _Reading(TorchFunctionMode):
         for leaf in pytree.tree_leaves((args, kwargs)):
             self._note(leaf, func)
         with disable_proxy_modes_tracing():
-            return func(*args, **kwargs)
+            result = func(*args, **kwargs)
+        self.made |= {id(leaf): leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor)}
+        return result
 
     def _indices(self, index: Any) -> Any:
         """The index with the positions of true values in place of boolean masks."""
@@ -207,9 +270,12 @@ def _module_paths(root: nn.Module) -> Iterator[None]:
     """While open, every new node knows the module that runs."""
     paths = {id(module): path for path, module in root.named_modules()}
     meta = fx.traceback.get_current_meta()
+    thread = threading.get_ident()
     stacks: list[dict[str, tuple[str, type]]] = [{}]
 
     def enter(module: nn.Module, _: Any) -> None:
+        if threading.get_ident() != thread:
+            return
         path = paths.get(id(module))
         stack = dict(stacks[-1])
         if path:
@@ -218,6 +284,8 @@ def _module_paths(root: nn.Module) -> Iterator[None]:
         meta["nn_module_stack"] = stack
 
     def leave(module: nn.Module, _: Any, __: Any) -> None:
+        if threading.get_ident() != thread:
+            return
         stacks.pop()
         meta["nn_module_stack"] = stacks[-1]
 
@@ -238,18 +306,22 @@ def _current_path() -> str:
     return next(reversed(stack)) if stack else ""
 
 
-def _lift_constants(graph_module: fx.GraphModule) -> list[Tensor]:
-    """Make placeholders of the tensors that a graph holds; returns them in order."""
+def _lift_constants(graph_module: fx.GraphModule) -> list[tuple[Tensor, bool]]:
+    """Make placeholders of the tensors that a graph holds.
+
+    Returns:
+        They, in order, and whether they were written out in Python (``torch.tensor([0.5, 2.0])``).
+    """
     graph = graph_module.graph
     last = graph.find_nodes(op="placeholder")[-1]
     lifted: dict[str, fx.Node] = {}
-    constants: list[Tensor] = []
+    constants: list[tuple[Tensor, bool]] = []
     for node in graph.find_nodes(op="get_attr"):
         if node.target not in lifted:
             value = getattr(graph_module, node.target)
             if not isinstance(value, Tensor):
                 continue  # the function of a higher-order operator
-            constants.append(value)
+            constants.append((value, all("lift_fresh" in str(user.target) for user in node.users)))
             delattr(graph_module, node.target)
             with graph.inserting_after(last):
                 last = lifted[node.target] = graph.placeholder(node.target)
@@ -257,6 +329,18 @@ def _lift_constants(graph_module: fx.GraphModule) -> list[Tensor]:
         graph.erase_node(node)
     graph_module.recompile()
     return constants
+
+
+def _drop_unused(graph_module: fx.GraphModule, order: Sequence[int | None]) -> list[int]:
+    """Remove the placeholders of tensors that were not read; returns the places of the others."""
+    kept = []
+    for placeholder, place in zip(graph_module.graph.find_nodes(op="placeholder"), order, strict=True):
+        if place is None:
+            graph_module.graph.erase_node(placeholder)
+        else:
+            kept.append(place)
+    graph_module.recompile()
+    return kept
 
 
 def _read_inputs(graph: fx.Graph, read: Sequence[tuple[fx.Node, str]]) -> dict[int, str]:

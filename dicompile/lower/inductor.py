@@ -50,7 +50,9 @@ def compile_segment(segment: Segment, mode: str) -> Compiled:
     if not segment.results:
         return _nothing
     if mode == "eager":
-        return segment.graph_module
+        # Not by nn.Module.__call__, which tracing in another thread replaces for a while.
+        function: Compiled = segment.graph_module.forward
+        return function
     graph = segment.graph
     placeholders: list[fx.Node] = graph.find_nodes(op="placeholder")
     places = [placeholders.index(node) if node.op == "placeholder" else None for node in segment.results]

@@ -114,6 +114,8 @@ class Program:
         weights: weights to load, taken from the step's plan.
         chosen: register of the tokens that a site refreshed.
         results: register of every output of the model; constants as they are.
+        shared_results: registers among the results that may share memory with a slot: the caller gets copies of them.
+        shared_writes: registers that are stored, and may share memory with an input of the model.
     """
 
     calls: tuple[Call, ...]
@@ -126,6 +128,8 @@ class Program:
     weights: tuple[WeightsRead, ...]
     chosen: tuple[tuple[SiteId, int], ...]
     results: tuple[int | Constant, ...]
+    shared_results: frozenset[int] = frozenset()
+    shared_writes: frozenset[int] = frozenset()
 
     def __str__(self) -> str:
         loads = [f"%{register} = slot {slot}" for slot, register in self.reads]
@@ -266,16 +270,22 @@ class _Assembly:
         self.weights: list[WeightsRead] = []
         self.chosen: list[tuple[SiteId, int]] = []
         self.calls: list[Call] = []
+        self.memory: dict[int, object] = {i: ("input", i) for i in range(self.inputs)}
 
     def add(self, piece: _Piece, variant: Variant) -> None:
         inputs = tuple(self._input(piece, variant, i) for i in range(len(variant.inputs)))
         outputs = tuple(self._output(piece, ref) for ref in variant.outputs)
+        call = len(self.calls)
         self.calls.append(Call(f"{piece.name}:{variant.name}", variant.function, inputs, outputs))
+        for register, memory in zip(outputs, variant.memory, strict=True):
+            is_input = isinstance(memory, int)
+            self.memory[register] = self.memory.get(inputs[memory]) if is_input else (call, memory)
 
     def finish(self, results: Iterable[Any]) -> Program:
         registers = tuple(self.values[r.name] if isinstance(r, fx.Node) else Constant(r) for r in results)
         kept = {r for r in registers if isinstance(r, int)} | set(self.writes.values())
         kept |= {register for _, register in self.chosen} | set(range(self.inputs))
+        stored = {self.memory[register] for register in (*self.slots.values(), *self.writes.values())}
         return Program(
             calls=_with_frees(self.calls, kept),
             registers=self.count,
@@ -287,6 +297,9 @@ class _Assembly:
             weights=tuple(self.weights),
             chosen=tuple(self.chosen),
             results=registers,
+            shared_results=frozenset(r for r in registers if isinstance(r, int) and self.memory[r] in stored),
+            shared_writes=frozenset(r for r in self.writes.values() if isinstance(self.memory[r], tuple)
+                                    and self.memory[r][0] == "input"),
         )
 
     def _new(self) -> int:
@@ -315,6 +328,7 @@ class _Assembly:
     def _slot(self, slot: Slot) -> int:
         if slot not in self.slots:
             self.slots[slot] = self._new()
+            self.memory[self.slots[slot]] = slot
             self.reads.append((slot, self.slots[slot]))
         return self.slots[slot]
 

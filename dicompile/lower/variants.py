@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass, field
+from typing import Any
+
+from torch import fx
 
 from dicompile.config import DebugFolder, Settings
 from dicompile.lower.inductor import Compiled, compile_segment
@@ -18,6 +22,7 @@ class Variant:
         function: takes one argument per input, returns one tensor per output.
         inputs: what each argument is.
         outputs: what each result is.
+        memory: whose memory each result may lie in: number of an argument, or name of the node that made it.
         segment: the rewritten segment.
         runs: what the passes did.
     """
@@ -26,6 +31,7 @@ class Variant:
     function: Compiled = field(repr=False)
     inputs: tuple[InputRef, ...]
     outputs: tuple[OutputRef, ...]
+    memory: tuple[int | str, ...]
     segment: Segment = field(repr=False)
     runs: tuple[PassRun, ...] = field(repr=False)
 
@@ -54,12 +60,28 @@ class VariantCache:
         rewritten, runs = rewrite(segment, steps, live, PASSES, settings=self.settings, debug=self.debug, name=name)
         self.debug.write(f"{name}-variant", rewritten)
         function = compile_segment(rewritten, self.mode)
-        return Variant(name, function, tuple(rewritten.inputs), tuple(rewritten.outputs), rewritten, runs)
+        memory = tuple(_memory_of(rewritten.graph, node) for node in rewritten.results)
+        return Variant(name, function, tuple(rewritten.inputs), tuple(rewritten.outputs), memory, rewritten, runs)
 
     @property
     def variants(self) -> tuple[Variant, ...]:
         """Everything compiled so far."""
         return tuple(self._variants.values())
+
+
+def _memory_of(graph: fx.Graph, node: fx.Node) -> int | str:
+    """Number of the argument, or name of the node, whose memory a node may be a view of."""
+    while node.op == "call_function" and _is_view(node.target):
+        node = node.all_input_nodes[0]
+    return graph.find_nodes(op="placeholder").index(node) if node.op == "placeholder" else node.name
+
+
+def _is_view(target: Any) -> bool:
+    """True if the result of an operator may be its first argument, or a part of it; said of results that are lists, too."""
+    if target is operator.getitem:
+        return True
+    schema = getattr(target, "_schema", None)
+    return schema is not None and any(argument.alias_info is not None for argument in schema.arguments[:1])
 
 
 def _spelled(steps: tuple[LocalStep, ...]) -> str:

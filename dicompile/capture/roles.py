@@ -35,10 +35,13 @@ class Input:
     Attributes:
         name: dotted parameter path, or the name of the forward argument.
         role: see `Role`.
+        is_signal: conditioning that may be another at every step for everybody, and so tells no guidance partners
+            apart: what is added to the stream as it comes (the residuals of a ControlNet), and second timesteps.
     """
 
     name: str
     role: Role
+    is_signal: bool = False
 
     @property
     def label(self) -> str:
@@ -87,10 +90,47 @@ def assign_roles(graph: fx.Graph, names: Sequence[tuple[str, bool]]) -> tuple[In
         **dict.fromkeys(_whole_batch(latent, label), Role.LATENT),
         timestep: Role.TIMESTEP,
     }
+    signals = {node for node in arguments if node not in roles and _is_signal(node, label[node], latent)}
     return tuple(
-        Input(name, Role.PARAMETER if owned else roles.get(node, Role.CONDITIONING))
+        Input(name, Role.PARAMETER if owned else roles.get(node, Role.CONDITIONING), node in signals)
         for node, (name, owned) in zip(placeholders, names, strict=True)
     )
+
+
+_CARRYING = frozenset({
+    aten.mul.Tensor, aten._to_copy.default, aten.view.default, aten.reshape.default, aten.expand.default,
+    aten.slice.Tensor, aten.select.int, aten.unsqueeze.default, aten.clone.default, aten.permute.default,
+    aten.transpose.int, aten.div.Tensor,
+})  # fmt: skip
+
+
+def _is_signal(node: fx.Node, name: str, latent: fx.Node | None) -> bool:
+    """True for a second timestep, and for what joins a stream of the latent with nothing but a factor before."""
+    if sounds_like_time(name.rpartition(".")[2]) and tensor_of(node).ndim <= 2:
+        return True
+    if latent is None or tensor_of(node).ndim < 3:
+        return False
+    adds, seen, queue = [], {node}, [node]
+    while queue:
+        for user in queue.pop().users:
+            if user.target is aten.add.Tensor:
+                adds.append(user)
+            elif user.target in _CARRYING and user not in seen:
+                seen.add(user)
+                queue.append(user)
+    return any(_depends_on(parent, latent) for add in adds for parent in add.all_input_nodes if parent not in seen)
+
+
+def _depends_on(node: fx.Node, ancestor: fx.Node) -> bool:
+    seen, queue = {node}, [node]
+    while queue:
+        found = queue.pop()
+        if found is ancestor:
+            return True
+        parents = [parent for parent in found.all_input_nodes if parent not in seen]
+        seen.update(parents)
+        queue += parents
+    return False
 
 
 def _find_latent(graph: fx.Graph, arguments: Sequence[fx.Node]) -> fx.Node | None:
@@ -120,9 +160,9 @@ def _whole_batch(latent: fx.Node | None, label: dict[fx.Node, str]) -> list[fx.N
 def _find_timestep(arguments: Sequence[fx.Node], label: dict[fx.Node, str]) -> fx.Node | None:
     """The input that reaches a sinusoid and is called after time; without such a name the smallest that does."""
     embedded = [node for node in arguments if _reaches_sinusoid(node)]
-    named = [node for node in embedded if _sounds_like_time(label[node])]
+    named = [node for node in embedded if sounds_like_time(label[node])]
     # A learned table of timesteps has no sinusoid.
-    named = named or [n for n in arguments if n.meta["val"].ndim <= 1 and _sounds_like_time(label[n])]
+    named = named or [n for n in arguments if n.meta["val"].ndim <= 1 and sounds_like_time(label[n])]
     small = [node for node in embedded if node.meta["val"].ndim <= 2 and not _is_position_table(node)]
     return min(named or small, key=lambda node: node.meta["val"].ndim, default=None)
 
@@ -154,5 +194,6 @@ def _is_position_table(node: fx.Node) -> bool:
     return value.ndim == 2 and value.shape[-1] <= 4
 
 
-def _sounds_like_time(name: str) -> bool:
+def sounds_like_time(name: str) -> bool:
+    """True for the names that models give to timesteps."""
     return "time" in name or "sigma" in name or name in ("t", "ts")

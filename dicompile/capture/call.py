@@ -1,0 +1,101 @@
+"""The one entry of capture: a module and the arguments of a call -> its graph, and what that depends on."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+
+from dicompile.capture.arguments import Arguments
+from dicompile.capture.captured import Captured, Unsettled
+from dicompile.capture.dynamo import capture_by_dynamo
+from dicompile.capture.normalise import Capture, capture_graph
+from dicompile.capture.trace import capture_by_running, check_reads, module_tensors
+from dicompile.errors import CannotCapture
+
+log = logging.getLogger("dicompile")
+
+ATTEMPTS = 3
+"""A forward may fill in what it keeps (a table, a flag) the first times; one that never settles counts its calls."""
+
+
+def capture_call(module: nn.Module, arguments: Arguments, *, by_running: bool = False) -> Captured:
+    """Capture a module for calls like one.
+
+    Args:
+        module: the module; it may be run, with copies of the arguments.
+        arguments: of the call.
+        by_running: do not ask Dynamo, which was seen to refuse this module before.
+
+    Raises:
+        CannotCapture: neither Dynamo nor a run gives a graph that would hold for the next call.
+    """
+    if by_running:
+        return _settled(capture_by_running, module, arguments)
+    try:
+        return _settled(capture_by_dynamo, module, arguments)
+    except CannotCapture as refused:
+        if any(isinstance(t, FakeTensor) or t.is_meta for t in (*module_tensors(module).values(), *arguments.tensors)):
+            raise
+        log.info(
+            "Dynamo cannot take %s whole, so it is run to capture it: %s", type(module).__name__,
+            refused.why or refused.what,
+        )  # fmt: skip
+        try:
+            return _settled(capture_by_running, module, Arguments.of(arguments.args, arguments.kwargs))
+        except CannotCapture as error:
+            raise error from refused
+
+
+def _settled(capture: Callable[[nn.Module, Arguments], Captured], module: nn.Module, arguments: Arguments) -> Captured:
+    changed: Sequence[str] = ()
+    for _ in range(ATTEMPTS):
+        try:
+            return capture(module, arguments)
+        except Unsettled as unsettled:
+            changed = unsettled.changed
+            if capture is capture_by_dynamo:  # which does not run it
+                copied = arguments.copied()
+                with torch.no_grad():
+                    module._call_impl(*copied.args, **copied.kwargs)
+    raise CannotCapture(
+        f"{type(module).__name__} changes what it keeps at every call",
+        where="capture, forward",
+        why="; ".join(changed),
+        fix="keep counters and records of calls outside of its forward",
+    )
+
+
+def capture_model(model: nn.Module, inputs: Mapping[str, Any]) -> Capture:
+    """Capture a model and normalise its graph: what `inspect` and tests need.
+
+    Args:
+        model: the module; its tensors and those of the inputs may be fake or on the meta device.
+        inputs: keyword arguments of its forward.
+
+    Raises:
+        CannotCapture: the model does not fit into one graph.
+    """
+    return normalised(model, capture_call(model, arguments := Arguments.of((), inputs)), arguments)
+
+
+def normalised(module: nn.Module, captured: Captured, arguments: Arguments) -> Capture:
+    """The functional graph of what was captured, with roles.
+
+    Raises:
+        CannotCapture: it cannot be made functional, or Python read a value that differs at every step.
+    """
+    capture = capture_graph(captured.graph, captured.names, values_of(module, captured, arguments))
+    check_reads(captured, [item.role for item in capture.inputs], type(module).__name__)
+    return capture
+
+
+def values_of(module: nn.Module, captured: Captured, arguments: Arguments) -> Sequence[Tensor]:
+    """Values of the placeholders of a graph that was captured just now."""
+    pins = captured.guards.pin(module)
+    assert not isinstance(pins, str), pins
+    return captured.pick([*pins.tensors, *arguments.tensors, *captured.constants])

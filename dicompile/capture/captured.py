@@ -1,0 +1,120 @@
+"""What a capture returns, whichever way it went."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from operator import itemgetter
+from typing import Any
+
+from torch import Tensor, fx
+from torch.utils import _pytree as pytree
+
+from dicompile.capture.guards import Guards
+
+Pack = Callable[[Sequence[Any], Sequence[Tensor]], Any]
+
+
+@dataclass(frozen=True)
+class Captured:
+    """One way through a module's forward.
+
+    Attributes:
+        graph: torch-level or ATen graph; every tensor that it reads is a placeholder.
+        names: name of each placeholder, and whether it belongs to the module.
+        order: position of each placeholder's value among the module's tensors that were read, the tensors of the call,
+            and the constants, in this order.
+        constants: tensors that the forward made of Python numbers.
+        guards: what the graph depends on besides the arguments of the call.
+        pack: the module's result, made of the graph's results and all tensors (see `order`).
+        reads: positions of the placeholders whose values Python read, with the operator that did and its module.
+        is_run: the module was run to capture it, since Dynamo could not take it whole.
+    """
+
+    graph: fx.GraphModule
+    names: tuple[tuple[str, bool], ...]
+    order: tuple[int, ...]
+    constants: tuple[Tensor, ...]
+    guards: Guards
+    pack: Pack
+    reads: dict[int, str]
+    is_run: bool = False
+
+    def pick(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+        """Values of the placeholders, out of all tensors."""
+        return [tensors[i] for i in self.order]
+
+    def picker(self) -> Callable[[Sequence[Tensor]], Sequence[Tensor]]:
+        """The same, fast."""
+        return itemgetter(*self.order) if len(self.order) > 1 else self.pick
+
+
+class Unsettled(Exception):
+    """A forward changed what it keeps.
+
+    Args:
+        changed: what, as text.
+    """
+
+    def __init__(self, changed: Sequence[str]) -> None:
+        super().__init__(", ".join(changed))
+        self.changed = tuple(changed)
+
+
+def packer(result: Any, results: Sequence[Tensor], tensors: Sequence[Tensor]) -> Pack | None:
+    """How a module's result is made of a graph's results; None if it holds another tensor.
+
+    Args:
+        result: what the module returned.
+        results: what the graph returned, as they lie in it.
+        tensors: tensors that went in, which may be in it, too.
+    """
+    leaves, spec = pytree.tree_flatten(result)
+    place = {id(tensor): (True, i) for i, tensor in reversed(list(enumerate(tensors)))}
+    place |= {id(tensor): (False, i) for i, tensor in reversed(list(enumerate(results)))}
+    places = [place.get(id(leaf)) if isinstance(leaf, Tensor) else (None, leaf) for leaf in leaves]
+    if any(found is None for found in places):
+        return None
+    if result.__class__ is tuple and places == [(False, i) for i in range(len(result))]:
+        return lambda made, _: tuple(made[: len(places)])
+
+    def pack(made: Sequence[Any], given: Sequence[Tensor]) -> Any:
+        filled = [
+            value if is_given is None else (given[value] if is_given else made[value])
+            for is_given, value in places  # type: ignore[misc]
+        ]
+        return pytree.tree_unflatten(filled, spec)
+
+    return pack
+
+
+class Changes:
+    """A shallow copy of a dictionary or list, to tell which of its entries changed.
+
+    Args:
+        path: of the container, as text.
+        container: the container.
+    """
+
+    def __init__(self, path: str, container: dict[Any, Any] | list[Any]) -> None:
+        self._path, self._container, self._before = path, container, _items(container)
+
+    def found(self) -> Iterator[tuple[str, Any]]:
+        """Path and value of every entry that is another object now."""
+        now = _items(self._container)
+        for key in {**self._before, **now}:
+            if self._before.get(key, self) is not now.get(key, self):
+                yield f"{self._path}.{key}", now.get(key)
+
+    def undo(self) -> None:
+        """Put back what was there."""
+        if any(self.found()):
+            self._container.clear()
+            if isinstance(self._container, dict):
+                self._container.update(self._before)
+            else:
+                self._container.extend(self._before.values())
+
+
+def _items(container: dict[Any, Any] | list[Any]) -> dict[Any, Any]:
+    return dict(container) if isinstance(container, dict) else dict(enumerate(container))

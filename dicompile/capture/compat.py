@@ -1,0 +1,127 @@
+"""Private names of torch that dicompile cannot do without, with the versions that they were tried on."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import types
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, fx
+from torch._C._dynamo.eval_frame import get_eval_frame_callback, set_eval_frame
+from torch._C._dynamo.guards import TensorGuards
+from torch._dynamo import convert_frame
+from torch._dynamo.eval_frame import skip_code
+from torch._dynamo.utils import dynamo_timed, get_metrics_context
+
+
+def tensor_check(tensors: Sequence[Tensor]) -> Callable[..., bool]:
+    """A function that is true for tensors of the same types, shapes, strides, dtypes and devices as these.
+
+    It is Dynamo's own comparison, a loop in C++ (torch 2.11 to 2.14): a tenth of a microsecond a tensor, where asking for
+    one attribute in Python takes as long. Both keywords have to be given.
+    """
+    if not tensors:
+        return lambda: True
+    shapes: list[Any] = [list(tensor.shape) for tensor in tensors]
+    strides: list[Any] = [list(tensor.stride()) for tensor in tensors]
+    check: Callable[..., bool] = TensorGuards(*tensors, dynamic_dims_sizes=shapes, dynamic_dims_strides=strides).check
+    return check
+
+
+@dataclass(frozen=True)
+class DynamoCapture:
+    """What Dynamo makes of a function.
+
+    Attributes:
+        graph: torch-level graph.
+        guards: source, kind, and name of the attribute that is absent, of every guard on an object.
+        aliases: Python modules by the names that Dynamo gives them.
+        results: how many tensors the graph returns.
+        run: calls the function around the graph, with given results of it; returns the inputs of the graph and what the
+            function returns.
+    """
+
+    graph: fx.GraphModule
+    guards: tuple[tuple[Any, str, str], ...]
+    aliases: Mapping[str, str]
+    results: int
+    run: Callable[[Sequence[Tensor]], tuple[list[Any], Any]]
+
+
+def dynamo_capture(function: Callable[..., Any], args: tuple[Any, ...]) -> DynamoCapture:
+    """Let Dynamo make one graph of a function, without installing anything (``fullgraph_capture``, torch 2.11 to 2.14).
+
+    Raises:
+        TorchDynamoException: it cannot.
+    """
+    with get_metrics_context(), dynamo_timed("dicompile"):
+        made = convert_frame.fullgraph_capture(function, args)
+    output, backend = made.graph_capture_output, made.backend_input
+    if backend is None:
+        raise torch._dynamo.exc.Unsupported("it runs without any operator")
+    guards = [
+        (guard.originating_source, guard.inner_create_fn().__name__, _absent_name(guard))
+        for guard in output.output_graph.guards
+    ]
+
+    def run(results: Sequence[Tensor]) -> tuple[list[Any], Any]:
+        inputs: list[Any] = []
+
+        def compiled(*given: Any) -> Sequence[Tensor]:
+            inputs.extend(given)
+            return results
+
+        around = types.FunctionType(
+            output.bytecode, {**output.f_globals, backend.backend_id: compiled}, "run", output.argdefs, output.closure
+        )
+        return inputs, around(*args)
+
+    returned = next(reversed(backend.graph_module.graph.nodes)).args[0]
+    return DynamoCapture(backend.graph_module, tuple(guards), dict(output.import_sources), len(returned), run)
+
+
+def _absent_name(guard: Any) -> str:
+    """Name of the attribute that a guard says is absent."""
+    if not isinstance(guard.create_fn, functools.partial):
+        return ""
+    return str(next(iter((*guard.create_fn.args, *guard.create_fn.keywords.values())), ""))
+
+
+_CallableT = TypeVar("_CallableT", bound=Callable[..., Any])
+
+
+def never_traced(why: str) -> Callable[[_CallableT], _CallableT]:
+    """Decorator of a function that Dynamo neither traces nor inlines: another compile around it calls it as it is.
+
+    `torch.compiler.disable` would do, for the price of a context manager at every call.
+    """
+
+    def mark(function: _CallableT) -> _CallableT:
+        skip_code(function.__code__)
+        function._torchdynamo_disable = True  # type: ignore[attr-defined]
+        function._torchdynamo_disable_msg = why  # type: ignore[attr-defined]
+        function._torchdynamo_disable_recursive = True  # type: ignore[attr-defined]
+        return function
+
+    return mark
+
+
+@contextlib.contextmanager
+def _switched_off() -> Iterator[None]:
+    prior = set_eval_frame(None)
+    try:
+        yield
+    finally:
+        set_eval_frame(prior)
+
+
+def without_dynamo() -> contextlib.AbstractContextManager[None]:
+    """While open, Dynamo compiles nothing in this thread; costs nothing where it would not anyway."""
+    return _NOTHING if get_eval_frame_callback() is None else _switched_off()
+
+
+_NOTHING = contextlib.nullcontext()

@@ -1,0 +1,464 @@
+"""What a captured graph was captured under, and whether that still holds.
+
+A forward is Python: it branches on attributes, on what its processors hold, on globals. A graph is one way through it,
+so it serves a call only while everything that was read on that way is as it was. `Guards` is the list of it: a frozen
+value that can be printed, made once by the capture, in the same form for both ways to capture.
+
+Every fact is found by a *path* from the module (or from a Python module): ``self.blocks.0.attn.processor.scale``. Walking
+thousands of paths takes milliseconds. `Pins` is what such a walk finds, as flat lists: at this key of this dictionary
+lies this very object. Comparing identities takes microseconds, and is stricter than the facts. Where a pin does not
+hold, the paths are walked again: the facts decide, and new pins are made.
+"""
+
+from __future__ import annotations
+
+import enum
+import functools
+import sys
+import types
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
+from dataclasses import dataclass
+from operator import getitem, is_
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dicompile.capture.compat import tensor_check
+
+PLAIN = (bool, int, float, complex, str, bytes, type(None), type(Ellipsis), torch.dtype, torch.device, torch.layout,
+         torch.memory_format, enum.Enum, slice, range)  # fmt: skip
+FIXED = (type, types.FunctionType, types.BuiltinFunctionType, types.MethodDescriptorType, types.ModuleType,
+         types.WrapperDescriptorType, types.GetSetDescriptorType, classmethod, staticmethod, property)  # fmt: skip
+HOOKS = ("_forward_hooks", "_forward_pre_hooks")
+"""Where a module keeps what runs around its forward; without gradients nothing else does."""
+PARTS = frozenset({
+    "_parameters", "_buffers", "_modules", *HOOKS, "_backward_hooks", "_backward_pre_hooks",
+    "_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks_with_kwargs",
+})  # fmt: skip
+"""Dictionaries that a module keeps for life; what they hold is compared."""
+
+
+class By(enum.Enum):
+    """How a path goes on."""
+
+    ATTRIBUTE = "attribute"
+    ITEM = "item"
+    DICT = "__dict__"
+    TYPE = "type"
+    CELL = "cell"
+
+
+@dataclass(frozen=True, slots=True)
+class Path:
+    """Where an object is found.
+
+    Attributes:
+        root: "self", or the name of a Python module.
+        links: how to go on from there, and to what.
+    """
+
+    root: str = "self"
+    links: tuple[tuple[By, Any], ...] = ()
+
+    def attribute(self, name: str) -> Path:
+        """The path to an attribute of what lies at this one."""
+        return Path(self.root, (*self.links, (By.ATTRIBUTE, name)))
+
+    def item(self, key: Any) -> Path:
+        """The path to an item of what lies at this one."""
+        return Path(self.root, (*self.links, (By.ITEM, key)))
+
+    def via(self, by: By) -> Path:
+        """The path to the type, or to the attributes, of what lies at this one."""
+        return Path(self.root, (*self.links, (by, None)))
+
+    @property
+    def parent(self) -> Path:
+        """The path without its last link."""
+        return Path(self.root, self.links[:-1])
+
+    @property
+    def name(self) -> str:
+        """Dotted name of a tensor below the module, as in a state dict."""
+        keys = [str(key) for by, key in self.links if by in (By.ATTRIBUTE, By.ITEM)]
+        return ".".join(key for key in keys if key not in ("_parameters", "_buffers", "_modules"))
+
+    def __str__(self) -> str:
+        text = self.root
+        for by, key in self.links:
+            if by is By.ATTRIBUTE:
+                text += f".{key}"
+            elif by is By.CELL:
+                text += f".{key[0]}({key[1]})"
+            elif by is By.ITEM:
+                text += f".{key}" if isinstance(key, str) and text.endswith("_modules") else f"[{key!r}]"
+            else:
+                text = f"type({text})" if by is By.TYPE else f"{text}.__dict__"
+        return text.replace("._modules.", ".").replace(".__dict__['_modules']", "")
+
+
+@dataclass(frozen=True, slots=True)
+class Fact:
+    """Something that was read.
+
+    Attributes:
+        path: where.
+        kind: "value" (a number or a name: `expected` is it), "fixed" (a function, class or Python module: `expected`
+            is the object), "object" (its type is `expected`), "container" (type and keys, or elements of a set), or
+            "absent" (the object has no such attribute of its own).
+        expected: see `kind`.
+    """
+
+    path: Path
+    kind: str
+    expected: Any = None
+
+    @classmethod
+    def of(cls, path: Path, value: object) -> Fact:
+        """What can be said of a value at a path."""
+        if isinstance(value, PLAIN):
+            return cls(path, "value", value)
+        if isinstance(value, FIXED):
+            return cls(path, "fixed", value)
+        if isinstance(value, types.MethodType):
+            return cls(path, "object", type(value))
+        if isinstance(value, (Mapping, Sequence, AbstractSet)):
+            return cls(path, "container", (type(value), keys_of(value)))
+        return cls(path, "object", type(value))
+
+    def holds(self, value: object) -> bool:
+        """True if a value that lies at the path now is as it was."""
+        if self.kind == "value":
+            return is_same_value(self.expected, value)
+        if self.kind == "fixed":
+            return value is self.expected
+        if self.kind == "container":
+            return type(value) is self.expected[0] and keys_of(value) == self.expected[1]
+        return type(value) is self.expected
+
+    def __str__(self) -> str:
+        if self.kind == "absent":
+            return f"{self.path} is absent"
+        if self.kind == "value":
+            return f"{self.path} == {self.expected!r} ({type(self.expected).__name__})"
+        if self.kind == "container":
+            kind, keys = self.expected
+            return f"{self.path} is a {kind.__name__} of {keys if isinstance(keys, int) else list(keys)}"
+        if self.kind == "fixed":
+            return f"{self.path} is {getattr(self.expected, '__qualname__', None) or self.expected.__class__.__name__}"
+        return f"{self.path} is a {self.expected.__qualname__}"
+
+
+def is_same_value(first: object, second: object) -> bool:
+    """True for equal values of one type: 1, 1.0 and True are three, and so are 0.0 and -0.0."""
+    return first is second or (type(first) is type(second) and first == second and repr(first) == repr(second))
+
+
+def keys_of(container: Any) -> Any:
+    """What tells containers of one type apart besides their items: keys in order, elements of a set, or a length."""
+    if isinstance(container, Mapping):
+        return tuple(container)
+    return frozenset(container) if isinstance(container, AbstractSet) else len(container)
+
+
+@dataclass(frozen=True)
+class Guards:
+    """Everything a graph depends on besides the arguments of the call.
+
+    Attributes:
+        facts: what was read, parents before their attributes.
+        tensors: paths of the tensors that were read, whose values may differ.
+        metas: type, shape, strides, dtype and device of each.
+        same: pairs of positions among the tensors that hold one and the same tensor.
+        modules: paths of the modules that ran; hooks that they get change what they do.
+        hooks: for each module, and for each of `HOOKS`, the number of hooks that it had.
+    """
+
+    facts: tuple[Fact, ...]
+    tensors: tuple[Path, ...]
+    metas: tuple[tuple[object, ...], ...]
+    same: tuple[tuple[int, int], ...] = ()
+    modules: tuple[Path, ...] = ()
+    hooks: tuple[tuple[int, ...], ...] = ()
+
+    @classmethod
+    def of(cls, module: nn.Module, facts: Mapping[Path, Fact], tensors: Sequence[Path], modules: Sequence[Path]) -> Guards:
+        """Guards for a module as it is now.
+
+        Args:
+            module: the module.
+            facts: what was read.
+            tensors: paths of tensors that were read.
+            modules: paths of the modules that ran.
+        """
+        walk = Walk(module)
+        found = [walk.value(path) for path in tensors]
+        first = {id(tensor): i for i, tensor in reversed(list(enumerate(found)))}
+        return cls(
+            facts=tuple(sorted(facts.values(), key=lambda fact: len(fact.path.links))),
+            tensors=tuple(tensors),
+            metas=tuple(meta_of(tensor) for tensor in found),
+            same=tuple((first[id(tensor)], i) for i, tensor in enumerate(found) if first[id(tensor)] != i),
+            modules=tuple(modules),
+            hooks=tuple(_hook_counts(walk.value(path)) for path in modules),
+        )
+
+    def pin(self, module: nn.Module) -> Pins | str:
+        """Walk all paths.
+
+        Args:
+            module: the module that was captured.
+
+        Returns:
+            What was found, or the first fact that does not hold.
+        """
+        walk = Walk(module)
+        try:
+            for fact in self.facts:
+                if fact.kind == "absent":
+                    if not walk.is_absent(fact.path):
+                        return f"{fact}: it is there now"
+                    continue
+                value = walk.value(fact.path)
+                if not fact.holds(value):
+                    return f"{fact}: it is {_shown(value)} now"
+                if fact.kind == "container":
+                    walk.watch(value)
+            tensors = [walk.value(path) for path in self.tensors]
+            hooked = [walk.value(path) for path in self.modules]
+        except (KeyError, IndexError, AttributeError, TypeError) as error:
+            return f"a path is gone: {error}"
+        for path, meta, tensor in zip(self.tensors, self.metas, tensors, strict=True):
+            if not isinstance(tensor, Tensor) or meta_of(tensor) != meta:
+                return f"{path} is {_shown(tensor)} now"
+        if any(tensors[i] is not tensors[j] for i, j in self.same):
+            return "tensors that were one are two now"
+        changed = [p for p, m, n in zip(self.modules, hooked, self.hooks, strict=True) if _hook_counts(m) != n]
+        if changed:
+            return f"{changed[0]} has other hooks now"
+        return walk.pins(self.tensors, tensors, self.same, hooked)
+
+    def __str__(self) -> str:
+        tensors = [f"{path}: {meta}" for path, meta in zip(self.tensors, self.metas, strict=True)]
+        hooks = [f"{path} has {sum(n)} hooks" for path, n in zip(self.modules, self.hooks, strict=True) if any(n)]
+        return "\n".join([*map(str, self.facts), *tensors, *hooks])
+
+
+def meta_of(tensor: Tensor) -> tuple[object, ...]:
+    """Type, shape, strides, dtype and device of a tensor."""
+    return type(tensor), tuple(tensor.shape), tensor.stride(), tensor.dtype, tensor.device
+
+
+def _shown(value: object) -> str:
+    if isinstance(value, Tensor):
+        return f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)} on {value.device}"
+    return repr(value) if isinstance(value, PLAIN) else f"a {type(value).__name__}"
+
+
+def _hook_counts(module: nn.Module) -> tuple[int, ...]:
+    return tuple(len(getattr(module, name)) for name in HOOKS)
+
+
+@dataclass
+class Pins:
+    """What was found at the paths of `Guards`, for comparing it fast.
+
+    Attributes:
+        tensors: of the module, as they were found.
+    """
+
+    tensors: list[Tensor]
+    _places: tuple[list[Any], list[Any], list[Any]]
+    _numbers: tuple[list[Any], list[Any], list[Any]]
+    _computed: list[tuple[Callable[[], Any], Any]]
+    _listed: list[Any]
+    _sized: list[Any]
+    _empty: list[Any]
+    _tensors_in: list[Any]
+    _tensor_keys: list[Any]
+    _same: tuple[tuple[int, int], ...]
+
+    def __post_init__(self) -> None:
+        self._sizes = list(map(len, self._sized))
+        self._lists = list(map(keys_of, self._listed))
+        self._check = tensor_check(self.tensors)
+
+    def hold(self) -> list[Tensor] | None:
+        """The module's tensors, if everything lies where it lay, and they are as they were but for their values."""
+        try:
+            containers, keys, values = self._places
+            # Lists compare identities first. What is not a number is equal to nothing else, but for equal texts.
+            if list(map(getitem, containers, keys)) != values:
+                return None
+            containers, keys, values = self._numbers
+            if not all(map(is_, map(getitem, containers, keys), values)):
+                return None
+            tensors = list(map(getitem, self._tensors_in, self._tensor_keys))
+        except (KeyError, IndexError):
+            return None
+        if any(self._empty) or list(map(len, self._sized)) != self._sizes:
+            return None
+        if any(tensors[i] is not tensors[j] for i, j in self._same) or not self._check(*tensors):
+            return None
+        if list(map(keys_of, self._listed)) != self._lists:
+            return None
+        return tensors if all(is_same_value(find(), value) for find, value in self._computed) else None
+
+
+class Walk:
+    """Follows paths from a module, every link once.
+
+    Args:
+        module: where they begin.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = module
+        self._found: dict[Path, Any] = {}
+        self._places: dict[tuple[int, Any], tuple[Any, Any, Any]] = {}
+        self._computed: list[tuple[Callable[[], Any], Any]] = []
+        self._sized: dict[int, Any] = {}
+        self._watched: dict[int, Any] = {}
+
+    def find(self, path: Path) -> Any:
+        """What lies at a path; None where it is gone."""
+        try:
+            return self.value(path)
+        except (KeyError, IndexError, AttributeError, TypeError):
+            return None
+
+    def value(self, path: Path) -> Any:
+        """What lies at a path."""
+        if path not in self._found:
+            if path.links:
+                by, key = path.links[-1]
+                self._found[path] = self._follow(self.value(path.parent), by, key)
+            else:
+                self._found[path] = self._module if path.root == "self" else python_module(path.root)
+        return self._found[path]
+
+    def watch(self, container: Any) -> None:
+        """Pin the keys of a container, the elements of a set, or a length."""
+        self._watched[id(container)] = container
+
+    def is_absent(self, path: Path) -> bool:
+        """True if the object that would have this attribute has none of its own."""
+        own = getattr(self.value(path.parent), "__dict__", {})
+        if not isinstance(own, types.MappingProxyType):
+            self._sized[id(own)] = own
+        return path.links[-1][1] not in own
+
+    def _follow(self, value: Any, by: By, key: Any) -> Any:
+        if by is By.DICT:
+            return vars(value)
+        if by is By.TYPE:
+            return type(value)
+        if by is By.CELL:
+            return self._compute(functools.partial(getattr, key[2], "cell_contents"))
+        if by is By.ITEM:
+            return self._at(value, key)
+        own = getattr(value, "__dict__", None)
+        if own is not None and not isinstance(value, (type, types.ModuleType)):
+            self._sized[id(own)] = own
+        place = find_place(value, key)
+        return self._at(*place) if place is not None else self._compute(functools.partial(getattr, value, key))
+
+    def _at(self, container: Any, key: Any) -> Any:
+        if isinstance(container, tuple):
+            return container[key]  # it is pinned itself
+        if isinstance(container, (Mapping, list, types.MappingProxyType)) and not isinstance(key, slice):
+            value = container[key]
+            if key not in PARTS:
+                self._places[id(container), key] = container, key, value
+            return value
+        return self._compute(functools.partial(getitem, container, key))
+
+    def _compute(self, find: Callable[[], Any]) -> Any:
+        value = find()
+        self._computed.append((find, value))
+        return value
+
+    def _listed_and_sized(self) -> tuple[list[Any], list[Any]]:
+        """Containers whose keys have to be compared, and those of which the length tells, every key being pinned."""
+        listed, sized = [], list(self._sized.values())
+        for container in self._watched.values():
+            is_mapping = isinstance(container, Mapping)
+            is_pinned = is_mapping and all((id(container), key) in self._places for key in container)
+            if is_pinned or not (is_mapping or isinstance(container, AbstractSet)):
+                sized.append(container)
+            else:
+                listed.append(container)
+        return listed, sized
+
+    def pins(
+        self, paths: Sequence[Path], tensors: list[Tensor], same: tuple[tuple[int, int], ...], modules: list[nn.Module]
+    ) -> Pins:
+        """Everything that was found on the way."""
+        places = []
+        for path in paths:
+            parent, (by, key) = self.value(path.parent), path.links[-1]
+            place = find_place(parent, key) if by is By.ATTRIBUTE else (parent, key)
+            assert place is not None
+            places.append(place)
+            self._places.pop((id(place[0]), key), None)  # its value may differ, and so may the tensor itself
+        hooks = [vars(module)[name] for module in modules for name in HOOKS]
+        listed, sized = self._listed_and_sized()
+        return Pins(
+            tensors=tensors,
+            _places=_columns(place for place in self._places.values() if _is_equal_to_itself_alone(place[2])),
+            _numbers=_columns(place for place in self._places.values() if not _is_equal_to_itself_alone(place[2])),
+            _computed=[(find, value) for find, value in self._computed if not isinstance(value, Tensor)],
+            _listed=listed,
+            _sized=[*sized, *(hook for hook in hooks if hook)],
+            _empty=[hook for hook in hooks if not hook],
+            _tensors_in=[container for container, _ in places],
+            _tensor_keys=[key for _, key in places],
+            _same=same,
+        )
+
+
+def find_place(value: object, name: str) -> tuple[Any, Any] | None:
+    """Dictionary and key where Python finds an attribute; None if it is not there, or computed."""
+    own = getattr(value, "__dict__", None)
+    if own is not None and name in own:
+        return own, name
+    if isinstance(value, nn.Module):
+        for part in ("_parameters", "_buffers", "_modules"):
+            if name in own.get(part, ()):  # type: ignore[union-attr]
+                return own[part], name  # type: ignore[index]
+    for cls in value.__mro__ if isinstance(value, type) else type(value).__mro__:
+        if name in vars(cls):
+            return None if hasattr(type(vars(cls)[name]), "__set__") else (vars(cls), name)
+    return None
+
+
+def _is_equal_to_itself_alone(value: object) -> bool:
+    return isinstance(value, (str, type(None), nn.Module, *FIXED)) or type(value).__eq__ is object.__eq__
+
+
+def _columns(rows: Iterable[tuple[Any, Any, Any]]) -> tuple[list[Any], list[Any], list[Any]]:
+    first, second, third = [], [], []
+    for a, b, c in rows:
+        first.append(a)
+        second.append(b)
+        third.append(c)
+    return first, second, third
+
+
+@functools.cache
+def python_module(name: str) -> Any:
+    """A Python module by name."""
+    return sys.modules[name]
+
+
+def below(path: Path, value: object, depth: int = 0) -> Iterator[tuple[Path, object]]:
+    """A value and, where it is a container, everything in it."""
+    yield path, value
+    if depth < 6 and isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from below(path.item(key), item, depth + 1)
+    elif depth < 6 and isinstance(value, (list, tuple)):
+        for i, item in enumerate(value):
+            yield from below(path.item(i), item, depth + 1)

@@ -1,0 +1,259 @@
+"""What a forward reads of its module and beyond while it is run, written down as facts.
+
+Dynamo knows what it read; Python does not. So while a module is run to capture it, every look-up of an attribute of a
+module, and of the objects that it holds (processors, configurations), goes through a function that notes it, and a
+profiling function notes which code ran, from which follows which globals it read. All of it only in the thread that
+captures, and only until the capture is done.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dis
+import gc
+import sys
+import threading
+import types
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path as File
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from dicompile.capture.captured import Changes
+from dicompile.capture.guards import FIXED, PARTS, PLAIN, By, Fact, Path, find_place
+from dicompile.errors import CannotCapture
+
+_TORCH = str(File(torch.__file__).parent)
+_PYTHON = str(File(dis.__file__).parent)
+_OWN = str(File(__file__).parent.parent)
+_MOST = 4096
+"""Entries of a container that are compared; a larger one is refused."""
+
+
+class Reads:
+    """Notes what is read below a module.
+
+    Attributes:
+        facts: everything that was read, as it was then.
+        tensors: tensors that were read, by their paths.
+        modules: paths of the modules that were read.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self.tensors: dict[Path, Tensor] = {}
+        self.modules: list[Path] = [Path()]
+        self.facts: dict[Path, Fact] = {}
+        self._module = module
+        self._path_of: dict[int, Path] = {id(module): Path()}
+        self._alive: list[object] = [module]  # ids are those of living objects
+        self._changes: dict[int, Changes] = {}
+        self._patched: list[type] = []
+        self._codes: dict[types.CodeType, dict[str, Any]] = {}
+        self._thread = threading.get_ident()
+        self._is_busy = False
+
+    def tensor_paths(self) -> dict[int, Path]:
+        """Where each tensor that was read lies, by its identity."""
+        return {id(tensor): path for path, tensor in reversed(list(self.tensors.items()))}
+
+    def kept(self) -> list[str]:
+        """Where the forward put tensors that were not there."""
+        found = (change for changes in self._changes.values() for change in changes.found())
+        return [text for text, value in found if any(isinstance(leaf, Tensor) for leaf in tree_leaves(value))]
+
+    def replaced(self) -> list[str]:
+        """Tensors that were read and are others now."""
+        walk = Walk(self._module)
+        return [str(path) for path, tensor in self.tensors.items() if walk.find(path) is not tensor]
+
+    @contextlib.contextmanager
+    def noted(self) -> Iterator[None]:
+        """While open, this thread's reads are noted."""
+        profile = sys.getprofile()
+        self._patch(nn.Module)
+        fallback = nn.Module.__getattr__
+        nn.Module.__getattr__ = self._fallback(fallback)  # type: ignore[method-assign]
+        sys.setprofile(self._profile)
+        try:
+            yield
+        finally:
+            sys.setprofile(profile)
+            nn.Module.__getattr__ = fallback  # type: ignore[method-assign]
+            for cls in self._patched:
+                del cls.__getattribute__
+        self._note_globals()
+
+    def _patch(self, cls: type) -> None:
+        if "__getattribute__" in vars(cls):
+            return
+        original = cls.__getattribute__
+
+        def look_up(obj: Any, name: str) -> Any:
+            value = original(obj, name)
+            if threading.get_ident() == self._thread and not self._is_busy:
+                self._note_attribute(obj, name, value)
+            return value
+
+        cls.__getattribute__ = look_up  # type: ignore[method-assign,assignment]
+        self._patched.append(cls)
+
+    def _fallback(self, original: Callable[[Any, str], Any]) -> Callable[[Any, str], Any]:
+        """``nn.Module.__getattr__``: where parameters, buffers and children are found."""
+
+        def look_up(obj: Any, name: str) -> Any:
+            if threading.get_ident() != self._thread or self._is_busy:
+                return original(obj, name)
+            self._is_busy = True
+            try:
+                value = original(obj, name)
+            except AttributeError:
+                self._note_absent(obj, name)
+                raise
+            finally:
+                self._is_busy = False
+            self._note_attribute(obj, name, value)
+            return value
+
+        return look_up
+
+    def _note_attribute(self, obj: Any, name: str, value: Any) -> None:
+        parent = self._path_of.get(id(obj))
+        if parent is None or (name.startswith("__") and name not in ("__dict__",)):
+            return
+        self._is_busy = True
+        try:
+            if name == "__dict__":
+                self._note(parent.via(By.DICT), dict(value))
+            elif name in PARTS:
+                self._note_parts(parent, name, value)
+            elif find_place(obj, name) is not None or not isinstance(vars(type(obj)).get(name), property):
+                self._watch(parent, obj)
+                self._note(parent.attribute(name), value)
+        finally:
+            self._is_busy = False
+
+    def _note_absent(self, obj: Any, name: str) -> None:
+        parent = self._path_of.get(id(obj))
+        if parent is not None and not (name.startswith("__") and name.endswith("__")):
+            path = parent.attribute(name)
+            self.facts.setdefault(path, Fact(path, "absent"))
+
+    def _note_parts(self, parent: Path, name: str, parts: Any) -> None:
+        """Children, parameters and buffers that are asked for all together."""
+        if name in ("_parameters", "_buffers", "_modules"):
+            for key, part in parts.items():
+                if part is not None:
+                    self._note(parent.attribute(key), part)
+
+    def _watch(self, path: Path, obj: Any) -> None:
+        own = getattr(obj, "__dict__", None)
+        if isinstance(own, dict) and id(own) not in self._changes:
+            self._changes[id(own)] = Changes(str(path), own)
+
+    def _note(self, path: Path, value: Any, depth: int = 0) -> None:
+        if path in self.facts or path in self.tensors:
+            return
+        if isinstance(value, Tensor):
+            self.tensors[path] = value
+            return
+        if isinstance(value, types.MethodType):
+            return  # found on the class, of which the object's type is compared
+        self.facts[path] = Fact.of(path, value)
+        if isinstance(value, (*PLAIN, *FIXED)):
+            return
+        self._alive.append(value)
+        self._path_of.setdefault(id(value), path)
+        if isinstance(value, nn.Module):
+            self.modules.append(path)
+        elif isinstance(value, (Mapping, list, tuple, set, frozenset)):
+            self._note_container(path, value, depth)
+        else:
+            self._note_object(path, value, depth)
+
+    def _note_container(self, path: Path, value: Any, depth: int) -> None:
+        if len(value) > _MOST or depth > 6:
+            raise CannotCapture(
+                f"{path} is too large to be compared at every call",
+                where="capture",
+                why=f"{len(value)} entries, or nested too deep",
+                fix="keep numbers in a tensor that is registered as a buffer",
+            )
+        if isinstance(value, (dict, list)):
+            self._changes.setdefault(id(value), Changes(str(path), value))
+        if isinstance(value, (Mapping, list, tuple)):
+            for key, item in value.items() if isinstance(value, Mapping) else enumerate(value):
+                self._note(path.item(key), item, depth + 1)
+        if hasattr(value, "__dict__"):
+            self._patch_class_of(value)
+
+    def _note_object(self, path: Path, value: Any, depth: int) -> None:
+        own = getattr(value, "__dict__", None)
+        if self._patch_class_of(value) or own is None or depth > 6 or type(value).__module__.startswith("torch"):
+            return
+        for name, item in list(own.items()):  # its class is not ours to watch, so all of it is compared
+            self._note(path.attribute(name), item, depth + 1)
+
+    def _patch_class_of(self, value: Any) -> bool:
+        """Note reads of objects of this class, if it can be done: one written in Python, outside of torch."""
+        cls = type(value)
+        is_python = bool(cls.__flags__ & (1 << 9)) and not cls.__module__.startswith("torch")
+        if not is_python or "__getattribute__" in vars(cls):
+            return is_python and cls in self._patched
+        try:
+            self._patch(cls)
+        except TypeError:
+            return False
+        return True
+
+    def _profile(self, frame: Any, event: str, _: Any) -> None:
+        code = frame.f_code
+        if event == "call" and code not in self._codes and not code.co_filename.startswith((_TORCH, _PYTHON, _OWN, "<")):
+            self._codes[code] = frame.f_globals
+
+    def _note_globals(self) -> None:
+        self._is_busy = True
+        for code, names in self._codes.items():
+            module = names.get("__name__", "")
+            if module in sys.modules and vars(sys.modules[module]) is names:
+                self._note_names(code, Path(module), names)
+        self._note_cells()
+
+    def _note_names(self, code: types.CodeType, root: Path, names: dict[str, Any]) -> None:
+        instructions = list(dis.get_instructions(code))
+        for number, instruction in enumerate(instructions):
+            if instruction.opname not in ("LOAD_GLOBAL", "LOAD_NAME") or instruction.argval not in names:
+                continue
+            path, value = root.attribute(instruction.argval), names[instruction.argval]
+            for following in instructions[number + 1 :]:
+                self._note(path, value)
+                is_namespace = isinstance(value, (types.ModuleType, type))
+                if following.opname not in ("LOAD_ATTR", "LOAD_METHOD") or not is_namespace:
+                    break
+                place = find_place(value, following.argval)
+                if place is None:
+                    break
+                path, value = path.attribute(following.argval), place[0][place[1]]
+
+    def _note_cells(self) -> None:
+        """Variables of enclosing functions, of the functions that ran."""
+        open_codes = [code for code in self._codes if set(code.co_freevars) - {"__class__"}]
+        if not open_codes:
+            return
+        for function in gc.get_referrers(*open_codes):
+            if isinstance(function, types.FunctionType) and function.__code__ in open_codes:
+                root = Path(f"{function.__module__}")
+                self._note_function(root, function)
+
+    def _note_function(self, root: Path, function: types.FunctionType) -> None:
+        for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
+            if name == "__class__":
+                continue
+            try:
+                value = cell.cell_contents
+            except ValueError:  # still empty
+                continue
+            path = Path(root.root, ((By.CELL, (function.__qualname__, name, cell)),))
+            self._note(path, value)

@@ -1,0 +1,199 @@
+"""Calls of an optimized model: captured once for every way through its forward, then dispatched.
+
+A call costs what it takes to see that nothing changed: its arguments are taken apart, what the forward read is held
+against what lies there now, and compiled code runs. Nothing of torch is asked whether that code is valid.
+"""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dicompile.capture import (
+    Arguments,
+    Captured,
+    Pins,
+    ambient,
+    bind_positions,
+    capture_call,
+    normalised,
+    sounds_like_time,
+    values_of,
+)
+from dicompile.compiler import ONE_AT_A_TIME, CompiledFrame, Options, Same, compile_capture
+from dicompile.errors import CannotCapture, NoSitesFound
+from dicompile.offload import check_weights_are_whole
+from dicompile.runtime import Owner
+
+log = logging.getLogger("dicompile")
+
+MOST_FRAMES = 64
+"""Ways through the forward, and shapes, for which compiled code is kept: the latest ones."""
+
+_CALLS = itertools.count()
+
+
+@dataclass
+class Frame:
+    """Compiled code for calls like one, and what it depends on.
+
+    Attributes:
+        captured: the graph, and what it depends on.
+        compiled: what runs.
+        pins: what its guards found.
+        used: number of the last call that it served.
+    """
+
+    captured: Captured
+    compiled: CompiledFrame
+    pins: Pins
+    used: int = 0
+    read: dict[int, Tensor] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self._pick = self.captured.picker()
+
+    def inputs_if_valid(self, own: list[Tensor] | None, arguments: Arguments) -> Sequence[Any] | None:
+        """All tensors, and those that the code takes, if the values that Python read are as they were."""
+        if own is None:
+            return None
+        tensors = [*own, *arguments.tensors, *self.captured.constants]
+        inputs = self._pick(tensors)
+        if self.read and not all(_is_equal(value, inputs[i]) for i, value in self.read.items()):
+            return None
+        return tensors, inputs
+
+
+class ModelCalls:
+    """What an optimized module does when it is called.
+
+    Args:
+        module: the module.
+        options: what the user asked for.
+    """
+
+    def __init__(self, module: nn.Module, options: Options) -> None:
+        self.module, self.options = module, options
+        self.owner = Owner(options.link)
+        self._frames: dict[tuple[object, ...], tuple[Frame, ...]] = {}
+        self._numbers = _names_of_time(module)
+        self._by_running = False
+
+    @property
+    def frames(self) -> list[CompiledFrame]:
+        """Everything compiled that is kept, what ran last at the end."""
+        return [frame.compiled for frame in self._by_use(self._frames)]
+
+    @property
+    def is_run(self) -> bool:
+        """True if the module was run to capture it, since Dynamo could not take it whole."""
+        return self._by_running
+
+    def __call__(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """Run one call."""
+        if self._numbers:
+            args, kwargs = bind_positions(self.module, args, kwargs, self._numbers)
+        arguments = Arguments.of(args, kwargs, self._numbers)
+        frame, tensors, inputs = self._frame(arguments)
+        frame.used = next(_CALLS)
+        return frame.captured.pack(frame.compiled.run.run(self.owner, inputs), tensors)
+
+    def _frame(self, arguments: Arguments) -> tuple[Frame, Sequence[Tensor], Sequence[Any]]:
+        """The code for a call, with all tensors and with its inputs."""
+        key = (arguments.key, ambient())
+        found = self._find(key, arguments)
+        if found is not None:
+            return found
+        with ONE_AT_A_TIME:
+            found = self._find(key, arguments)
+            return found if found is not None else self._capture(key, arguments)
+
+    def _find(
+        self, key: tuple[object, ...], arguments: Arguments
+    ) -> tuple[Frame, Sequence[Tensor], Sequence[Any]] | None:
+        frames = self._frames.get(key, ())
+        for frame in frames:
+            valid = frame.inputs_if_valid(frame.pins.hold(), arguments)
+            if valid is not None:
+                return frame, *valid
+        for frame in frames:  # somebody may have put an equal object in the place of another
+            pins = frame.captured.guards.pin(self.module)
+            if isinstance(pins, str):
+                log.debug("%s: %s", type(self.module).__name__, pins)
+                continue
+            frame.pins = pins
+            valid = frame.inputs_if_valid(pins.tensors, arguments)
+            if valid is not None:
+                return frame, *valid
+        return None
+
+    def _capture(
+        self, key: tuple[object, ...], arguments: Arguments
+    ) -> tuple[Frame, Sequence[Tensor], Sequence[Any]]:
+        check_weights_are_whole(self.module)
+        try:
+            captured = capture_call(self.module, arguments, by_running=self._by_running)
+            way = Same((arguments.key, str(captured.guards)))
+            inputs = values_of(self.module, captured, arguments)
+            compiled = compile_capture(normalised(self.module, captured, arguments), inputs, self.options, way)
+        except CannotCapture:
+            if not arguments.numbers:
+                raise
+            log.info("the timestep of %s is a number that Python reads: every value of it is captured by itself",
+                     type(self.module).__name__)  # fmt: skip
+            self._numbers = ()
+            return self._frame(Arguments.of(arguments.args, arguments.kwargs))
+        self._require_sites(compiled)
+        self._by_running = self._by_running or captured.is_run
+        pins = captured.guards.pin(self.module)
+        assert isinstance(pins, Pins), pins
+        read = {i: inputs[i].clone() for i in captured.reads}
+        frame = Frame(captured, compiled, pins, next(_CALLS), read)
+        self._keep(key, frame)
+        return frame, [*pins.tensors, *arguments.tensors, *captured.constants], inputs
+
+    def _keep(self, key: tuple[object, ...], frame: Frame) -> None:
+        """Keep a frame, and drop the one that was not used for longest where there are too many."""
+        frames = {**self._frames, key: (frame, *self._frames.get(key, ()))}
+        kept = self._by_use(frames)
+        if len(kept) > MOST_FRAMES:
+            log.warning(
+                "%s runs with more than %d shapes and settings: compiled code for the one that was not used for "
+                "longest is dropped", type(self.module).__name__, MOST_FRAMES,
+            )  # fmt: skip
+            frames = {k: tuple(f for f in group if f is not kept[0]) for k, group in frames.items()}
+        self._frames = {k: group for k, group in frames.items() if group}
+
+    @staticmethod
+    def _by_use(frames: Mapping[tuple[object, ...], tuple[Frame, ...]]) -> list[Frame]:
+        return sorted((frame for group in frames.values() for frame in group), key=lambda frame: frame.used)
+
+    def _require_sites(self, frame: CompiledFrame) -> None:
+        """Raise if a caching policy meets a model without sites.
+
+        Raises:
+            NoSitesFound: it does.
+        """
+        if frame.structure.sites or not self.options.policy.rules:
+            return
+        raise NoSitesFound(
+            f"{type(self.module).__name__} has no cacheable branch",
+            where=f"analysis, {frame.structure.flops / 1e9:.3f} GFLOP a call",
+            why="no residual add with a matrix product in its branch depends on the latent",
+            fix="use policy 'none' to compile it without caching",
+        )
+
+
+def _names_of_time(module: nn.Module) -> tuple[str, ...]:
+    return tuple(name for name in inspect.signature(module.forward).parameters if sounds_like_time(name))
+
+
+def _is_equal(first: Tensor, second: Tensor) -> bool:
+    return first.shape == second.shape and first.device == second.device and torch.equal(first, second)

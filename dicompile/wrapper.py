@@ -1,0 +1,142 @@
+"""The wrapper that `optimize` returns for a module: called like it, with every attribute of it where it was."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch._dynamo.eval_frame import OptimizedModule
+
+from dicompile.capture.compat import never_traced, without_dynamo
+from dicompile.compiler import CompiledFrame, Options
+from dicompile.model import ModelCalls
+from dicompile.offload import HOOK_ATTRIBUTES, check_weights_are_whole, move_hook
+from dicompile.runtime import cache_context
+
+log = logging.getLogger("dicompile")
+
+_SHOWN = ("frames",)
+"""Attributes of `Record` that can be asked for on the wrapper, where the module has none of that name."""
+
+
+@dataclass
+class Record:
+    """All that a wrapper knows of itself: its one attribute, so that it hides none of the module's.
+
+    Attributes:
+        given: what `optimize` was given.
+        module: the module in it; another one where it was compiled by somebody else.
+        options: what the user asked for.
+        calls: what it does when it is called.
+        is_enabled: whether it does it.
+    """
+
+    given: nn.Module
+    module: nn.Module
+    options: Options
+    calls: ModelCalls
+    is_enabled: bool = True
+
+    @property
+    def frames(self) -> list[CompiledFrame]:
+        """Everything compiled that is kept, what ran last at the end."""
+        return self.calls.frames
+
+
+class CachedModel(OptimizedModule):
+    """An optimized module: called like the original, with every attribute of the original where it was.
+
+    It is a ``torch._dynamo.OptimizedModule``, which diffusers, accelerate and peft know how to unwrap.
+    """
+
+    _dicompile: Record
+
+    def __init__(self, given: nn.Module, options: Options) -> None:
+        module = given._orig_mod if isinstance(given, OptimizedModule) else given
+        check_weights_are_whole(module)
+        super().__init__(module, None)  # type: ignore[arg-type]
+        object.__setattr__(self, "_dicompile", Record(given, module, options, ModelCalls(module, options)))
+        move_hook(module, self)
+
+    def _initialize(self) -> None:
+        """Nothing of Dynamo's."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy is optimized alike, and has captured nothing yet."""
+        record = self._dicompile
+        return type(self), (record.given, record.options), {"is_enabled": record.is_enabled}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> CachedModel:
+        """A copy is optimized alike, and has captured nothing yet."""
+        record = self._dicompile
+        made = type(self)(copy.deepcopy(record.given, memo), copy.deepcopy(record.options, memo))
+        made._dicompile.is_enabled = record.is_enabled
+        return made
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self._dicompile.is_enabled = state["is_enabled"]
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name in _SHOWN:
+                return getattr(self._dicompile, name)
+            raise
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in HOOK_ATTRIBUTES:
+            object.__setattr__(self, name, value)
+        else:
+            super().__setattr__(name, value)
+
+    def __delattr__(self, name: str) -> None:
+        if name in HOOK_ATTRIBUTES:
+            object.__delattr__(self, name)
+        else:
+            super().__delattr__(name)
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:
+        """That of the original: pipelines ask whether a component is a model of theirs."""
+        return type(self._modules["_orig_mod"]) if "_modules" in vars(self) else type(self)
+
+    @never_traced("it is optimized by dicompile, and compiled already: torch.compile has nothing to add")
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the model; it samples, so no gradients are recorded while it is enabled."""
+        if not self._dicompile.is_enabled:
+            return nn.Module.__call__(self, *args, **kwargs)
+        with without_dynamo(), torch.no_grad():
+            return nn.Module.__call__(self, *args, **kwargs)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        record = self._dicompile
+        return record.calls(args, kwargs) if record.is_enabled else record.given(*args, **kwargs)
+
+    def compile(self, *_: Any, **__: Any) -> None:
+        """It is compiled already; ``pipe.transformer.compile()`` has nothing to add."""
+        log.info("%s is compiled by dicompile: compile() changes nothing", type(self._orig_mod).__name__)
+
+    @contextlib.contextmanager
+    def cache_context(self, name: str, **_: Any) -> Iterator[None]:
+        """Guidance context, as diffusers pipelines open it on their denoiser."""
+        with cache_context(name):
+            yield
+
+
+def record_of(model: CachedModel) -> Record:
+    """What a wrapper knows of itself."""
+    return model._dicompile
+
+
+def released(model: CachedModel) -> nn.Module:
+    """What `optimize` was given, with the hooks that the wrapper got meanwhile."""
+    record = record_of(model)
+    move_hook(model, record.module)
+    return record.given

@@ -1,0 +1,299 @@
+"""Which of the calls at the step before does this call continue?
+
+Several calls of a step belong to several *contexts*: guidance partners, windows of a long film, tiles, micro-batches. A
+call continues the context that had its shapes, its name where it has one, and its conditioning. Where several did, the
+latent decides: it has come a step along its own trajectory, and nowhere near another's. What cannot be told starts a
+context of its own, which computes everything: a call never reads what another's trajectory has stored.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from dicompile.plan import TimestepSchedule
+from dicompile.runtime.stamps import Stamps
+
+log = logging.getLogger("dicompile")
+
+NEAR = 0.7
+"""Relative distance below which a latent may be a step further on; two draws of noise are 1.4 apart."""
+MARGIN = 0.5
+"""How much nearer than to any other context a latent has to be."""
+MOST_TWINS = 4
+"""Contexts of one step that nothing tells apart."""
+MOST = 64
+"""Contexts of one model in one session."""
+
+
+@dataclass(frozen=True, slots=True)
+class Given:
+    """An input as a call got it.
+
+    Attributes:
+        tensor: the input itself, not a copy; as long as it is held, nothing else is written where it lies.
+        version: counts the writes to it.
+    """
+
+    tensor: torch.Tensor
+    version: int
+
+    @classmethod
+    def of(cls, tensor: torch.Tensor) -> Given:
+        """An input of the call that is being made."""
+        return cls(tensor, 0 if tensor.is_inference() else tensor._version)
+
+    def is_same(self, other: Given) -> bool:
+        """True if both were equal in every bit; waits for the device only if they lie at different places."""
+        first, second = self.tensor, other.tensor
+        if first.shape != second.shape or first.dtype != second.dtype or first.device != second.device:
+            return False
+        if first.data_ptr() == second.data_ptr() and first.stride() == second.stride():
+            return self.version == other.version
+        return Given.of(first).version == self.version and bool(torch.equal(first, second))
+
+
+Conditioning = Mapping[int, Given]
+"""By position among the model's inputs."""
+
+
+@dataclass
+class Call:
+    """What tells calls of one step apart.
+
+    Attributes:
+        name: of the guidance context; empty where the sampler gives none.
+        geometry: shapes of the inputs, and the structure that they lead to.
+        way: through the forward: Python arguments and settings of the module. Differs between partners that toggle a
+            setting, and between the halves of a run in the middle of which one was changed.
+        given: conditioning.
+        signals: positions in it that change with the step for everybody (control signals, second timesteps).
+        latent: what is denoised, or None.
+    """
+
+    name: str
+    geometry: object
+    way: object
+    given: Conditioning
+    signals: Collection[int] = ()
+    latent: torch.Tensor | None = None
+
+
+@dataclass
+class ContextState:
+    """What one context remembers.
+
+    Attributes:
+        name: what the sampler calls it; several may have one name.
+        geometry: see `Call`.
+        schedule: what is planned in it: the schedule from the step at which it began.
+        way: see `Call`; of its last call.
+        step: the last step it ran, counted in the whole schedule.
+        is_new: that was its first one.
+        given: its conditioning at that step.
+        latent: copy of its latent at that step.
+        store: its slots, numbered by its plan.
+        held: bytes of them.
+        stamps: what is known of them, where reads are checked.
+        chosen: tokens that sites refreshed at that step; kept only in a session that was told to.
+    """
+
+    name: str
+    geometry: object
+    schedule: TimestepSchedule
+    way: object = None
+    step: int | None = None
+    is_new: bool = True
+    given: Conditioning = field(default_factory=dict)
+    latent: torch.Tensor | None = None
+    store: list[torch.Tensor | None] = field(default_factory=list)
+    held: int = 0
+    stamps: Stamps = field(default_factory=Stamps)
+    chosen: dict[int, torch.Tensor] = field(default_factory=dict)
+
+    def forget(self) -> None:
+        """Release everything."""
+        self.given, self.latent, self.held = {}, None, 0
+        self.store.clear()
+        self.chosen.clear()
+
+    def follow(self, call: Call, step: int) -> None:
+        """A call of this context is done."""
+        self.is_new = self.step is None
+        self.step, self.way, self.given = step, call.way, call.given
+        self.latent = None if call.latent is None else call.latent.clone()
+
+
+class Contexts:
+    """The contexts of one run.
+
+    Attributes:
+        by_label: all of them: by name, with a number where one of that name is there.
+        varying: positions of inputs that, for all calls of a step, differed from all calls of the step before. They
+            say nothing about partners.
+    """
+
+    def __init__(self) -> None:
+        self.by_label: dict[str, ContextState] = {}
+        self.varying: set[int] = set()
+        self._unmet: set[int] | None = None
+
+    def next_step(self, before: int) -> None:
+        """A new step begins; what was not called since `before` starts anew, and its slots are released."""
+        self.varying |= self._unmet or set()
+        self._unmet = None
+        self.leave(before)
+
+    def leave(self, before: int) -> None:
+        """Release the contexts that were not called since a step."""
+        for label in [label for label, c in self.by_label.items() if c.step is None or c.step < before]:
+            self.by_label.pop(label).forget()
+
+    def forget(self) -> None:
+        """Release all of them."""
+        for context in self.by_label.values():
+            context.forget()
+        self.by_label.clear()
+
+    def find(self, call: Call, step: int) -> ContextState | None:
+        """The context that a call continues; None if none can be told for sure."""
+        alike = [
+            context for context in self.by_label.values()
+            if context.name == call.name and context.geometry == call.geometry
+            and (context.step == step - 1 or (context.step == step and not context.is_new))
+        ]  # fmt: skip
+        if len(alike) > 1:
+            alike = [context for context in alike if context.way == call.way] or alike
+        if not (call.name and len(alike) == 1):
+            alike = self._of_conditioning(call, alike)
+        open_ = [context for context in alike if context.step == step - 1]
+        if not open_:
+            return None
+        if len(alike) == 1:
+            return None if _rows_part(call.latent, open_[0].latent) else open_[0]
+        exact = [context for context in alike if is_equal(call.given, context.given, call.given)]
+        if len(exact) == 1:
+            return exact[0] if exact[0].step == step - 1 else None
+        repeated = [c for c in alike if c.step == step and _is_repeated(call, c)]
+        return _nearest(call.latent, open_, are_all=len(open_) == len(alike) or bool(repeated))
+
+    def _of_conditioning(self, call: Call, alike: Sequence[ContextState]) -> list[ContextState]:
+        """Those that had the conditioning of a call."""
+        if not alike:
+            return []
+        asked = set(call.given) - set(call.signals) - self.varying
+        self._unmet = set(asked) if self._unmet is None else self._unmet
+        found = []
+        for context in alike:
+            equal = {i for i in asked if i in context.given and context.given[i].is_same(call.given[i])}
+            self._unmet -= equal
+            if equal == asked:
+                found.append(context)
+        return found
+
+    def open(self, call: Call, step: int, schedule: TimestepSchedule) -> ContextState | None:
+        """A context for a call that continues none; None where there are too many already."""
+        twins = [
+            context for context in self.by_label.values()
+            if (context.name, context.geometry, context.way, context.step) == (call.name, call.geometry, call.way, step)
+            and _is_repeated(call, context)
+        ]  # fmt: skip
+        if len(twins) >= MOST_TWINS:
+            twins[0].forget()
+            twins[0].step, twins[0].schedule = None, schedule
+            return twins[0]
+        if len(self.by_label) >= MOST:
+            log.warning("more than %d calls of one step: the others compute everything and remember nothing", MOST)
+            return None
+        made = ContextState(call.name, call.geometry, schedule)
+        self.by_label[new_label(call.name, self.by_label)] = made
+        return made
+
+    def label_of(self, context: ContextState) -> str:
+        """Label of one of them."""
+        return next(label for label, known in self.by_label.items() if known is context)
+
+
+def is_equal(first: Conditioning, second: Conditioning, positions: Iterable[int]) -> bool:
+    """True if two calls had the same inputs at some positions."""
+    return all(i in first and i in second and first[i].is_same(second[i]) for i in positions)
+
+
+def is_same_latent(first: torch.Tensor | None, second: torch.Tensor | None) -> bool:
+    """True if two latents are the same picture."""
+    if first is None or second is None:
+        return first is second
+    return first.shape == second.shape and bool(torch.equal(first, second))
+
+
+def _distances(latent: torch.Tensor, before: torch.Tensor) -> torch.Tensor:
+    """How far every sample of a latent is from what it was, relative to it; [b]."""
+    old, new = before.flatten(1).float(), latent.flatten(1).float()
+    return (new - old).norm(dim=1) / old.norm(dim=1).clamp_min(1e-12)
+
+
+def is_near(latent: torch.Tensor | None, before: torch.Tensor | None) -> bool:
+    """True if a latent may be a step further on than another."""
+    if latent is None or before is None or latent.shape != before.shape:
+        return False
+    return float(_distances(latent, before).max()) < NEAR
+
+
+def _rows_part(latent: torch.Tensor | None, before: torch.Tensor | None) -> bool:
+    """True if some samples of a batch went a step on, and others are something else: a row was given to another."""
+    if latent is None or before is None or latent.shape != before.shape or latent.ndim < 2 or len(latent) < 2:
+        return False
+    if latent.device.type != "cpu":
+        return False  # it would wait for the device at every step
+    distances = _distances(latent, before)
+    return float(distances.min()) < MARGIN < 1.0 < float(distances.max())
+
+
+def _is_repeated(call: Call, context: ContextState) -> bool:
+    """True if a call is the last one of a context over again."""
+    return is_same_latent(call.latent, context.latent) and is_equal(call.given, context.given, call.given)
+
+
+def _nearest(
+    latent: torch.Tensor | None, contexts: Sequence[ContextState], *, are_all: bool
+) -> ContextState | None:
+    """The context whose latent a latent clearly is a step on from; of equal ones any.
+
+    Args:
+        latent: of the call.
+        contexts: that were not called at this step.
+        are_all: no other one could be meant; of contexts that nothing tells apart, any will do.
+    """
+    if latent is None or any(context.latent is None or context.latent.shape != latent.shape for context in contexts):
+        return None
+    distances = [float(_distances(latent, context.latent).max()) for context in contexts if context.latent is not None]
+    best = min(range(len(contexts)), key=distances.__getitem__)
+    rivals = [
+        distance for distance, context in zip(distances, contexts, strict=True)
+        if not is_same_latent(context.latent, contexts[best].latent)
+    ]  # fmt: skip
+    is_clear = distances[best] < NEAR and distances[best] <= MARGIN * min(rivals, default=float("inf"))
+    return contexts[best] if is_clear or (are_all and not rivals and _are_twins(contexts)) else None
+
+
+def _are_twins(contexts: Sequence[ContextState]) -> bool:
+    """True if nothing tells these contexts apart, so that any may go on with what another stored."""
+    first = contexts[0]
+    return all(
+        (context.schedule, context.way) == (first.schedule, first.way)
+        and is_equal(context.given, first.given, {*context.given, *first.given})
+        for context in contexts
+    )
+
+
+def new_label(name: str, taken: Iterable[str]) -> str:
+    """The name of a context, or with a number where one of that name is there."""
+    taken = set(taken)
+    free = (name if not number else f"{name}#{number}" for number in range(len(taken) + 1))
+    return next(label for label in free if label not in taken)
+
+

@@ -1,0 +1,245 @@
+"""One call of compiled code: find its place, run the program of that step, keep what the plan keeps.
+
+The code is a pure function of inputs and slots; everything that is remembered lies in the session.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+from dicompile.errors import StaleRead
+from dicompile.lower import Constant, Program
+from dicompile.plan import HISTORIC, Plan, Slot, StepPlan, TimestepSchedule
+from dicompile.runtime.contexts import ContextState
+from dicompile.runtime.identify import Place, Signature, identify
+from dicompile.runtime.owner import Owner
+from dicompile.runtime.session import ModelState, current_session
+from dicompile.runtime.storage import Lane, lane_for, run_calls
+
+
+@dataclass(frozen=True)
+class Step:
+    """A step, ready to run: slots are numbered, and where everything goes is known.
+
+    Attributes:
+        plan: the whole run.
+        index: of the step in it.
+        planned: what the plan says about it.
+        program: what runs.
+        slots: every slot of the plan, in the order of their numbers.
+        reads: number of a slot, register, and whether its content stays for later steps.
+        moves: for every slot number: where its content comes from, the number of a slot or ``~register``; None if
+            nothing is held there after the step.
+        held: bytes that are held after the step.
+        results: register of every output and whether it has to be copied, or the output itself if it is no tensor.
+        stored_copies: registers that are stored, and have to be copied since somebody else may write to them.
+    """
+
+    plan: Plan
+    index: int
+    planned: StepPlan
+    program: Program
+    slots: tuple[Slot, ...]
+    reads: tuple[tuple[int, int, bool], ...]
+    moves: tuple[int | None, ...]
+    held: int
+    results: tuple[tuple[int, bool] | Constant, ...]
+    stored_copies: tuple[int, ...]
+
+    @classmethod
+    def of(cls, plan: Plan, index: int, program: Program) -> Step:
+        """Work out everything that does not depend on values."""
+        planned, slots = plan.steps[index], plan.slots
+        number = {slot: i for i, slot in enumerate(slots)}
+        contents = _contents_after(planned, program)
+        outlasting = {source for source in contents.values() if isinstance(source, Slot)}
+        moves: list[int | None] = [None] * len(slots)
+        for slot, source in contents.items():
+            moves[number[slot]] = number[source] if isinstance(source, Slot) else ~source
+        return cls(
+            plan=plan,
+            index=index,
+            planned=planned,
+            program=program,
+            slots=slots,
+            reads=tuple((number[slot], register, slot in outlasting) for slot, register in program.reads),
+            moves=tuple(moves),
+            held=sum(plan.slot_bytes[slot] for slot in contents),
+            results=tuple(
+                r if isinstance(r, Constant) else (r, r in program.shared_results) for r in program.results
+            ),
+            stored_copies=tuple(sorted(program.shared_writes)),
+        )
+
+
+class StepSource(Protocol):
+    """Plans and steps by schedule; made on demand."""
+
+    def plan(self, schedule: TimestepSchedule) -> Plan:
+        """The plan for a schedule."""
+        ...
+
+    def step(self, schedule: TimestepSchedule, index: int) -> Step:
+        """What to run at a step."""
+        ...
+
+
+class Executor:
+    """Compiled code for one set of input shapes.
+
+    Args:
+        steps: where steps come from.
+        signature: what its inputs are.
+        seed: of random scores.
+        predictor: importance of the tokens in every block at a step, from the model's inputs; float32, [b, n, blocks].
+        offload: whether slots are in host memory between the calls that use them.
+        check: whether every read is held against the plan (see `dicompile.runtime.stamps`).
+    """
+
+    def __init__(
+        self,
+        steps: StepSource,
+        signature: Signature,
+        *,
+        seed: int = 0,
+        predictor: Callable[[Sequence[Any], int], torch.Tensor] | None = None,
+        offload: bool = False,
+        check: bool = False,
+    ) -> None:
+        self.steps, self.signature = steps, signature
+        self.seed, self.predictor, self.offload, self.check = seed, predictor, offload, check
+
+    def run(self, owner: Owner, inputs: Sequence[Any]) -> Sequence[Any]:
+        """Run one call of a model; returns its outputs.
+
+        Args:
+            owner: the model.
+            inputs: of the code.
+        """
+        session = current_session().serving(owner.link)
+        state = session.state_of(owner)
+        try:
+            place = identify(self.signature, owner, session, inputs)
+            step = self._step(owner, place)
+            return self._run(state, place, step, inputs, keep_chosen=session.keep_chosen)
+        except BaseException:
+            state.begin(None)
+            raise
+
+    def _step(self, owner: Owner, place: Place) -> Step:
+        if place.context is None:
+            whole = owner.link.schedule  # a run of one step computes everything and stores nothing
+            return self.steps.step(whole.rest(whole.steps - 1), 0)
+        return self.steps.step(place.context.schedule, place.step - place.context.schedule.before)
+
+    def _run(
+        self, state: ModelState, place: Place, step: Step, inputs: Sequence[Any], *, keep_chosen: bool
+    ) -> Sequence[Any]:
+        program, context = step.program, place.context
+        registers: list[Any] = [*inputs, *[None] * (program.registers - len(inputs))]
+        try:
+            if context is not None:
+                self._load_slots(state, place, context, step, registers)
+            self._load(registers, step, inputs, place.step)
+            run_calls(program, registers, self._lane(place.call.latent))
+            results = [
+                r.value if isinstance(r, Constant) else registers[r[0]].clone() if r[1] else registers[r[0]]
+                for r in step.results
+            ]
+            if context is not None:
+                self._keep(state, place, context, step, registers)
+                context.chosen = {int(site): registers[r] for site, r in program.chosen} if keep_chosen else {}
+            state.report.count(step.planned.kind, state.cache_bytes)
+            return results
+        finally:
+            registers.clear()  # the traceback of an error may hold on to this frame
+
+    def _load_slots(
+        self, state: ModelState, place: Place, context: ContextState, step: Step, registers: list[Any]
+    ) -> None:
+        store = context.store
+        if self.check:
+            reads = [number for number, _, _ in step.reads]
+            context.stamps.check(reads, store, step, state.generation)
+        for number, register, stays in step.reads:
+            content = store[number] if store else None
+            if content is None:
+                raise StaleRead(f"slot {step.slots[number]} was not written", where="runtime", fix="report this")
+            registers[register] = content
+            if not stays:
+                store[number] = None
+
+    def _keep(
+        self, state: ModelState, place: Place, context: ContextState, step: Step, registers: list[Any]
+    ) -> None:
+        """Rebind slots: fresh tensors are the new entries, and what no later step reads is dropped."""
+        for register in step.stored_copies:
+            registers[register] = registers[register].clone()
+        old = context.store
+        context.store = [
+            None if source is None else registers[~source] if source < 0 else old[source] for source in step.moves
+        ]
+        context.held = step.held
+        if self.check:
+            context.stamps.advance(step, context.store, state.generation)
+        if place.step - context.schedule.before + 1 >= len(step.plan.steps):
+            context.follow(place.call, place.step)
+            context.forget()  # the last step: nothing goes on from here
+        else:
+            context.follow(place.call, place.step)
+
+    def _load(self, registers: list[Any], step: Step, inputs: Sequence[Any], number: int) -> None:
+        """Fill the registers of everything that no call computes and no slot holds."""
+        program, sites = step.program, step.planned.sites
+        for item in program.ints:
+            site = sites[item.site]
+            registers[item.register] = site.action.tokens.count if item.is_count and site.action.tokens else site.clock
+        latent = self.signature.tensor(inputs, self.signature.latent)
+        device = torch.device("cpu") if latent is None else latent.device
+        for noise in program.noise:
+            registers[noise.register] = self._noise(noise.shape, noise.share_guidance, number, int(noise.site), device)
+        for weights in program.weights:
+            registers[weights.register] = _on_device(sites[weights.site].action.weights, device)
+        if program.predicted:
+            assert self.predictor is not None
+            importance = self.predictor(inputs, number)
+            for predicted in program.predicted:
+                registers[predicted.register] = importance[..., predicted.block].contiguous()
+
+    def _lane(self, latent: torch.Tensor | None) -> Lane | None:
+        """How slots go to host memory and back; None where they stay."""
+        return None if not self.offload or latent is None else _lane_of(latent.device)
+
+    def _noise(self, shape: tuple[int, int], share: bool, step: int, site: int, device: torch.device) -> torch.Tensor:
+        generator = torch.Generator(device).manual_seed(hash((self.seed, step, site)) & 0x7FFFFFFF)
+        batch, tokens = shape
+        drawn = torch.rand(batch // 2 if share else batch, tokens, generator=generator, device=device)
+        return torch.cat([drawn, drawn]) if share else drawn
+
+
+@functools.lru_cache(maxsize=1024)
+def _on_device(weights: tuple[float, ...], device: torch.device) -> torch.Tensor:
+    """Weights as a tensor, copied to the device once: every later generation finds them there."""
+    with torch.inference_mode(mode=False):
+        return torch.tensor(weights, dtype=torch.float32, device=device)
+
+
+@functools.cache
+def _lane_of(device: torch.device) -> Lane | None:
+    return lane_for(device)
+
+
+def _contents_after(planned: StepPlan, program: Program) -> dict[Slot, Slot | int]:
+    """For every slot that the plan keeps after a step: the slot that has its content before, or the register."""
+    contents: dict[Slot, Slot | int] = {slot: slot for slot in planned.live}
+    for slot, register in program.writes:
+        if slot.kind in HISTORIC:
+            for age in range(planned.sites[slot.site].history, 0, -1):
+                contents[Slot.of(slot.site, slot.kind, age)] = Slot.of(slot.site, slot.kind, age - 1)
+        contents[slot] = register
+    return {slot: source for slot, source in contents.items() if slot in planned.live}

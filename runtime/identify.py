@@ -1,0 +1,135 @@
+"""Which step, and which context of it, is this call?"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from dicompile.runtime.clock import OutsideSchedule, SchedulerLink, find_step
+from dicompile.runtime.contexts import Call, ContextState, Given
+from dicompile.runtime.owner import Owner
+from dicompile.runtime.session import Lead, ModelState, Session, current_context
+
+log = logging.getLogger("dicompile")
+
+
+@dataclass(frozen=True)
+class Signature:
+    """What the inputs of compiled code are, as far as they tell one call from another.
+
+    Attributes:
+        timestep: position of the timestep, or None.
+        latent: position of the latent, or None.
+        conditioning: positions of the inputs that tell guidance partners apart.
+        signals: those among them that change with the step for everybody.
+        geometry: shapes of the inputs, and the structure that they lead to.
+        way: see `Call`.
+    """
+
+    timestep: int | None = None
+    latent: int | None = None
+    conditioning: tuple[int, ...] = ()
+    signals: frozenset[int] = frozenset()
+    geometry: object = None
+    way: object = None
+
+    def tensor(self, inputs: Sequence[Any], position: int | None) -> torch.Tensor | None:
+        """The tensor at a position, if there is one."""
+        value = None if position is None else inputs[position]
+        return value if isinstance(value, torch.Tensor) else None
+
+    def call(self, inputs: Sequence[Any]) -> Call:
+        """What tells this call apart."""
+        given = {i: Given.of(inputs[i]) for i in self.conditioning if isinstance(inputs[i], torch.Tensor)}
+        latent = self.tensor(inputs, self.latent)
+        return Call(current_context(), self.geometry, self.way, given, self.signals, latent)
+
+
+@dataclass
+class Place:
+    """Where a call stands.
+
+    Attributes:
+        call: what tells it apart.
+        step: of the whole schedule.
+        context: that it continues or opens; None where nothing may be remembered of it.
+    """
+
+    call: Call
+    step: int
+    context: ContextState | None
+
+
+def identify(signature: Signature, owner: Owner, session: Session, inputs: Sequence[Any]) -> Place:
+    """Find the place of a call; begins new generations, and releases what no later call can continue.
+
+    Args:
+        signature: of the compiled code.
+        owner: the model.
+        session: whose call it is.
+        inputs: of the compiled code.
+
+    Raises:
+        CallOutsideSchedule: the timestep is not on the schedule, or there are more steps than it has.
+    """
+    state = session.state_of(owner)
+    call = signature.call(inputs)
+    lead = session.leads.get(owner.link) if signature.timestep is None else None
+    if lead is not None:
+        return _follow(state, session, owner, call, lead)
+    time = None if signature.timestep is None else inputs[signature.timestep]
+    try:
+        step = find_step(state, owner.link, time, call.name, call.latent)
+    except OutsideSchedule as outside:
+        state.contexts.forget()
+        if not state.report.outside:
+            log.warning("computed whole, and nothing is remembered: %s", outside)
+        state.report.outside += 1
+        return Place(call, 0 if state.step is None else state.step, None)
+    if step != state.step:
+        _advance(state, session, owner.link, step)
+    state.calls.add(call.name)
+    context = state.contexts.find(call, step) or _opened(state, owner.link, call, step)
+    if signature.timestep is not None and context is not None:
+        label = state.contexts.label_of(context)
+        session.leads[owner.link] = Lead(state.generation, step, label, state.schedule_token, context.schedule)
+    return Place(call, step, context)
+
+
+def _opened(state: ModelState, link: SchedulerLink, call: Call, step: int) -> ContextState | None:
+    if step != state.first_step:
+        state.report.cold_starts.append(step)
+        log.info("step %d computes everything: nothing is stored for it in this run", step)
+    return state.contexts.open(call, step, link.schedule.rest(step))
+
+
+def _follow(state: ModelState, session: Session, owner: Owner, call: Call, lead: Lead) -> Place:
+    """Place of a call that is part of one whose step is known."""
+    if state.generation != lead.generation:
+        state.begin(lead.schedule_token)
+        state.generation = lead.generation
+    if state.step != lead.step:
+        _advance(state, session, None, lead.step)
+    label = lead.next_label(owner)
+    context = state.contexts.by_label.get(label)
+    if context is None or context.step != lead.step - 1 or context.geometry != call.geometry:
+        if context is not None:
+            context.forget()
+        context = ContextState(call.name, call.geometry, owner.link.schedule.rest(lead.step))
+        state.contexts.by_label[label] = context
+    return Place(call, lead.step, context)
+
+
+def _advance(state: ModelState, session: Session, link: SchedulerLink | None, step: int) -> None:
+    state.calls.clear()
+    if state.step is None:
+        state.first_step = state.report.began = step
+    state.contexts.next_step(step - 1)
+    state.report.hold(state.cache_bytes)
+    if link is not None and link.is_live:
+        session.leave(state.schedule_token, step - 1)
+    state.step, state.times = step, None

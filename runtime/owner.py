@@ -1,0 +1,50 @@
+"""Whose features: the identity of a model, to which everything that is remembered belongs."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+
+class Owner:
+    """One model, as sessions know it. What they remember of it goes with it.
+
+    Args:
+        link: to its schedule.
+    """
+
+    def __init__(self, link: Any) -> None:
+        self.link = link
+
+
+class Owners:
+    """Models by their tensors: compiled code that several instances of a class share gets nothing else of them.
+
+    Args:
+        link: to their schedule.
+    """
+
+    def __init__(self, link: Any) -> None:
+        self._link = link
+        self._known: dict[tuple[int, ...], tuple[list[weakref.ref[Tensor]], Owner]] = {}
+        self._nobody = Owner(link)
+
+    def of(self, tensors: Sequence[Tensor]) -> Owner:
+        """The model that has these tensors."""
+        if not tensors:
+            return self._nobody
+        ids = tuple(map(id, tensors))
+        known = self._known.get(ids)
+        if known is not None and all(map(_is_alive, known[0])):
+            return known[1]
+        self._known = {key: entry for key, entry in self._known.items() if all(map(_is_alive, entry[0]))}
+        owner = Owner(self._link)
+        self._known[ids] = [weakref.ref(tensor) for tensor in tensors], owner
+        return owner
+
+
+def _is_alive(reference: weakref.ref[Tensor]) -> bool:
+    return reference() is not None
