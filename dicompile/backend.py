@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -10,7 +12,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from dicompile.capture import ambient, capture_graph, input_names, read_inputs
+from dicompile.capture import ambient, capture_graph, input_names, open_numbers, read_inputs
 from dicompile.compiler import ONE_AT_A_TIME, Options, Same, compile_capture
 from dicompile.errors import CannotCapture, InvalidSetting
 from dicompile.lower import check_mode, compile_plainly
@@ -109,6 +111,10 @@ class Specialiser:
     _frames: dict[tuple[object, ...], Callable[..., Any]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        with contextlib.suppress(CannotCapture):  # what Python computes with is a constant of the graph then
+            opened = copy.deepcopy(self.graph)
+            open_numbers(opened)
+            self.graph = opened
         self._read = read_inputs(self.graph.graph)
         self._own = [i for i, (_, owned) in enumerate(self.names) if owned]
 

@@ -99,7 +99,7 @@ def compile_capture(capture: Capture, arguments: Sequence[Any], options: Options
         programs.plan(options.link.schedule)  # refuses before anything is compiled, a predictor included
     executor = Executor(
         programs,
-        _signature(capture, structure, arguments, way),
+        _signature(capture, structure, arguments, way, options.policy),
         seed=options.policy.seed,
         predictor=_predictor(capture, structure, options),
         offload=options.cache.device == "cpu",
@@ -108,21 +108,22 @@ def compile_capture(capture: Capture, arguments: Sequence[Any], options: Options
     return CompiledFrame(structure, programs, executor)
 
 
-def _signature(capture: Capture, structure: ModelStructure, arguments: Sequence[Any], way: object) -> Signature:
+def _signature(capture: Capture, structure: ModelStructure, arguments: Sequence[Any], way: object, policy: Policy) -> Signature:
     roles = list(enumerate(capture.inputs))
     shapes = tuple(
         (tuple(value.shape), value.dtype, value.device) if isinstance(value, Tensor) else type(value)
         for (_, item), value in zip(roles, arguments, strict=True)
-        if item.role is not Role.PARAMETER
+        if item.role in (Role.LATENT, Role.CONDITIONING)
     )
     sites = tuple((site.name, site.kind, site.shape, site.itemsize) for site in structure.everything)
     return Signature(
         timestep=capture.input_position(Role.TIMESTEP),
         latent=capture.input_position(Role.LATENT),
-        conditioning=tuple(i for i, item in roles if item.role is Role.CONDITIONING),
-        signals=frozenset(i for i, item in roles if item.is_signal),
+        conditioning=tuple((item.name, i) for i, item in roles if item.role is Role.CONDITIONING),
+        signals=frozenset(item.name for _, item in roles if item.is_signal),
         geometry=Same((shapes, sites)),
         way=way,
+        remembers=bool(policy.rules),
     )
 
 

@@ -17,7 +17,7 @@ import torch
 from dicompile.errors import CallOutsideSchedule
 from dicompile.plan import TimestepSchedule
 from dicompile.runtime.contexts import is_same_latent
-from dicompile.runtime.session import ModelState
+from dicompile.runtime.session import Count, ModelState
 
 log = logging.getLogger("dicompile")
 
@@ -99,6 +99,7 @@ def find_step(
     timestep: torch.Tensor | float | None,
     context: str,
     latent: torch.Tensor | None = None,
+    ahead: Count | None = None,
 ) -> int:
     """Step of this call. Begins a new generation in `state` where one starts.
 
@@ -108,6 +109,7 @@ def find_step(
         timestep: what the model receives, or None if it takes none.
         context: name of the guidance context.
         latent: what the model denoises; tells two evaluations at one timestep from two guidance partners.
+        ahead: where steps are counted: how far another model has come on the same schedule.
 
     Raises:
         CallOutsideSchedule: the timestep is not on the schedule, or there are more steps than it has.
@@ -115,7 +117,7 @@ def find_step(
     """
     if state.schedule_token is not link.token:
         state.begin(link.token)
-    call = _Call(state, link, context, latent)
+    call = _Call(state, link, context, latent, ahead)
     step, value, times = call.step_and_timestep(timestep)
     is_foreign = state.is_foreign
     if state.step is not None and step < state.step:
@@ -132,8 +134,10 @@ def find_step(
 class _Call:
     """One call of the model, and what is known about its step."""
 
-    def __init__(self, state: ModelState, link: SchedulerLink, context: str, latent: torch.Tensor | None) -> None:
-        self.state, self.link, self.context, self.latent = state, link, context, latent
+    def __init__(
+        self, state: ModelState, link: SchedulerLink, context: str, latent: torch.Tensor | None, ahead: Count | None
+    ) -> None:
+        self.state, self.link, self.context, self.latent, self.ahead = state, link, context, latent, ahead
         self.schedule, self.position = link.schedule, link.position
 
     def step_and_timestep(
@@ -155,7 +159,7 @@ class _Call:
             return place, value, timestep
         if self.schedule.timesteps:
             return self.by_position(value), value, timestep
-        return _count_change(state, self.link, self.schedule, value), value, timestep
+        return _count_change(state, self.link, self.schedule, value, self.ahead), value, timestep
 
     def went_on_in_part(self, step: int, value: float | None, times: torch.Tensor) -> bool:
         """True if the timestep is another one than at the last call, but its largest value, which counts, is not."""
@@ -236,15 +240,21 @@ def _count_call(state: ModelState, schedule: TimestepSchedule) -> int:
     return following if following < schedule.steps else 0
 
 
-def _count_change(state: ModelState, link: SchedulerLink, schedule: TimestepSchedule, value: float) -> int:
-    if state.step is None or state.timestep is None or value == state.timestep:
-        return state.step or 0
+def _count_change(
+    state: ModelState, link: SchedulerLink, schedule: TimestepSchedule, value: float, ahead: Count | None
+) -> int:
+    if state.step is None:
+        return _joined(schedule, value, ahead)
+    if value == state.timestep:
+        return state.step
+    if state.timestep is None:  # Dynamo made a constant of the timestep before
+        return min(state.step + 1, schedule.steps - 1)
     direction = 1 if value > state.timestep else -1
     if schedule.steps == 1 or (state.direction and direction != state.direction):
-        if state.step + 1 < schedule.steps:
+        if state.step + 1 < schedule.steps and ahead is None:
             log.warning("the last run made %d of %d planned steps", state.step + 1, schedule.steps)
         state.begin(link.token)
-        return 0
+        return _joined(schedule, value, ahead)
     state.direction = direction
     if state.step + 1 >= schedule.steps:
         raise CallOutsideSchedule(
@@ -254,3 +264,11 @@ def _count_change(state: ModelState, link: SchedulerLink, schedule: TimestepSche
             fix="give the number of steps that the sampler makes, or its scheduler",
         )
     return state.step + 1
+
+
+def _joined(schedule: TimestepSchedule, value: float, ahead: Count | None) -> int:
+    """Step at which a model begins: the first one, or where another expert for the same schedule has come to."""
+    if ahead is None or (value - ahead.timestep) * (ahead.direction or -1) < 0:
+        return 0
+    step = ahead.step + (value != ahead.timestep)
+    return step if step < schedule.steps else 0

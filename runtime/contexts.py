@@ -57,8 +57,8 @@ class Given:
         return Given.of(first).version == self.version and bool(torch.equal(first, second))
 
 
-Conditioning = Mapping[int, Given]
-"""By position among the model's inputs."""
+Conditioning = Mapping[str, Given]
+"""By name of the input."""
 
 
 @dataclass
@@ -71,7 +71,7 @@ class Call:
         way: through the forward: Python arguments and settings of the module. Differs between partners that toggle a
             setting, and between the halves of a run in the middle of which one was changed.
         given: conditioning.
-        signals: positions in it that change with the step for everybody (control signals, second timesteps).
+        signals: names in it of what changes with the step for everybody (control signals, second timesteps).
         latent: what is denoised, or None.
     """
 
@@ -79,7 +79,7 @@ class Call:
     geometry: object
     way: object
     given: Conditioning
-    signals: Collection[int] = ()
+    signals: Collection[str] = ()
     latent: torch.Tensor | None = None
 
 
@@ -133,14 +133,14 @@ class Contexts:
 
     Attributes:
         by_label: all of them: by name, with a number where one of that name is there.
-        varying: positions of inputs that, for all calls of a step, differed from all calls of the step before. They
+        varying: names of inputs that, for all calls of a step, differed from all calls of the step before. They
             say nothing about partners.
     """
 
     def __init__(self) -> None:
         self.by_label: dict[str, ContextState] = {}
-        self.varying: set[int] = set()
-        self._unmet: set[int] | None = None
+        self.varying: set[str] = set()
+        self._unmet: set[str] | None = None
 
     def next_step(self, before: int) -> None:
         """A new step begins; what was not called since `before` starts anew, and its slots are released."""
@@ -189,7 +189,7 @@ class Contexts:
         self._unmet = set(asked) if self._unmet is None else self._unmet
         found = []
         for context in alike:
-            equal = {i for i in asked if i in context.given and context.given[i].is_same(call.given[i])}
+            equal = {n for n in asked if n in context.given and context.given[n].is_same(call.given[n])}
             self._unmet -= equal
             if equal == asked:
                 found.append(context)
@@ -218,9 +218,9 @@ class Contexts:
         return next(label for label, known in self.by_label.items() if known is context)
 
 
-def is_equal(first: Conditioning, second: Conditioning, positions: Iterable[int]) -> bool:
-    """True if two calls had the same inputs at some positions."""
-    return all(i in first and i in second and first[i].is_same(second[i]) for i in positions)
+def is_equal(first: Conditioning, second: Conditioning, names: Iterable[str]) -> bool:
+    """True if two calls had the same inputs of some names."""
+    return all(name in first and name in second and first[name].is_same(second[name]) for name in names)
 
 
 def is_same_latent(first: torch.Tensor | None, second: torch.Tensor | None) -> bool:

@@ -12,7 +12,7 @@ import torch
 from dicompile.runtime.clock import OutsideSchedule, SchedulerLink, find_step
 from dicompile.runtime.contexts import Call, ContextState, Given
 from dicompile.runtime.owner import Owner
-from dicompile.runtime.session import Lead, ModelState, Session, current_context
+from dicompile.runtime.session import Count, Lead, ModelState, Session, current_context
 
 log = logging.getLogger("dicompile")
 
@@ -24,18 +24,20 @@ class Signature:
     Attributes:
         timestep: position of the timestep, or None.
         latent: position of the latent, or None.
-        conditioning: positions of the inputs that tell guidance partners apart.
-        signals: those among them that change with the step for everybody.
+        conditioning: positions of the inputs that tell guidance partners apart, by name.
+        signals: names of those among them that change with the step for everybody.
         geometry: shapes of the inputs, and the structure that they lead to.
         way: see `Call`.
+        remembers: whether anything is remembered at all.
     """
 
     timestep: int | None = None
     latent: int | None = None
-    conditioning: tuple[int, ...] = ()
-    signals: frozenset[int] = frozenset()
+    conditioning: tuple[tuple[str, int], ...] = ()
+    signals: frozenset[str] = frozenset()
     geometry: object = None
     way: object = None
+    remembers: bool = True
 
     def tensor(self, inputs: Sequence[Any], position: int | None) -> torch.Tensor | None:
         """The tensor at a position, if there is one."""
@@ -44,7 +46,7 @@ class Signature:
 
     def call(self, inputs: Sequence[Any]) -> Call:
         """What tells this call apart."""
-        given = {i: Given.of(inputs[i]) for i in self.conditioning if isinstance(inputs[i], torch.Tensor)}
+        given = {name: Given.of(inputs[i]) for name, i in self.conditioning if isinstance(inputs[i], torch.Tensor)}
         latent = self.tensor(inputs, self.latent)
         return Call(current_context(), self.geometry, self.way, given, self.signals, latent)
 
@@ -79,25 +81,49 @@ def identify(signature: Signature, owner: Owner, session: Session, inputs: Seque
     state = session.state_of(owner)
     call = signature.call(inputs)
     lead = session.leads.get(owner.link) if signature.timestep is None else None
-    if lead is not None:
+    if lead is not None and lead.owner is not owner:
         return _follow(state, session, owner, call, lead)
-    time = None if signature.timestep is None else inputs[signature.timestep]
     try:
-        step = find_step(state, owner.link, time, call.name, call.latent)
+        step = _step(signature, state, owner, session, call, inputs)
     except OutsideSchedule as outside:
         state.contexts.forget()
-        if not state.report.outside:
+        if not state.report.outside and signature.remembers:
             log.warning("computed whole, and nothing is remembered: %s", outside)
-        state.report.outside += 1
+        state.report.outside += signature.remembers
         return Place(call, 0 if state.step is None else state.step, None)
     if step != state.step:
         _advance(state, session, owner.link, step)
+    if not signature.remembers:
+        return Place(call, step, None)
     state.calls.add(call.name)
     context = state.contexts.find(call, step) or _opened(state, owner.link, call, step)
     if signature.timestep is not None and context is not None:
         label = state.contexts.label_of(context)
-        session.leads[owner.link] = Lead(state.generation, step, label, state.schedule_token, context.schedule)
+        session.leads[owner.link] = Lead(owner, state.generation, step, label, state.schedule_token)
     return Place(call, step, context)
+
+
+def _step(
+    signature: Signature, state: ModelState, owner: Owner, session: Session, call: Call, inputs: Sequence[Any]
+) -> int:
+    link = owner.link
+    if signature.timestep is None and owner.has_time and signature in owner.constant:
+        step = owner.constant[signature]
+        if state.step is not None and step < state.step:
+            state.begin(link.token)
+        state.timestep = None
+        return step
+    count = session.counts.get(link)
+    ahead = count if count is not None and count.owner is not owner else None
+    time = None if signature.timestep is None else inputs[signature.timestep]
+    step = find_step(state, link, time, call.name, call.latent, ahead)
+    if signature.timestep is None:
+        owner.constant[signature] = step
+    else:
+        owner.has_time = True
+    if state.timestep is not None and not link.schedule.timesteps:
+        session.counts[link] = Count(owner, step, state.timestep, state.direction)
+    return step
 
 
 def _opened(state: ModelState, link: SchedulerLink, call: Call, step: int) -> ContextState | None:

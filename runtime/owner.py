@@ -14,10 +14,16 @@ class Owner:
 
     Args:
         link: to its schedule.
+
+    Attributes:
+        has_time: some code of it takes a timestep.
+        constant: step of the code for which Dynamo made a constant of the timestep, by its signature.
     """
 
     def __init__(self, link: Any) -> None:
         self.link = link
+        self.has_time = False
+        self.constant: dict[object, int] = {}
 
 
 class Owners:

@@ -19,7 +19,6 @@ from typing import Any
 
 import torch
 
-from dicompile.plan import TimestepSchedule
 from dicompile.runtime.contexts import Contexts
 from dicompile.runtime.owner import Owner
 from dicompile.runtime.report import RunReport
@@ -88,24 +87,41 @@ class ModelState:
         return sum(context.held for context in self.contexts.by_label.values())
 
 
+@dataclass(frozen=True, slots=True)
+class Count:
+    """How far a model has come on a schedule of which only the number of steps is known.
+
+    Attributes:
+        owner: the model.
+        step: of its last call.
+        timestep: at that step.
+        direction: see `ModelState`.
+    """
+
+    owner: Owner
+    step: int
+    timestep: float
+    direction: int
+
+
 @dataclass
 class Lead:
     """A call whose step is known. Where Dynamo breaks a model into several graphs, later ones have no timestep to read.
 
     Attributes:
-        generation: of the graph that was called.
+        owner: of the graph that was called.
+        generation: its generation.
         step: of the call.
         label: its guidance context.
         schedule_token: see `ModelState`.
-        schedule: what is planned in that context.
         calls: how often each model that follows was called since.
     """
 
+    owner: Owner
     generation: int
     step: int
     label: str
     schedule_token: object
-    schedule: TimestepSchedule
     calls: weakref.WeakKeyDictionary[Owner, int] = field(default_factory=weakref.WeakKeyDictionary)
 
     def next_label(self, owner: Owner) -> str:
@@ -127,6 +143,7 @@ class Session:
         self._links = None if links is None else weakref.WeakSet(links)
         self._states: weakref.WeakKeyDictionary[Owner, ModelState] = weakref.WeakKeyDictionary()
         self.leads: weakref.WeakKeyDictionary[Any, Lead] = weakref.WeakKeyDictionary()
+        self.counts: weakref.WeakKeyDictionary[Any, Count] = weakref.WeakKeyDictionary()
 
     def state_of(self, owner: Owner) -> ModelState:
         """What is remembered of a model in this session."""
@@ -161,6 +178,8 @@ class Session:
         for state in self._states.values():
             state.begin(None)
         self._states.clear()
+        self.leads.clear()
+        self.counts.clear()
 
 
 _OWN: weakref.WeakKeyDictionary[object, Session] = weakref.WeakKeyDictionary()

@@ -7,6 +7,7 @@ from dicompile.capture.captured import Captured
 from dicompile.capture.dynamo import capture_by_dynamo
 from dicompile.capture.guards import Guards, Pins
 from dicompile.capture.normalise import Capture, capture_graph, read_inputs
+from dicompile.capture.numbers import open_numbers
 from dicompile.capture.roles import Input, Role, input_names, sounds_like_time
 
 __all__ = [
@@ -25,6 +26,7 @@ __all__ = [
     "capture_model",
     "input_names",
     "normalised",
+    "open_numbers",
     "read_inputs",
     "sounds_like_time",
     "values_of",

@@ -214,7 +214,7 @@ pytree.register_pytree_node(
 
 def _opened(value: Any, depth: int = 0) -> Any:
     def opened(leaf: Any) -> Any:
-        if isinstance(leaf, (Tensor, *PLAIN)) or callable(leaf):
+        if isinstance(leaf, (Tensor, *PLAIN)) or is_number(leaf) or callable(leaf):
             return leaf
         if not hasattr(leaf, "__dict__") or depth > _DEEPEST:
             raise CannotCapture(

@@ -12,13 +12,15 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch._dynamo import source as sources
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.utils._pytree import tree_leaves
 
 from dicompile.capture.arguments import Arguments
 from dicompile.capture.captured import Captured, Changes, Unsettled, packer
 from dicompile.capture.compat import DynamoCapture, dynamo_capture
+from dicompile.capture.numbers import open_numbers
 from dicompile.capture.guards import PARTS, By, Fact, Guards, Path, find_place, python_module
 from dicompile.errors import CannotCapture
 
@@ -37,9 +39,11 @@ def capture_by_dynamo(module: nn.Module, arguments: Arguments) -> Captured:
         CannotCapture: Dynamo cannot take the forward as one graph.
         Unsettled: the forward changes what it keeps.
     """
-    with _clean_dynamo(), _errors_of(module):
+    with _clean_dynamo(capture_scalar_outputs=bool(arguments.numbers)), _errors_of(module):
         made = dynamo_capture(_traced(arguments.numbers), (module, arguments.args, dict(arguments.kwargs),
                               dict(zip(arguments.numbers, arguments.tensors[len(arguments.given) :], strict=True))))  # fmt: skip
+    open_numbers(made.graph)
+    _refuse_reads(module, made.graph)
     read = _Read(module, made)
     results = [torch.empty((), device="meta") for _ in range(made.results)]
     guards = Guards.of(module, read.facts, read.tensors, read.modules)
@@ -83,16 +87,15 @@ def _call(module: Any, args: Any, kwargs: Any, numbers: Any) -> Any:
 
 
 def _call_with_numbers(module: Any, args: Any, kwargs: Any, numbers: Any) -> Any:
-    for name, number in numbers.items():
-        kwargs[name] = number.item()
-    return module._call_impl(*args, **kwargs)
+    values = {name: number.item() for name, number in numbers.items()}
+    return module._call_impl(*args, **{**kwargs, **values})
 
 
 @contextlib.contextmanager
-def _clean_dynamo() -> Iterator[None]:
+def _clean_dynamo(*, capture_scalar_outputs: bool) -> Iterator[None]:
     """Settings of ours for one capture: fixed sizes, numbers of tensors as symbols, hooks looked at."""
     settings = {
-        "assume_static_by_default": True, "automatic_dynamic_shapes": False, "capture_scalar_outputs": True,
+        "assume_static_by_default": True, "automatic_dynamic_shapes": False, "capture_scalar_outputs": capture_scalar_outputs,
         "skip_nnmodule_hook_guards": False, "error_on_recompile": False,
     }  # fmt: skip
     with torch.no_grad(), torch._dynamo.config.patch(**settings):
@@ -110,6 +113,19 @@ def _errors_of(module: nn.Module) -> Iterator[None]:
             why=next(iter(str(error).splitlines()), type(error).__name__),
             fix="move data-dependent Python out of its forward",
         ) from error
+
+
+def _refuse_reads(module: nn.Module, graph: fx.GraphModule) -> None:
+    """Refuse a graph in which Python reads values: what it does with them is not in it."""
+    for node in graph.graph.nodes:
+        if free_unbacked_symbols(node.meta.get("example_value")):
+            name = getattr(node.target, "__name__", node.target)
+            raise CannotCapture(
+                f"{type(module).__name__} does not fit into one graph",
+                where="capture",
+                why=f"{name}() gives a number, or a size, that depends on values",
+                fix="move data-dependent Python out of its forward",
+            )
 
 
 def _check_settled(module: nn.Module, guards: Guards, changes: Sequence[Changes]) -> None:

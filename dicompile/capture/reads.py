@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from dicompile.capture.captured import Changes
-from dicompile.capture.guards import FIXED, PARTS, PLAIN, By, Fact, Path, find_place
+from dicompile.capture.guards import FIXED, PARTS, PLAIN, By, Fact, Path, Walk, find_place
 from dicompile.errors import CannotCapture
 
 _TORCH = str(File(torch.__file__).parent)

@@ -86,6 +86,9 @@ def assign_roles(graph: fx.Graph, names: Sequence[tuple[str, bool]]) -> tuple[In
     label = {node: name for node, (name, _) in zip(placeholders, names, strict=True)}
     latent = _find_latent(graph, arguments)
     timestep = _find_timestep([node for node in arguments if node is not latent], label)
+    if timestep is None:  # a whole number, of which Dynamo made a symbol
+        numbers = [node for node in placeholders if isinstance(node.meta["val"], int) and sounds_like_time(label[node])]
+        timestep = next(iter(numbers), None)
     roles: dict[fx.Node | None, Role] = {
         **dict.fromkeys(_whole_batch(latent, label), Role.LATENT),
         timestep: Role.TIMESTEP,

@@ -213,7 +213,8 @@ class _Reading(TorchFunctionMode):
         if func in (Tensor.__getitem__, Tensor.__setitem__):
             args = (args[0], self._indices(args[1]), *args[2:])
         elif func in (torch.masked_select, Tensor.masked_select):
-            func, args = Tensor.__getitem__, (args[0], self._indices(args[1]))
+            value, mask = torch.broadcast_tensors(args[0], args[1] if len(args) > 1 else kwargs.pop("mask"))
+            func, args = Tensor.__getitem__, (value, self._indices(mask))
         elif func in (torch.repeat_interleave, Tensor.repeat_interleave):
             return self._repeat_interleave(*args, **kwargs)
         try:
