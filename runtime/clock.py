@@ -210,7 +210,7 @@ class _Call:
         """True if a sampler of second order comes back to the timestep of a step, with another latent."""
         if self.context not in self.state.calls or not self.schedule.is_repeated(step):
             return False
-        kept = [c.latent for c in self.state.contexts.by_label.values() if c.name == self.context and c.step == step]
+        kept = [c.latent for c in self.state.contexts.values() if c.name == self.context and c.step == step]
         return bool(kept) and not any(is_same_latent(self.latent, latent) for latent in kept)
 
 

@@ -128,17 +128,16 @@ class ContextState:
         self.latent = None if call.latent is None else call.latent.clone()
 
 
-class Contexts:
-    """The contexts of one run.
+class Contexts(dict[str, ContextState]):
+    """The contexts of one run, by name, with a number where one of that name is there.
 
     Attributes:
-        by_label: all of them: by name, with a number where one of that name is there.
         varying: names of inputs that, for all calls of a step, differed from all calls of the step before. They
             say nothing about partners.
     """
 
     def __init__(self) -> None:
-        self.by_label: dict[str, ContextState] = {}
+        super().__init__()
         self.varying: set[str] = set()
         self._unmet: set[str] | None = None
 
@@ -150,19 +149,19 @@ class Contexts:
 
     def leave(self, before: int) -> None:
         """Release the contexts that were not called since a step."""
-        for label in [label for label, c in self.by_label.items() if c.step is None or c.step < before]:
-            self.by_label.pop(label).forget()
+        for label in [label for label, c in self.items() if c.step is None or c.step < before]:
+            self.pop(label).forget()
 
     def forget(self) -> None:
         """Release all of them."""
-        for context in self.by_label.values():
+        for context in self.values():
             context.forget()
-        self.by_label.clear()
+        self.clear()
 
     def find(self, call: Call, step: int) -> ContextState | None:
         """The context that a call continues; None if none can be told for sure."""
         alike = [
-            context for context in self.by_label.values()
+            context for context in self.values()
             if context.name == call.name and context.geometry == call.geometry
             and (context.step == step - 1 or (context.step == step and not context.is_new))
         ]  # fmt: skip
@@ -198,7 +197,7 @@ class Contexts:
     def open(self, call: Call, step: int, schedule: TimestepSchedule) -> ContextState | None:
         """A context for a call that continues none; None where there are too many already."""
         twins = [
-            context for context in self.by_label.values()
+            context for context in self.values()
             if (context.name, context.geometry, context.way, context.step) == (call.name, call.geometry, call.way, step)
             and _is_repeated(call, context)
         ]  # fmt: skip
@@ -206,16 +205,16 @@ class Contexts:
             twins[0].forget()
             twins[0].step, twins[0].schedule = None, schedule
             return twins[0]
-        if len(self.by_label) >= MOST:
+        if len(self) >= MOST:
             log.warning("more than %d calls of one step: the others compute everything and remember nothing", MOST)
             return None
         made = ContextState(call.name, call.geometry, schedule)
-        self.by_label[new_label(call.name, self.by_label)] = made
+        self[new_label(call.name, self)] = made
         return made
 
     def label_of(self, context: ContextState) -> str:
         """Label of one of them."""
-        return next(label for label, known in self.by_label.items() if known is context)
+        return next(label for label, known in self.items() if known is context)
 
 
 def is_equal(first: Conditioning, second: Conditioning, names: Iterable[str]) -> bool:

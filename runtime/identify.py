@@ -141,12 +141,12 @@ def _follow(state: ModelState, session: Session, owner: Owner, call: Call, lead:
     if state.step != lead.step:
         _advance(state, session, None, lead.step)
     label = lead.next_label(owner)
-    context = state.contexts.by_label.get(label)
+    context = state.contexts.get(label)
     if context is None or context.step != lead.step - 1 or context.geometry != call.geometry:
         if context is not None:
             context.forget()
         context = ContextState(call.name, call.geometry, owner.link.schedule.rest(lead.step))
-        state.contexts.by_label[label] = context
+        state.contexts[label] = context
     return Place(call, lead.step, context)
 
 

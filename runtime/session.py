@@ -84,7 +84,7 @@ class ModelState:
     @property
     def cache_bytes(self) -> int:
         """Bytes of the slots held now, over all contexts."""
-        return sum(context.held for context in self.contexts.by_label.values())
+        return sum(context.held for context in self.contexts.values())
 
 
 @dataclass(frozen=True, slots=True)
