@@ -7,8 +7,8 @@ import math
 from dicompile.analysis import ModelStructure, Site, TokenWise
 from dicompile.errors import PolicyDoesNotFit
 from dicompile.plan.action import ScoreBase
-from dicompile.plan.policy import Policy, Refresh, Rule, TokenScore, TokenTable
 from dicompile.plan.rows import STORES_NO_ATTENTION, refreshed, score_source, why_not_refreshed
+from dicompile.plan.schema import Policy, Refresh, Rule, TokenScore, TokenTable
 
 
 def choose_setting(policy: Policy, structure: ModelStructure) -> Policy:

@@ -8,7 +8,9 @@ from dataclasses import replace
 from dicompile.analysis import ModelStructure, Site, SiteId, SiteKind, TokenWise
 from dicompile.errors import PolicyDoesNotFit
 from dicompile.plan.action import COMPUTE, SKIP, Action, Context, Score, ScoreBase, Selection, What
-from dicompile.plan.policy import Cadence, Fitted, Moment, Policy, Refresh, Rule, Table, TokenScore, TokenTable
+from dicompile.plan.cadence import Cadence, Moment
+from dicompile.plan.recall import Fitted
+from dicompile.plan.schema import Policy, Refresh, Rule, Table, TokenScore, TokenTable
 from dicompile.plan.tables import check_table
 
 Row = tuple[Action, ...]

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 
 from dicompile.analysis import Site
 from dicompile.errors import PolicyDoesNotFit
-from dicompile.plan.policy import Fitted, Origin, Policy, Rule, Table, TokenTable
+from dicompile.plan.recall import Fitted
 from dicompile.plan.schedule import TimestepSchedule
+from dicompile.plan.schema import Origin, Policy, Rule, Table, TokenTable
 
 SAME_TIMESTEP = 1e-3
 """Difference that two timesteps of the same sampler may have, as a share of the largest."""
