@@ -7,7 +7,6 @@ from typing import Annotated, Literal
 
 from pydantic import Field, NonNegativeInt
 
-from dicompile.errors import PolicyDoesNotFit
 from dicompile.plan.action import Action, What
 from dicompile.plan.frozen import Frozen
 from dicompile.plan.weights import polynomial_weights, taylor_weights
@@ -76,15 +75,8 @@ class Fitted(Frozen):
 
     def action(self, stored: Sequence[int], step: int) -> Action:
         """Action at `step` for values stored at the steps `stored`, newest first."""
-        weights = self.weights[step]
-        if not weights or len(weights) > len(stored):
-            raise PolicyDoesNotFit(
-                f"fitted weights for step {step + 1} are for {len(weights)} stored values, there are {len(stored)}",
-                where="Fitted",
-                why="weights were fitted for another cadence",
-                fix="fit them again with dicompile.learn.fit_forecast for this cadence",
-            )
-        return Action((0.0, *weights), What(self.what))
+        del stored
+        return Action((0.0, *self.weights[step]), What(self.what))
 
     def for_stored(self, stored: Sequence[int], step: int) -> Fitted | Forecast:
         """The fitted weights, or, where other steps are stored than they were fitted to, the polynomial through those.
