@@ -23,7 +23,7 @@ from dicompile.capture.arguments import Inputs, filler, flatten_arguments
 from dicompile.capture.canonical import drop_switches
 from dicompile.capture.flex import written_out
 from dicompile.capture.inputs import Input, Role
-from dicompile.errors import CannotCapture
+from dicompile.errors import CannotCapture, DicompileError
 
 # Functions that return Python values, and those whose result has as many elements as the values say.
 _READS = frozenset({
@@ -112,6 +112,8 @@ def trace_model(module: nn.Module, inputs: Inputs) -> Trace:
     try:
         with torch.no_grad(), fx.traceback.preserve_node_meta(), _module_paths(module), written_out():
             graph = make_fx(run, tracing_mode="real", pre_dispatch=True)(*given)
+    except DicompileError:
+        raise
     except RuntimeError as error:
         raise CannotCapture(
             f"{type(module).__name__} cannot be traced",
@@ -157,6 +159,8 @@ class _Reading(TorchFunctionMode):
             return self._repeat_interleave(*args, **kwargs)
         try:
             return func(*args, **kwargs)
+        except DicompileError:
+            raise
         except RuntimeError as error:
             # torch reads the values of tensors that are given where it wants ints: x.view(lengths[0]).
             if "aten.item" not in str(error) and "_local_scalar_dense" not in str(error):

@@ -24,6 +24,9 @@ class Frozen(BaseModel):
 def invalid_policy(source: str, error: ValidationError) -> InvalidPolicy:
     """The first complaint of pydantic as one of our errors."""
     first = error.errors(include_url=False)[0]
+    told = first.get("ctx", {}).get("error")
+    if isinstance(told, InvalidPolicy):  # raised by what is inside, and wrapped by pydantic as any ValueError
+        return told
     key = ".".join(str(part) for part in first["loc"])
     if first["type"] == "extra_forbidden":
         return InvalidPolicy(f"unknown option {key!r}", where=source, fix="remove it, or check its spelling")
