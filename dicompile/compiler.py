@@ -18,11 +18,10 @@ from torch import Tensor
 from dicompile.analysis import ModelStructure, analyse
 from dicompile.capture import Capture, Role
 from dicompile.config import DebugFolder, Settings
-from dicompile.errors import CallOutsideSchedule, PolicyDoesNotFit
+from dicompile.errors import CallOutsideSchedule
 from dicompile.lower import (
     ProgramBuilder,
     VariantCache,
-    first_span,
     network_predictor,
     table_predictor,
 )
@@ -33,6 +32,8 @@ from dicompile.plan import (
     Policy,
     TimestepSchedule,
     check_can_compile,
+    check_predictor,
+    first_span,
     make_plan,
 )
 from dicompile.policies.predictor import load_predictor
@@ -154,17 +155,9 @@ def _predictor(
     if options.policy.predictor is None:
         return None
     trained = load_predictor(options.policy.predictor)
-    tokens, batch = first_span(structure).tokens.count, first_span(structure).shape[0]
-    if (trained.blocks, trained.tokens) != (len(structure.blocks), tokens):
-        raise PolicyDoesNotFit(
-            f"the predictor is for {trained.blocks} blocks of {trained.tokens} tokens, "
-            f"the model has {len(structure.blocks)} of {tokens}",
-            where=trained.source,
-            why="a predictor knows one model at one resolution",
-            fix="use the predictor of this model, or train one for it",
-        )
+    check_predictor(structure, trained.blocks, trained.tokens, trained.source)
     if trained.facts.kind == "table":
-        return table_predictor(trained.importance, batch)
+        return table_predictor(trained.importance, first_span(structure).shape[0])
     return network_predictor(capture, structure, trained.parameters, options.mode, trained.source)
 
 

@@ -9,10 +9,13 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+
+from torch._logging import trace_structured  # type: ignore[attr-defined]
 
 from dicompile.errors import InvalidSetting
 
@@ -54,15 +57,28 @@ class Settings:
 
 
 class DebugFolder:
-    """Writes stages as numbered text files in reading order; does nothing when no folder is set."""
+    """Writes stages as numbered text files in reading order, and to torch's structured trace.
+
+    Without a folder and a trace (``TORCH_TRACE=folder``, shown by tlparse) nothing is even made into text.
+    """
 
     def __init__(self, folder: Path | None) -> None:
         self.folder = folder
 
     def write(self, name: str, content: object) -> None:
-        """Write the text of `content` as the next file, ``NNN-name.txt``; what is there already is kept."""
+        """Write the text of `content` as the next file, ``NNN-name.txt``, and as artifact ``dicompile-name``.
+
+        What is in the folder already is kept.
+        """
+        text = functools.cache(lambda: f"{content}\n")
+        trace_structured(
+            "artifact",
+            metadata_fn=lambda: {"name": f"dicompile-{name}", "encoding": "string"},
+            payload_fn=text,
+            expect_trace_id=False,
+        )
         if self.folder is None:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
         number = sum(1 for _ in self.folder.glob("*.txt"))
-        (self.folder / f"{number:03d}-{name}.txt").write_text(f"{content}\n", encoding="utf-8")
+        (self.folder / f"{number:03d}-{name}.txt").write_text(text(), encoding="utf-8")

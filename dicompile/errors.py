@@ -1,6 +1,13 @@
-"""Every mistake a user can make, as one class each: what happened, where, why, and how to fix it."""
+"""Every mistake a user can make, as one class each: what happened, where, why, and how to fix it.
+
+What is wrong about an argument, a setting or a file is a ValueError, too; what is wrong about the state of a model or
+about its code is a RuntimeError.
+"""
 
 from __future__ import annotations
+
+import functools
+from typing import Any
 
 
 class DicompileError(Exception):
@@ -18,74 +25,79 @@ class DicompileError(Exception):
         details = (("where", where), ("why", why), ("fix", fix))
         super().__init__("\n".join([what, *(f"  {name + ':':<6} {text}" for name, text in details if text)]))
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """How pickle and copy make the error again: its arguments have names, which exceptions forget."""
+        make = functools.partial(type(self), where=self.where, why=self.why, fix=self.fix)
+        return make, (self.what,), vars(self)
 
-class UnknownPolicy(DicompileError):
+
+class UnknownPolicy(DicompileError, ValueError):
     """No policy goes by this name."""
 
 
-class InvalidPolicy(DicompileError):
+class InvalidPolicy(DicompileError, ValueError):
     """A policy has an unknown option or a value outside its range."""
 
 
-class PolicyDoesNotFit(DicompileError):
+class PolicyDoesNotFit(DicompileError, ValueError):
     """The policy asks for something that this model cannot do."""
 
 
-class InvalidPredictor(DicompileError):
+class InvalidPredictor(DicompileError, ValueError):
     """A file holds no cache predictor that could be read."""
 
 
-class InvalidRouter(DicompileError):
+class InvalidRouter(DicompileError, ValueError):
     """A file holds no router that could be read, or only part of one."""
 
 
-class InvalidTrainingData(DicompileError):
+class InvalidTrainingData(DicompileError, ValueError):
     """A file of latents to train on lacks something, or its tensors do not go together."""
 
 
-class CacheTooLarge(DicompileError):
+class CacheTooLarge(DicompileError, ValueError):
     """A plan needs more memory than it may have."""
 
 
-class NoSitesFound(DicompileError):
+class NoSitesFound(DicompileError, ValueError):
     """The model has no residual branch that could be cached."""
 
 
-class InvalidSchedule(DicompileError):
+class InvalidSchedule(DicompileError, ValueError):
     """The timestep schedule is missing or makes no sense."""
 
 
-class CallOutsideSchedule(DicompileError):
+class CallOutsideSchedule(DicompileError, RuntimeError):
     """The model was called at a timestep, or more often, than its schedule says."""
 
 
-class CannotCapture(DicompileError):
+class CannotCapture(DicompileError, RuntimeError):
     """The model's graph cannot be turned into functional ATen."""
 
 
-class NotOptimized(DicompileError):
+class NotOptimized(DicompileError, RuntimeError):
     """The object given was not returned by `dicompile.optimize`."""
 
 
-class AlreadyOptimized(DicompileError):
+class AlreadyOptimized(DicompileError, RuntimeError):
     """The object given was optimized before."""
 
 
-class NotYetRun(DicompileError):
+class NotYetRun(DicompileError, RuntimeError):
     """Structure and plan of a model are known after its first call."""
 
 
-class UnsupportedModel(DicompileError):
+class UnsupportedModel(DicompileError, ValueError):
     """The object given is neither a module nor a pipeline with a denoiser."""
 
 
-class InvalidSetting(DicompileError):
+class InvalidSetting(DicompileError, ValueError):
     """An environment variable or a backend option has an unknown value."""
 
 
-class IllegalGraph(DicompileError):
+class IllegalGraph(DicompileError, RuntimeError):
     """A pass left a graph that the next stage does not accept (a bug in dicompile)."""
 
 
-class StaleRead(DicompileError):
+class StaleRead(DicompileError, RuntimeError):
     """A step wanted a slot that nobody wrote (a bug in dicompile)."""

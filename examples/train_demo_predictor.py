@@ -19,8 +19,8 @@ from dicompile.demo import metrics
 from dicompile.demo.sample import balanced_labels, load_model, load_scheduler, sample
 from dicompile.learn.graph import learnable
 from dicompile.learn.predictor import PredictorOptions, PredictorTraining, train_predictor
-from dicompile.learn.router import Files
 from dicompile.learn.samplers import Ddim
+from dicompile.learn.training import Files
 from dicompile.plan import What
 from dicompile.policies import NoCache, Predictor, TokenCache
 

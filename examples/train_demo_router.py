@@ -23,8 +23,9 @@ from dicompile.demo import metrics
 from dicompile.demo.sample import balanced_labels, load_model, load_scheduler, sample
 from dicompile.learn.graph import learnable
 from dicompile.learn.objective import Objective
-from dicompile.learn.router import Files, RouterOptions, RouterTraining, train_router
+from dicompile.learn.router import RouterOptions, RouterTraining, train_router
 from dicompile.learn.samplers import Ddim
+from dicompile.learn.training import Files
 from dicompile.policies import FORA, LearningToCache, NoCache, load_router, save_router
 
 BATCH, GUIDANCE = 4, 2.0

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import logging
 import re
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import pytest
 from dicompile.config import DebugFolder, Settings
 from dicompile.errors import InvalidSetting
 
+TRACE = logging.getLogger("torch.__trace")
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -78,8 +80,30 @@ def test_without_a_folder_nothing_is_written_and_no_text_is_made(
             raise AssertionError("text was made for nobody")
 
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(TRACE, "handlers", [])  # torch's own leaves at the first record if TORCH_TRACE is unset
     DebugFolder(None).write("captured", Costly())
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("with_folder", [False, True])
+def test_stages_go_to_the_structured_trace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, with_folder: bool) -> None:
+    class Stage:
+        made = 0
+
+        def __str__(self) -> str:
+            Stage.made += 1
+            return "graph"
+
+    records: list[logging.LogRecord] = []
+    handler = logging.Handler()
+    monkeypatch.setattr(handler, "emit", records.append)
+    monkeypatch.setattr(TRACE, "handlers", [handler])
+    DebugFolder(tmp_path if with_folder else None).write("captured", Stage())
+    ((metadata, payload),) = [(record.metadata, record.payload) for record in records]  # type: ignore[attr-defined]
+    assert metadata["artifact"] == {"name": "dicompile-captured", "encoding": "string"}
+    assert payload == "graph\n"
+    assert Stage.made == 1
+    assert [file.read_text() for file in tmp_path.iterdir()] == ["graph\n"] * with_folder
 
 
 def test_the_environment_is_read_in_one_file_only() -> None:

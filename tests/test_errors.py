@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import os
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -377,6 +379,14 @@ CASES: list[tuple[type[errors.DicompileError], Callable[[], Any], str]] = [
 ]
 
 
+CATALOGUE = [
+    kind
+    for _, kind in inspect.getmembers(errors, inspect.isclass)
+    if issubclass(kind, errors.DicompileError) and kind is not errors.DicompileError
+]
+REMADE = {"pickle": lambda error: pickle.loads(pickle.dumps(error)), "copy": copy.copy, "deepcopy": copy.deepcopy}
+
+
 @pytest.mark.parametrize(("kind", "mistake", "text"), CASES)
 def test_a_mistake_is_told_with_its_fix(
     kind: type[errors.DicompileError], mistake: Callable[[], Any], text: str
@@ -389,14 +399,39 @@ def test_a_mistake_is_told_with_its_fix(
 
 
 def test_every_error_of_the_catalogue_is_provoked_here() -> None:
-    catalogue = {
-        kind
-        for _, kind in inspect.getmembers(errors, inspect.isclass)
-        if issubclass(kind, errors.DicompileError) and kind is not errors.DicompileError
-    }
-    assert {kind for kind, _, _ in CASES} == catalogue - INTERNAL
+    assert {kind for kind, _, _ in CASES} == set(CATALOGUE) - INTERNAL
 
 
 def test_details_that_are_not_given_leave_no_line() -> None:
     assert str(errors.NotYetRun("it has not run")) == "it has not run"
     assert str(errors.NotYetRun("it has not run", fix="run it")) == "it has not run\n  fix:   run it"
+
+
+def test_an_error_is_caught_as_what_python_calls_it() -> None:
+    states = {
+        errors.CallOutsideSchedule, errors.CannotCapture, errors.NotOptimized, errors.AlreadyOptimized,
+        errors.NotYetRun, errors.IllegalGraph, errors.StaleRead,
+    }  # fmt: skip
+    assert {kind for kind in CATALOGUE if issubclass(kind, RuntimeError)} == states
+    assert {kind for kind in CATALOGUE if issubclass(kind, ValueError)} == set(CATALOGUE) - states
+
+
+@pytest.mark.parametrize("remake", REMADE.values(), ids=REMADE)
+@pytest.mark.parametrize("kind", [errors.DicompileError, *CATALOGUE])
+def test_an_error_carries_its_text(
+    kind: type[errors.DicompileError], remake: Callable[[errors.DicompileError], errors.DicompileError]
+) -> None:
+    error = kind("it broke", where="here", why="it had to", fix="mend it")
+    again = remake(remake(error))
+    assert type(again) is kind
+    assert str(again) == str(error) == "it broke\n  where: here\n  why:   it had to\n  fix:   mend it"
+    assert (again.what, again.where, again.why, again.fix) == ("it broke", "here", "it had to", "mend it")
+
+
+def test_a_mistake_inside_a_policy_is_told_by_the_part_that_has_it() -> None:
+    """pydantic wraps what is raised while it validates, if it is a ValueError; see `invalid_policy`."""
+    data = {"name": "mine", "rules": [{"do": {"do": "refresh", "ratio": 0.5, "otherwise": {"do": "reuse", "wat": 1}}}]}
+    for make in (dicompile.Policy.from_dict, lambda given: dicompile.Policy(**given)):
+        with pytest.raises(errors.InvalidPolicy) as caught:
+            make(data)
+        assert (caught.value.what, caught.value.where) == ("unknown option 'wat'", "Reuse")

@@ -170,7 +170,7 @@ def test_planted_violation_is_named(tmp_path: Path, file: str, source: str, expe
             "dicompile/plan/planner.py",
             "from dicompile import errors, text\nfrom .action import Action\nimport torch.fx",
         ),
-        ("dicompile/policies/fora.py", "from dicompile.plan.policy import Policy"),
+        ("dicompile/policies/fora.py", "from dicompile.plan.schema import Policy"),
         (
             "dicompile/demo/run.py",
             "import dicompile\nfrom dicompile import optimize\nfrom dicompile.demo import shapes",

@@ -18,7 +18,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from dicompile.capture.canonical import make_canonical
 from dicompile.capture.constants import spell_out_constants
 from dicompile.capture.roles import Input, Role, assign_roles
-from dicompile.errors import CannotCapture
+from dicompile.errors import CannotCapture, DicompileError
 from dicompile.text import graph_text, module_path, operator_text
 
 aten = torch.ops.aten
@@ -80,6 +80,8 @@ def capture_graph(
     ):
         try:
             graph_module, signature = aot_export_module(dynamo_graph, fakes, trace_joint=False, pre_dispatch=True)
+        except DicompileError:
+            raise
         except (RuntimeError, AssertionError) as error:
             raise CannotCapture(
                 "the graph cannot be made functional",

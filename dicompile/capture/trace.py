@@ -219,6 +219,8 @@ class _Reading(TorchFunctionMode):
             return self._repeat_interleave(*args, **kwargs)
         try:
             return func(*args, **kwargs)
+        except DicompileError:
+            raise
         except RuntimeError as error:
             # torch reads the values of tensors that are given where it wants ints: x.view(lengths[0]).
             if "aten.item" not in str(error) and "_local_scalar_dense" not in str(error):

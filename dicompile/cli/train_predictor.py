@@ -12,8 +12,8 @@ from rich.table import Table
 from dicompile.cli.trainable import trainable
 from dicompile.learn.graph import learnable
 from dicompile.learn.predictor import PredictorOptions, PredictorTraining, train_predictor
-from dicompile.learn.router import Files
 from dicompile.learn.samplers import Ddim
+from dicompile.learn.training import Files
 from dicompile.plan import What
 from dicompile.policies import Predictor
 

@@ -12,8 +12,9 @@ from dicompile.cli.router import router_table
 from dicompile.cli.trainable import trainable
 from dicompile.learn.graph import learnable
 from dicompile.learn.objective import Objective
-from dicompile.learn.router import PUBLISHED, Files, RouterOptions, RouterTraining, train_router
+from dicompile.learn.router import PUBLISHED, RouterOptions, RouterTraining, train_router
 from dicompile.learn.samplers import Ddim, DpmSolver2, Sampler
+from dicompile.learn.training import Files
 from dicompile.policies import save_router
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from dicompile.errors import InvalidRouter
+from dicompile.errors import DicompileError
 
 
 def save_checkpoint(state: Mapping[str, Any], path: Path) -> None:
@@ -20,11 +20,15 @@ def save_checkpoint(state: Mapping[str, Any], path: Path) -> None:
     partial.replace(path)
 
 
-def load_checkpoint(path: Path) -> Mapping[str, Any]:
+def load_checkpoint(path: Path, invalid: type[DicompileError]) -> Mapping[str, Any]:
     """Read a state; nothing in the file is executed.
 
+    Args:
+        path: the file.
+        invalid: what is raised where it is damaged or something else.
+
     Raises:
-        InvalidRouter: it is damaged or something else.
+        DicompileError: it is.
     """
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
@@ -33,7 +37,7 @@ def load_checkpoint(path: Path) -> Mapping[str, Any]:
     else:
         why = "it is not the state of a training"
     if not isinstance(state, Mapping) or "key" not in state:
-        raise InvalidRouter(
+        raise invalid(
             f"{path.name} is not a checkpoint", where=str(path), why=why, fix="remove it and train from the start"
         )
     return state

@@ -18,8 +18,7 @@ from torch import Tensor, nn
 from dicompile.learn.graph import LearnableModel, learnable
 from dicompile.learn.latents import LATENTS, Data
 from dicompile.learn.samplers import Ddim
-from dicompile.plan import Cadence, Fitted, Policy, Rule, What
-from dicompile.plan.policy import SiteName
+from dicompile.plan import Cadence, Fitted, Policy, Rule, SiteName, What
 
 RIDGE = 1e-6
 """Added to the diagonal of the normal equations, relative to it: stored values of near steps are nearly equal."""

@@ -10,18 +10,16 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
-from dicompile.errors import InvalidPredictor
-from dicompile.learn.checkpoint import append_line, forget_lines_after, load_checkpoint, save_checkpoint
+from dicompile.errors import DicompileError, InvalidPredictor
 from dicompile.learn.graph import LearnableModel
 from dicompile.learn.latents import Data, draw_batch
-from dicompile.learn.router import NOWHERE, Files
 from dicompile.learn.samplers import Ddim
+from dicompile.learn.training import NOWHERE, Entry, Files, run_to_end
 from dicompile.lower.predictor import HEAD_BIAS, HEAD_WEIGHT, FirstBlock, importance_of
 from dicompile.policies.predictor import Predictor, PredictorFacts
 
@@ -53,6 +51,26 @@ class PredictorOptions:
     max_gap: int = 3
     calibration: int = 256
     seed: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class PredictorEntry(Entry):
+    """One line of the log.
+
+    Attributes:
+        step: position in calling order.
+        gap: steps since the updates that it mixes with were recorded.
+        relative_error: of the student's last stream, squared.
+        importance: mean over blocks and tokens.
+    """
+
+    step: int
+    gap: int
+    relative_error: float
+    importance: float
+
+    def __str__(self) -> str:
+        return f"error {self.relative_error:.2e}, importance {self.importance:.2f}"
 
 
 class CopiedBlock(nn.Module):
@@ -121,6 +139,9 @@ class PredictorTraining:
         null: what conditioning is replaced by where it is dropped, by argument name.
     """
 
+    name: ClassVar[str] = "predictor"
+    invalid: ClassVar[type[DicompileError]] = InvalidPredictor
+
     def __init__(
         self,
         model: LearnableModel,
@@ -139,8 +160,8 @@ class PredictorTraining:
         self.optimiser = torch.optim.AdamW(self.network.parameters(), lr=options.lr, weight_decay=0.0)
         self.iteration = 0
 
-    def advance(self) -> dict[str, float]:
-        """One iteration; what the log says of it."""
+    def advance(self) -> PredictorEntry:
+        """One iteration."""
         call = 1 + int(torch.randint(self.sampler.steps - 1, (), generator=self.generator))
         gap = 1 + int(torch.randint(min(self.options.max_gap, call), (), generator=self.generator))
         inputs, stored = self.reach(call, gap)
@@ -154,13 +175,7 @@ class PredictorTraining:
         loss.backward()
         self.optimiser.step()
         self.iteration += 1
-        return {
-            "iteration": self.iteration,
-            "step": call,
-            "gap": gap,
-            "relative_error": error.item(),
-            "importance": importance.mean().item(),
-        }
+        return PredictorEntry(self.iteration, call, gap, error.item(), importance.mean().item())
 
     @torch.no_grad()
     def reach(self, call: int, gap: int) -> tuple[dict[str, Any], Sequence[Tensor]]:
@@ -215,56 +230,32 @@ class PredictorTraining:
             seen += len(clean)
         return torch.cat(found).mean(0).T.cpu()
 
+    @property
+    def key(self) -> str:
+        """What a checkpoint has to agree with."""
+        options = {name: value for name, value in asdict(self.options).items() if name != "iterations"}
+        return json.dumps(["predictor", self.model.name, len(self.model.sites), self.sampler.steps, options])
+
     def state(self) -> dict[str, Any]:
         """Everything that the next iteration depends on."""
         return {
-            "key": self._key(),
             "network": self.network.state_dict(),
             "optimiser": self.optimiser.state_dict(),
             "generator": self.generator.get_state(),
             "iteration": self.iteration,
         }
 
-    def restore(self, state: Mapping[str, Any], source: str) -> None:
-        """Continue from a state.
-
-        Raises:
-            InvalidPredictor: it belongs to a training with other options.
-        """
-        if state["key"] != self._key():
-            raise InvalidPredictor(
-                "the checkpoint belongs to another training",
-                where=source,
-                why=f"it says {state['key']}, this one {self._key()}",
-                fix="resume with the same options (but for the number of iterations), or remove the file",
-            )
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Continue from a state."""
         self.network.load_state_dict(state["network"])
         self.optimiser.load_state_dict(state["optimiser"])
         self.generator.set_state(state["generator"])
         self.iteration = state["iteration"]
-
-    def _key(self) -> str:
-        options = {name: value for name, value in asdict(self.options).items() if name != "iterations"}
-        return json.dumps(["predictor", self.model.name, len(self.model.sites), self.sampler.steps, options])
 
 
 def train_predictor(
     training: PredictorTraining, files: Files = NOWHERE, *, resume: bool = False, progress: bool = True
 ) -> Predictor:
     """Run a training to its end, then average importance per step; see `train_router`."""
-    if resume and files.checkpoint is not None and files.checkpoint.exists():
-        training.restore(load_checkpoint(files.checkpoint), str(files.checkpoint))
-    forget_lines_after(files.log, training.iteration)
-    total = training.options.iterations
-    columns = (TextColumn("predictor"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    last = TextColumn("{task.fields[said]}")
-    with Progress(*columns, last, disable=not progress, refresh_per_second=2) as bar:
-        task = bar.add_task("", total=total, completed=training.iteration, said="")
-        while training.iteration < total:
-            entry = training.advance()
-            append_line(files.log, entry)
-            if files.checkpoint is not None and (training.iteration % files.every == 0 or training.iteration == total):
-                save_checkpoint(training.state(), files.checkpoint)
-            said = f"error {entry['relative_error']:.2e}, importance {entry['importance']:.2f}"
-            bar.update(task, advance=1, said=said)
+    run_to_end(training, files, resume=resume, progress=progress)
     return training.predictor()

@@ -9,19 +9,17 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
-from dicompile.errors import InvalidRouter
-from dicompile.learn.checkpoint import append_line, forget_lines_after, load_checkpoint, save_checkpoint
+from dicompile.errors import DicompileError, InvalidRouter
 from dicompile.learn.graph import LearnableModel
 from dicompile.learn.latents import Data, draw_batch
 from dicompile.learn.objective import Iteration, Objective, training_iteration
 from dicompile.learn.samplers import Sampler
+from dicompile.learn.training import NOWHERE, Entry, Files, run_to_end
 from dicompile.policies.router import Grid, Router, RouterFacts, cache_rows
 from dicompile.policies.router_file import PUBLISHED_THRESHOLD
 
@@ -60,11 +58,10 @@ PUBLISHED: dict[Grid, RouterOptions] = {
 
 
 @dataclass(frozen=True, slots=True)
-class Entry:
+class RouterEntry(Entry):
     """One line of the log.
 
     Attributes:
-        iteration: number, counted from 1.
         call: position of the cache step in calling order.
         row: its row of the router.
         timestep: of the cache step.
@@ -73,13 +70,15 @@ class Entry:
         cached: sites of the row that the threshold caches after the update.
     """
 
-    iteration: int
     call: int
     row: int
     timestep: float
     data_loss: float
     score_sum: float
     cached: int
+
+    def __str__(self) -> str:
+        return f"step {self.call + 1}: {self.data_loss:.2e}, {self.cached} cached"
 
 
 class RouterTraining:
@@ -93,6 +92,9 @@ class RouterTraining:
         null: what conditioning is replaced by where it is dropped, by argument name: a number, or a tensor that
             broadcasts against a batch of it.
     """
+
+    name: ClassVar[str] = "router"
+    invalid: ClassVar[type[DicompileError]] = InvalidRouter
 
     def __init__(
         self,
@@ -113,7 +115,7 @@ class RouterTraining:
         self.iteration = self.batch = 0
         self.router()  # an odd number of steps is refused before anything is trained
 
-    def advance(self) -> Entry:
+    def advance(self) -> RouterEntry:
         """One iteration."""
         call, row = self.calls[int(torch.randint(len(self.calls), (), generator=self.generator))]
         result = self.evaluate(call, self.rows[row])
@@ -125,7 +127,7 @@ class RouterTraining:
                 for logits in self.rows:
                     logits.clamp_(-self.options.clamp, self.options.clamp)
         self.iteration += 1
-        return Entry(
+        return RouterEntry(
             iteration=self.iteration,
             call=call,
             row=row,
@@ -177,10 +179,16 @@ class RouterTraining:
             source="this training",
         )
 
+    @property
+    def key(self) -> str:
+        """What a checkpoint has to agree with."""
+        options = {name: value for name, value in asdict(self.options).items() if name != "iterations"}
+        about = (self.model.name, len(self.model.sites), self.sampler.name, len(self.sampler.timesteps))
+        return json.dumps([*about, options])
+
     def state(self) -> dict[str, Any]:
         """Everything that the next iteration depends on."""
         return {
-            "key": self._key(),
             "logits": [row.detach().clone() for row in self.rows],
             "optimiser": self.optimiser.state_dict(),
             "generator": self.generator.get_state(),
@@ -188,49 +196,14 @@ class RouterTraining:
             "batch": self.batch,
         }
 
-    def restore(self, state: Mapping[str, Any], source: str) -> None:
-        """Continue from a state.
-
-        Raises:
-            InvalidRouter: it belongs to a training with other options.
-        """
-        if state["key"] != self._key():
-            raise InvalidRouter(
-                "the checkpoint belongs to another training",
-                where=source,
-                why=f"it says {state['key']}, this one {self._key()}",
-                fix="resume with the same options (but for the number of iterations), or remove the file",
-            )
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Continue from a state."""
         with torch.no_grad():
             for row, logits in zip(self.rows, state["logits"], strict=True):
                 row.copy_(logits)
         self.optimiser.load_state_dict(state["optimiser"])
         self.generator.set_state(state["generator"])
         self.iteration, self.batch = state["iteration"], state["batch"]
-
-    def _key(self) -> str:
-        options = {name: value for name, value in asdict(self.options).items() if name != "iterations"}
-        about = (self.model.name, len(self.model.sites), self.sampler.name, len(self.sampler.timesteps))
-        return json.dumps([*about, options])
-
-
-@dataclass(frozen=True, slots=True)
-class Files:
-    """Where a training writes.
-
-    Attributes:
-        checkpoint: state to resume from, or None.
-        log: JSON lines of `Entry`, or None.
-        every: iterations between two checkpoints.
-    """
-
-    checkpoint: Path | None = None
-    log: Path | None = None
-    every: int = 200
-
-
-NOWHERE = Files()
-"""A training that leaves no files."""
 
 
 def train_router(
@@ -249,18 +222,7 @@ def train_router(
     Raises:
         InvalidRouter: the checkpoint is damaged or belongs to a training with other options.
     """
-    if resume and files.checkpoint is not None and files.checkpoint.exists():
-        training.restore(load_checkpoint(files.checkpoint), str(files.checkpoint))
-    forget_lines_after(files.log, training.iteration)
-    total = training.options.iterations
-    with _bar(disable=not progress) as bar:
-        task = bar.add_task("router", total=total, completed=training.iteration, loss="")
-        while training.iteration < total:
-            entry = training.advance()
-            append_line(files.log, asdict(entry))
-            if files.checkpoint is not None and (entry.iteration % files.every == 0 or entry.iteration == total):
-                save_checkpoint(training.state(), files.checkpoint)
-            bar.update(task, advance=1, loss=f"step {entry.call + 1}: {entry.data_loss:.2e}, {entry.cached} cached")
+    run_to_end(training, files, resume=resume, progress=progress)
     return training.router()
 
 
@@ -280,8 +242,3 @@ def sweep_penalties(
 def with_penalty(options: RouterOptions, penalty: float) -> RouterOptions:
     """The same options with another lambda."""
     return replace(options, objective=replace(options.objective, penalty=penalty))
-
-
-def _bar(*, disable: bool) -> Progress:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    return Progress(*columns, TextColumn("{task.fields[loss]}"), disable=disable, refresh_per_second=2)

@@ -1,7 +1,7 @@
 """Lower: rewritten segments -> compiled functions, deduplicated, and programs that call them in order."""
 
 from dicompile.lower.inductor import MODES, check_mode, compile_plainly, compile_segment
-from dicompile.lower.predictor import first_span, network_predictor, table_predictor
+from dicompile.lower.predictor import network_predictor, table_predictor
 from dicompile.lower.program import Call, Constant, IntRef, NoiseRead, Program, ProgramBuilder
 from dicompile.lower.variants import Variant, VariantCache
 
@@ -18,7 +18,6 @@ __all__ = [
     "check_mode",
     "compile_plainly",
     "compile_segment",
-    "first_span",
     "network_predictor",
     "table_predictor",
 ]

@@ -14,12 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dicompile.analysis import ModelStructure, Site, SiteKind
+from dicompile.analysis import ModelStructure
 from dicompile.capture import Capture, Role
 from dicompile.config import DebugFolder, Settings
-from dicompile.errors import PolicyDoesNotFit
 from dicompile.lower.inductor import compile_segment
 from dicompile.passes import PASSES, Segment, Value, outline_until, rewrite
+from dicompile.plan import check_parameters, first_span
 
 HEAD_WEIGHT, HEAD_BIAS = "head.weight", "head.bias"
 
@@ -55,22 +55,6 @@ class FirstBlock:
         arguments = tuple((i, capture.inputs[i].name) for i in positions)
         parameters = tuple(capture.inputs[i].name for i in positions if capture.inputs[i].role is Role.PARAMETER)
         return cls(segment, arguments, parameters)
-
-
-def first_span(structure: ModelStructure) -> Site:
-    """The span of the first block with the most tokens.
-
-    Raises:
-        PolicyDoesNotFit: the model has none.
-    """
-    spans = [span for span in structure.spans if span.kind is SiteKind.BLOCK and span.block == 0]
-    if not spans:
-        raise PolicyDoesNotFit(
-            "a cache predictor copies the first block, but the model has none",
-            where="analysis",
-            fix="use a policy that needs no predictor",
-        )
-    return max(spans, key=lambda span: span.tokens.count)
 
 
 def importance_of(stream: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -109,15 +93,11 @@ def network_predictor(
     first = FirstBlock.of(capture, structure)
     placeholders = first.segment.graph.find_nodes(op="placeholder")
     expected = {name: node.meta["val"] for (_, name), node in zip(first.arguments, placeholders, strict=True)}
-    for name in first.parameters:
-        given = tuple(parameters[name].shape) if name in parameters else None
-        if given != tuple(expected[name].shape):
-            raise PolicyDoesNotFit(
-                f"the predictor has parameter {name} of shape {given}, the model {tuple(expected[name].shape)}",
-                where=source,
-                why="a predictor is a trained copy of one model's first block",
-                fix="use the predictor of this model, or train one for it",
-            )
+    check_parameters(
+        {name: tensor.shape for name, tensor in parameters.items()},
+        {name: expected[name].shape for name in first.parameters},
+        source,
+    )
     function = compile_segment(first.segment, mode)
     own = {name: parameters[name].to(expected[name].device, expected[name].dtype) for name in first.parameters}
     device = next(iter(own.values())).device

@@ -14,30 +14,34 @@ from dicompile.plan.action import (
     SlotKind,
     What,
 )
-from dicompile.plan.fits import check_fits, choose_setting
+from dicompile.plan.cadence import Cadence, Window
+from dicompile.plan.fits import (
+    check_fits,
+    check_parameters,
+    check_predictor,
+    choose_setting,
+    first_span,
+    score_source,
+)
 from dicompile.plan.memory import DTYPES, UNLIMITED, CacheOptions, check_can_compile, needs_scale
 from dicompile.plan.plan import Dropped, Plan, SiteStep, StepPlan
 from dicompile.plan.planner import attention_owner, cold_step, make_plan, plan_actions
-from dicompile.plan.policy import (
-    Cadence,
+from dicompile.plan.recall import Fitted, Forecast, Reuse
+from dicompile.plan.rows import make_rows
+from dicompile.plan.schedule import TimestepSchedule
+from dicompile.plan.schema import (
     Elsewhere,
-    Fitted,
-    Forecast,
     Line,
     Origin,
     Policy,
     Refresh,
-    Reuse,
     Rule,
+    SiteName,
     Table,
     TokenScore,
     TokenTable,
-    Window,
-    polynomial_weights,
-    taylor_weights,
 )
-from dicompile.plan.rows import make_rows, score_source
-from dicompile.plan.schedule import TimestepSchedule
+from dicompile.plan.weights import polynomial_weights, taylor_weights
 
 __all__ = [
     "COMPUTE",
@@ -64,6 +68,7 @@ __all__ = [
     "Score",
     "ScoreBase",
     "Selection",
+    "SiteName",
     "SiteStep",
     "Slot",
     "SlotKind",
@@ -77,8 +82,11 @@ __all__ = [
     "attention_owner",
     "check_can_compile",
     "check_fits",
+    "check_parameters",
+    "check_predictor",
     "choose_setting",
     "cold_step",
+    "first_span",
     "make_plan",
     "make_rows",
     "needs_scale",

@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import replace
 
 from dicompile.analysis import ModelStructure, SiteKind
-from dicompile.errors import CacheTooLarge
 from dicompile.plan.cost import saving
+from dicompile.plan.fits import is_within, too_large
 from dicompile.plan.memory import DTYPES, CacheOptions
 from dicompile.plan.plan import Dropped, Plan
 from dicompile.text import size_text
@@ -32,24 +32,13 @@ def fit_budget(structure: ModelStructure, plan_without: PlanWithout, cache: Cach
         CacheTooLarge: it needs more than the budget, and is not to be degraded.
     """
     plan = plan_without(frozenset(), cache)
-    if cache.max_bytes is None or plan.cache_bytes <= cache.max_bytes:
+    if is_within(plan):
         return plan
-    degraded = _Degradation(structure, plan_without, plan, cache.max_bytes).run()
+    degraded = _Degradation(structure, plan_without, plan).run()
     if cache.over_budget == "degrade":
         return degraded
-    raise CacheTooLarge(
-        f"policy {plan.policy!r} needs a cache of {size_text(plan.cache_bytes)}, but only "
-        f"{size_text(cache.max_bytes)} are allowed",
-        where=f"plan of {len(plan.steps)} steps, for one guidance context",
-        why=f"after step {_fullest(plan) + 1} it holds {_largest(structure, plan)}",
-        fix=", or ".join(
-            [
-                f"max_cache_bytes={plan.cache_bytes}",
-                *_narrower(plan_without, cache),
-                f"over_budget='degrade' ({degraded.flop_speedup:.2f}x fewer FLOPs instead of {plan.flop_speedup:.2f}x)",
-            ]
-        ),
-    )
+    fewer = f"{degraded.flop_speedup:.2f}x fewer FLOPs instead of {plan.flop_speedup:.2f}x"
+    raise too_large(structure, plan, [*_narrower(plan_without, cache), f"over_budget='degrade' ({fewer})"])
 
 
 class _Degradation:
@@ -60,8 +49,9 @@ class _Degradation:
         held: bytes that it holds at most.
     """
 
-    def __init__(self, structure: ModelStructure, plan_without: PlanWithout, wanted: Plan, budget: int) -> None:
-        self.structure, self.plan_without, self.wanted, self.budget = structure, plan_without, wanted, budget
+    def __init__(self, structure: ModelStructure, plan_without: PlanWithout, wanted: Plan) -> None:
+        self.structure, self.plan_without, self.wanted = structure, plan_without, wanted
+        self.budget = wanted.cache.max_bytes or 0
         groups = _groups(structure)
         self.saved = {group: _saved(structure, wanted, group) for group in groups}
         by_site = [_bytes_by_site(wanted, step) for step in range(len(wanted.steps))]
@@ -95,7 +85,7 @@ class _Degradation:
 
     def least(self, plan: Plan) -> set[Group]:
         """Groups to drop so that the fullest step of `plan` fits."""
-        held = _bytes_by_site(plan, _fullest(plan))
+        held = _bytes_by_site(plan, plan.fullest)
         here = {group: size for group in self.saved if (size := sum(held[i] for i in group))}
         excess, chosen = plan.cache_bytes - self.budget, set()
         for group in sorted(here, key=lambda group: self.saved[group] / here[group]):
@@ -119,12 +109,6 @@ def _saved(structure: ModelStructure, plan: Plan, group: Group) -> float:
     return sum(saving(structure.everything[i], step.sites[i].action)[0] for step in plan.steps for i in group)
 
 
-def _fullest(plan: Plan) -> int:
-    """The first step after which most is held."""
-    held = [sum(plan.slot_bytes[slot] for slot in step.live) for step in plan.steps]
-    return held.index(max(held))
-
-
 def _bytes_by_site(plan: Plan, step: int) -> Counter[int]:
     held: Counter[int] = Counter()
     for slot in plan.steps[step].live:
@@ -132,21 +116,10 @@ def _bytes_by_site(plan: Plan, step: int) -> Counter[int]:
     return held
 
 
-def _largest(structure: ModelStructure, plan: Plan) -> str:
-    """The kinds of slot that take most of the fullest step."""
-    alike = Counter(
-        (structure.everything[slot.site].kind.value, slot.kind_name, plan.slot_bytes[slot])
-        for slot in plan.steps[_fullest(plan)].live
-    )
-    largest = sorted(alike.items(), key=lambda item: (-item[1] * item[0][2], item[0]))[:3]
-    return ", ".join(f"{count} x {kind} of {site} ({size_text(size)} each)" for (site, kind, size), count in largest)
-
-
 def _narrower(plan_without: PlanWithout, cache: CacheOptions) -> list[str]:
     """The dtype with most bits in which everything fits, as a fix."""
-    assert cache.max_bytes is not None
     for name in sorted(DTYPES, key=lambda name: -DTYPES[name].itemsize):
-        needed = plan_without(frozenset(), replace(cache, dtype=name)).cache_bytes
-        if needed <= cache.max_bytes:
-            return [f"cache_dtype={name!r} (needs {size_text(needed)})"]
+        plan = plan_without(frozenset(), replace(cache, dtype=name))
+        if is_within(plan):
+            return [f"cache_dtype={name!r} (needs {size_text(plan.cache_bytes)})"]
     return []

@@ -1,14 +1,30 @@
-"""Can this model do what that policy asks for? If not, which operator forbids it."""
+"""Does it fit? Everything that refuses a policy because of the model, the sampler or the memory it meets.
+
+A policy is refused in this order: by what its rules ask of branches (`check_fits`), by what its tables were learned for
+(`check_timesteps`, `check_table`), by what is stored when it recalls (`check_stored`), by the room for what it stores
+(`is_within`), and by what its predictor was trained for (`check_predictor`, `check_parameters`).
+"""
 
 from __future__ import annotations
 
 import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
 
-from dicompile.analysis import ModelStructure, Site, TokenWise
-from dicompile.errors import PolicyDoesNotFit
+from dicompile.analysis import ModelStructure, Site, SiteId, SiteKind, TokenWise
+from dicompile.errors import CacheTooLarge, PolicyDoesNotFit
 from dicompile.plan.action import ScoreBase
-from dicompile.plan.policy import Policy, Refresh, Rule, TokenScore, TokenTable
-from dicompile.plan.rows import STORES_NO_ATTENTION, refreshed, score_source, why_not_refreshed
+from dicompile.plan.plan import Plan
+from dicompile.plan.recall import Fitted, Forecast, Reuse
+from dicompile.plan.schedule import TimestepSchedule
+from dicompile.plan.schema import Origin, Policy, Refresh, Rule, Table, TokenScore, TokenTable
+from dicompile.text import size_text
+
+SAME_TIMESTEP = 1e-3
+"""Difference that two timesteps of the same sampler may have, as a share of the largest."""
+
+OVER_OWN_TOKENS = (SiteKind.SELF_ATTENTION, SiteKind.JOINT_ATTENTION, SiteKind.PARALLEL)
+STORES_NO_ATTENTION = "a span stores no attention"
 
 
 def choose_setting(policy: Policy, structure: ModelStructure) -> Policy:
@@ -47,6 +63,221 @@ def check_fits(policy: Policy, structure: ModelStructure) -> None:
         _check_tokens(policy, site, do)
         _check_score(policy, structure, site, do.score)
     _check_one_score(policy, structure)
+
+
+def check_timesteps(policy: Policy, schedule: TimestepSchedule) -> None:
+    """Raise if a table was learned for a sampler with other timesteps, as far as both are known.
+
+    Raises:
+        PolicyDoesNotFit: it was.
+    """
+    for rule in policy.rules:
+        origin = _origin(rule)
+        if origin is None or len(origin.timesteps) != schedule.before + len(schedule.timesteps):
+            continue  # another number of steps is the business of `check_table`
+        same = SAME_TIMESTEP * max(map(abs, origin.timesteps), default=1.0)
+        pairs = zip(origin.timesteps[schedule.before :], schedule.timesteps, strict=True)
+        for step, (learned, given) in enumerate(pairs, schedule.before):
+            if abs(learned - given) > same:
+                raise PolicyDoesNotFit(
+                    f"the table of policy {policy.name!r} has timestep {learned:g} at step {step + 1}, "
+                    f"the schedule {given:g}",
+                    where=origin.file,
+                    why="a learned table holds for the timesteps of one sampler",
+                    fix="set up the scheduler as for the training, or learn a table for this one",
+                )
+
+
+def check_table(policy: Policy, rule: Rule, sites: Sequence[Site], steps: int) -> None:
+    """Raise if a rule's table is for another number of steps, or for other sites.
+
+    Args:
+        policy: the policy.
+        rule: one of its rules; nothing to check if it has no table.
+        sites: sites and spans that the rule names.
+        steps: number of steps of the run.
+
+    Raises:
+        PolicyDoesNotFit: it is.
+    """
+    if isinstance(rule.recall, Fitted) and len(rule.recall.weights) != steps:
+        fitted = len(rule.recall.weights)
+        raise PolicyDoesNotFit(
+            f"the forecast of policy {policy.name!r} was fitted to {fitted} steps, the schedule has {steps}",
+            where=f"rule for {', '.join(rule.sites) or 'all sites'}",
+            why="fitted weights hold for one number of steps",
+            fix=f"sample in {fitted} steps, or fit a forecast for {steps}",
+        )
+    if not isinstance(rule.do, (Table, TokenTable)):
+        return
+    rows = rule.do.compute if isinstance(rule.do, Table) else rule.do.counts
+    origin = _origin(rule)
+    where = origin.file if origin else f"rule for {', '.join(rule.sites) or 'all sites'}"
+    if len(rows) != steps:
+        raise PolicyDoesNotFit(
+            f"the table of policy {policy.name!r} has {len(rows)} steps, the schedule {steps}",
+            where=where,
+            why="a learned table holds for one number of steps",
+            fix=f"sample in {len(rows)} steps, or learn a table for {steps}",
+        )
+    wrong = next((len(row) for row in rows if len(row) != len(sites)), None)
+    if wrong is not None:
+        raise PolicyDoesNotFit(
+            f"the table of policy {policy.name!r} is for {wrong} sites, the model has {len(sites)}",
+            where=where,
+            why="a learned table holds for one model",
+            fix="use the table of this model, or learn one for it",
+        )
+    if origin and origin.sites:
+        _check_labels(policy, origin, [site.label for site in sites])
+
+
+def check_stored(
+    policy: Policy, site: Site, recall: Reuse | Forecast | Fitted | TokenTable, stored: Sequence[int], step: int
+) -> None:
+    """Raise if a site is to be recalled at a step before enough of it was stored.
+
+    Args:
+        policy: the policy.
+        site: site or span.
+        recall: what stands in for its value.
+        stored: steps at which it was stored, newest first.
+        step: where it is recalled.
+
+    Raises:
+        PolicyDoesNotFit: nothing was stored, or less than fitted weights are for.
+    """
+    if not stored:
+        raise PolicyDoesNotFit(
+            f"policy {policy.name!r} reuses site {site.id} at step {step + 1}, before it was ever computed",
+            where=site.name,
+            fix="compute everything at the first step",
+        )
+    if isinstance(recall, Fitted) and not 0 < len(recall.weights[step]) <= len(stored):
+        raise PolicyDoesNotFit(
+            f"fitted weights for step {step + 1} are for {len(recall.weights[step])} stored values, "
+            f"there are {len(stored)}",
+            where="Fitted",
+            why="weights were fitted for another cadence",
+            fix="fit them again with dicompile.learn.fit_forecast for this cadence",
+        )
+
+
+def is_within(plan: Plan) -> bool:
+    """True if a plan holds no more than its cache may."""
+    return plan.cache.max_bytes is None or plan.cache_bytes <= plan.cache.max_bytes
+
+
+def too_large(structure: ModelStructure, plan: Plan, instead: Sequence[str]) -> CacheTooLarge:
+    """What is told of a plan that holds more than its cache may.
+
+    Args:
+        structure: the model.
+        plan: the plan.
+        instead: settings with which it would fit.
+    """
+    return CacheTooLarge(
+        f"policy {plan.policy!r} needs a cache of {size_text(plan.cache_bytes)}, but only "
+        f"{size_text(plan.cache.max_bytes or 0)} are allowed",
+        where=f"plan of {len(plan.steps)} steps, for one guidance context",
+        why=f"after step {plan.fullest + 1} it holds {_largest(structure, plan)}",
+        fix=", or ".join([f"max_cache_bytes={plan.cache_bytes}", *instead]),
+    )
+
+
+def check_predictor(structure: ModelStructure, blocks: int, tokens: int, source: str) -> None:
+    """Raise if a cache predictor was trained for another model or resolution.
+
+    Args:
+        structure: the model.
+        blocks: number of blocks that the predictor knows.
+        tokens: number of tokens.
+        source: file that it comes from.
+
+    Raises:
+        PolicyDoesNotFit: it was, or the model has no block that a predictor could copy.
+    """
+    present = len(structure.blocks), first_span(structure).tokens.count
+    if (blocks, tokens) != present:
+        raise PolicyDoesNotFit(
+            f"the predictor is for {blocks} blocks of {tokens} tokens, the model has {present[0]} of {present[1]}",
+            where=source,
+            why="a predictor knows one model at one resolution",
+            fix="use the predictor of this model, or train one for it",
+        )
+
+
+def check_parameters(given: Mapping[str, Sequence[int]], expected: Mapping[str, Sequence[int]], source: str) -> None:
+    """Raise if the parameters of a cache predictor are no copies of the model's.
+
+    Args:
+        given: shapes of the predictor's parameters, by name.
+        expected: shapes of those of the model's first block.
+        source: file that they come from.
+
+    Raises:
+        PolicyDoesNotFit: one is missing or has another shape.
+    """
+    for name, shape in expected.items():
+        found = tuple(given[name]) if name in given else None
+        if found != tuple(shape):
+            raise PolicyDoesNotFit(
+                f"the predictor has parameter {name} of shape {found}, the model {tuple(shape)}",
+                where=source,
+                why="a predictor is a trained copy of one model's first block",
+                fix="use the predictor of this model, or train one for it",
+            )
+
+
+def refreshed(structure: ModelStructure, policy: Policy) -> Sequence[tuple[Site, Refresh | TokenTable]]:
+    """Sites and spans of which single tokens may be computed, and how; those that are reused whole instead left out."""
+    mixed = reused_whole(structure, policy)
+    return [(site, do) for site, do in _asked_to_refresh(structure, policy) if site.id not in mixed]
+
+
+def reused_whole(structure: ModelStructure, policy: Policy) -> dict[SiteId, str]:
+    """Sites and spans that a rule refreshes but which mix tokens, with the reason, if the policy reuses such."""
+    if policy.where_mixed == "refuse":
+        return {}
+    reasons = ((site, why_not_refreshed(site, do)) for site, do in _asked_to_refresh(structure, policy))
+    return {site.id: reason for site, reason in reasons if reason}
+
+
+def why_not_refreshed(site: Site, do: Refresh | TokenTable) -> str:
+    """What forbids to compute chosen tokens of a site or span alone; empty if nothing does."""
+    fact = site.tokens
+    # A branch of attention over its own tokens can be refreshed where the rule says which attention they see.
+    opened = fact.stored if do.context == "stored" else fact.wise is TokenWise.QUERIES
+    if site.kind.is_span and do.context == "stored" and fact.wise is TokenWise.QUERIES:
+        return STORES_NO_ATTENTION
+    if fact.wise is TokenWise.YES or (opened and (site.kind.is_span or site.kind is SiteKind.PARALLEL)):
+        return ""
+    return fact.reason or "what mixes its tokens is stored at other steps only"
+
+
+def score_source(structure: ModelStructure, site: Site, base: ScoreBase) -> Site | None:
+    """The attention site of the same block whose keys, values or map rank the tokens of `site`, or None."""
+    if not base.needs_attention or site.kind.is_span:
+        return None
+    wanted = (SiteKind.CROSS_ATTENTION,) if base is ScoreBase.ENTROPY else OVER_OWN_TOKENS
+    block = structure.blocks[site.block]
+    return next((s for s in structure.sites_of(block) if s.kind in wanted and s.stream == site.stream), None)
+
+
+def first_span(structure: ModelStructure) -> Site:
+    """The span of the first block with the most tokens.
+
+    Raises:
+        PolicyDoesNotFit: the model has none.
+    """
+    spans = [span for span in structure.spans if span.kind is SiteKind.BLOCK and span.block == 0]
+    if not spans:
+        raise PolicyDoesNotFit(
+            "a cache predictor copies the first block, but the model has none",
+            where="analysis",
+            fix="use a policy that needs no predictor",
+        )
+    return max(spans, key=lambda span: span.tokens.count)
 
 
 def _check_named(policy: Policy, structure: ModelStructure, rule: Rule) -> None:
@@ -177,6 +408,42 @@ def _check_one_score(policy: Policy, structure: ModelStructure) -> None:
                 f"{do.score.base} for this one",
                 fix="rank both kinds of site by the same base, with the same share_guidance",
             )
+
+
+def _asked_to_refresh(structure: ModelStructure, policy: Policy) -> Sequence[tuple[Site, Refresh | TokenTable]]:
+    asked = ((site, _asked_of(policy, site)) for site in structure.everything)
+    return [(site, do) for site, do in asked if do is not None]
+
+
+def _asked_of(policy: Policy, site: Site) -> Refresh | TokenTable | None:
+    """How the first rule that refreshes single tokens of a site does so."""
+    actions = (rule.do for rule in policy.rules if rule.names(site))
+    return next((do for do in actions if isinstance(do, (Refresh, TokenTable))), None)
+
+
+def _origin(rule: Rule) -> Origin | None:
+    return rule.do.origin if isinstance(rule.do, (Table, TokenTable)) else None
+
+
+def _check_labels(policy: Policy, origin: Origin, labels: Sequence[str]) -> None:
+    for number, (learned, present) in enumerate(zip(origin.sites, labels, strict=False)):
+        if learned != present:
+            raise PolicyDoesNotFit(
+                f"the table of policy {policy.name!r} has site {learned} at place {number}, the model {present}",
+                where=origin.file,
+                why="a learned table holds for one model",
+                fix="use the table of this model, or learn one for it",
+            )
+
+
+def _largest(structure: ModelStructure, plan: Plan) -> str:
+    """The kinds of slot that take most of the fullest step."""
+    alike = Counter(
+        (structure.everything[slot.site].kind.value, slot.kind_name, plan.slot_bytes[slot])
+        for slot in plan.steps[plan.fullest].live
+    )
+    largest = sorted(alike.items(), key=lambda item: (-item[1] * item[0][2], item[0]))[:3]
+    return ", ".join(f"{count} x {kind} of {site} ({size_text(size)} each)" for (site, kind, size), count in largest)
 
 
 def _where(site: Site) -> str:

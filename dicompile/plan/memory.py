@@ -7,13 +7,14 @@ has run; one call with both halves in its batch is one context.
 
 from __future__ import annotations
 
+import contextlib
 import math
-import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from pydantic import ByteSize, TypeAdapter, ValidationError
 
 from dicompile.analysis import Site
 from dicompile.errors import InvalidSetting
@@ -24,12 +25,8 @@ DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float8_e4m3fn":
 
 OVER_BUDGET = ("refuse", "degrade")
 DEVICES = ("cpu",)
-_UNITS = {
-    **dict.fromkeys(("", "b"), 1), "kb": 1000, "mb": 1000**2, "gb": 1000**3, "tb": 1000**4,
-    **{f"{name}{end}": 1024**n for n, name in enumerate("kmgt", 1) for end in ("", "ib")},
-}  # fmt: skip
 _FLOAT8_CAPABILITY = (8, 9)
-_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([a-z]*)")
+_SIZE = TypeAdapter(ByteSize)
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,13 +155,12 @@ def _check(option: str, value: str, allowed: Any, where: str) -> None:
 
 
 def _bytes(given: int | str, where: str) -> int:
-    if isinstance(given, int) and not isinstance(given, bool) and given >= 0:
-        return given
-    match = _SIZE.fullmatch(given.strip().lower()) if isinstance(given, str) else None
-    if match is None or match[2] not in _UNITS:
-        raise InvalidSetting(
-            f"max_cache_bytes cannot be {given!r}",
-            where=where,
-            fix="give a number of bytes, or text such as '2GiB' or '500MB'",
-        )
-    return int(float(match[1]) * _UNITS[match[2]])
+    # By itself, pydantic stops where it understands no more, and takes "1,5GiB" for one byte.
+    if not isinstance(given, str) or ByteSize.byte_string_re.fullmatch(given.strip()):
+        with contextlib.suppress(ValidationError):
+            return int(_SIZE.validate_python(given, strict=True))
+    raise InvalidSetting(
+        f"max_cache_bytes cannot be {given!r}",
+        where=where,
+        fix="give a number of bytes, or text such as '2GiB' or '500MB'",
+    )

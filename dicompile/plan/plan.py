@@ -155,6 +155,12 @@ class Plan:
         return max((sum(self.slot_bytes[slot] for slot in step.live) for step in self.steps), default=0)
 
     @property
+    def fullest(self) -> int:
+        """The first step after which most is held."""
+        held = [sum(self.slot_bytes[slot] for slot in step.live) for step in self.steps]
+        return held.index(max(held))
+
+    @property
     def slots(self) -> tuple[Slot, ...]:
         """Every slot that is ever held."""
         return tuple(sorted({slot for step in self.steps for slot in step.live}))

@@ -9,13 +9,12 @@ from dicompile.analysis import ModelStructure, Site, SiteKind, TokenWise
 from dicompile.plan.action import COMPUTE, HISTORIC, Action, Context, Score, ScoreBase, Selection, Slot, SlotKind, What
 from dicompile.plan.budget import fit_budget
 from dicompile.plan.cost import baseline_time, with_cost, with_predictor
-from dicompile.plan.fits import choose_setting
+from dicompile.plan.fits import check_timesteps, choose_setting, reused_whole, score_source
 from dicompile.plan.memory import UNLIMITED, CacheOptions, slot_bytes, stored_value
 from dicompile.plan.plan import Plan, SiteStep, StepPlan, sites_by_block
-from dicompile.plan.policy import Policy
-from dicompile.plan.rows import Row, make_rows, reused_whole, score_source
+from dicompile.plan.rows import Row, make_rows
 from dicompile.plan.schedule import TimestepSchedule
-from dicompile.plan.tables import check_timesteps
+from dicompile.plan.schema import Policy
 
 
 def make_plan(

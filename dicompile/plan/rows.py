@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 
-from dicompile.analysis import ModelStructure, Site, SiteId, SiteKind, TokenWise
-from dicompile.errors import PolicyDoesNotFit
+from dicompile.analysis import ModelStructure, Site, SiteKind
 from dicompile.plan.action import COMPUTE, SKIP, Action, Context, Score, ScoreBase, Selection, What
-from dicompile.plan.policy import Cadence, Fitted, Moment, Policy, Refresh, Rule, Table, TokenScore, TokenTable
-from dicompile.plan.tables import check_table
+from dicompile.plan.cadence import Cadence, Moment
+from dicompile.plan.fits import check_stored, check_table, reused_whole
+from dicompile.plan.recall import Fitted
+from dicompile.plan.schema import Policy, Refresh, Rule, Table, TokenScore, TokenTable
 
 Row = tuple[Action, ...]
 """One action per site, then one per span."""
@@ -114,33 +114,25 @@ class _Rows:
         """Action for a number of tokens."""
         if count >= site.tokens.count:
             return COMPUTE
-        self._check_stored(site, step)
+        check_stored(self.policy, site, table, self.stored[site.id], step)
         if count == 0 or site.id in self.mixed:
             return Action((0.0, 1.0), What(table.what))
         return Action.refresh(Selection(score_of(table.score, 1), count, Context(table.context)), What(table.what))
 
     def recall(self, rule: Rule, site: Site, step: int) -> Action:
         """Action that takes what is stored."""
-        self._check_stored(site, step)
-        recall = rule.recall
+        recall, stored = rule.recall, self.stored[site.id]
         assert not isinstance(recall, TokenTable)
         if self.begin and isinstance(recall, Fitted):
-            recall = recall.for_stored(self.stored[site.id], step)
-        return recall.action(self.stored[site.id], step)
+            recall = recall.for_stored(stored, step)
+        check_stored(self.policy, site, recall, stored, step)
+        return recall.action(stored, step)
 
     def moment(self, cadence: Cadence, step: int) -> Moment:
         """What `step` is to a cadence."""
         if cadence not in self.moments:
             self.moments[cadence] = cadence.moments(self.steps, self.begin)
         return self.moments[cadence][step - self.begin]
-
-    def _check_stored(self, site: Site, step: int) -> None:
-        if not self.stored[site.id]:
-            raise PolicyDoesNotFit(
-                f"policy {self.policy.name!r} reuses site {site.id} at step {step + 1}, before it was ever computed",
-                where=site.name,
-                fix="compute everything at the first step",
-            )
 
 
 def score_of(score: TokenScore, interval: int) -> Score:
@@ -152,54 +144,3 @@ def score_of(score: TokenScore, interval: int) -> Score:
         grid_bonus=score.grid_bonus,
         share_guidance=score.share_guidance,
     )
-
-
-def score_source(structure: ModelStructure, site: Site, base: ScoreBase) -> Site | None:
-    """The attention site of the same block whose keys, values or map rank the tokens of `site`, or None."""
-    if not base.needs_attention or site.kind.is_span:
-        return None
-    wanted = (SiteKind.CROSS_ATTENTION,) if base is ScoreBase.ENTROPY else OVER_OWN_TOKENS
-    block = structure.blocks[site.block]
-    return next((s for s in structure.sites_of(block) if s.kind in wanted and s.stream == site.stream), None)
-
-
-OVER_OWN_TOKENS = (SiteKind.SELF_ATTENTION, SiteKind.JOINT_ATTENTION, SiteKind.PARALLEL)
-
-
-def rule_for(policy: Policy, site: Site, *kinds: type) -> Rule | None:
-    """The first rule of these kinds of action that names a site."""
-    return next((rule for rule in policy.rules if rule.names(site) and isinstance(rule.do, kinds)), None)
-
-
-def refreshed(structure: ModelStructure, policy: Policy) -> Sequence[tuple[Site, Refresh | TokenTable]]:
-    """Sites and spans of which single tokens may be computed, and how; those that are reused whole instead left out."""
-    mixed = reused_whole(structure, policy)
-    return [(site, do) for site, do in _asked_to_refresh(structure, policy) if site.id not in mixed]
-
-
-def reused_whole(structure: ModelStructure, policy: Policy) -> dict[SiteId, str]:
-    """Sites and spans that a rule refreshes but which mix tokens, with the reason, if the policy reuses such."""
-    if policy.where_mixed == "refuse":
-        return {}
-    reasons = ((site, why_not_refreshed(site, do)) for site, do in _asked_to_refresh(structure, policy))
-    return {site.id: reason for site, reason in reasons if reason}
-
-
-def why_not_refreshed(site: Site, do: Refresh | TokenTable) -> str:
-    """What forbids to compute chosen tokens of a site or span alone; empty if nothing does."""
-    fact = site.tokens
-    # A branch of attention over its own tokens can be refreshed where the rule says which attention they see.
-    opened = fact.stored if do.context == "stored" else fact.wise is TokenWise.QUERIES
-    if site.kind.is_span and do.context == "stored" and fact.wise is TokenWise.QUERIES:
-        return STORES_NO_ATTENTION
-    if fact.wise is TokenWise.YES or (opened and (site.kind.is_span or site.kind is SiteKind.PARALLEL)):
-        return ""
-    return fact.reason or "what mixes its tokens is stored at other steps only"
-
-
-STORES_NO_ATTENTION = "a span stores no attention"
-
-
-def _asked_to_refresh(structure: ModelStructure, policy: Policy) -> Sequence[tuple[Site, Refresh | TokenTable]]:
-    found = ((site, rule_for(policy, site, Refresh, TokenTable)) for site in structure.everything)
-    return [(site, rule.do) for site, rule in found if rule is not None and isinstance(rule.do, (Refresh, TokenTable))]

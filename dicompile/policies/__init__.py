@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 from dicompile.errors import InvalidPolicy, UnknownPolicy
 from dicompile.plan import Policy
@@ -105,15 +105,26 @@ def get_policy(source: Policy | str | dict[str, Any], **options: Any) -> Policy:
 
 def required_options(name: str) -> tuple[str, ...]:
     """Options without which a published policy cannot be made: the file that somebody trained for the model."""
-    parameters = inspect.signature(POLICIES[name]).parameters.values()
-    return tuple(option.name for option in parameters if option.default is inspect.Parameter.empty)
+    return tuple(name for name, default in _options(POLICIES[name]).items() if default is inspect.Parameter.empty)
+
+
+def _options(function: Callable[..., Policy]) -> dict[str, Any]:
+    """Names and defaults of a policy's options; where it hands them on, only the policy that gets them has defaults."""
+    options: dict[str, Any] = {}
+    for parameter in inspect.signature(function).parameters.values():
+        if parameter.kind is inspect.Parameter.VAR_KEYWORD:
+            (handed_on,) = get_args(get_type_hints(function)[parameter.name])
+            options |= dict.fromkeys(get_type_hints(handed_on))
+        else:
+            options[parameter.name] = parameter.default
+    return options
 
 
 def _call(name: str, options: dict[str, Any]) -> Policy:
     if name in ANYWHERE and not options:
         return ANYWHERE[name]()
     function = POLICIES[name]
-    known = inspect.signature(function).parameters
+    known = _options(function)
     for option in options:
         if option not in known:
             raise InvalidPolicy(

@@ -1,11 +1,26 @@
-"""DuCa: ToCa's partial steps take turns with aggressive ones, at which no block runs at all."""
+"""DuCa: ToCa's partial steps take turns with aggressive ones, at which no block runs at all.
+
+Every setting is one of ToCa's with defaults of its own; options that it does not name are those of ToCa.
+"""
 
 from __future__ import annotations
 
 from typing import Literal
 
+from typing_extensions import Unpack
+
 from dicompile.plan import Policy, Reuse, Rule
-from dicompile.policies.toca import ScoreName, ToCa, ToCaFlux, ToCaOpenSora, ToCaPixArt
+from dicompile.policies.toca import (
+    ScoreName,
+    ToCa,
+    ToCaFlux,
+    ToCaFluxOptions,
+    ToCaOpenSora,
+    ToCaOpenSoraOptions,
+    ToCaOptions,
+    ToCaPixArt,
+    ToCaPixArtOptions,
+)
 
 Aggressive = Literal["stream", "update"]
 
@@ -15,12 +30,9 @@ def DuCa(
     ratio: float = 0.05,
     score: ScoreName = "attention",
     aggressive: Aggressive = "stream",
-    age_weight: float = 0.25,
-    grid_cell: int = 2,
+    *,
     grid_bonus: float = 0.8,
-    decide: Literal["step", "block"] = "step",
-    depth_denominator: int | None = None,
-    seed: int = 0,
+    **options: Unpack[ToCaOptions],
 ) -> Policy:
     """Dual feature caching for class-conditional DiT.
 
@@ -33,28 +45,14 @@ def DuCa(
             with either, no attention map exists anywhere.
         aggressive: what an aggressive step reuses: "stream", the last hidden state, as published, or "update", what all
             blocks added to the stream, on top of the embedding of the current latent.
-        age_weight: weight of s3, per conservative step and interval.
-        grid_cell: edge of the cells of s4, in tokens; 0 for none.
         grid_bonus: s4, multiple of the cell's best score.
-        decide: "block" repeats the reference code's quirk of deciding again in every block.
-        depth_denominator: 27 repeats the reference code on models of another depth.
-        seed: of the random score.
+        **options: of the conservative steps; see `ToCa`.
 
     Reference:
         Zou et al., Accelerating Diffusion Transformers with Dual Feature Caching, arXiv 2412.18911, section 3, and its
         published DiT settings; random selection: version 2, Rethinking Token-wise Feature Caching.
     """
-    conservative = ToCa(
-        interval=interval,
-        ratio=ratio,
-        score=score,
-        age_weight=age_weight,
-        grid_cell=grid_cell,
-        grid_bonus=grid_bonus,
-        decide=decide,
-        depth_denominator=depth_denominator,
-        seed=seed,
-    )
+    conservative = ToCa(interval=interval, ratio=ratio, score=score, grid_bonus=grid_bonus, **options)
     return _with_aggressive_steps(conservative, f"duca-{interval}", aggressive)
 
 
@@ -63,12 +61,7 @@ def DuCaPixArt(
     ratio: float = 0.75,
     score: ScoreName = "entropy",
     aggressive: Aggressive = "stream",
-    age_weight: float = 0.25,
-    grid_cell: int = 4,
-    grid_bonus: float = 0.4,
-    depth_denominator: int | None = None,
-    share_guidance: bool = True,
-    seed: int = 0,
+    **options: Unpack[ToCaPixArtOptions],
 ) -> Policy:
     """Dual feature caching for text-conditional DiT with cross-attention (PixArt).
 
@@ -77,27 +70,12 @@ def DuCaPixArt(
         ratio: base share of tokens at conservative steps, R; see `ToCaPixArt`.
         score: see `DuCa`; "entropy" as in the PixArt experiments.
         aggressive: what an aggressive step reuses; see `DuCa`.
-        age_weight: weight of s3, per conservative step and interval.
-        grid_cell: edge of the cells of s4, in tokens; 0 for none.
-        grid_bonus: s4, multiple of the cell's best score.
-        depth_denominator: 27 repeats the reference code on models of another depth.
-        share_guidance: both guidance halves refresh the same tokens; needs the two halves in one batch.
-        seed: of the random score.
+        **options: of the conservative steps; see `ToCaPixArt`.
 
     Reference:
         Zou et al., arXiv 2412.18911, section 4, and its published PixArt-alpha settings.
     """
-    conservative = ToCaPixArt(
-        interval=interval,
-        ratio=ratio,
-        score=score,
-        age_weight=age_weight,
-        grid_cell=grid_cell,
-        grid_bonus=grid_bonus,
-        depth_denominator=depth_denominator,
-        share_guidance=share_guidance,
-        seed=seed,
-    )
+    conservative = ToCaPixArt(interval=interval, ratio=ratio, score=score, **options)
     steady = conservative.model_copy(update={"cadence": conservative.cadence.model_copy(update={"stretch": 0.0})})
     return _with_aggressive_steps(steady, f"duca-pixart-{interval}", aggressive)
 
@@ -107,9 +85,9 @@ def DuCaOpenSora(
     ratio: float = 0.1,
     score: ScoreName = "value-norm",
     aggressive: Aggressive = "stream",
-    age_weight: float = 0.25,
+    *,
     share_guidance: bool = False,
-    seed: int = 0,
+    **options: Unpack[ToCaOpenSoraOptions],
 ) -> Policy:
     """Dual feature caching for spatial-temporal DiT (Open-Sora 1.2): full, conservative, aggressive, and again.
 
@@ -118,16 +96,13 @@ def DuCaOpenSora(
         ratio: base share of MLP tokens at conservative steps, R.
         score: see `DuCa`; V-caching as published.
         aggressive: what an aggressive step reuses; see `DuCa`.
-        age_weight: weight of s3, per conservative step and interval.
         share_guidance: both guidance halves refresh the same tokens; needs the two halves in one batch.
-        seed: of the random score.
+        **options: of the conservative steps; see `ToCaOpenSora`.
 
     Reference:
         Zou et al., arXiv 2412.18911, section 4, and its published Open-Sora settings.
     """
-    conservative = ToCaOpenSora(
-        interval=interval, ratio=ratio, score=score, age_weight=age_weight, share_guidance=share_guidance, seed=seed
-    )
+    conservative = ToCaOpenSora(interval=interval, ratio=ratio, score=score, share_guidance=share_guidance, **options)
     return _with_aggressive_steps(conservative, f"duca-opensora-{interval}", aggressive)
 
 
@@ -136,9 +111,7 @@ def DuCaFlux(
     ratio: float = 0.1,
     score: ScoreName = "value-norm",
     aggressive: Aggressive = "update",
-    age_weight: float = 0.25,
-    depth_denominator: int | None = None,
-    seed: int = 0,
+    **options: Unpack[ToCaFluxOptions],
 ) -> Policy:
     """Dual feature caching for models of joint attention (FLUX), for which no code was published.
 
@@ -147,21 +120,12 @@ def DuCaFlux(
         ratio: base share of tokens at conservative steps, R; see `ToCaFlux`.
         score: see `DuCa`.
         aggressive: what an aggressive step reuses; see `DuCa`.
-        age_weight: weight of s3, per conservative step and interval.
-        depth_denominator: see `ToCaFlux`.
-        seed: of the random score.
+        **options: of the conservative steps; see `ToCaFlux`.
 
     Reference:
         Zou et al., arXiv 2412.18911; figures on FLUX.1: HyCa (ICLR 2026).
     """
-    conservative = ToCaFlux(
-        interval=interval,
-        ratio=ratio,
-        score=score,
-        age_weight=age_weight,
-        depth_denominator=depth_denominator,
-        seed=seed,
-    )
+    conservative = ToCaFlux(interval=interval, ratio=ratio, score=score, **options)
     return _with_aggressive_steps(conservative, f"duca-flux-{interval}", aggressive)
 
 

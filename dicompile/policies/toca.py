@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, TypedDict
 
 from dicompile.errors import InvalidPolicy
 from dicompile.plan import Cadence, Line, Policy, Refresh, Reuse, Rule, TokenScore, Window
@@ -15,6 +15,16 @@ STEP_AND_DEPTH = {
     "ddpm250": (Line(start=1.4, slope=-0.8), Line(start=1.8, slope=-1.6)),
 }
 """Factors of the refresh ratio by step and by depth, of the two published DiT settings."""
+
+
+class ToCaOptions(TypedDict, total=False):
+    """Options of `ToCa` that a setting built on it takes over."""
+
+    age_weight: float
+    grid_cell: int
+    decide: Literal["step", "block"]
+    depth_denominator: int | None
+    seed: int
 
 
 def ToCa(
@@ -68,6 +78,17 @@ def ToCa(
     )
     rules = (Rule(sites=("mlp",), do=refresh), Rule(do=Reuse()))
     return Policy(name=f"toca-{interval}", cadence=cadence, rules=rules, seed=seed)
+
+
+class ToCaPixArtOptions(TypedDict, total=False):
+    """Options of `ToCaPixArt` that a setting built on it takes over."""
+
+    age_weight: float
+    grid_cell: int
+    grid_bonus: float
+    depth_denominator: int | None
+    share_guidance: bool
+    seed: int
 
 
 def ToCaPixArt(
@@ -131,6 +152,13 @@ def ToCaPixArt(
     )
 
 
+class ToCaOpenSoraOptions(TypedDict, total=False):
+    """Options of `ToCaOpenSora` that a setting built on it takes over."""
+
+    age_weight: float
+    seed: int
+
+
 def ToCaOpenSora(
     interval: int = 3,
     ratio: float = 0.1,
@@ -182,6 +210,14 @@ def ToCaOpenSora(
         ),
         seed=seed,
     )
+
+
+class ToCaFluxOptions(TypedDict, total=False):
+    """Options of `ToCaFlux` that a setting built on it takes over."""
+
+    age_weight: float
+    depth_denominator: int | None
+    seed: int
 
 
 def ToCaFlux(

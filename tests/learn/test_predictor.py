@@ -15,8 +15,8 @@ from dicompile.errors import InvalidPredictor
 from dicompile.learn.graph import learnable
 from dicompile.learn.latents import LATENTS
 from dicompile.learn.predictor import PredictorOptions, PredictorTraining, train_predictor
-from dicompile.learn.router import Files
 from dicompile.learn.samplers import Ddim
+from dicompile.learn.training import Files
 from dicompile.plan import What
 from dicompile.policies import TokenCache, load_predictor
 from tests.models import dit

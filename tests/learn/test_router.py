@@ -17,8 +17,9 @@ import dicompile
 from dicompile.errors import InvalidRouter
 from dicompile.learn.graph import LearnableModel, learnable
 from dicompile.learn.objective import Objective, training_iteration
-from dicompile.learn.router import Files, RouterOptions, RouterTraining, sweep_penalties, train_router, with_penalty
+from dicompile.learn.router import RouterOptions, RouterTraining, sweep_penalties, train_router, with_penalty
 from dicompile.learn.samplers import Ddim, DpmSolver2
+from dicompile.learn.training import Files
 from dicompile.policies import LearningToCache
 from tests.models import PlainDiT, Sample, plain_dit, redraw, run
 from tests.uvit import UViT, forward_with, uvit

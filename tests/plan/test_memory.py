@@ -22,15 +22,17 @@ ROWS = 2 * TOKENS
 @pytest.mark.parametrize(
     ("given", "size"),
     [
-        (0, 0), (4096, 4096), ("4096", 4096), ("12 b", 12), ("1KiB", 1024), ("1.5k", 1536), ("3MB", 3_000_000),
-        ("2GiB", 2 * 2**30), (" 2 gib ", 2 * 2**30), ("1TB", 10**12), (None, None),
+        (0, 0), (4096, 4096), ("4096", 4096), ("12 b", 12), ("1KiB", 1024), ("1.5k", 1500), ("3MB", 3_000_000),
+        (".5MiB", 2**19), ("2GiB", 2 * 2**30), (" 2 gib ", 2 * 2**30), ("1TB", 10**12), (None, None),
     ],
 )  # fmt: skip
 def test_a_budget_is_a_number_or_text_with_a_unit(given: int | str | None, size: int | None) -> None:
     assert CacheOptions.of(given).max_bytes == size
 
 
-@pytest.mark.parametrize("given", [-1, True, 1.5, "", "GiB", "2 gallons", "-1MB", "1e9", [1]])
+@pytest.mark.parametrize(
+    "given", [-1, True, 1.5, "", "GiB", "2 gallons", "-1MB", "1e9", "1,5GiB", "2GiB or so", "1.2.3MB", [1], 2.0]
+)
 def test_anything_else_is_no_budget(given: object) -> None:
     with pytest.raises(InvalidSetting, match="max_cache_bytes cannot be") as caught:
         CacheOptions.of(given)  # type: ignore[arg-type]

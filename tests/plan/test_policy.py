@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -289,3 +291,10 @@ def test_parallel_branches_are_refreshed_in_any_context(context: str) -> None:
 def test_cells_of_a_film_may_be_cut_off_at_its_edges() -> None:
     film = toy([("self-attention", "mlp")], grid=(2, 2, 4))
     assert len(make_plan(film, policy(on("mlp", grid_cell=3)), TimestepSchedule(4)).steps) == 4
+
+
+def test_policies_are_refused_in_one_file_only() -> None:
+    root = Path(__file__).resolve().parents[2]
+    sources = [file for part in ("dicompile", "passes", "runtime") for file in (root / part).rglob("*.py")]
+    refusing = [file for file in sources if re.search(r"raise PolicyDoesNotFit\(", file.read_text(encoding="utf-8"))]
+    assert [file.relative_to(root) for file in refusing] == [Path("dicompile/plan/fits.py")]

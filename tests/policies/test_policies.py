@@ -279,6 +279,8 @@ def test_an_unknown_option_lists_those_of_the_policy() -> None:
     assert str(error.value) == (
         "policy 'fora' has no option 'intervall'\n  where: options\n  fix:   its options are: interval"
     )
+    with pytest.raises(InvalidPolicy, match=r"score, aggressive, age_weight, depth_denominator, seed$"):
+        get_policy("duca-flux", grid_cell=2)  # the last three are handed on to ToCaFlux
     with pytest.raises(InvalidPolicy, match="its options are: none"):
         get_policy("none", interval=3)
 

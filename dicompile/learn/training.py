@@ -1,0 +1,127 @@
+"""The loop of every training: resume, advance, log, save."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Protocol
+
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from dicompile.errors import DicompileError
+from dicompile.learn.checkpoint import append_line, forget_lines_after, load_checkpoint, save_checkpoint
+
+
+@dataclass(frozen=True, slots=True)
+class Files:
+    """Where a training writes.
+
+    Attributes:
+        checkpoint: state to resume from, or None.
+        log: JSON lines of `Entry`, or None.
+        every: iterations between two checkpoints.
+    """
+
+    checkpoint: Path | None = None
+    log: Path | None = None
+    every: int = 200
+
+
+NOWHERE = Files()
+"""A training that leaves no files."""
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One line of the log; its text is what the bar says.
+
+    Attributes:
+        iteration: number, counted from 1.
+    """
+
+    iteration: int
+
+
+class Options(Protocol):
+    """How something is trained."""
+
+    @property
+    def iterations(self) -> int:
+        """Optimiser steps in total."""
+
+
+class Training(Protocol):
+    """A training that can be advanced, saved and continued.
+
+    Attributes:
+        name: what the bar calls it.
+        invalid: what is raised where a checkpoint is none of this training.
+        iteration: how many were run.
+    """
+
+    name: ClassVar[str]
+    invalid: ClassVar[type[DicompileError]]
+    iteration: int
+
+    @property
+    def options(self) -> Options:
+        """How it is trained."""
+
+    @property
+    def key(self) -> str:
+        """What a checkpoint has to agree with."""
+
+    def advance(self) -> Entry:
+        """One iteration."""
+
+    def state(self) -> dict[str, Any]:
+        """Everything that the next iteration depends on."""
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Continue from a state."""
+
+
+def run_to_end(training: Training, files: Files = NOWHERE, *, resume: bool = False, progress: bool = True) -> None:
+    """Run a training to its end.
+
+    A resumed run ends with the very numbers of one that was never interrupted.
+
+    Args:
+        training: what to run.
+        files: checkpoint and log.
+        resume: continue from the checkpoint if it is there; otherwise checkpoint and log start anew.
+        progress: show a bar.
+
+    Raises:
+        DicompileError: the checkpoint is damaged or belongs to a training with other options; see `Training.invalid`.
+    """
+    if resume and files.checkpoint is not None and files.checkpoint.exists():
+        _restore(training, files.checkpoint)
+    forget_lines_after(files.log, training.iteration)
+    total = training.options.iterations
+    with _bar(disable=not progress) as bar:
+        task = bar.add_task(training.name, total=total, completed=training.iteration, said="")
+        while training.iteration < total:
+            entry = training.advance()
+            append_line(files.log, asdict(entry))
+            if files.checkpoint is not None and (entry.iteration % files.every == 0 or entry.iteration == total):
+                save_checkpoint({"key": training.key, **training.state()}, files.checkpoint)
+            bar.update(task, advance=1, said=str(entry))
+
+
+def _restore(training: Training, path: Path) -> None:
+    state = load_checkpoint(path, training.invalid)
+    if state["key"] != training.key:
+        raise training.invalid(
+            "the checkpoint belongs to another training",
+            where=str(path),
+            why=f"it says {state['key']}, this one {training.key}",
+            fix="resume with the same options (but for the number of iterations), or remove the file",
+        )
+    training.restore(state)
+
+
+def _bar(*, disable: bool) -> Progress:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    return Progress(*columns, TextColumn("{task.fields[said]}"), disable=disable, refresh_per_second=2)

@@ -1,0 +1,35 @@
+"""What policies are made of: frozen data that hashes, compares, and complains in our words."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from dicompile.errors import InvalidPolicy
+
+
+class Frozen(BaseModel):
+    """Immutable data without unknown options."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    def __init__(self, **fields: Any) -> None:
+        try:
+            super().__init__(**fields)
+        except ValidationError as error:
+            raise invalid_policy(type(self).__name__, error) from None
+
+
+def invalid_policy(source: str, error: ValidationError) -> InvalidPolicy:
+    """The first complaint of pydantic as one of our errors."""
+    first = error.errors(include_url=False)[0]
+    told = first.get("ctx", {}).get("error")
+    if isinstance(told, InvalidPolicy):  # raised by what is inside, and wrapped by pydantic as any ValueError
+        return told
+    key = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        return InvalidPolicy(f"unknown option {key!r}", where=source, fix="remove it, or check its spelling")
+    return InvalidPolicy(
+        f"option {key!r} cannot be {first['input']!r}", where=source, why=first["msg"], fix="see the policy's docstring"
+    )

@@ -1,0 +1,215 @@
+"""Policies: when x where x what instead, as frozen data."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+import numpy as np
+from pydantic import Field, NonNegativeInt, PositiveInt
+
+from dicompile.analysis import Site
+from dicompile.plan.cadence import Cadence, Moment
+from dicompile.plan.frozen import Frozen
+from dicompile.plan.recall import Fitted, Forecast, Recall, Reuse, WhatName
+from dicompile.plan.yaml_json import YamlJson
+
+
+class Line(Frozen):
+    """``start + slope * x``."""
+
+    start: float = 1.0
+    slope: float = 0.0
+
+    def at(self, x: float) -> float:
+        """Value at x."""
+        return self.start + self.slope * x
+
+
+BaseName = Literal[
+    "attention",
+    "entropy",
+    "value-norm",
+    "large-value-norm",
+    "key-norm",
+    "similarity",
+    "norm",
+    "random",
+    "predicted",
+]
+
+
+class TokenScore(Frozen):
+    """How tokens are ranked for refreshing; see `dicompile.plan.action.Score`.
+
+    Attributes:
+        base: score base.
+        age_weight: weight per reuse step since the last refresh, divided by the cadence's interval.
+        grid_cell: edge of the cells of the token grid, 0 for no bonus.
+        grid_bonus: multiple of its score that the best token of a cell gets on top.
+        share_guidance: average the base over the two guidance halves of the batch.
+    """
+
+    base: BaseName = "attention"
+    age_weight: float = 0.25
+    grid_cell: NonNegativeInt = 0
+    grid_bonus: float = 0.0
+    share_guidance: bool = False
+
+
+class Refresh(Frozen):
+    """Compute the highest-ranked tokens and recall the others.
+
+    The number of tokens is ``int(clamp(float32(ratio * by_step(q) * by_depth(d) * factor), 0, 1) * n)``; none means
+    that all are recalled.
+
+    Attributes:
+        ratio: share of tokens before the factors.
+        factor: factor of this kind of site.
+        by_step: factor as a function of q = s / S.
+        by_depth: factor as a function of the block's depth, 0 for the first and 1 for the last of its list.
+        depth_denominator: divide the block number by this instead (27 in the reference code).
+        score: how tokens are ranked.
+        context: which attention the tokens see; see `dicompile.plan.action.Context`.
+        otherwise: value of the other tokens. With `Reuse` refreshed tokens stay stored; beside forecasts they serve
+            their own step only, so that the history stays one of full steps.
+    """
+
+    do: Literal["refresh"] = "refresh"
+    ratio: Annotated[float, Field(ge=0, le=1)]
+    factor: float = 1.0
+    by_step: Line = Line()
+    by_depth: Line = Line()
+    depth_denominator: PositiveInt | None = None
+    score: TokenScore = TokenScore()
+    context: Literal["stored", "all", "kept"] = "stored"
+    otherwise: Recall = Reuse()
+
+    def count(self, q: float, depth: tuple[int, int], tokens: int) -> int:
+        """Number of tokens to refresh."""
+        denominator = self.depth_denominator or max(depth[1] - 1, 1)
+        share = self.ratio * self.by_step.at(q) * self.by_depth.at(depth[0] / denominator) * self.factor
+        return int(np.clip(np.float32(share), np.float32(0), np.float32(1)) * tokens)
+
+
+class Origin(Frozen):
+    """Where a learned table comes from and what it was learned for; it holds for nothing else.
+
+    Attributes:
+        file: what messages call it.
+        sites: labels of the sites that the rule names, "3.mlp", in order; empty if nobody wrote them down.
+        timesteps: of the sampler, in calling order, as its scheduler counts them; empty if nobody wrote them down.
+    """
+
+    file: str
+    sites: tuple[str, ...] = ()
+    timesteps: tuple[float, ...] = ()
+
+
+class Table(Frozen):
+    """Compute what a table says, recall the rest; the cadence has no say.
+
+    Attributes:
+        compute: per step, one entry for each site that the rule names, in order.
+        otherwise: value of the sites that are not computed.
+        origin: of a learned table.
+    """
+
+    do: Literal["table"] = "table"
+    compute: tuple[tuple[bool, ...], ...]
+    otherwise: Recall = Reuse()
+    origin: Origin | None = None
+
+
+class TokenTable(Frozen):
+    """Refresh as many tokens as a table says; the cadence has no say.
+
+    Attributes:
+        counts: per step, tokens to compute of each site or span that the rule names, in order; all of them means that
+            it is computed whole, none that it is reused.
+        score: how tokens are ranked.
+        context: which attention the tokens see.
+        what: which value is stored.
+        origin: of a learned table.
+    """
+
+    do: Literal["tokens"] = "tokens"
+    counts: tuple[tuple[NonNegativeInt, ...], ...]
+    score: TokenScore = TokenScore(base="predicted", age_weight=0.0)
+    context: Literal["all", "kept"] = "all"
+    what: WhatName = "update"
+    origin: Origin | None = None
+
+
+SiteName = Literal["self-attention", "cross-attention", "joint-attention", "mlp", "parallel", "block", "stack"]
+
+
+class Rule(Frozen):
+    """What sites do on steps that are not full; the first rule that holds for a site wins.
+
+    Attributes:
+        sites: kinds of site; empty means all but spans. "block" is all that a block adds to a stream, "stack" all that
+            the blocks add.
+        when: only on steps whose index is odd, or even, within the current interval.
+        cadence: which steps are full for these sites, instead of the policy's.
+        do: what happens instead of computing.
+    """
+
+    sites: tuple[SiteName, ...] = ()
+    when: Literal["always", "odd", "even"] = "always"
+    cadence: Cadence | None = None
+    do: Annotated[Reuse | Forecast | Fitted | Refresh | Table | TokenTable, Field(discriminator="do")]
+
+    def names(self, site: Site) -> bool:
+        """True if the rule is for the kind of `site`."""
+        return site.kind.value in self.sites if self.sites else not site.kind.is_span
+
+    @property
+    def recall(self) -> Reuse | Forecast | Fitted | TokenTable:
+        """What says which stored value stands in for one that is not computed."""
+        return self.do.otherwise if isinstance(self.do, (Refresh, Table)) else self.do
+
+    def holds(self, moment: Moment) -> bool:
+        """True if the rule is for this step."""
+        return self.when == "always" or (moment.residue % 2 == 1) == (self.when == "odd")
+
+
+class Elsewhere(Frozen):
+    """A policy that takes over on models of another kind.
+
+    Attributes:
+        sites: kinds of site that such a model has, all of them; empty for any model that nothing else fits.
+        grid_axes: axes of its token grid (3 for films), or None for any.
+        policy: what it gets.
+    """
+
+    sites: tuple[SiteName, ...] = ()
+    grid_axes: PositiveInt | None = None
+    policy: Policy
+
+
+class Policy(YamlJson):
+    """A caching policy.
+
+    Attributes:
+        name: how it is called in plans and reports.
+        cadence: which steps compute everything.
+        rules: what happens on the other steps; a site that no rule names is computed.
+        seed: of random scores.
+        predictor: file of the network that predicts importance, where a rule ranks tokens by it.
+        predictor_cost: what one prediction costs, in blocks of the model.
+        where_mixed: what becomes of a branch whose tokens a rule refreshes, but which mixes them: "refuse" the policy
+            or "reuse" the branch whole, which the plan then says.
+        elsewhere: settings of the same method for other kinds of model; see `choose_setting`.
+    """
+
+    name: str
+    cadence: Cadence = Cadence()
+    rules: tuple[Rule, ...] = ()
+    seed: int = 0
+    predictor: str | None = None
+    predictor_cost: Annotated[float, Field(ge=0)] = 0.0
+    where_mixed: Literal["refuse", "reuse"] = "refuse"
+    elsewhere: tuple[Elsewhere, ...] = ()
+
+
+Elsewhere.model_rebuild()
