@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import operator
 from collections.abc import Callable, Iterable, Iterator
 
 from torch import fx
@@ -48,6 +50,10 @@ class Dataflow:
             yield self.nodes[low.bit_length() - 1]
             bits ^= low
 
+    def names(self, bits: int) -> tuple[str, ...]:
+        """Names of the nodes of a set, in graph order."""
+        return tuple(node.name for node in self.members(bits))
+
     def is_ancestor(self, node: fx.Node, of: fx.Node) -> bool:
         """True if `of` is computed from `node` (or is it)."""
         return bool(self.ancestors[of] >> self.position[node] & 1)
@@ -55,3 +61,8 @@ class Dataflow:
     def between(self, start: fx.Node, end: fx.Node) -> int:
         """Every node on a path from `start` to `end`, `start` left out."""
         return self.descendants[start] & self.ancestors[end] & ~(1 << self.position[start])
+
+
+def union(sets: Iterable[int]) -> int:
+    """Nodes that are in any of the sets."""
+    return functools.reduce(operator.or_, sets, 0)

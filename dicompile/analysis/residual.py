@@ -7,8 +7,6 @@ depends on the latent, and no other site lies inside it.
 
 from __future__ import annotations
 
-import math
-import operator
 from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -18,6 +16,7 @@ from torch import fx
 from dicompile.analysis.cost import ATTENTION, PRODUCTS, is_heavy
 from dicompile.analysis.dataflow import Dataflow
 from dicompile.analysis.structure import SiteKind
+from dicompile.analysis.transport import is_transport, nearest_streams
 from dicompile.nodes import node_argument
 from dicompile.text import block_path, module_path
 
@@ -31,29 +30,6 @@ GATES = (
     aten._to_copy.default,
     aten.clone.default,
     aten.contiguous.default,
-)
-REDUCTIONS = (aten.mean.dim, aten.sum.dim_IntList, aten.amax.default)
-TRANSPORT = (
-    aten._to_copy.default,
-    aten.to.dtype,
-    aten.clone.default,
-    aten.contiguous.default,
-    aten.cat.default,
-    aten.slice.Tensor,
-    aten.split.Tensor,
-    aten.split_with_sizes.default,
-    aten.chunk.default,
-    aten.view.default,
-    aten.reshape.default,
-    aten._unsafe_view.default,
-    aten.permute.default,
-    aten.transpose.int,
-    aten.unbind.int,
-    aten.select.int,
-    aten.unsqueeze.default,
-    aten.squeeze.dim,
-    aten.pad.default,
-    aten.expand.default,
 )
 
 
@@ -186,72 +162,6 @@ def branch_core(flow: Dataflow, stream: fx.Node, update: fx.Node) -> fx.Node:
     return node
 
 
-def chain_streams(flow: Dataflow, branches: list[Branch]) -> list[int]:
-    """Number the streams: a branch continues the stream whose last add reaches it by casts, splits and joins only."""
-    owner: dict[fx.Node, int] = {}
-    numbers: list[int] = []
-    count = 0
-    for branch in branches:
-        number = _stream_behind(branch.stream, owner)
-        if number is None:
-            number, count = count, count + 1
-        owner[branch.stream] = owner[branch.add] = number
-        numbers.append(number)
-    return numbers
-
-
-def own_keys(flow: Dataflow, branch: Branch, streams: int) -> tuple[int, int]:
-    """First of the attention's keys that belong to the branch's own stream, and their number; (0, 0) if none do.
-
-    Args:
-        flow: of the graph.
-        branch: its attention may join several streams.
-        streams: bit set of all stream values.
-    """
-    if len(branch.attention) != 1 or branch.kind in (SiteKind.MLP, SiteKind.CROSS_ATTENTION):
-        return 0, 0
-    node = node_argument(branch.attention[0], 1)
-    value, stream = node.meta["val"], branch.source.meta["val"]
-    total = int(value.shape[-2])
-    # Attention along one axis of a film folds the other into the batch.
-    if value.shape[0] * total == math.prod(stream.shape[:-1]):
-        return 0, total
-    own = flow.bits([branch.source])
-    while node.target is not aten.cat.default or total not in node.meta["val"].shape:
-        parents = [p for p in node.all_input_nodes if flow.is_ancestor(branch.source, p) and p is not branch.source]
-        if not parents:
-            return 0, 0
-        node = parents[0]
-    first = 0
-    parts: list[fx.Node] = list(node.args[0])  # type: ignore[arg-type]
-    dim = node.args[1] if len(node.args) > 1 else 0
-    for part in parts:
-        size = int(part.meta["val"].shape[dim])
-        if _nearest_streams(flow, part, streams) & own:
-            return first, size
-        first += size
-    return 0, 0
-
-
-def _stream_behind(node: fx.Node, owner: dict[fx.Node, int]) -> int | None:
-    """Number of the stream carried by `node`; of several that were joined, the last one."""
-    return max((owner[found] for found in carried(node, owner)), default=None)
-
-
-def carried(node: fx.Node, wanted: Container[fx.Node]) -> list[fx.Node]:
-    """The nearest of the `wanted` nodes whose values arrive at `node` by casts, splits and joins only."""
-    queue, seen, found = [node], {node}, []
-    while queue:
-        current = queue.pop()
-        if current in wanted:
-            found.append(current)
-        elif is_transport(current):
-            parents = [parent for parent in current.all_input_nodes if parent not in seen]
-            seen.update(parents)
-            queue += parents
-    return found
-
-
 def _residual_operands(
     flow: Dataflow, add: fx.Node, known: Mapping[fx.Node, _Candidate]
 ) -> tuple[fx.Node, fx.Node, fx.Node] | None:
@@ -294,11 +204,6 @@ def _source_behind(
     return None
 
 
-def is_transport(node: fx.Node) -> bool:
-    """True for casts, splits and joins, which move a stream without computing with it."""
-    return node.target in TRANSPORT or node.target is operator.getitem
-
-
 def _kind(
     flow: Dataflow, branch: _Candidate, mixers: Mapping[fx.Node, Sequence[fx.Node]], streams: int, heavy: int
 ) -> SiteKind:
@@ -310,27 +215,11 @@ def _kind(
     from_itself = from_others = False
     for operands in mixers.values():
         from_itself |= all(flow.is_ancestor(source, operand) for operand in operands)
-        near = [_nearest_streams(flow, operand, streams) for operand in operands]
+        near = [nearest_streams(flow, operand, streams) for operand in operands]
         from_others |= any(bits & ~flow.bits([source]) for bits in near)
     if not from_itself:
         return SiteKind.CROSS_ATTENTION
     return SiteKind.JOINT_ATTENTION if from_others else SiteKind.SELF_ATTENTION
-
-
-def _nearest_streams(flow: Dataflow, node: fx.Node, streams: int) -> int:
-    """Stream values that `node` has tokens of: it is computed from them without another one or a mean between."""
-    result, queue, seen = 0, [node], {node}
-    while queue:
-        current = queue.pop()
-        bit = 1 << flow.position[current]
-        if streams & bit:
-            result |= bit
-        if streams & bit or current.target in REDUCTIONS:
-            continue
-        parents = [parent for parent in current.all_input_nodes if parent not in seen]
-        seen.update(parents)
-        queue += parents
-    return result
 
 
 def _bypasses(flow: Dataflow, source: fx.Node, update: fx.Node, mixers: Container[fx.Node], heavy: int) -> bool:

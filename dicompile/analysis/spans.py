@@ -7,12 +7,74 @@ of the same shape. Streams that are joined (FLUX: text and image, then both as o
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
 from torch import fx
 
+from dicompile.analysis.cost import ATTENTION, node_flops
 from dicompile.analysis.dataflow import Dataflow
-from dicompile.analysis.residual import Branch, carried
-from dicompile.analysis.structure import Site
+from dicompile.analysis.residual import Branch
+from dicompile.analysis.structure import Site, SiteId, SiteKind, TokenFact, TokenWise
+from dicompile.analysis.token_work import TokenWork, token_work
+from dicompile.analysis.transport import carried
+from dicompile.analysis.work import owned_work
+
+
+def make_spans(
+    flow: Dataflow, branches: Sequence[Branch], sites: Sequence[Site], groups: Sequence[Sequence[int]]
+) -> tuple[Site, ...]:
+    """Spans of every block, then of the stack; their numbers follow those of the sites."""
+    of_blocks = [run for group in groups for run in find_runs(branches, sites, group)]
+    of_stack = find_runs(branches, sites, range(len(branches)))
+    last = last_adds(flow, branches)
+    spans: list[Site] = []
+    for kind, runs in ((SiteKind.BLOCK, of_blocks), (SiteKind.STACK, of_stack)):
+        work = owned_work(flow, [branches[run[-1]].add for run in runs], [branches[run[0]].stream for run in runs])
+        for run, (flops, size) in zip(runs, work, strict=True):
+            start, end = branches[run[0]].stream, branches[run[-1]].add
+            region = list(flow.members(flow.between(start, end)))
+            inside = [sites[i] for i in run]
+            tokens = _token_work(flow, start, end, region, inside, kind)
+            spans.append(
+                replace(
+                    inside[-1],
+                    id=SiteId(len(sites) + len(spans)),
+                    name=" .. ".join(dict.fromkeys((inside[0].name, inside[-1].name))),
+                    kind=kind,
+                    source=start.name,
+                    core=end.name,
+                    update=end.name,
+                    add=end.name,
+                    attention=(),
+                    shape=tuple(int(size) for size in end.meta["val"].shape),
+                    itemsize=end.meta["val"].element_size(),
+                    update_itemsize=end.meta["val"].element_size(),
+                    tokens=tokens.fact,
+                    flops=round(flops),
+                    token_flops=tokens.flops,
+                    bytes=round(size),
+                    attention_flops=sum(node_flops(node) for node in region if node.target is ATTENTION),
+                    key_flops=tokens.key_flops,
+                    keys=(0, 0),
+                    inside=tuple(SiteId(i) for i in run),
+                    is_last=end in last,
+                )
+            )
+    return tuple(spans)
+
+
+def _token_work(
+    flow: Dataflow, start: fx.Node, end: fx.Node, region: Sequence[fx.Node], inside: Sequence[Site], kind: SiteKind
+) -> TokenWork:
+    """What a span can do with chosen tokens."""
+    work = token_work(flow, start, end, region)
+    if kind is SiteKind.STACK:
+        why = "tokens of later blocks attend to all tokens of earlier ones"
+    elif any(site.kind is SiteKind.JOINT_ATTENTION for site in inside):
+        why = "another stream needs the same attention over all tokens"
+    else:
+        return work
+    return TokenWork(TokenFact(TokenWise.NO, work.fact.axis, work.fact.count, why))
 
 
 def find_runs(branches: Sequence[Branch], sites: Sequence[Site], members: Iterable[int]) -> list[list[int]]:
