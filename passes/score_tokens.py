@@ -27,10 +27,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, fx
 
-from dicompile.analysis.cost import VIEWS, is_heavy
-from dicompile.analysis.tokens import NORMS, RESHAPES
 from dicompile.nodes import node_argument, tensor_of
 from dicompile.ops import scores
+from dicompile.ops.attention import mask_of
+from dicompile.ops.kinds import NORMS, RESHAPES, VIEWS, is_heavy
 from dicompile.passes.base import PassReport, Segment, SiteNodes, SlotRef
 from dicompile.passes.edit import Editor
 from dicompile.plan import ScoreBase, SlotKind
@@ -79,7 +79,7 @@ def raw_score(editor: Editor, attention: fx.Node, base: ScoreBase, shared: bool 
         shared: whether entropies are for a mixture of guidance halves.
     """
     query, key, value = (node_argument(attention, i) for i in range(3))
-    mask: Any = attention.args[3] if len(attention.args) > 3 else attention.kwargs.get("attn_mask")
+    mask = mask_of(attention)
     scale: Any = attention.kwargs.get("scale")
     if base is ScoreBase.VALUE_NORM:
         return editor.trace(scores.value_norm, value)

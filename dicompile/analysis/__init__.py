@@ -1,7 +1,6 @@
 """Analysis: captured graph -> `ModelStructure`. Reads the graph, edits nothing, knows no class or attribute names."""
 
 from dicompile.analysis.analyse import analyse
-from dicompile.analysis.cost import node_flops
 from dicompile.analysis.dataflow import Dataflow
 from dicompile.analysis.structure import (
     Block,
@@ -15,6 +14,7 @@ from dicompile.analysis.structure import (
     TokenFact,
     TokenWise,
 )
+from dicompile.ops.cost import node_flops
 
 __all__ = [
     "Block",

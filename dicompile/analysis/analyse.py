@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from torch import fx
 
 from dicompile.analysis.blocks import group_branches, make_blocks, partition
-from dicompile.analysis.cost import node_bytes, node_flops
 from dicompile.analysis.dataflow import Dataflow
 from dicompile.analysis.residual import Branch, find_branches
 from dicompile.analysis.sites import make_sites
@@ -16,6 +15,7 @@ from dicompile.analysis.spans import make_spans
 from dicompile.analysis.streams import chain_streams, make_streams
 from dicompile.analysis.structure import ModelStructure
 from dicompile.capture import Capture, Role
+from dicompile.ops.cost import node_bytes, node_flops
 
 
 def analyse(capture: Capture) -> ModelStructure:

@@ -19,10 +19,10 @@ import networkx as nx
 import torch
 from torch import fx
 
-from dicompile.analysis.cost import is_heavy
 from dicompile.analysis.dataflow import Dataflow, union
 from dicompile.analysis.residual import Branch
 from dicompile.analysis.structure import Block, BlockId, SiteId, SiteKind
+from dicompile.ops.kinds import is_heavy
 from dicompile.text import block_path, module_path, operator_text, tensor_text
 
 

@@ -13,24 +13,14 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from dicompile.analysis.cost import ATTENTION, PRODUCTS, is_heavy
 from dicompile.analysis.dataflow import Dataflow
 from dicompile.analysis.structure import SiteKind
-from dicompile.analysis.transport import is_transport, nearest_streams
+from dicompile.analysis.transport import nearest_streams
 from dicompile.nodes import node_argument
+from dicompile.ops.kinds import ADDS, ATTENTION, GATES, PRODUCTS, is_heavy, is_transport
 from dicompile.text import block_path, module_path
 
 aten = torch.ops.aten
-
-ADDS = (aten.add.Tensor,)
-GATES = (
-    aten.mul.Tensor,
-    aten.div.Tensor,
-    aten.neg.default,
-    aten._to_copy.default,
-    aten.clone.default,
-    aten.contiguous.default,
-)
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,6 @@ import torch
 from torch import fx
 
 from dicompile.analysis.blocks import Partition
-from dicompile.analysis.cost import node_flops
 from dicompile.analysis.dataflow import Dataflow
 from dicompile.analysis.residual import Branch
 from dicompile.analysis.structure import BlockId, Site, SiteId, SiteKind, StreamId
@@ -18,6 +17,7 @@ from dicompile.analysis.token_work import token_work
 from dicompile.analysis.transport import nearest_streams
 from dicompile.analysis.work import Work, work_of_branches
 from dicompile.nodes import node_argument
+from dicompile.ops.cost import node_flops
 from dicompile.text import module_path
 
 aten = torch.ops.aten

@@ -11,13 +11,14 @@ from dataclasses import replace
 
 from torch import fx
 
-from dicompile.analysis.cost import ATTENTION, node_flops
 from dicompile.analysis.dataflow import Dataflow
 from dicompile.analysis.residual import Branch
 from dicompile.analysis.structure import Site, SiteId, SiteKind, TokenFact, TokenWise
 from dicompile.analysis.token_work import TokenWork, token_work
 from dicompile.analysis.transport import carried
 from dicompile.analysis.work import owned_work
+from dicompile.ops.cost import node_flops
+from dicompile.ops.kinds import ATTENTION
 
 
 def make_spans(

@@ -7,12 +7,14 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from dicompile.analysis.cost import ATTENTION, node_flops
 from dicompile.analysis.dataflow import Dataflow
-from dicompile.analysis.layout import Layout
 from dicompile.analysis.structure import TokenFact, TokenWise
-from dicompile.analysis.tokens import Carried, MixesTokens, Mixing, token_layouts
+from dicompile.analysis.tokens import Mixing, token_layouts
 from dicompile.nodes import node_argument
+from dicompile.ops.cost import node_flops
+from dicompile.ops.kinds import ATTENTION
+from dicompile.ops.layout import Layout
+from dicompile.ops.tokens import Carried, MixesTokens
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,44 +2,12 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Container
 
-import torch
 from torch import fx
 
 from dicompile.analysis.dataflow import Dataflow
-
-aten = torch.ops.aten
-
-REDUCTIONS = (aten.mean.dim, aten.sum.dim_IntList, aten.amax.default)
-TRANSPORT = (
-    aten._to_copy.default,
-    aten.to.dtype,
-    aten.clone.default,
-    aten.contiguous.default,
-    aten.cat.default,
-    aten.slice.Tensor,
-    aten.split.Tensor,
-    aten.split_with_sizes.default,
-    aten.chunk.default,
-    aten.view.default,
-    aten.reshape.default,
-    aten._unsafe_view.default,
-    aten.permute.default,
-    aten.transpose.int,
-    aten.unbind.int,
-    aten.select.int,
-    aten.unsqueeze.default,
-    aten.squeeze.dim,
-    aten.pad.default,
-    aten.expand.default,
-)
-
-
-def is_transport(node: fx.Node) -> bool:
-    """True for casts, splits and joins, which move a stream without computing with it."""
-    return node.target in TRANSPORT or node.target is operator.getitem
+from dicompile.ops.kinds import REDUCTIONS, is_transport
 
 
 def carried(node: fx.Node, wanted: Container[fx.Node]) -> list[fx.Node]:

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from dicompile.analysis.cost import node_bytes, node_flops
 from dicompile.analysis.dataflow import Dataflow, union
 from dicompile.analysis.residual import Branch
+from dicompile.ops.cost import node_bytes, node_flops
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,10 +11,9 @@ import torch
 from torch import fx
 
 from dicompile.nodes import tensor_of
+from dicompile.ops.kinds import CONTRACTIONS, SINUSOIDS
 from dicompile.text import clean_path
 
-aten = torch.ops.aten
-SINUSOIDS = (aten.sin.default, aten.cos.default)
 # How Dynamo spells the root module's own tensors; those of its children are spelled without __dict__.
 _OWN_TENSORS = re.compile(r"\.__dict__\['(_parameters|_buffers)'\]")
 
@@ -141,12 +140,7 @@ def _reaches_sinusoid(node: fx.Node) -> bool:
 
 
 def _contracts(node: fx.Node) -> bool:
-    return node.op != "call_function" or node.target in (
-        aten.linear.default,
-        aten.conv2d.default,
-        aten.embedding.default,
-        aten.scaled_dot_product_attention.default,
-    )
+    return node.op != "call_function" or node.target in CONTRACTIONS
 
 
 def _is_position_table(node: fx.Node) -> bool:

@@ -11,37 +11,9 @@ import torch
 from torch import fx
 
 from dicompile.nodes import node_argument, tensor_of
+from dicompile.ops.kinds import ATTENTION, CONVOLUTIONS, LINEAR, VIEWS, is_heavy
 
 aten = torch.ops.aten
-
-ATTENTION = aten.scaled_dot_product_attention.default
-LINEAR = aten.linear.default
-CONVOLUTIONS = (aten.conv1d.default, aten.conv2d.default, aten.conv3d.default)
-PRODUCTS = (aten.matmul.default, aten.mm.default, aten.bmm.default, aten.addmm.default, aten.baddbmm.default)
-HEAVY = (ATTENTION, LINEAR, *CONVOLUTIONS, *PRODUCTS)
-
-VIEWS = (
-    aten.view.default,
-    aten.reshape.default,
-    aten.transpose.int,
-    aten.permute.default,
-    aten.unsqueeze.default,
-    aten.squeeze.dim,
-    aten.expand.default,
-    aten.slice.Tensor,
-    aten.select.int,
-    aten.split.Tensor,
-    aten.split_with_sizes.default,
-    aten.chunk.default,
-    aten.detach.default,
-    aten.alias.default,
-    aten.unbind.int,
-)
-
-
-def is_heavy(node: fx.Node) -> bool:
-    """True if the node multiplies matrices."""
-    return node.target in HEAVY
 
 
 def node_flops(node: fx.Node) -> int:
