@@ -27,7 +27,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, fx
 
-from dicompile.nodes import node_argument, tensor_of
+from dicompile.nodes import node_argument, tensor_of, walk
 from dicompile.ops import scores
 from dicompile.ops.attention import mask_of
 from dicompile.ops.kinds import NORMS, RESHAPES, VIEWS, is_heavy
@@ -117,17 +117,12 @@ def _before_norms(site: SiteNodes) -> list[fx.Node]:
     """Keys before they are normalised, in parts along the tokens; empty if they are not. Rotations keep norms."""
     key = node_argument(site.attention[0], 1)
     width = tensor_of(key).shape[-1]
-    parts: list[fx.Node] = []
-    queue, seen = [key], {key}
-    while queue:
-        node = queue.pop(0)
-        if node.target in NORMS and tensor_of(node).shape[-1] == width:
-            parts.append(node_argument(node, 0))
-        elif not is_heavy(node):
-            following = [parent for parent in node.all_input_nodes if parent not in seen]
-            seen.update(following)
-            queue += following
-    return parts
+
+    def is_norm(node: fx.Node) -> bool:
+        return node.target in NORMS and tensor_of(node).shape[-1] == width
+
+    behind = walk([key], lambda node: () if is_norm(node) or is_heavy(node) else node.all_input_nodes)
+    return [node_argument(node, 0) for node in behind if is_norm(node)]
 
 
 def _of_own_tokens(editor: Editor, site: SiteNodes, raw: fx.Node) -> fx.Node:

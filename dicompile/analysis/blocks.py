@@ -22,6 +22,7 @@ from torch import fx
 from dicompile.analysis.dataflow import Dataflow, union
 from dicompile.analysis.residual import Branch
 from dicompile.analysis.structure import Block, BlockId, SiteId, SiteKind
+from dicompile.nodes import walk
 from dicompile.ops.kinds import is_heavy
 from dicompile.text import block_path, module_path, operator_text, tensor_text
 
@@ -173,14 +174,7 @@ def _with_items(flow: Dataflow, bits: int) -> int:
 
 def _private_ancestors(flow: Dataflow, ends: Sequence[fx.Node], streams: int) -> int:
     """What `ends` are computed from without passing through a residual add of another block."""
-    bits, queue = flow.bits(ends), list(ends)
-    while queue:
-        for parent in queue.pop().all_input_nodes:
-            bit = 1 << flow.position[parent]
-            if not bits & bit and not streams & bit:
-                bits |= bit
-                queue.append(parent)
-    return bits
+    return flow.bits(walk(ends, lambda node: (p for p in node.all_input_nodes if not flow.contains(streams, p))))
 
 
 def structure_key(nodes: Iterable[fx.Node]) -> str:

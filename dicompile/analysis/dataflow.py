@@ -43,6 +43,10 @@ class Dataflow:
         """The set of nodes for which `predicate` holds."""
         return self.bits(node for node in self.nodes if predicate(node))
 
+    def contains(self, bits: int, node: fx.Node) -> bool:
+        """True if `node` is in a set."""
+        return bool(bits >> self.position[node] & 1)
+
     def members(self, bits: int) -> Iterator[fx.Node]:
         """The nodes of a set, in graph order."""
         while bits:

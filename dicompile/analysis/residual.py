@@ -16,7 +16,7 @@ from torch import fx
 from dicompile.analysis.dataflow import Dataflow
 from dicompile.analysis.structure import SiteKind
 from dicompile.analysis.transport import nearest_streams
-from dicompile.nodes import node_argument
+from dicompile.nodes import node_argument, walk
 from dicompile.ops.kinds import ADDS, ATTENTION, GATES, PRODUCTS, is_heavy, is_transport
 from dicompile.text import block_path, module_path
 
@@ -85,7 +85,7 @@ def find_branches(flow: Dataflow, latent: fx.Node, samples: int) -> list[Branch]
     mixers = {node: mixed for node in flow.nodes if (mixed := _mixed_operands(flow, node, samples))}
     branches = []
     for item in chosen:
-        inside = {node: mixed for node, mixed in mixers.items() if item.region >> flow.position[node] & 1}
+        inside = {node: mixed for node, mixed in mixers.items() if flow.contains(item.region, node)}
         branches.append(
             Branch(
                 add=item.add,
@@ -110,7 +110,7 @@ def _innermost(flow: Dataflow, candidates: Iterable[_Candidate]) -> list[_Candid
     """Candidates, in graph order, without another one inside; of two that only make up one branch, the outer one."""
     chosen: dict[fx.Node, _Candidate] = {}
     for outer in candidates:
-        inside = [inner for inner in chosen.values() if outer.region >> flow.position[inner.add] & 1]
+        inside = [inner for inner in chosen.values() if flow.contains(outer.region, inner.add)]
         if all(_only_serves(flow, inner, outer) for inner in inside):
             for inner in inside:
                 del chosen[inner.add]
@@ -124,7 +124,7 @@ def _only_serves(flow: Dataflow, inner: _Candidate, outer: _Candidate) -> bool:
     That is a sum with the very value that the outer branch adds to, ``x + mlp(norm(x + attention(x)))``, and what a
     block sums up in other shapes than that of its stream: the state of a linear attention.
     """
-    if not all(outer.region >> flow.position[user] & 1 for user in inner.add.users):
+    if not all(flow.contains(outer.region, user) for user in inner.add.users):
         return False
     path = block_path(module_path(outer.add))
     same_block = bool(path) and block_path(module_path(inner.add)) == path
@@ -178,20 +178,14 @@ def _source_behind(
     flow: Dataflow, stream: fx.Node, update: fx.Node, known: Mapping[fx.Node, _Candidate]
 ) -> fx.Node | None:
     """The latest value that the stream comes from, by earlier adds or split off, and that the update is made of."""
-    queue, seen = [stream], {stream}
-    while queue:
-        node = queue.pop(0)
-        if node is not stream and flow.is_ancestor(node, update):
-            return node
+
+    def origins(node: fx.Node) -> Sequence[fx.Node]:
         if node in known:
-            parents = [known[node].stream]
-        elif is_transport(node):
-            parents = node.all_input_nodes
-        else:
-            continue
-        queue += [parent for parent in parents if parent not in seen]
-        seen.update(parents)
-    return None
+            return [known[node].stream]
+        return node.all_input_nodes if is_transport(node) else ()
+
+    behind = walk([stream], origins)
+    return next((node for node in behind if node is not stream and flow.is_ancestor(node, update)), None)
 
 
 def _kind(
@@ -218,23 +212,16 @@ def _bypasses(flow: Dataflow, source: fx.Node, update: fx.Node, mixers: Containe
     A factor on the attention's output (gated attention) is none, however it was computed.
     """
     attended = flow.select(lambda node: node in mixers)
-    forward, queue = {source}, [source]
-    while queue:
-        found = [u for u in queue.pop().users if u not in forward and u not in mixers and flow.is_ancestor(u, update)]
-        forward.update(found)
-        queue += found
-    backward, queue = {update}, [update]
-    while queue:
-        node = queue.pop()
+
+    def factors(node: fx.Node) -> Iterable[fx.Node]:
         parents = node.all_input_nodes
-        if node.target is aten.mul.Tensor and any(flow.ancestors[parent] & attended for parent in parents):
-            parents = [parent for parent in parents if flow.ancestors[parent] & attended]
-        found = [p for p in parents if p in forward and p not in backward]
-        backward.update(found)
-        queue += found
-    around, queue = {source}, [source]
-    while queue:
-        found = [user for user in queue.pop().users if user in backward and user not in around]
-        around.update(found)
-        queue += found
+        attending = [parent for parent in parents if flow.ancestors[parent] & attended]
+        followed = attending if attending and node.target is aten.mul.Tensor else parents
+        return (parent for parent in followed if parent in forward)
+
+    forward = set(
+        walk([source], lambda node: (u for u in node.users if u not in mixers and flow.is_ancestor(u, update)))
+    )
+    backward = set(walk([update], factors))
+    around = set(walk([source], lambda node: (user for user in node.users if user in backward)))
     return update in around and bool(flow.bits(around) & heavy)

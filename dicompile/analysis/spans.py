@@ -17,6 +17,7 @@ from dicompile.analysis.structure import Site, SiteId, SiteKind, TokenFact, Toke
 from dicompile.analysis.token_work import TokenWork, token_work
 from dicompile.analysis.transport import carried
 from dicompile.analysis.work import owned_work
+from dicompile.nodes import walk
 from dicompile.ops.cost import node_flops
 from dicompile.ops.kinds import ATTENTION
 
@@ -104,16 +105,7 @@ def find_runs(branches: Sequence[Branch], sites: Sequence[Site], members: Iterab
 def last_adds(flow: Dataflow, branches: Sequence[Branch]) -> set[fx.Node]:
     """Residual adds that the model's output reads without passing through another one."""
     adds = {branch.add for branch in branches}
-    queue, seen, found = [flow.nodes[-1]], {flow.nodes[-1]}, set()
-    while queue:
-        node = queue.pop()
-        if node in adds:
-            found.add(node)
-            continue
-        parents = [parent for parent in node.all_input_nodes if parent not in seen]
-        seen.update(parents)
-        queue += parents
-    return found
+    return adds.intersection(walk(flow.nodes[-1:], lambda node: () if node in adds else node.all_input_nodes))
 
 
 def _continues(before: Branch, after: Branch) -> bool:

@@ -14,7 +14,7 @@ from collections.abc import Collection
 
 from torch import fx
 
-from dicompile.nodes import node_argument
+from dicompile.nodes import node_argument, walk
 from dicompile.ops.attention import open_attention, stored_output
 from dicompile.ops.kinds import ATTENTION
 from dicompile.ops.layout import Layout
@@ -70,13 +70,8 @@ def _is_beside_tokens(node: fx.Node, layouts: Layouts) -> bool:
     part = layouts[node_argument(node, 0)].padding(taken[0])
     if part is None or not (taken[2] <= part.before or taken[1] >= part.size - part.after):
         return False
-    queue = [node_argument(node, 0)]
-    while queue:
-        parent = queue.pop()
-        if parent.target is ATTENTION:
-            return False
-        queue += [p for p in parent.all_input_nodes if p in layouts]
-    return True
+    behind = walk([node_argument(node, 0)], lambda node: (p for p in node.all_input_nodes if p in layouts))
+    return all(parent.target is not ATTENTION for parent in behind)
 
 
 def _from_stored_attention(region: Collection[fx.Node], layouts: dict[fx.Node, Layout]) -> dict[fx.Node, Carried]:
@@ -105,12 +100,9 @@ def _from_stored_attention(region: Collection[fx.Node], layouts: dict[fx.Node, L
 
 
 def _behind_stored(region: Collection[fx.Node]) -> set[fx.Node]:
-    members, needed = list(region), set[fx.Node]()
-    inside = set(members)
-    queue = members[-1:]
-    while queue:
-        node = queue.pop()
-        if node not in needed:
-            needed.add(node)
-            queue += [p for p in node.all_input_nodes if p in inside] if node.target is not ATTENTION else []
-    return needed
+    inside = set(region)
+
+    def parents(node: fx.Node) -> list[fx.Node]:
+        return [] if node.target is ATTENTION else [parent for parent in node.all_input_nodes if parent in inside]
+
+    return set(walk([*region][-1:], parents))
