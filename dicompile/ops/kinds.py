@@ -12,7 +12,8 @@ aten = torch.ops.aten
 ATTENTION = aten.scaled_dot_product_attention.default
 LINEAR = aten.linear.default
 CONVOLUTIONS = (aten.conv1d.default, aten.conv2d.default, aten.conv3d.default)
-PRODUCTS = (aten.matmul.default, aten.mm.default, aten.bmm.default, aten.addmm.default, aten.baddbmm.default)
+ADDED_PRODUCTS = (aten.addmm.default, aten.baddbmm.default)
+PRODUCTS = (aten.matmul.default, aten.mm.default, aten.bmm.default, *ADDED_PRODUCTS)
 HEAVY = (ATTENTION, LINEAR, *CONVOLUTIONS, *PRODUCTS)
 # Picking rows of a table is a product with rows of zeros and a one.
 CONTRACTIONS = (ATTENTION, LINEAR, aten.conv2d.default, aten.embedding.default)
