@@ -7,62 +7,74 @@ of the same shape. Streams that are joined (FLUX: text and image, then both as o
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
 
 from torch import fx
 
 from dicompile.analysis.dataflow import Dataflow
 from dicompile.analysis.residual import Branch
-from dicompile.analysis.structure import Site, SiteId, SiteKind, TokenFact, TokenWise
+from dicompile.analysis.structure import Site, SiteId, SiteKind, Span, TokenFact, TokenWise
 from dicompile.analysis.token_work import TokenWork, token_work
 from dicompile.analysis.transport import carried
 from dicompile.analysis.work import owned_work
-from dicompile.nodes import walk
+from dicompile.nodes import tensor_of, walk
 from dicompile.ops.cost import node_flops
 from dicompile.ops.kinds import ATTENTION
 
 
 def make_spans(
     flow: Dataflow, branches: Sequence[Branch], sites: Sequence[Site], groups: Sequence[Sequence[int]]
-) -> tuple[Site, ...]:
+) -> tuple[Span, ...]:
     """Spans of every block, then of the stack; their numbers follow those of the sites."""
     of_blocks = [run for group in groups for run in find_runs(branches, sites, group)]
     of_stack = find_runs(branches, sites, range(len(branches)))
     last = last_adds(flow, branches)
-    spans: list[Site] = []
+    spans: list[Span] = []
     for kind, runs in ((SiteKind.BLOCK, of_blocks), (SiteKind.STACK, of_stack)):
         work = owned_work(flow, [branches[run[-1]].add for run in runs], [branches[run[0]].stream for run in runs])
-        for run, (flops, size) in zip(runs, work, strict=True):
+        for run, own in zip(runs, work, strict=True):
             start, end = branches[run[0]].stream, branches[run[-1]].add
-            region = list(flow.members(flow.between(start, end)))
-            inside = [sites[i] for i in run]
-            tokens = _token_work(flow, start, end, region, inside, kind)
-            spans.append(
-                replace(
-                    inside[-1],
-                    id=SiteId(len(sites) + len(spans)),
-                    name=" .. ".join(dict.fromkeys((inside[0].name, inside[-1].name))),
-                    kind=kind,
-                    source=start.name,
-                    core=end.name,
-                    update=end.name,
-                    add=end.name,
-                    attention=(),
-                    shape=tuple(int(size) for size in end.meta["val"].shape),
-                    itemsize=end.meta["val"].element_size(),
-                    update_itemsize=end.meta["val"].element_size(),
-                    tokens=tokens.fact,
-                    flops=round(flops),
-                    token_flops=tokens.flops,
-                    bytes=round(size),
-                    attention_flops=sum(node_flops(node) for node in region if node.target is ATTENTION),
-                    key_flops=tokens.key_flops,
-                    keys=(0, 0),
-                    inside=tuple(SiteId(i) for i in run),
-                    is_last=end in last,
-                )
-            )
+            number = SiteId(len(sites) + len(spans))
+            spans.append(_span(flow, start, end, kind, number, [sites[i] for i in run], own, is_last=end in last))
     return tuple(spans)
+
+
+def _span(
+    flow: Dataflow,
+    start: fx.Node,
+    end: fx.Node,
+    kind: SiteKind,
+    number: SiteId,
+    inside: Sequence[Site],
+    work: tuple[float, float],
+    *,
+    is_last: bool,
+) -> Span:
+    region = list(flow.members(flow.between(start, end)))
+    tokens = _token_work(flow, start, end, region, inside, kind)
+    value = tensor_of(end)
+    return Span(
+        id=number,
+        block=inside[-1].block,
+        name=" .. ".join(dict.fromkeys((inside[0].name, inside[-1].name))),
+        kind=kind,
+        stream=inside[-1].stream,
+        source=start.name,
+        core=end.name,
+        update=end.name,
+        add=end.name,
+        attention=(),
+        shape=tuple(int(size) for size in value.shape),
+        itemsize=value.element_size(),
+        tokens=tokens.fact,
+        flops=round(work[0]),
+        token_flops=tokens.flops,
+        bytes=round(work[1]),
+        attention_flops=sum(node_flops(node) for node in region if node.target is ATTENTION),
+        update_itemsize=value.element_size(),
+        key_flops=tokens.key_flops,
+        inside=tuple(site.id for site in inside),
+        is_last=is_last,
+    )
 
 
 def _token_work(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from dicompile.analysis import ModelStructure, Site, SiteId, SiteKind, TokenWise
+from dicompile.analysis import ModelStructure, Site, SiteId, SiteKind, Span, TokenWise
 from dicompile.errors import PolicyDoesNotFit
 from dicompile.plan.action import COMPUTE, SKIP, Action, Context, Score, ScoreBase, Selection, What
 from dicompile.plan.policy import Cadence, Fitted, Moment, Policy, Refresh, Rule, Table, TokenScore, TokenTable
@@ -74,7 +74,7 @@ class _Rows:
         moment = self.moment(self.policy.cadence, step)
         return COMPUTE if site.block == 0 and moment.first and not moment.others else SKIP
 
-    def span(self, span: Site, step: int) -> Action:
+    def span(self, span: Span, step: int) -> Action:
         """Action of a span; of a reused stream only the last values are ever read."""
         action = self.by_rules(span, step)
         return SKIP if action.what is What.STREAM and not action.computes and not span.is_last else action
