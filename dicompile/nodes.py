@@ -1,11 +1,13 @@
-"""Typed access to fx nodes, whose values and arguments fx itself types as nearly anything.
+"""Typed access to fx nodes, whose values and arguments fx itself types as nearly anything, and the walk along them.
 
 Only positional arguments are read: that is where captured ATen graphs keep whatever is not keyword-only.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import operator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -58,3 +60,24 @@ def list_argument(node: fx.Node, position: int) -> Sequence[Any]:
     if not isinstance(argument, (list, tuple)):
         raise TypeError(f"argument {position} of {node.name} is {argument!r}, not a list")
     return argument
+
+
+def walk(
+    start: Iterable[fx.Node],
+    neighbours: Callable[[fx.Node], Iterable[fx.Node]] = operator.attrgetter("all_input_nodes"),
+) -> Iterator[fx.Node]:
+    """Nodes that can be reached, each once, the nearest first.
+
+    Args:
+        start: they come first.
+        neighbours: where to go on from a node, nowhere if it gives none; by default what it is computed from.
+    """
+    queue = deque(dict.fromkeys(start))
+    seen = set(queue)
+    while queue:
+        node = queue.popleft()
+        yield node
+        for neighbour in neighbours(node):
+            if neighbour not in seen:
+                seen.add(neighbour)
+                queue.append(neighbour)

@@ -15,18 +15,8 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch.utils._dtype_abbrs import dtype_abbrs
 
-DTYPES = {
-    torch.float32: "f32",
-    torch.float64: "f64",
-    torch.float16: "f16",
-    torch.bfloat16: "bf16",
-    torch.float8_e4m3fn: "f8e4m3",
-    torch.int64: "i64",
-    torch.int32: "i32",
-    torch.uint8: "u8",
-    torch.bool: "b8",
-}
 _SYMBOL = re.compile(r"\bs\d+\b")  # torch numbers the symbols of sizes differently in every process
 _BLOCK_PATH = re.compile(r"^(.*\.|)\d+(?=\.|$)")
 _ITEM = re.compile(r"\[['\"]?([^\]'\"]+)['\"]?\]")
@@ -35,7 +25,7 @@ _ITEM = re.compile(r"\[['\"]?([^\]'\"]+)['\"]?\]")
 def tensor_text(value: object) -> str:
     """Dtype and shape of a tensor, ``f32[2,16,96]``; type name of anything else."""
     if isinstance(value, torch.Tensor):
-        dtype = DTYPES.get(value.dtype, str(value.dtype).removeprefix("torch."))
+        dtype = dtype_abbrs.get(value.dtype, str(value.dtype).removeprefix("torch."))
         return f"{dtype}[{','.join(str(size) for size in value.shape)}]"
     if isinstance(value, (tuple, list)):
         return f"({', '.join(tensor_text(item) for item in value)})"

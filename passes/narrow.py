@@ -1,7 +1,8 @@
-"""Chosen tokens in the place of all: sizes, operands and arguments of a branch's operators for `k` tokens per sample.
+"""Chosen tokens in the place of all: sizes and operands of a branch's operators for `k` tokens per sample.
 
-What `dicompile.analysis.Layout` says of a value, that its axes count samples, tokens and other things, is enough for
+What `dicompile.ops.layout.Layout` says of a value, that its axes count samples, tokens and other things, is enough for
 all of it: the outermost part of tokens becomes `k`, the other parts of tokens become 1.
+How each operator runs on them stands in `dicompile.ops.operators`.
 """
 
 from __future__ import annotations
@@ -14,14 +15,14 @@ from typing import Any
 import torch
 from torch import fx
 
-from dicompile.analysis.layout import Layout, Of, Part
-from dicompile.analysis.tokens import RESHAPES, SPLITS, Carried, split_axis, taken_rows, written_rows
-from dicompile.nodes import int_argument, node_argument, tensor_of
+from dicompile.nodes import tensor_of
+from dicompile.ops.kinds import FILLS
+from dicompile.ops.layout import Layout, Of, Part
+from dicompile.ops.operators import narrowed
+from dicompile.ops.tokens import Carried
 from dicompile.passes.edit import Editor
 
 aten = torch.ops.aten
-
-FILLS = (aten.full.default, aten.empty.memory_format, aten.zeros.default, aten.ones.default)
 
 
 class Narrow:
@@ -41,11 +42,15 @@ class Narrow:
         self._sizes: dict[tuple[int, int], fx.Node] = {}
         self._indices: dict[tuple[int, int], fx.Node] = {}
 
+    def call(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
+        """Call an operator on nodes and constants."""
+        return self.editor.call(target, *args, **kwargs)
+
     def size(self, times: int = 1, plus: int = 0) -> fx.Node:
         """``times * (k + plus)``."""
         if (times, plus) not in self._sizes:
-            size = self.editor.call(operator.add, self.count, plus) if plus else self.count
-            self._sizes[times, plus] = self.editor.call(operator.mul, size, times) if times != 1 else size
+            size = self.call(operator.add, self.count, plus) if plus else self.count
+            self._sizes[times, plus] = self.call(operator.mul, size, times) if times != 1 else size
         return self._sizes[times, plus]
 
     def shape(self, layout: Layout) -> list[Any]:
@@ -64,19 +69,19 @@ class Narrow:
         if (before, after) not in self._indices:
             first = [self._others(0, before)] if before else []
             last = [self._others(before + self.tokens, after)] if after else []
-            moved = self.editor.call(aten.add.Tensor, self.chosen, before) if before else self.chosen
-            self._indices[before, after] = self.editor.call(aten.cat.default, [*first, moved, *last], 1)
+            moved = self.call(aten.add.Tensor, self.chosen, before) if before else self.chosen
+            self._indices[before, after] = self.call(aten.cat.default, [*first, moved, *last], 1)
         return self._indices[before, after]
 
     def _others(self, first: int, size: int) -> fx.Node:
         device = tensor_of(self.chosen).device
-        rows = self.editor.call(aten.arange.start, first, first + size, device=device, pin_memory=False)
-        return self.editor.call(aten.expand.default, rows, [self.samples, size])
+        rows = self.call(aten.arange.start, first, first + size, device=device, pin_memory=False)
+        return self.call(aten.expand.default, rows, [self.samples, size])
 
     def gather(self, node: fx.Node, layout: Layout) -> fx.Node:
         """The chosen tokens of a value that holds all; axes that it is broadcast along may be of one row or missing."""
         if node.target in FILLS:
-            return self.editor.call(node.target, self.shape(layout), *node.args[1:], **node.kwargs)
+            return self.call(node.target, self.shape(layout), *node.args[1:], **node.kwargs)
         missing = len(layout.axes) - tensor_of(node).ndim
         node = self._viewed(node, [*[1] * missing, *tensor_of(node).shape])
         node = self._expanded(node, [layout.size(axis) for axis in range(len(layout.axes))])
@@ -92,16 +97,16 @@ class Narrow:
         order = [parts.index(part) for part in (*samples, *tokens)]
         order += [axis for axis in range(len(parts)) if axis not in order]
         others = [parts[axis].size for axis in order[len(samples) + len(tokens) :]]
-        node = self.editor.call(aten.permute.default, node, order)
+        node = self.call(aten.permute.default, node, order)
         node = self._viewed(node, [self.samples, self.tokens, *others])
         node = self._taken(node, 1, 0, Part(self.tokens, Of.TOKENS, 1))
         inner = [part.size for part in samples] + [self.count] + [1] * (len(tokens) - 1)
         node = self._viewed(node, [*inner, *others])
-        node = self.editor.call(aten.permute.default, node, [order.index(axis) for axis in range(len(order))])
+        node = self.call(aten.permute.default, node, [order.index(axis) for axis in range(len(order))])
         return self._viewed(node, self.shape(layout))
 
     def _taken(self, node: fx.Node, axis: int, samples: int, part: Part) -> fx.Node:
-        return self.editor.call(aten.gather.default, node, axis, self.rows(node, axis, samples, part))
+        return self.call(aten.gather.default, node, axis, self.rows(node, axis, samples, part))
 
     def rows(self, like: fx.Node, axis: int = 1, samples: int = 0, part: Part | None = None) -> fx.Node:
         """Indices expanded to gather or scatter whole rows of `like`; int64, its shape with chosen tokens."""
@@ -113,21 +118,21 @@ class Narrow:
         shape[axis] = view[axis] = size
         index = self.index(part.before, part.after)
         if samples > axis:
-            index = self.editor.call(aten.transpose.int, index, 0, 1)
-        index = self.editor.call(aten.view.default if samples < axis else aten.reshape.default, index, view)
-        return self.editor.call(aten.expand.default, index, shape)
+            index = self.call(aten.transpose.int, index, 0, 1)
+        index = self.call(aten.view.default if samples < axis else aten.reshape.default, index, view)
+        return self.call(aten.expand.default, index, shape)
 
     def _viewed(self, node: fx.Node, shape: Sequence[Any]) -> fx.Node:
         # Sizes are compared as text: `==` of a symbolic one would bind it to the example it was traced with.
         known = [str(size.meta["val"] if isinstance(size, fx.Node) else size) for size in shape]
         if known == [str(size) for size in tensor_of(node).shape]:
             return node
-        return self.editor.call(aten.reshape.default, node, list(shape))
+        return self.call(aten.reshape.default, node, list(shape))
 
     def _expanded(self, node: fx.Node, shape: Sequence[int]) -> fx.Node:
         if list(tensor_of(node).shape) == list(shape):
             return node
-        return self.editor.call(aten.expand.default, node, list(shape))
+        return self.call(aten.expand.default, node, list(shape))
 
     def copied(self, node: fx.Node, carried: Carried, copies: Mapping[fx.Node, fx.Node]) -> fx.Node:
         """A node of the branch for chosen tokens.
@@ -137,29 +142,6 @@ class Narrow:
             carried: what it does to tokens.
             copies: its operands for chosen tokens, those that come from the stream.
         """
-        layout, target, call = carried.layout, node.target, self.editor.call
         replaced = {**copies, **{operand: self.gather(operand, own) for operand, own in carried.operands.items()}}
-        if target in SPLITS and layout.counts(split_axis(node)):
-            return replaced[node_argument(node, 0)]  # its parts are slices of what it splits
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda operand: replaced.get(operand, operand))
-        taken = taken_rows(node)
-        if taken is not None and layout.counts(taken[0]):
-            axis, first, last = taken
-            target, args, kwargs = aten.slice.Tensor, (args[0], axis, first, self.size(plus=last - self.tokens)), {}
-        elif target is aten.slice_scatter.default and layout.counts(
-            axis := int_argument(node, 2, 0) % len(layout.axes)
-        ):
-            args = (*args[:2], axis, *(self._bound(row, layout, axis) for row in written_rows(node)))
-        elif target in RESHAPES:
-            # Gathered values are laid out anew: what was a view of the original may have to copy.
-            target, args = aten.reshape.default, (args[0], self.shape(layout))
-        elif target is aten.expand.default:
-            args = (args[0], self.shape(layout))
-        elif target is aten.view_as_complex.default:
-            args = (call(aten.clone.default, args[0], memory_format=torch.contiguous_format),)
-        return call(target, *args, **kwargs)
-
-    def _bound(self, row: int, layout: Layout, axis: int) -> int | fx.Node:
-        """Where a row of an axis with other rows around the tokens is when the chosen tokens stand there."""
-        (part,) = layout.axes[axis]
-        return row if row <= part.before else self.size(plus=row - self.tokens)
+        return narrowed(node, args, kwargs, carried.layout, self)

@@ -17,7 +17,7 @@ The step itself goes on with what it computed: only later steps read rounded num
 float32 would overflow, so a value comes with a scale for every row of its last axis, as a slot of its own::
 
     %4: f32[2,64,1] = ... the largest magnitude of the row over the largest number of the dtype
-    %5: f8e4m3[2,64,32] = aten._to_copy.default(%3 / %4, dtype=torch.float8_e4m3fn)
+    %5: f8e4m3fn[2,64,32] = aten._to_copy.default(%3 / %4, dtype=torch.float8_e4m3fn)
     return value[0] = %5
     return value-scale[0] = %4
 

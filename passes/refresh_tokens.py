@@ -30,11 +30,12 @@ import torch
 from torch import Tensor, fx
 
 from dicompile.analysis import Dataflow
-from dicompile.analysis.cost import ATTENTION
-from dicompile.analysis.layout import Layout
-from dicompile.analysis.tokens import Carried, MixesTokens, Mixing, token_layouts
+from dicompile.analysis.tokens import Mixing, token_layouts
 from dicompile.nodes import node_argument, tensor_of
 from dicompile.ops import scores
+from dicompile.ops.kinds import ATTENTION
+from dicompile.ops.layout import Layout
+from dicompile.ops.tokens import Carried, MixesTokens
 from dicompile.passes.base import (
     Chosen,
     LocalStep,

@@ -27,10 +27,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, fx
 
-from dicompile.analysis.cost import VIEWS, is_heavy
-from dicompile.analysis.tokens import NORMS, RESHAPES
-from dicompile.nodes import node_argument, tensor_of
+from dicompile.nodes import node_argument, tensor_of, walk
 from dicompile.ops import scores
+from dicompile.ops.attention import mask_of
+from dicompile.ops.kinds import NORMS, RESHAPES, VIEWS, is_heavy
 from dicompile.passes.base import PassReport, Segment, SiteNodes, SlotRef
 from dicompile.passes.edit import Editor
 from dicompile.plan import ScoreBase, SlotKind
@@ -79,7 +79,7 @@ def raw_score(editor: Editor, attention: fx.Node, base: ScoreBase, shared: bool 
         shared: whether entropies are for a mixture of guidance halves.
     """
     query, key, value = (node_argument(attention, i) for i in range(3))
-    mask: Any = attention.args[3] if len(attention.args) > 3 else attention.kwargs.get("attn_mask")
+    mask = mask_of(attention)
     scale: Any = attention.kwargs.get("scale")
     if base is ScoreBase.VALUE_NORM:
         return editor.trace(scores.value_norm, value)
@@ -117,17 +117,12 @@ def _before_norms(site: SiteNodes) -> list[fx.Node]:
     """Keys before they are normalised, in parts along the tokens; empty if they are not. Rotations keep norms."""
     key = node_argument(site.attention[0], 1)
     width = tensor_of(key).shape[-1]
-    parts: list[fx.Node] = []
-    queue, seen = [key], {key}
-    while queue:
-        node = queue.pop(0)
-        if node.target in NORMS and tensor_of(node).shape[-1] == width:
-            parts.append(node_argument(node, 0))
-        elif not is_heavy(node):
-            following = [parent for parent in node.all_input_nodes if parent not in seen]
-            seen.update(following)
-            queue += following
-    return parts
+
+    def is_norm(node: fx.Node) -> bool:
+        return node.target in NORMS and tensor_of(node).shape[-1] == width
+
+    behind = walk([key], lambda node: () if is_norm(node) or is_heavy(node) else node.all_input_nodes)
+    return [node_argument(node, 0) for node in behind if is_norm(node)]
 
 
 def _of_own_tokens(editor: Editor, site: SiteNodes, raw: fx.Node) -> fx.Node:

@@ -10,8 +10,8 @@ from torch import Tensor, fx
 
 import dicompile
 from dicompile.analysis import node_flops
-from dicompile.analysis.cost import ATTENTION
 from dicompile.lower import Program
+from dicompile.ops.kinds import ATTENTION
 from dicompile.plan import (
     Cadence,
     Forecast,

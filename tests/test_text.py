@@ -38,7 +38,7 @@ def test_dynamos_spelling_becomes_a_dotted_path(spelled: str, clean: str) -> Non
         (torch.zeros(2, dtype=torch.bfloat16), "bf16[2]"),
         (torch.zeros((), dtype=torch.int64), "i64[]"),
         (torch.zeros(3, dtype=torch.bool), "b8[3]"),
-        (torch.zeros(3, dtype=torch.complex64), "complex64[3]"),
+        (torch.zeros(3, dtype=torch.complex64), "c64[3]"),
         ((torch.zeros(1), [torch.zeros(2)]), "(f32[1], (f32[2]))"),
         (7, "int"),
         (None, "NoneType"),

@@ -19,10 +19,11 @@ import networkx as nx
 import torch
 from torch import fx
 
-from dicompile.analysis.cost import is_heavy
-from dicompile.analysis.dataflow import Dataflow
+from dicompile.analysis.dataflow import Dataflow, union
 from dicompile.analysis.residual import Branch
-from dicompile.analysis.structure import SiteKind
+from dicompile.analysis.structure import Block, BlockId, SiteId, SiteKind
+from dicompile.nodes import walk
+from dicompile.ops.kinds import is_heavy
 from dicompile.text import block_path, module_path, operator_text, tensor_text
 
 
@@ -122,21 +123,47 @@ def partition(flow: Dataflow, groups: Sequence[Sequence[Branch]]) -> Partition:
     adds = [[branch.add for branch in group] for group in groups]
     streams = flow.bits(add for group in adds for add in group)
     starts = [b.source for group in groups for b in group if not flow.ancestors[b.source] & streams]
-    latent_free = ~_union(flow.descendants[start] for start in starts)
+    latent_free = ~union(flow.descendants[start] for start in starts)
 
     once = twice = 0
     for ends in [*adds, [flow.nodes[-1]]]:
         bits = _private_ancestors(flow, ends, streams)
         twice |= once & bits
         once |= bits
-    shared = _union(flow.ancestors[node] for node in flow.members(twice & latent_free))
-    prologue = _with_items(flow, (shared | _union(flow.ancestors[start] for start in starts)) & calls)
+    shared = union(flow.ancestors[node] for node in flow.members(twice & latent_free))
+    prologue = _with_items(flow, (shared | union(flow.ancestors[start] for start in starts)) & calls)
     taken, parts = prologue, []
     for group in adds:
-        bits = _with_items(flow, _union(flow.ancestors[add] for add in group) & calls)
+        bits = _with_items(flow, union(flow.ancestors[add] for add in group) & calls)
         parts.append(bits & ~taken)
         taken |= bits
     return Partition(prologue, tuple(parts), flow.ancestors[flow.nodes[-1]] & calls & ~taken)
+
+
+def make_blocks(
+    flow: Dataflow, groups: Sequence[Sequence[int]], paths: Sequence[str], parts: Partition
+) -> tuple[Block, ...]:
+    """Blocks in execution order.
+
+    Args:
+        flow: of the graph.
+        groups: numbers of the branches of each block.
+        paths: module path of each block.
+        parts: nodes of each block.
+    """
+    keys = [structure_key(flow.members(bits)) for bits in parts.blocks]
+    families = [path.rpartition(".")[0] if path else key for path, key in zip(paths, keys, strict=True)]
+    return tuple(
+        Block(
+            id=BlockId(b),
+            path=paths[b],
+            sites=tuple(SiteId(i) for i in group),
+            kind=keys[b],
+            nodes=flow.names(parts.blocks[b]),
+            depth=(families[:b].count(families[b]), families.count(families[b])),
+        )
+        for b, group in enumerate(groups)
+    )
 
 
 def _with_items(flow: Dataflow, bits: int) -> int:
@@ -147,14 +174,7 @@ def _with_items(flow: Dataflow, bits: int) -> int:
 
 def _private_ancestors(flow: Dataflow, ends: Sequence[fx.Node], streams: int) -> int:
     """What `ends` are computed from without passing through a residual add of another block."""
-    bits, queue = flow.bits(ends), list(ends)
-    while queue:
-        for parent in queue.pop().all_input_nodes:
-            bit = 1 << flow.position[parent]
-            if not bits & bit and not streams & bit:
-                bits |= bit
-                queue.append(parent)
-    return bits
+    return flow.bits(walk(ends, lambda node: (p for p in node.all_input_nodes if not flow.contains(streams, p))))
 
 
 def structure_key(nodes: Iterable[fx.Node]) -> str:
@@ -185,10 +205,3 @@ def layout_text(value: object) -> str:
     if not isinstance(value, torch.Tensor):
         return tensor_text(value)
     return f"{tensor_text(value)} stride {list(value.stride())} on {value.device}"
-
-
-def _union(sets: Iterable[int]) -> int:
-    result = 0
-    for bits in sets:
-        result |= bits
-    return result

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import operator
 from collections.abc import Callable, Iterable, Iterator
 
 from torch import fx
@@ -41,12 +43,20 @@ class Dataflow:
         """The set of nodes for which `predicate` holds."""
         return self.bits(node for node in self.nodes if predicate(node))
 
+    def contains(self, bits: int, node: fx.Node) -> bool:
+        """True if `node` is in a set."""
+        return bool(bits >> self.position[node] & 1)
+
     def members(self, bits: int) -> Iterator[fx.Node]:
         """The nodes of a set, in graph order."""
         while bits:
             low = bits & -bits
             yield self.nodes[low.bit_length() - 1]
             bits ^= low
+
+    def names(self, bits: int) -> tuple[str, ...]:
+        """Names of the nodes of a set, in graph order."""
+        return tuple(node.name for node in self.members(bits))
 
     def is_ancestor(self, node: fx.Node, of: fx.Node) -> bool:
         """True if `of` is computed from `node` (or is it)."""
@@ -55,3 +65,8 @@ class Dataflow:
     def between(self, start: fx.Node, end: fx.Node) -> int:
         """Every node on a path from `start` to `end`, `start` left out."""
         return self.descendants[start] & self.ancestors[end] & ~(1 << self.position[start])
+
+
+def union(sets: Iterable[int]) -> int:
+    """Nodes that are in any of the sets."""
+    return functools.reduce(operator.or_, sets, 0)

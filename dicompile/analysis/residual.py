@@ -7,54 +7,20 @@ depends on the latent, and no other site lies inside it.
 
 from __future__ import annotations
 
-import math
-import operator
 from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import fx
 
-from dicompile.analysis.cost import ATTENTION, PRODUCTS, is_heavy
 from dicompile.analysis.dataflow import Dataflow
 from dicompile.analysis.structure import SiteKind
-from dicompile.nodes import node_argument
+from dicompile.analysis.transport import nearest_streams
+from dicompile.nodes import node_argument, walk
+from dicompile.ops.kinds import ADDS, ATTENTION, GATES, PRODUCTS, is_heavy, is_transport
 from dicompile.text import block_path, module_path
 
 aten = torch.ops.aten
-
-ADDS = (aten.add.Tensor,)
-GATES = (
-    aten.mul.Tensor,
-    aten.div.Tensor,
-    aten.neg.default,
-    aten._to_copy.default,
-    aten.clone.default,
-    aten.contiguous.default,
-)
-REDUCTIONS = (aten.mean.dim, aten.sum.dim_IntList, aten.amax.default)
-TRANSPORT = (
-    aten._to_copy.default,
-    aten.to.dtype,
-    aten.clone.default,
-    aten.contiguous.default,
-    aten.cat.default,
-    aten.slice.Tensor,
-    aten.split.Tensor,
-    aten.split_with_sizes.default,
-    aten.chunk.default,
-    aten.view.default,
-    aten.reshape.default,
-    aten._unsafe_view.default,
-    aten.permute.default,
-    aten.transpose.int,
-    aten.unbind.int,
-    aten.select.int,
-    aten.unsqueeze.default,
-    aten.squeeze.dim,
-    aten.pad.default,
-    aten.expand.default,
-)
 
 
 @dataclass(frozen=True)
@@ -119,7 +85,7 @@ def find_branches(flow: Dataflow, latent: fx.Node, samples: int) -> list[Branch]
     mixers = {node: mixed for node in flow.nodes if (mixed := _mixed_operands(flow, node, samples))}
     branches = []
     for item in chosen:
-        inside = {node: mixed for node, mixed in mixers.items() if item.region >> flow.position[node] & 1}
+        inside = {node: mixed for node, mixed in mixers.items() if flow.contains(item.region, node)}
         branches.append(
             Branch(
                 add=item.add,
@@ -144,7 +110,7 @@ def _innermost(flow: Dataflow, candidates: Iterable[_Candidate]) -> list[_Candid
     """Candidates, in graph order, without another one inside; of two that only make up one branch, the outer one."""
     chosen: dict[fx.Node, _Candidate] = {}
     for outer in candidates:
-        inside = [inner for inner in chosen.values() if outer.region >> flow.position[inner.add] & 1]
+        inside = [inner for inner in chosen.values() if flow.contains(outer.region, inner.add)]
         if all(_only_serves(flow, inner, outer) for inner in inside):
             for inner in inside:
                 del chosen[inner.add]
@@ -158,7 +124,7 @@ def _only_serves(flow: Dataflow, inner: _Candidate, outer: _Candidate) -> bool:
     That is a sum with the very value that the outer branch adds to, ``x + mlp(norm(x + attention(x)))``, and what a
     block sums up in other shapes than that of its stream: the state of a linear attention.
     """
-    if not all(outer.region >> flow.position[user] & 1 for user in inner.add.users):
+    if not all(flow.contains(outer.region, user) for user in inner.add.users):
         return False
     path = block_path(module_path(outer.add))
     same_block = bool(path) and block_path(module_path(inner.add)) == path
@@ -184,72 +150,6 @@ def branch_core(flow: Dataflow, stream: fx.Node, update: fx.Node) -> fx.Node:
             break
         node = from_stream[0]
     return node
-
-
-def chain_streams(flow: Dataflow, branches: list[Branch]) -> list[int]:
-    """Number the streams: a branch continues the stream whose last add reaches it by casts, splits and joins only."""
-    owner: dict[fx.Node, int] = {}
-    numbers: list[int] = []
-    count = 0
-    for branch in branches:
-        number = _stream_behind(branch.stream, owner)
-        if number is None:
-            number, count = count, count + 1
-        owner[branch.stream] = owner[branch.add] = number
-        numbers.append(number)
-    return numbers
-
-
-def own_keys(flow: Dataflow, branch: Branch, streams: int) -> tuple[int, int]:
-    """First of the attention's keys that belong to the branch's own stream, and their number; (0, 0) if none do.
-
-    Args:
-        flow: of the graph.
-        branch: its attention may join several streams.
-        streams: bit set of all stream values.
-    """
-    if len(branch.attention) != 1 or branch.kind in (SiteKind.MLP, SiteKind.CROSS_ATTENTION):
-        return 0, 0
-    node = node_argument(branch.attention[0], 1)
-    value, stream = node.meta["val"], branch.source.meta["val"]
-    total = int(value.shape[-2])
-    # Attention along one axis of a film folds the other into the batch.
-    if value.shape[0] * total == math.prod(stream.shape[:-1]):
-        return 0, total
-    own = flow.bits([branch.source])
-    while node.target is not aten.cat.default or total not in node.meta["val"].shape:
-        parents = [p for p in node.all_input_nodes if flow.is_ancestor(branch.source, p) and p is not branch.source]
-        if not parents:
-            return 0, 0
-        node = parents[0]
-    first = 0
-    parts: list[fx.Node] = list(node.args[0])  # type: ignore[arg-type]
-    dim = node.args[1] if len(node.args) > 1 else 0
-    for part in parts:
-        size = int(part.meta["val"].shape[dim])
-        if _nearest_streams(flow, part, streams) & own:
-            return first, size
-        first += size
-    return 0, 0
-
-
-def _stream_behind(node: fx.Node, owner: dict[fx.Node, int]) -> int | None:
-    """Number of the stream carried by `node`; of several that were joined, the last one."""
-    return max((owner[found] for found in carried(node, owner)), default=None)
-
-
-def carried(node: fx.Node, wanted: Container[fx.Node]) -> list[fx.Node]:
-    """The nearest of the `wanted` nodes whose values arrive at `node` by casts, splits and joins only."""
-    queue, seen, found = [node], {node}, []
-    while queue:
-        current = queue.pop()
-        if current in wanted:
-            found.append(current)
-        elif is_transport(current):
-            parents = [parent for parent in current.all_input_nodes if parent not in seen]
-            seen.update(parents)
-            queue += parents
-    return found
 
 
 def _residual_operands(
@@ -278,25 +178,14 @@ def _source_behind(
     flow: Dataflow, stream: fx.Node, update: fx.Node, known: Mapping[fx.Node, _Candidate]
 ) -> fx.Node | None:
     """The latest value that the stream comes from, by earlier adds or split off, and that the update is made of."""
-    queue, seen = [stream], {stream}
-    while queue:
-        node = queue.pop(0)
-        if node is not stream and flow.is_ancestor(node, update):
-            return node
+
+    def origins(node: fx.Node) -> Sequence[fx.Node]:
         if node in known:
-            parents = [known[node].stream]
-        elif is_transport(node):
-            parents = node.all_input_nodes
-        else:
-            continue
-        queue += [parent for parent in parents if parent not in seen]
-        seen.update(parents)
-    return None
+            return [known[node].stream]
+        return node.all_input_nodes if is_transport(node) else ()
 
-
-def is_transport(node: fx.Node) -> bool:
-    """True for casts, splits and joins, which move a stream without computing with it."""
-    return node.target in TRANSPORT or node.target is operator.getitem
+    behind = walk([stream], origins)
+    return next((node for node in behind if node is not stream and flow.is_ancestor(node, update)), None)
 
 
 def _kind(
@@ -310,27 +199,11 @@ def _kind(
     from_itself = from_others = False
     for operands in mixers.values():
         from_itself |= all(flow.is_ancestor(source, operand) for operand in operands)
-        near = [_nearest_streams(flow, operand, streams) for operand in operands]
+        near = [nearest_streams(flow, operand, streams) for operand in operands]
         from_others |= any(bits & ~flow.bits([source]) for bits in near)
     if not from_itself:
         return SiteKind.CROSS_ATTENTION
     return SiteKind.JOINT_ATTENTION if from_others else SiteKind.SELF_ATTENTION
-
-
-def _nearest_streams(flow: Dataflow, node: fx.Node, streams: int) -> int:
-    """Stream values that `node` has tokens of: it is computed from them without another one or a mean between."""
-    result, queue, seen = 0, [node], {node}
-    while queue:
-        current = queue.pop()
-        bit = 1 << flow.position[current]
-        if streams & bit:
-            result |= bit
-        if streams & bit or current.target in REDUCTIONS:
-            continue
-        parents = [parent for parent in current.all_input_nodes if parent not in seen]
-        seen.update(parents)
-        queue += parents
-    return result
 
 
 def _bypasses(flow: Dataflow, source: fx.Node, update: fx.Node, mixers: Container[fx.Node], heavy: int) -> bool:
@@ -339,23 +212,16 @@ def _bypasses(flow: Dataflow, source: fx.Node, update: fx.Node, mixers: Containe
     A factor on the attention's output (gated attention) is none, however it was computed.
     """
     attended = flow.select(lambda node: node in mixers)
-    forward, queue = {source}, [source]
-    while queue:
-        found = [u for u in queue.pop().users if u not in forward and u not in mixers and flow.is_ancestor(u, update)]
-        forward.update(found)
-        queue += found
-    backward, queue = {update}, [update]
-    while queue:
-        node = queue.pop()
+
+    def factors(node: fx.Node) -> Iterable[fx.Node]:
         parents = node.all_input_nodes
-        if node.target is aten.mul.Tensor and any(flow.ancestors[parent] & attended for parent in parents):
-            parents = [parent for parent in parents if flow.ancestors[parent] & attended]
-        found = [p for p in parents if p in forward and p not in backward]
-        backward.update(found)
-        queue += found
-    around, queue = {source}, [source]
-    while queue:
-        found = [user for user in queue.pop().users if user in backward and user not in around]
-        around.update(found)
-        queue += found
+        attending = [parent for parent in parents if flow.ancestors[parent] & attended]
+        followed = attending if attending and node.target is aten.mul.Tensor else parents
+        return (parent for parent in followed if parent in forward)
+
+    forward = set(
+        walk([source], lambda node: (u for u in node.users if u not in mixers and flow.is_ancestor(u, update)))
+    )
+    backward = set(walk([update], factors))
+    around = set(walk([source], lambda node: (user for user in node.users if user in backward)))
     return update in around and bool(flow.bits(around) & heavy)

@@ -11,8 +11,84 @@ from collections.abc import Iterable, Sequence
 from torch import fx
 
 from dicompile.analysis.dataflow import Dataflow
-from dicompile.analysis.residual import Branch, carried
-from dicompile.analysis.structure import Site
+from dicompile.analysis.residual import Branch
+from dicompile.analysis.structure import Site, SiteId, SiteKind, Span, TokenFact, TokenWise
+from dicompile.analysis.token_work import TokenWork, token_work
+from dicompile.analysis.transport import carried
+from dicompile.analysis.work import owned_work
+from dicompile.nodes import tensor_of, walk
+from dicompile.ops.cost import node_flops
+from dicompile.ops.kinds import ATTENTION
+
+
+def make_spans(
+    flow: Dataflow, branches: Sequence[Branch], sites: Sequence[Site], groups: Sequence[Sequence[int]]
+) -> tuple[Span, ...]:
+    """Spans of every block, then of the stack; their numbers follow those of the sites."""
+    of_blocks = [run for group in groups for run in find_runs(branches, sites, group)]
+    of_stack = find_runs(branches, sites, range(len(branches)))
+    last = last_adds(flow, branches)
+    spans: list[Span] = []
+    for kind, runs in ((SiteKind.BLOCK, of_blocks), (SiteKind.STACK, of_stack)):
+        work = owned_work(flow, [branches[run[-1]].add for run in runs], [branches[run[0]].stream for run in runs])
+        for run, own in zip(runs, work, strict=True):
+            start, end = branches[run[0]].stream, branches[run[-1]].add
+            number = SiteId(len(sites) + len(spans))
+            spans.append(_span(flow, start, end, kind, number, [sites[i] for i in run], own, is_last=end in last))
+    return tuple(spans)
+
+
+def _span(
+    flow: Dataflow,
+    start: fx.Node,
+    end: fx.Node,
+    kind: SiteKind,
+    number: SiteId,
+    inside: Sequence[Site],
+    work: tuple[float, float],
+    *,
+    is_last: bool,
+) -> Span:
+    region = list(flow.members(flow.between(start, end)))
+    tokens = _token_work(flow, start, end, region, inside, kind)
+    value = tensor_of(end)
+    return Span(
+        id=number,
+        block=inside[-1].block,
+        name=" .. ".join(dict.fromkeys((inside[0].name, inside[-1].name))),
+        kind=kind,
+        stream=inside[-1].stream,
+        source=start.name,
+        core=end.name,
+        update=end.name,
+        add=end.name,
+        attention=(),
+        shape=tuple(int(size) for size in value.shape),
+        itemsize=value.element_size(),
+        tokens=tokens.fact,
+        flops=round(work[0]),
+        token_flops=tokens.flops,
+        bytes=round(work[1]),
+        attention_flops=sum(node_flops(node) for node in region if node.target is ATTENTION),
+        update_itemsize=value.element_size(),
+        key_flops=tokens.key_flops,
+        inside=tuple(site.id for site in inside),
+        is_last=is_last,
+    )
+
+
+def _token_work(
+    flow: Dataflow, start: fx.Node, end: fx.Node, region: Sequence[fx.Node], inside: Sequence[Site], kind: SiteKind
+) -> TokenWork:
+    """What a span can do with chosen tokens."""
+    work = token_work(flow, start, end, region)
+    if kind is SiteKind.STACK:
+        why = "tokens of later blocks attend to all tokens of earlier ones"
+    elif any(site.kind is SiteKind.JOINT_ATTENTION for site in inside):
+        why = "another stream needs the same attention over all tokens"
+    else:
+        return work
+    return TokenWork(TokenFact(TokenWise.NO, work.fact.axis, work.fact.count, why))
 
 
 def find_runs(branches: Sequence[Branch], sites: Sequence[Site], members: Iterable[int]) -> list[list[int]]:
@@ -41,16 +117,7 @@ def find_runs(branches: Sequence[Branch], sites: Sequence[Site], members: Iterab
 def last_adds(flow: Dataflow, branches: Sequence[Branch]) -> set[fx.Node]:
     """Residual adds that the model's output reads without passing through another one."""
     adds = {branch.add for branch in branches}
-    queue, seen, found = [flow.nodes[-1]], {flow.nodes[-1]}, set()
-    while queue:
-        node = queue.pop()
-        if node in adds:
-            found.add(node)
-            continue
-        parents = [parent for parent in node.all_input_nodes if parent not in seen]
-        seen.update(parents)
-        queue += parents
-    return found
+    return adds.intersection(walk(flow.nodes[-1:], lambda node: () if node in adds else node.all_input_nodes))
 
 
 def _continues(before: Branch, after: Branch) -> bool:

@@ -71,9 +71,7 @@ class TokenFact:
 
 @dataclass(frozen=True, slots=True)
 class Site:
-    """One cacheable residual branch, ``stream + gate * core``, or a span: a run of branches on one stream.
-
-    Node names refer to the captured graph. The core of a span is the stream at its end.
+    """One cacheable residual branch, ``stream + gate * core``. Node names refer to the captured graph.
 
     Attributes:
         id: number in execution order.
@@ -98,8 +96,6 @@ class Site:
         update_itemsize: bytes per element of the branch output after its gate.
         key_flops: the part of `flops` that makes keys and values.
         keys: first of the attention's keys that belong to the site's own tokens, and their number.
-        inside: sites of a span.
-        is_last: of a span: the model's output reads its end without passing through another site.
     """
 
     id: SiteId
@@ -124,8 +120,6 @@ class Site:
     update_itemsize: int = 0
     key_flops: int = 0
     keys: tuple[int, int] = (0, 0)
-    inside: tuple[SiteId, ...] = ()
-    is_last: bool = False
 
     @property
     def label(self) -> str:
@@ -136,6 +130,19 @@ class Site:
     def core_bytes(self) -> int:
         """Bytes of the cached branch output."""
         return math.prod(self.shape) * self.itemsize
+
+
+@dataclass(frozen=True, slots=True)
+class Span(Site):
+    """A run of branches on one stream, which takes the actions of a site; its core is the stream at its end.
+
+    Attributes:
+        inside: its sites, in execution order.
+        is_last: whether the model's output reads its end without passing through another site.
+    """
+
+    inside: tuple[SiteId, ...] = ()
+    is_last: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,7 +214,7 @@ class ModelStructure:
     flops: int
     bytes: int
     dependence: dict[str, frozenset[Role]] = field(repr=False, compare=False)
-    spans: tuple[Site, ...] = field(repr=False, default=())
+    spans: tuple[Span, ...] = field(repr=False, default=())
 
     @property
     def everything(self) -> tuple[Site, ...]:

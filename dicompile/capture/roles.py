@@ -10,11 +10,10 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from dicompile.nodes import tensor_of
+from dicompile.nodes import tensor_of, walk
+from dicompile.ops.kinds import CONTRACTIONS, SINUSOIDS
 from dicompile.text import clean_path
 
-aten = torch.ops.aten
-SINUSOIDS = (aten.sin.default, aten.cos.default)
 # How Dynamo spells the root module's own tensors; those of its children are spelled without __dict__.
 _OWN_TENSORS = re.compile(r"\.__dict__\['(_parameters|_buffers)'\]")
 
@@ -172,24 +171,12 @@ def _find_timestep(arguments: Sequence[fx.Node], label: dict[fx.Node, str]) -> f
 
 def _reaches_sinusoid(node: fx.Node) -> bool:
     """True if the input reaches sin or cos with only element-wise arithmetic and views between."""
-    seen, queue = {node}, [node]
-    while queue:
-        for user in queue.pop().users:
-            if user.target in SINUSOIDS:
-                return True
-            if user not in seen and not _contracts(user):
-                seen.add(user)
-                queue.append(user)
-    return False
+    reached = walk([node], lambda node: (user for user in node.users if not _contracts(user)))
+    return any(user.target in SINUSOIDS for user in reached)
 
 
 def _contracts(node: fx.Node) -> bool:
-    return node.op != "call_function" or node.target in (
-        aten.linear.default,
-        aten.conv2d.default,
-        aten.embedding.default,
-        aten.scaled_dot_product_attention.default,
-    )
+    return node.op != "call_function" or node.target in CONTRACTIONS
 
 
 def _is_position_table(node: fx.Node) -> bool:

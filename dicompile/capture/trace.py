@@ -29,6 +29,7 @@ from dicompile.capture.guards import Guards, Path
 from dicompile.capture.reads import Reads
 from dicompile.capture.roles import Role
 from dicompile.errors import CannotCapture, DicompileError
+from dicompile.nodes import walk
 
 # Functions that return Python values, and those whose result has as many elements as the values say.
 _READS = frozenset({
@@ -351,12 +352,7 @@ def _read_inputs(graph: fx.Graph, read: Sequence[tuple[fx.Node, str]]) -> dict[i
     position = {node: i for i, node in enumerate(graph.find_nodes(op="placeholder"))}
     found: dict[int, str] = {}
     for start, how in read:
-        queue, seen = [start], {start}
-        while queue:
-            node = queue.pop()
+        for node in walk([start]):
             if node in position:
                 found.setdefault(position[node], how)
-            parents = [parent for parent in node.all_input_nodes if parent not in seen]
-            seen.update(parents)
-            queue += parents
     return dict(sorted(found.items()))

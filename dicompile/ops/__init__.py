@@ -1,1 +1,1 @@
-"""Tensor functions that several stages share; pure, traced into graphs by passes, and tested as plain functions."""
+"""What operators are, as facts that every stage goes by, and tensor functions that several stages share."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from dicompile.analysis import ModelStructure, Site, SiteKind
+from dicompile.analysis import ModelStructure, Site, SiteKind, Span
 from dicompile.plan.action import COMPUTE, SKIP, Action, Context, Score, ScoreBase, Selection, What
 from dicompile.plan.cadence import Cadence, Moment
 from dicompile.plan.fits import check_stored, check_table, reused_whole
@@ -74,7 +74,7 @@ class _Rows:
         moment = self.moment(self.policy.cadence, step)
         return COMPUTE if site.block == 0 and moment.first and not moment.others else SKIP
 
-    def span(self, span: Site, step: int) -> Action:
+    def span(self, span: Span, step: int) -> Action:
         """Action of a span; of a reused stream only the last values are ever read."""
         action = self.by_rules(span, step)
         return SKIP if action.what is What.STREAM and not action.computes and not span.is_last else action

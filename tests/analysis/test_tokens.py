@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from dicompile.analysis.layout import Layout, Of
-from dicompile.analysis.tokens import Carried, MixesTokens, token_layouts
+from dicompile.analysis.tokens import token_layouts
+from dicompile.ops.layout import Layout, Of
+from dicompile.ops.tokens import Carried, MixesTokens
 
 BATCH, TOKENS, WIDTH = 2, 6, 8
 Function = Callable[..., Any]

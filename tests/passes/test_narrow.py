@@ -13,9 +13,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
-from dicompile.analysis.layout import Layout
 from dicompile.analysis.tokens import token_layouts
 from dicompile.lower.inductor import compile_segment
+from dicompile.ops.layout import Layout
 from dicompile.passes import Segment, TokenCount, Value
 from dicompile.passes.edit import Editor
 from dicompile.passes.narrow import Narrow

@@ -50,7 +50,7 @@ return value[0] = %12"""
 READS = """\
 value0: f32[2,16,8] = input
 value5: f32[8] = input
-value[0]: f8e4m3[2,16,8] = input
+value[0]: f8e4m3fn[2,16,8] = input
 value-scale[0]: f32[2,16,1] = input
 %4: f32[2,16,8] = aten._to_copy.default(value[0], dtype=torch.float32)  # blocks.0
 %5: f32[2,16,8] = aten.mul.Tensor(%4, value-scale[0])  # blocks.0

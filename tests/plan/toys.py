@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 from dicompile.analysis import (
     Block,
@@ -12,6 +11,7 @@ from dicompile.analysis import (
     Site,
     SiteId,
     SiteKind,
+    Span,
     StreamId,
     TokenFact,
     TokenWise,
@@ -58,7 +58,7 @@ def toy(
     )
 
 
-def _spans(blocks: Sequence[Block], sites: Sequence[Site]) -> tuple[Site, ...]:
+def _spans(blocks: Sequence[Block], sites: Sequence[Site]) -> tuple[Span, ...]:
     """One span per block, then one for all of them; that of the stack and the last block reach the output."""
     runs = [(SiteKind.BLOCK, block.sites) for block in blocks] + [(SiteKind.STACK, tuple(site.id for site in sites))]
     result = []
@@ -66,19 +66,25 @@ def _spans(blocks: Sequence[Block], sites: Sequence[Site]) -> tuple[Site, ...]:
         members = [sites[i] for i in inside]
         wise = TokenWise.QUERIES if kind is SiteKind.BLOCK else TokenWise.NO
         flops, keys = (sum(getattr(site, name) for site in members) for name in ("flops", "key_flops"))
-        span = replace(
-            members[-1],
+        span = Span(
             id=SiteId(number),
+            block=members[-1].block,
             name=f"{members[0].name} .. {members[-1].name}",
             kind=kind,
+            stream=members[-1].stream,
+            source="",
+            core="",
+            update="",
+            add="",
             attention=(),
+            shape=members[-1].shape,
+            itemsize=members[-1].itemsize,
             tokens=TokenFact(wise, 1, TOKENS, "the toy mixes tokens"),
             flops=flops,
             token_flops=flops - keys if kind is SiteKind.BLOCK else 0,
+            bytes=sum(site.bytes for site in members),
             attention_flops=sum(site.attention_flops for site in members),
             key_flops=keys,
-            bytes=sum(site.bytes for site in members),
-            keys=(0, 0),
             inside=inside,
             is_last=sites[-1].id in inside,
         )

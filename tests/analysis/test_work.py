@@ -2,10 +2,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch.fx.experimental.proxy_tensor import make_fx
 
 from dicompile.analysis import analyse, node_flops
-from dicompile.analysis.cost import is_heavy, node_bytes
 from dicompile.capture import capture_model
 from tests.capture.captured import captured, structure
 from tests.models import PlainDiT
@@ -90,52 +88,3 @@ def test_dit_xl_costs_what_the_papers_say() -> None:
     assert len(found.sites) == 2 * layers
     call = sum(site.flops for site in found.sites) * 28 / layers
     assert call * 2 * 50 == pytest.approx(23.74e12, rel=0.01)
-
-
-# Single operators -----------------------------------------------------------------------------------------------------
-
-
-def only_node(function: object, *arguments: torch.Tensor) -> torch.fx.Node:
-    graph = make_fx(function, tracing_mode="fake", pre_dispatch=True)(*arguments).graph
-    (node,) = [node for node in graph.nodes if node.op == "call_function"]
-    return node
-
-
-X = torch.zeros(2, 6, 8)
-QUERY, KEY, VALUE = torch.zeros(2, 3, 6, 4), torch.zeros(2, 3, 10, 4), torch.zeros(2, 3, 10, 5)
-
-
-@pytest.mark.parametrize(
-    ("function", "arguments", "flops"),
-    [
-        (torch.nn.functional.linear, (X, torch.zeros(5, 8)), 2 * 2 * 6 * 8 * 5),
-        (torch.nn.functional.linear, (X, torch.zeros(5, 8), torch.zeros(5)), 2 * 2 * 6 * 8 * 5),
-        (torch.matmul, (X, torch.zeros(8, 5)), 2 * 2 * 6 * 8 * 5),
-        (torch.bmm, (X, torch.zeros(2, 8, 5)), 2 * 2 * 6 * 8 * 5),
-        (torch.addmm, (torch.zeros(5), torch.zeros(6, 8), torch.zeros(8, 5)), 2 * 6 * 8 * 5),
-        (torch.baddbmm, (torch.zeros(2, 6, 5), X, torch.zeros(2, 8, 5)), 2 * 2 * 6 * 8 * 5),
-        (torch.nn.functional.conv2d, (torch.zeros(2, 4, 6, 6), torch.zeros(5, 4, 3, 3)), 2 * (2 * 5 * 4 * 4) * 4 * 9),
-        (lambda x, w: torch.conv1d(x, w, groups=6), (X, torch.zeros(6, 1, 3)), 2 * (2 * 6 * 6) * 3),
-        (
-            torch.nn.functional.scaled_dot_product_attention,
-            (QUERY, KEY, VALUE),
-            2 * (2 * 3 * 6 * 10 * 4) + 2 * (2 * 3 * 6 * 10 * 5),
-        ),
-        (torch.mul, (X, X), 0),
-        (torch.softmax, (X, -1), 0),
-    ],
-)
-def test_matrix_products_count_two_operations_per_multiplication_and_the_rest_none(
-    function: object, arguments: tuple[torch.Tensor, ...], flops: int
-) -> None:
-    tensors = [argument for argument in arguments if isinstance(argument, torch.Tensor)]
-    rest = arguments[len(tensors) :]
-    node = only_node(lambda *given: function(*given, *rest), *tensors)  # type: ignore[operator]
-    assert node_flops(node) == flops
-    assert is_heavy(node) == bool(flops)
-
-
-def test_bytes_are_what_is_read_and_written_and_views_are_free() -> None:
-    x, scale = torch.zeros(2, 6, 8), torch.zeros(8, dtype=torch.bfloat16)
-    assert node_bytes(only_node(torch.mul, x, scale)) == 4 * 96 + 2 * 8 + 4 * 96
-    assert node_bytes(only_node(lambda x: x.transpose(1, 2), x)) == 0

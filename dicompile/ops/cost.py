@@ -1,0 +1,72 @@
+"""Floating-point operations and memory traffic of graph nodes.
+
+Counted are matrix products only (2 per multiply-add), as in the papers; element-wise work shows up as bytes.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import fx
+from torch.utils.flop_counter import flop_registry
+
+from dicompile.nodes import tensor_of
+from dicompile.ops.kinds import ADDED_PRODUCTS, ATTENTION, CONVOLUTIONS, VIEWS, is_heavy
+
+aten = torch.ops.aten
+
+# What torch counts are the operators that ours become when they run.
+_MM = flop_registry[aten.mm]
+_CONVOLUTION = flop_registry[aten.convolution]
+_ATTENTION = flop_registry[aten._scaled_dot_product_flash_attention]
+
+Shape = tuple[int, ...]
+
+
+def node_flops(node: fx.Node) -> int:
+    """Floating-point operations of one node, by torch's formulas."""
+    if not is_heavy(node):
+        return 0
+    output = tuple(tensor_of(node).shape)
+    operands = [tuple(tensor_of(operand).shape) for operand in node.args if isinstance(operand, fx.Node)]
+    if node.target is ATTENTION:
+        return _attention_flops(operands[0], operands[1], operands[2])
+    if node.target in CONVOLUTIONS:
+        return _convolution_flops(operands[0], operands[1], output)
+    return _product_flops(operands[1 if node.target in ADDED_PRODUCTS else 0], output)
+
+
+def _attention_flops(query: Shape, key: Shape, value: Shape) -> int:
+    """Heads of keys and values may be fewer, or missing."""
+    heads = math.prod(query[:-2])
+    flops: int = _ATTENTION(*((1, heads, *shape[-2:]) for shape in (query, key, value)))
+    return flops
+
+
+def _convolution_flops(image: Shape, kernel: Shape, output: Shape) -> int:
+    """The axis of samples may be missing."""
+    samples = (1,) * (len(kernel) - len(image))
+    flops: int = _CONVOLUTION(
+        (*samples, *image), kernel, None, None, None, None, transposed=False, out_val=(*samples, *output)
+    )
+    return flops
+
+
+def _product_flops(left: Shape, output: Shape) -> int:
+    """Every element of the result is a row times a column."""
+    flops: int = _MM((math.prod(output), left[-1]), (left[-1], 1))
+    return flops
+
+
+def node_bytes(node: fx.Node) -> int:
+    """Bytes read and written by one node if nothing were fused; views are free."""
+    if node.op != "call_function" or node.target in VIEWS or not isinstance(node.meta.get("val"), torch.Tensor):
+        return 0
+    values = [argument.meta["val"] for argument in node.all_input_nodes]
+    return sum(tensor_bytes(value) for value in [*values, node.meta["val"]])
+
+
+def tensor_bytes(value: object) -> int:
+    """Bytes of a tensor, 0 for anything else."""
+    return value.numel() * value.element_size() if isinstance(value, torch.Tensor) else 0
