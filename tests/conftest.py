@@ -1,4 +1,4 @@
-"""What every test gets: fixed seed, few threads, reads of the cache checked, a reason wherever a test is skipped."""
+"""What every test gets: fixed seed, few threads, reads of the cache checked, the worker of its module, reasons of skips."""
 
 import os
 from pathlib import Path
@@ -23,7 +23,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         # What the tests of a module make once (captures, fixtures) would be made once per worker otherwise.
         if not (item.get_closest_marker("xdist_group") or item.get_closest_marker("spread")):
-            item.add_marker(pytest.mark.xdist_group(str(item.path)))
+            item.add_marker(pytest.mark.xdist_group(item.location[0]))
     if torch.cuda.is_available():
         return
     no_cuda = pytest.mark.skip(reason="needs a CUDA device")
