@@ -1,4 +1,4 @@
-"""What every test gets: fixed seed, few threads, reads of the cache checked, the worker of its module, reasons of skips."""
+"""What every test gets: fixed seed, few threads, reads of the cache checked, a worker per module, reasons of skips."""
 
 import os
 from pathlib import Path
