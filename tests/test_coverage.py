@@ -137,7 +137,7 @@ def test_a_class_that_cannot_work_is_refused_with_the_operator_that_forbids_it(c
     with pytest.raises(CannotCapture) as error:
         facts_of(case)
     assert case.impossible in str(error.value)
-    assert line_of(case.name) == line_of(case.name, "\n".join(table([row_of(case)])))
+    assert line_of(case.name) == line_of(case.name, "\n".join(table([row_of(case, error.value)])))
 
 
 def line_of(name: str, text: str | None = None) -> str:

@@ -248,12 +248,18 @@ class Row:
     capture: str = ""
 
 
-def row_of(case: Case, facts: Facts | None = None) -> Row:
-    """The line of a case, which is run if there are no facts of it yet."""
+def found_of(case: Case) -> Facts | CannotCapture:
+    """Facts of a case, or why there are none."""
     try:
-        facts = facts or facts_of(case)
+        return facts_of(case)
     except CannotCapture as refused:
-        return Row(case.name, "no", reasons=(f"{refused.what} ({refused.where})",))
+        return refused
+
+
+def row_of(case: Case, facts: Facts | CannotCapture) -> Row:
+    """The line of a case."""
+    if isinstance(facts, CannotCapture):
+        return Row(case.name, "no", reasons=(f"{facts.what} ({facts.where})",))
     sites = facts.structure.sites
     wise = Counter(site.tokens.wise for site in sites)
     stored = sum(site.tokens.wise is TokenWise.NO and site.tokens.stored for site in sites)
@@ -314,7 +320,7 @@ def main() -> None:
     rows = []
     for case in CASES:
         print(case.name, file=sys.stderr)
-        rows.append(row_of(case))
+        rows.append(row_of(case, found_of(case)))
     print("\n".join(table(rows)))
 
 
