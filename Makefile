@@ -11,11 +11,13 @@ demo: $(VENV)/.installed-demo
 test: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadgroup
 
-# Hundreds of random sequences of everything that may happen to optimized models.
+# The exhaustive part of the tests: every configuration of the coverage table under two policies, every golden recording
+# compiled, and so on; then hundreds of random sequences of everything that may happen to optimized models.
 nightly: $(VENV)/.installed-test
-	$(BIN)/python -m pytest -m nightly -s
+	$(BIN)/python -m pytest -m nightly -n auto --maxprocesses 4 --dist loadgroup --ignore tests/state
+	$(BIN)/python -m pytest -m nightly -s tests/state
 
-# The table of what works on which class of model; the tests check every line of it.
+# The table of what works on which class of model. `make test` checks a line of every class, `make nightly` every line.
 coverage: $(VENV)/.installed-test
 	$(BIN)/python -m tests.zoo.coverage > docs/coverage.md
 

@@ -1,4 +1,4 @@
-"""What every test gets: fixed seed, few threads, reads of the cache checked, a reason wherever a test is skipped."""
+"""What every test gets: fixed seed, few threads, reads of the cache checked, a worker per module, reasons of skips."""
 
 import os
 from pathlib import Path
@@ -14,11 +14,16 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ.setdefault("DICOMPILE_CHECK", "1")
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if "nightly" not in config.getoption("markexpr"):
         nightly = [item for item in items if item.get_closest_marker("nightly")]
         config.hook.pytest_deselected(items=nightly)
         items[:] = [item for item in items if item not in nightly]
+    for item in items:
+        # What the tests of a module make once (captures, fixtures) would be made once per worker otherwise.
+        if not (item.get_closest_marker("xdist_group") or item.get_closest_marker("spread")):
+            item.add_marker(pytest.mark.xdist_group(item.location[0]))
     if torch.cuda.is_available():
         return
     no_cuda = pytest.mark.skip(reason="needs a CUDA device")

@@ -1,7 +1,8 @@
 """Every class of transformer that diffusers exports, and three of other houses, through the whole of dicompile.
 
 The ground truth is the untouched model and what a reader of its source wrote into the zoo; docs/coverage.md is the
-table of what comes out.
+table of what comes out. One configuration of every class runs always, under FORA; `make nightly` runs all of them, and
+DuCa besides.
 """
 
 from __future__ import annotations
@@ -18,7 +19,9 @@ from dicompile.errors import CannotCapture
 from tests.zoo.case import Case
 from tests.zoo.coverage import (
     CASES,
+    POLICIES,
     Facts,
+    Row,
     class_of,
     expected_branches,
     exported_classes,
@@ -32,6 +35,7 @@ from tests.zoo.coverage import (
 DOC = Path(__file__).resolve().parents[1] / "docs" / "coverage.md"
 POSSIBLE = [case for case in CASES if not case.impossible]
 IMPOSSIBLE = [case for case in CASES if case.impossible]
+ONE_OF_EACH = list({class_of(case): case for case in reversed(POSSIBLE)}.values())[::-1]
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::FutureWarning"),
@@ -51,16 +55,34 @@ def test_the_zoo_has_every_class_that_diffusers_exports() -> None:
     assert exported_classes() <= {class_of(case) for case in CASES}
 
 
-@cases(POSSIBLE)
+def test_the_table_has_a_line_for_every_case_and_its_heading_counts_them() -> None:
+    lines = DOC.read_text(encoding="utf-8").splitlines()
+    rows = [Row(*line.removeprefix("| ").split(" | ")[:2]) for line in lines if re.match(r"\| \w.* \| \w+ \| \d", line)]
+    assert [row.case for row in rows] == sorted(case.name for case in CASES)
+    assert lines[:6] == list(table(rows))[:6]
+
+
+@cases(ONE_OF_EACH)
 def test_a_class_works(case: Case) -> None:
-    facts = facts_of(case)
+    check(case, facts_of(case))
+
+
+@pytest.mark.nightly
+@cases(POSSIBLE)
+def test_a_configuration_works_under_every_policy(case: Case) -> None:
+    facts = facts_of(case, POLICIES)
+    assert tuple(facts.runs) == POLICIES
+    check(case, facts)
+
+
+def check(case: Case, facts: Facts) -> None:
     paths = list(found_branches(facts.structure))
     assert found_branches(facts.structure) == expected_branches(case, paths)
     assert missing_patterns(case, paths) == []
     check_roles(case, facts)
     check_calls(facts)
     check_runs(facts)
-    assert line_of(case.name) == line_of(case.name, "\n".join(table([row_of(case)])))
+    assert line_of(case.name) == line_of(case.name, "\n".join(table([row_of(case, facts)])))
 
 
 def check_roles(case: Case, facts: Facts) -> None:
@@ -87,7 +109,7 @@ def check_calls(facts: Facts) -> None:
 
 def check_runs(facts: Facts) -> None:
     whole = facts.structure.flops
-    eager = facts.eager_flops[0] or whole
+    eager = facts.eager_flops or whole
     assert -0.03 * whole <= eager - whole <= 0.1 * whole  # what nobody reads is not computed any more
     for name, run in facts.runs.items():
         assert run.frames == 1  # no recompilation between steps
@@ -115,7 +137,7 @@ def test_a_class_that_cannot_work_is_refused_with_the_operator_that_forbids_it(c
     with pytest.raises(CannotCapture) as error:
         facts_of(case)
     assert case.impossible in str(error.value)
-    assert line_of(case.name) == line_of(case.name, "\n".join(table([row_of(case)])))
+    assert line_of(case.name) == line_of(case.name, "\n".join(table([row_of(case, error.value)])))
 
 
 def line_of(name: str, text: str | None = None) -> str:

@@ -79,8 +79,14 @@ POLICIES: dict[str, list[Policy]] = {
         table(10),
     ],
 }
+NIGHTLY = {("dit", 5), ("pixart", 1), ("sd3", 2), ("sd3", 3), ("sd3", 4), ("flux", 0), ("flux", 3), ("flux", 5)}
+"""Methods that another model runs in `make test`, or this one with another score."""
 CASES = [
-    pytest.param((name, policy), id=f"{name}-{number}-{policy.name}")
+    pytest.param(
+        (name, policy),
+        id=f"{name}-{number}-{policy.name}",
+        marks=pytest.mark.nightly if (name, number) in NIGHTLY else (),
+    )
     for name, own in POLICIES.items()
     for number, policy in enumerate(own)
 ]

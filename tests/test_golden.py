@@ -26,6 +26,10 @@ CASES = (
     "pixart_baseline",
     "pixart_toca_attention",
 )
+COMPILED = ("dit_duca_attention", "flux_toca_attention")
+"""Compiled always: chosen tokens, scores, skipped stacks and three streams. The other cases are compiled nightly."""
+
+pytestmark = pytest.mark.spread
 
 
 @pytest.fixture(scope="module")
@@ -48,8 +52,18 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("make_model", [make_eager, make], ids=["rewritten graphs", "compiled"])
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    ("case", "make_model"),
+    [
+        *(pytest.param(case, make_eager, id=f"{case}-rewritten graphs") for case in CASES),
+        *(pytest.param(case, make, id=f"{case}-compiled") for case in COMPILED),
+        *(
+            pytest.param(case, make, id=f"{case}-compiled", marks=pytest.mark.nightly)
+            for case in CASES
+            if case not in COMPILED
+        ),
+    ],
+)
 def test_every_step_equals_the_recording(
     case: str, make_model: Callable[..., Any], shared: Path, replay_check: ModuleType
 ) -> None:

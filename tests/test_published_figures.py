@@ -85,6 +85,8 @@ TERA = [
     (dit, 50, dicompile.ToCa(**QUIRK), 10.23),
     (dit, 50, dicompile.FORA(3), 8.57),
     (dit, 50, dicompile.DuCa(**QUIRK), 9.58),
+]
+TERA_NIGHTLY = [  # the capture of all 57 blocks takes a minute
     (flux, 50, dicompile.NoCache(), 3719.5),
     (flux, 50, dicompile.ToCaFlux(4, depth_denominator=27), 1263.2),
     (flux, 50, dicompile.ToCaFlux(5, depth_denominator=27), 1126.8),
@@ -101,7 +103,7 @@ RATIOS = [
 
 @pytest.mark.parametrize(
     ("build", "steps", "policy", "published"),
-    TERA,
+    TERA + [pytest.param(*row, marks=pytest.mark.nightly) for row in TERA_NIGHTLY],
     ids=lambda v: getattr(v, "name", getattr(v, "__name__", v)),
 )
 def test_operations(structure_of: Any, build: Any, steps: int, policy: Policy, published: float) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -43,6 +44,7 @@ from diffusers import (
 )
 from torch import Tensor, nn
 
+from dicompile import FORA, optimize
 from tests.models import redraw
 
 HEADS: Mapping[str, Any] = {"num_attention_heads": 2, "attention_head_dim": 16}
@@ -172,6 +174,14 @@ def flux(*, guided: bool = False) -> Sampler:
     pipe = assembled(FluxPipeline, transformer=flux_transformer(), scheduler=scheduler)
     options = both(*FLUX_PROMPTS) | {"true_cfg_scale": 3.0} if guided else dict(FLUX_PROMPTS[0])
     return Sampler(pipe, options | {"height": 64, "width": 64}, calls=2 if guided else 1)
+
+
+@functools.cache
+def flux_under_fora() -> Sampler:
+    """FLUX that reuses at every other step, captured once for all tests that leave it as it was."""
+    sampler = flux()
+    optimize(sampler.pipe, FORA(interval=2), mode="eager")
+    return sampler
 
 
 def flux_img2img(*, guided: bool = False) -> Sampler:

@@ -20,7 +20,10 @@ from tests.pipelines import pipes
 from tests.pipelines.pipes import Sampler, kinds
 
 # diffusers gives torch tensors to numpy.array, and torch 2.13 does not know numpy 2's keyword `copy` yet.
-pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept:DeprecationWarning")
+pytestmark = [
+    pytest.mark.xdist_group("pipelines"),
+    pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept:DeprecationWarning"),
+]
 
 FORA = dicompile.FORA(interval=2)
 STEPS = 4
@@ -35,9 +38,9 @@ def optimized(sampler: Sampler, policy: Any = FORA) -> Sampler:
 
 
 def test_a_disabled_pipeline_is_the_untouched_one_and_keeps_what_was_compiled() -> None:
-    sampler = pipes.flux()
-    untouched = sampler(STEPS)
-    cached = optimized(sampler)(STEPS)
+    sampler = pipes.flux_under_fora()
+    untouched = pipes.flux()(STEPS)
+    cached = sampler(STEPS)
     frames = list(sampler.pipe.transformer.frames)
     dicompile.disable(sampler.pipe)
     assert torch.equal(sampler(STEPS), untouched)
@@ -47,7 +50,7 @@ def test_a_disabled_pipeline_is_the_untouched_one_and_keeps_what_was_compiled() 
 
 
 def test_switching_in_the_middle_of_a_run_reads_nothing_of_before() -> None:
-    sampler = optimized(pipes.flux())
+    sampler = pipes.flux_under_fora()
 
     def switch(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
         dicompile.disable(pipe) if step == 0 else dicompile.enable(pipe)
@@ -108,7 +111,7 @@ def test_another_dtype_and_back() -> None:
 
 
 def test_a_copy_is_optimized_alike_and_stands_alone() -> None:
-    sampler = optimized(pipes.flux())
+    sampler = pipes.flux_under_fora()
     wanted = sampler(STEPS)
     twin = Sampler(copy.deepcopy(sampler.pipe), sampler.options)
     assert twin.pipe.transformer.original is not sampler.pipe.transformer.original

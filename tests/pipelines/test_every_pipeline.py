@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from typing import Any
 
 import pytest
 import torch
@@ -11,12 +12,17 @@ import dicompile
 from tests.pipelines.pipes import PIPELINES, Sampler, kinds
 
 # diffusers gives torch tensors to numpy.array, and torch 2.13 does not know numpy 2's keyword `copy` yet.
-pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept:DeprecationWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept:DeprecationWarning"),
+    pytest.mark.spread,
+]
 
 STEPS = 6
 FORA = dicompile.FORA(interval=2)
 STEPS_RUN = {"flux img2img true CFG": 5}
 """Calls of a pipeline that leaves steps out."""
+REFRESHED = ("pixart", "flux true CFG", "wan 2.2")
+"""Pipelines that refresh tokens in every test run, one per kind of guidance: one batch, two calls, two models."""
 
 
 def planned_calls(sampler: Sampler) -> Counter[str]:
@@ -27,8 +33,18 @@ def planned_calls(sampler: Sampler) -> Counter[str]:
     return Counter({kind: sampler.calls * n for kind, n in Counter(step.kind for step in steps).items()})
 
 
-@pytest.mark.parametrize("name", PIPELINES)
-def test_a_pipeline_follows_its_plan_and_is_restored(name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "policies"),
+    [
+        *(pytest.param(name, (FORA, "duca") if name in REFRESHED else (FORA,), id=name) for name in PIPELINES),
+        *(
+            pytest.param(name, ("duca",), id=f"{name}-duca", marks=pytest.mark.nightly)
+            for name in PIPELINES
+            if name not in REFRESHED
+        ),
+    ],
+)
+def test_a_pipeline_follows_its_plan_and_is_restored(name: str, policies: tuple[Any, ...]) -> None:
     sampler = PIPELINES[name]()
     originals, config = sampler.denoisers, dict(sampler.pipe.config)
     wanted = sampler(STEPS)
@@ -37,7 +53,7 @@ def test_a_pipeline_follows_its_plan_and_is_restored(name: str) -> None:
     assert torch.equal(sampler(STEPS), wanted)
     assert dicompile.report(sampler.pipe).kinds == {"full": STEPS_RUN.get(name, STEPS) * sampler.calls}
 
-    for policy in (FORA, "duca"):
+    for policy in policies:
         dicompile.optimize(dicompile.restore(sampler.pipe), policy, mode="eager")
         got = sampler(STEPS)
         report = dicompile.report(sampler.pipe)
@@ -55,7 +71,7 @@ def test_a_pipeline_follows_its_plan_and_is_restored(name: str) -> None:
     assert torch.equal(sampler(STEPS), wanted)
 
 
-@pytest.mark.parametrize("name", ["dit", "flux true CFG"])
+@pytest.mark.parametrize("name", [pytest.param("dit", marks=pytest.mark.nightly), "flux true CFG"])
 def test_compiled_latents_are_close(name: str) -> None:
     sampler = PIPELINES[name]()
     wanted = sampler(3)

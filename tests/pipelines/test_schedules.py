@@ -19,6 +19,7 @@ from tests.pipelines.pipes import Sampler, kinds
 
 # diffusers turns tensors into numpy arrays and back in ways that numpy 2 warns of.
 pytestmark = [
+    pytest.mark.xdist_group("pipelines"),
     pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:__array_wrap__ must accept context:DeprecationWarning"),
 ]
@@ -112,7 +113,7 @@ def _without_sigmas(set_timesteps: Any) -> Any:
 
 
 def test_another_number_of_steps_and_other_sigmas_are_planned_anew_without_compiling() -> None:
-    sampler = optimized(pipes.flux())
+    sampler = pipes.flux_under_fora()
     for steps, sigmas in ((4, None), (6, None), (5, [1.0, 0.9, 0.6, 0.3, 0.1]), (4, None)):
         sampler(steps, sigmas=sigmas)
         plan = dicompile.plan_of(sampler.pipe)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import pytest
@@ -13,7 +12,7 @@ from dicompile.analysis import ModelStructure
 from dicompile.errors import CacheTooLarge
 from dicompile.plan import CacheOptions, Plan, Policy, TimestepSchedule, make_plan
 from dicompile.policies import FORA, DuCa, DuCaFlux, NoCache, TaylorSeer, TaylorSeerLite, ToCa, ToCaFlux, get_policy
-from tests.models import MODELS, structure
+from tests.capture.captured import structure
 from tests.plan.test_planner import Simulation
 from tests.plan.toys import FLOPS, TOKENS, toy
 
@@ -27,11 +26,6 @@ POLICIES: dict[str, Policy] = {
 
 def planned(policy: Policy, budget: int | None, over: str = "degrade", found: ModelStructure = MIXED) -> Plan:
     return make_plan(found, policy, TimestepSchedule(20), CacheOptions(budget, over))
-
-
-@functools.cache
-def model(name: str) -> ModelStructure:
-    return structure(MODELS[name]())
 
 
 def labels(plan: Plan) -> list[str]:
@@ -114,7 +108,7 @@ def test_a_degraded_plan_fits_reads_what_was_written_and_costs_at_least_as_much(
 @pytest.mark.parametrize("name", ["dit", "pixart", "flux"])
 @pytest.mark.parametrize("policy", ["fora", "toca", "duca", "taylorseer"])
 def test_real_models_degrade_too(name: str, policy: str) -> None:
-    found, schedule = model(name), TimestepSchedule(12)
+    found, schedule = structure(name), TimestepSchedule(12)
     free = make_plan(found, get_policy(policy), schedule)
     last = free.flops
     for share in (0.9, 0.5, 0.1):
@@ -125,7 +119,7 @@ def test_real_models_degrade_too(name: str, policy: str) -> None:
 
 
 def test_sites_that_share_an_attention_go_together() -> None:
-    found = model("flux")
+    found = structure("flux")
     free = make_plan(found, ToCaFlux(), TimestepSchedule(20))
     plan = make_plan(found, ToCaFlux(), TimestepSchedule(20), CacheOptions(free.cache_bytes - 1, "degrade"))
     dropped = [item for item in plan.dropped if "joint-attention" in item.labels[0]]
@@ -137,7 +131,7 @@ def test_sites_that_share_an_attention_go_together() -> None:
 
 
 def test_the_spans_of_all_streams_go_together_and_the_blocks_then_run() -> None:
-    found = model("flux")
+    found = structure("flux")
     policy = DuCaFlux(aggressive="stream")
     free = make_plan(found, policy, TimestepSchedule(20))
     plan = make_plan(found, policy, TimestepSchedule(20), CacheOptions(0, "degrade"))

@@ -11,7 +11,7 @@ from dicompile.errors import InvalidSetting
 from dicompile.plan import CacheOptions, SlotKind, TimestepSchedule, What, check_can_compile, make_plan, needs_scale
 from dicompile.plan.memory import slot_bytes
 from dicompile.policies import FORA, TaylorSeer, ToCa
-from tests.models import MODELS, structure
+from tests.capture.captured import structure
 from tests.plan.toys import TOKENS, toy
 
 TOY = toy([("self-attention", "mlp"), ("self-attention", "mlp")], spans=True)
@@ -136,7 +136,7 @@ def test_an_update_counts_with_its_own_dtype() -> None:
 
 
 def test_attention_has_a_scale_per_head_and_token() -> None:
-    site = next(site for site in structure(MODELS["flux"]()).sites if site.kind.value == "parallel")
+    site = next(site for site in structure("flux").sites if site.kind.value == "parallel")
     batch, heads, tokens, width = site.attention_shape
     fp8 = CacheOptions(dtype="float8_e4m3fn")
     assert slot_bytes(site, SlotKind.ATTENTION, What.CORE, CacheOptions()) == batch * heads * tokens * width * 4

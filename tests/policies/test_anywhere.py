@@ -11,7 +11,10 @@ import dicompile
 from dicompile.analysis import SiteKind
 from dicompile.plan import Policy, TimestepSchedule, make_plan
 from dicompile.policies import DuCa, get_policy
-from tests.models import MODELS, optimized, pixart, run, structure, timesteps
+from tests import models
+from tests.capture.captured import structure
+from tests.lower.captured import captured
+from tests.models import MODELS, optimized, pixart, run, timesteps
 from tests.stdit import stdit
 from tests.zoo import images
 
@@ -30,13 +33,13 @@ from tests.zoo import images
     ],
 )
 def test_a_name_means_the_setting_for_the_kind_of_model(name: str, build: str, chosen: str) -> None:
-    plan = make_plan(structure(MODELS[build]()), get_policy(name), TimestepSchedule(20))
+    plan = make_plan(structure(build), get_policy(name), TimestepSchedule(20))
     assert plan.policy == chosen
     assert plan.flop_speedup > 1.2
 
 
 def test_films_have_settings_of_their_own() -> None:
-    found = structure(stdit())
+    found = captured(stdit).structure
     assert make_plan(found, get_policy("toca"), TimestepSchedule(20)).policy == "toca-opensora-3"
     assert make_plan(found, get_policy("duca"), TimestepSchedule(20)).policy == "duca-opensora-3"
 
@@ -47,7 +50,7 @@ def test_where_no_setting_fits_tokens_are_chosen_at_random() -> None:
     sample.inputs["hidden_states"] = torch.randn(1, 4, 12, 12)
     sample.inputs["encoder_hidden_states"] = torch.randn(1, 12, 24)
     sample.inputs["timestep"] = torch.full((1,), 500)
-    plan = make_plan(structure(sample), get_policy("toca"), TimestepSchedule(20))
+    plan = make_plan(models.structure(sample), get_policy("toca"), TimestepSchedule(20))
     assert plan.policy in ("toca-3", "toca-3-random")
 
 

@@ -13,6 +13,7 @@ from dicompile.errors import InvalidPolicy, InvalidRouter, PolicyDoesNotFit
 from dicompile.plan import Policy, TimestepSchedule, make_plan
 from dicompile.policies import LearningToCache, Router, RouterFacts, get_policy, save_router, schedule_to_json
 from tests import models
+from tests.capture.captured import structure
 from tests.models import optimized, run, timesteps
 from tests.uvit import CachedUViT, uvit
 
@@ -25,7 +26,7 @@ def router(steps: int = 6, sites: tuple[str, ...] = SITES, times: tuple[float, .
 
 
 def symbols(policy: Policy, steps: int) -> list[str]:
-    plan = make_plan(models.structure(models.plain_dit()), policy, TimestepSchedule.of(steps))
+    plan = make_plan(structure("plain_dit"), policy, TimestepSchedule.of(steps))
     return ["".join(site.action.symbol for site in step.sites[:6]) for step in plan.steps]
 
 
@@ -37,7 +38,7 @@ def test_the_plan_is_the_schedule() -> None:
 
 
 def test_only_values_that_the_next_step_reuses_are_stored() -> None:
-    plan = make_plan(models.structure(models.plain_dit()), LearningToCache(router()), TimestepSchedule.of(6))
+    plan = make_plan(structure("plain_dit"), LearningToCache(router()), TimestepSchedule.of(6))
     for step, after in zip(plan.steps, plan.steps[1:], strict=False):
         reused = {i for i, site in enumerate(after.sites) if site.action.symbol == "."}
         assert {int(slot.site) for slot in step.live} == reused
@@ -98,9 +99,8 @@ MISFITS: list[tuple[Router, list[float] | int, str]] = [
 def test_a_router_of_something_else_names_its_file_and_both_sides(
     made: Router, schedule: list[float] | int, what: str
 ) -> None:
-    structure = models.structure(models.plain_dit())
     with pytest.raises(PolicyDoesNotFit, match=what) as caught:
-        make_plan(structure, LearningToCache(made), TimestepSchedule.of(schedule))
+        make_plan(structure("plain_dit"), LearningToCache(made), TimestepSchedule.of(schedule))
     assert caught.value.where == "my.safetensors"
 
 

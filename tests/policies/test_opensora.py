@@ -11,7 +11,8 @@ from torch import Tensor
 
 import dicompile
 from dicompile.plan import Policy, TimestepSchedule, make_plan
-from tests.models import structure, timesteps
+from tests.lower.captured import captured
+from tests.models import timesteps
 from tests.stdit import HEADS, Attention, Block, SpatialTemporalDiT, stdit
 
 STEPS, INTERVAL, RATIO, AGE_WEIGHT = 10, 3, 0.2, 0.25
@@ -111,14 +112,14 @@ def test_published_rules_on_spatial_and_temporal_blocks(policy: Policy, score: s
 
 
 def test_cross_attention_has_half_the_pace() -> None:
-    plan = make_plan(structure(stdit()), dicompile.ToCaOpenSora(), TimestepSchedule(30))
+    plan = make_plan(captured(stdit).structure, dicompile.ToCaOpenSora(), TimestepSchedule(30))
     symbols = [[site.action.symbol for site in step.sites[:3]] for step in plan.steps]
     assert [sum(row[i] == "F" for row in symbols) for i in range(3)] == [12, 7, 12]
     assert all(row[2] == "t" for row in symbols if row[0] == ".")
 
 
 def test_a_third_of_the_steps_of_duca_runs_no_block() -> None:
-    found = structure(stdit())
+    found = captured(stdit).structure
     plan = make_plan(found, dicompile.DuCaOpenSora(), TimestepSchedule(30))
     kinds = [step.kind for step in plan.steps]
     assert kinds.count("skip") == 9
