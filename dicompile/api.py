@@ -70,7 +70,9 @@ def optimize(
         )
     if isinstance(model, nn.Module):
         return CachedModel(model, Options(chosen, _link(schedule, chosen), mode, cache=cache))
-    replace_denoisers(model, lambda module: CachedModel(module, Options(chosen, SchedulerLink(model), mode, cache=cache)))
+    replace_denoisers(
+        model, lambda module: CachedModel(module, Options(chosen, SchedulerLink(model), mode, cache=cache))
+    )
     return model
 
 

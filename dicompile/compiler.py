@@ -109,7 +109,9 @@ def compile_capture(capture: Capture, arguments: Sequence[Any], options: Options
     return CompiledFrame(structure, programs, executor)
 
 
-def _signature(capture: Capture, structure: ModelStructure, arguments: Sequence[Any], way: object, policy: Policy) -> Signature:
+def _signature(
+    capture: Capture, structure: ModelStructure, arguments: Sequence[Any], way: object, policy: Policy
+) -> Signature:
     roles = list(enumerate(capture.inputs))
     shapes = tuple(
         (tuple(value.shape), value.dtype, value.device) if isinstance(value, Tensor) else type(value)
@@ -144,9 +146,7 @@ class Same:
         return self._hash
 
     def __eq__(self, other: object) -> bool:
-        return self is other or (
-            isinstance(other, Same) and self._hash == other._hash and self._value == other._value
-        )
+        return self is other or (isinstance(other, Same) and self._hash == other._hash and self._value == other._value)
 
 
 def _predictor(

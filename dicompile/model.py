@@ -134,9 +134,7 @@ class ModelCalls:
                 return frame, *valid
         return None
 
-    def _capture(
-        self, key: tuple[object, ...], arguments: Arguments
-    ) -> tuple[Frame, Sequence[Tensor], Sequence[Any]]:
+    def _capture(self, key: tuple[object, ...], arguments: Arguments) -> tuple[Frame, Sequence[Tensor], Sequence[Any]]:
         check_weights_are_whole(self.module)
         try:
             captured = capture_call(self.module, arguments, by_running=self._by_running)

@@ -140,9 +140,7 @@ class _Call:
         self.state, self.link, self.context, self.latent, self.ahead = state, link, context, latent, ahead
         self.schedule, self.position = link.schedule, link.position
 
-    def step_and_timestep(
-        self, timestep: torch.Tensor | float | None
-    ) -> tuple[int, float | None, torch.Tensor | None]:
+    def step_and_timestep(self, timestep: torch.Tensor | float | None) -> tuple[int, float | None, torch.Tensor | None]:
         """Step of the call, and the timestep if it had to be read: the largest one, and all of it."""
         state = self.state
         if timestep is None:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 
@@ -257,9 +256,7 @@ def _is_repeated(call: Call, context: ContextState) -> bool:
     return is_same_latent(call.latent, context.latent) and is_equal(call.given, context.given, call.given)
 
 
-def _nearest(
-    latent: torch.Tensor | None, contexts: Sequence[ContextState], *, are_all: bool
-) -> ContextState | None:
+def _nearest(latent: torch.Tensor | None, contexts: Sequence[ContextState], *, are_all: bool) -> ContextState | None:
     """The context whose latent a latent clearly is a step on from; of equal ones any.
 
     Args:
@@ -294,5 +291,3 @@ def new_label(name: str, taken: Iterable[str]) -> str:
     taken = set(taken)
     free = (name if not number else f"{name}#{number}" for number in range(len(taken) + 1))
     return next(label for label in free if label not in taken)
-
-

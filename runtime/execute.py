@@ -70,9 +70,7 @@ class Step:
             reads=tuple((number[slot], register, slot in outlasting) for slot, register in program.reads),
             moves=tuple(moves),
             held=sum(plan.slot_bytes[slot] for slot in contents),
-            results=tuple(
-                r if isinstance(r, Constant) else (r, r in program.shared_results) for r in program.results
-            ),
+            results=tuple(r if isinstance(r, Constant) else (r, r in program.shared_results) for r in program.results),
             stored_copies=tuple(sorted(program.shared_writes)),
         )
 
@@ -174,9 +172,7 @@ class Executor:
             if not stays:
                 store[number] = None
 
-    def _keep(
-        self, state: ModelState, place: Place, context: ContextState, step: Step, registers: list[Any]
-    ) -> None:
+    def _keep(self, state: ModelState, place: Place, context: ContextState, step: Step, registers: list[Any]) -> None:
         """Rebind slots: fresh tensors are the new entries, and what no later step reads is dropped."""
         for register in step.stored_copies:
             registers[register] = registers[register].clone()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import types
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -20,8 +20,8 @@ from torch.utils._pytree import tree_leaves
 from dicompile.capture.arguments import Arguments
 from dicompile.capture.captured import Captured, Changes, Unsettled, packer
 from dicompile.capture.compat import DynamoCapture, dynamo_capture
-from dicompile.capture.numbers import open_numbers
 from dicompile.capture.guards import PARTS, By, Fact, Guards, Path, find_place, python_module
+from dicompile.capture.numbers import open_numbers
 from dicompile.errors import CannotCapture
 
 _CONTAINERS = ("DICT_KEYS_MATCH", "SEQUENCE_LENGTH", "DICT_CONTAINS", "DICT_NOT_CONTAINS", "SET_CONTAINS",

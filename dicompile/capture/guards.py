@@ -184,7 +184,9 @@ class Guards:
     hooks: tuple[tuple[int, ...], ...] = ()
 
     @classmethod
-    def of(cls, module: nn.Module, facts: Mapping[Path, Fact], tensors: Sequence[Path], modules: Sequence[Path]) -> Guards:
+    def of(
+        cls, module: nn.Module, facts: Mapping[Path, Fact], tensors: Sequence[Path], modules: Sequence[Path]
+    ) -> Guards:
         """Guards for a module as it is now.
 
         Args:

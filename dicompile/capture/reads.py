@@ -210,7 +210,11 @@ class Reads:
 
     def _profile(self, frame: Any, event: str, _: Any) -> None:
         code = frame.f_code
-        if event == "call" and code not in self._codes and not code.co_filename.startswith((_TORCH, _PYTHON, _OWN, "<")):
+        if (
+            event == "call"
+            and code not in self._codes
+            and not code.co_filename.startswith((_TORCH, _PYTHON, _OWN, "<"))
+        ):
             self._codes[code] = frame.f_globals
 
     def _note_globals(self) -> None:

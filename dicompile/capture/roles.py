@@ -11,7 +11,7 @@ import torch
 from torch import fx
 
 from dicompile.nodes import tensor_of, walk
-from dicompile.ops.kinds import CONTRACTIONS, SINUSOIDS
+from dicompile.ops.kinds import CARRIERS, CONTRACTIONS, SINUSOIDS
 from dicompile.text import clean_path
 
 # How Dynamo spells the root module's own tensors; those of its children are spelled without __dict__.
@@ -99,40 +99,19 @@ def assign_roles(graph: fx.Graph, names: Sequence[tuple[str, bool]]) -> tuple[In
     )
 
 
-_CARRYING = frozenset({
-    aten.mul.Tensor, aten._to_copy.default, aten.view.default, aten.reshape.default, aten.expand.default,
-    aten.slice.Tensor, aten.select.int, aten.unsqueeze.default, aten.clone.default, aten.permute.default,
-    aten.transpose.int, aten.div.Tensor,
-})  # fmt: skip
-
-
 def _is_signal(node: fx.Node, name: str, latent: fx.Node | None) -> bool:
-    """True for a second timestep, and for what joins a stream of the latent with nothing but a factor before."""
+    """True for a second timestep, and for what joins a stream of the latent with nothing but a factor before.
+
+    A text that is a stream itself is also added to, by branches; but those depend on it.
+    """
     if sounds_like_time(name.rpartition(".")[2]) and tensor_of(node).ndim <= 2:
         return True
     if latent is None or tensor_of(node).ndim < 3:
         return False
-    adds, seen, queue = [], {node}, [node]
-    while queue:
-        for user in queue.pop().users:
-            if user.target is aten.add.Tensor:
-                adds.append(user)
-            elif user.target in _CARRYING and user not in seen:
-                seen.add(user)
-                queue.append(user)
-    return any(_depends_on(parent, latent) for add in adds for parent in add.all_input_nodes if parent not in seen)
-
-
-def _depends_on(node: fx.Node, ancestor: fx.Node) -> bool:
-    seen, queue = {node}, [node]
-    while queue:
-        found = queue.pop()
-        if found is ancestor:
-            return True
-        parents = [parent for parent in found.all_input_nodes if parent not in seen]
-        seen.update(parents)
-        queue += parents
-    return False
+    carried = set(walk([node], lambda found: (user for user in found.users if user.target in CARRIERS)))
+    adds = {user for found in carried for user in found.users if user.target is torch.ops.aten.add.Tensor}
+    others = [set(walk([parent])) for add in adds for parent in add.all_input_nodes if parent not in carried]
+    return any(latent in ancestors and node not in ancestors for ancestors in others)
 
 
 def _find_latent(graph: fx.Graph, arguments: Sequence[fx.Node]) -> fx.Node | None:

@@ -98,7 +98,9 @@ def _captured(
     result: Any,
 ) -> Captured:
     name = type(module).__name__
-    used = {path: t for (path, t), p in zip(own.items(), graph.graph.find_nodes(op="placeholder"), strict=False) if p.users}
+    used = {
+        path: t for (path, t), p in zip(own.items(), graph.graph.find_nodes(op="placeholder"), strict=False) if p.users
+    }
     paths = list(dict.fromkeys([*used, *reads.tensors]))
     guards = Guards.of(module, reads.facts, paths, reads.modules)
     pins = guards.pin(module)
@@ -108,7 +110,9 @@ def _captured(
     values = [*(own.get(path, reads.tensors.get(path)) for path in paths), *copied.tensors]
     place = {id(value): i for i, value in reversed(list(enumerate(values)))}
     lifted = _lift_constants(graph)
-    unknown = [value for value, is_made in lifted if id(value) not in place and not is_made and id(value) not in reading.made]
+    unknown = [
+        value for value, is_made in lifted if id(value) not in place and not is_made and id(value) not in reading.made
+    ]
     if unknown:
         raise CannotCapture(
             f"{name} computes with a tensor of shape {list(unknown[0].shape)} that lies neither in it nor in its arguments",

@@ -298,8 +298,9 @@ class _Assembly:
             chosen=tuple(self.chosen),
             results=registers,
             shared_results=frozenset(r for r in registers if isinstance(r, int) and self.memory[r] in stored),
-            shared_writes=frozenset(r for r in self.writes.values() if isinstance(self.memory[r], tuple)
-                                    and self.memory[r][0] == "input"),
+            shared_writes=frozenset(
+                r for r in self.writes.values() if isinstance(self.memory[r], tuple) and self.memory[r][0] == "input"
+            ),
         )
 
     def _new(self) -> int:

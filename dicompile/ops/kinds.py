@@ -66,6 +66,8 @@ VIEWS = (
     aten.alias.default,
     aten.unbind.int,
 )
+CARRIERS = frozenset((*VIEWS, *GATES, aten.select.int))
+"""What passes a value on as it is, or with a factor."""
 TRANSPORT = (
     aten._to_copy.default,
     aten.to.dtype,
