@@ -42,7 +42,10 @@ from dicompile.runtime import Executor, Owners, SchedulerLink, Signature, Step
 log = logging.getLogger("dicompile")
 
 ONE_AT_A_TIME = threading.RLock()
-"""Held while something is captured, rewritten or compiled, and never otherwise: fx and Dynamo trace with global state."""
+"""Held while something is captured, rewritten or compiled, and never otherwise.
+
+torch.fx and Dynamo trace with global state; compiled code has none.
+"""
 
 MOST_PLANS = 64
 """Plans of one captured model that are kept; a pipeline makes one for every number of steps that it is asked for."""

@@ -116,6 +116,7 @@ class CachedModel(OptimizedModule):
             return nn.Module.__call__(self, *args, **kwargs)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """What the original's forward returns, by compiled code; hooks of the wrapper run around it."""
         record = self._dicompile
         return record.calls(args, kwargs) if record.is_enabled else record.given(*args, **kwargs)
 

@@ -77,7 +77,7 @@ def _memory_of(graph: fx.Graph, node: fx.Node) -> int | str:
 
 
 def _is_view(target: Any) -> bool:
-    """True if the result of an operator may be its first argument, or a part of it; said of results that are lists, too."""
+    """True if the result of an operator, or of a list of results each, may be its first argument, or a part of it."""
     if target is operator.getitem:
         return True
     schema = getattr(target, "_schema", None)

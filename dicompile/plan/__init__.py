@@ -25,7 +25,7 @@ from dicompile.plan.fits import (
 )
 from dicompile.plan.memory import DTYPES, UNLIMITED, CacheOptions, check_can_compile, needs_scale
 from dicompile.plan.plan import Dropped, Plan, SiteStep, StepPlan
-from dicompile.plan.planner import attention_owner, cold_step, make_plan, plan_actions
+from dicompile.plan.planner import attention_owner, make_plan, plan_actions
 from dicompile.plan.recall import Fitted, Forecast, Reuse
 from dicompile.plan.rows import make_rows
 from dicompile.plan.schedule import TimestepSchedule
@@ -85,7 +85,6 @@ __all__ = [
     "check_parameters",
     "check_predictor",
     "choose_setting",
-    "cold_step",
     "first_span",
     "make_plan",
     "make_rows",

@@ -92,25 +92,6 @@ def plan_actions(
     )
 
 
-def cold_step(structure: ModelStructure, plan: Plan, step: int) -> StepPlan:
-    """The same step with everything computed, storing what later steps read: for a run that enters the schedule."""
-    planned = plan.steps[step]
-    wanted = {slot for slot in planned.live if slot.age == 0}
-    bases = {
-        int(site.source): _asked(site.action.tokens.score)
-        for s in plan.steps
-        for site in s.sites
-        if site.source is not None and site.action.tokens is not None
-    }
-    sites = []
-    for site in structure.everything:
-        writes = tuple(slot for slot in sorted(wanted) if slot.site == site.id)
-        scores = any(slot.kind is SlotKind.SCORE for slot in writes)
-        compute = Action(what=planned.sites[site.id].action.what)
-        sites.append(SiteStep(compute, writes=writes, score=bases.get(int(site.id)) if scores else None))
-    return with_cost(structure, StepPlan("cold", tuple(sites), planned.live))
-
-
 def _whats(rows: Sequence[Row]) -> dict[int, What]:
     """Which value is stored of every site and span of which one is."""
     return {i: action.what for row in rows for i, action in enumerate(row) if len(action.weights) > 1}

@@ -26,7 +26,6 @@ from dicompile.plan import (
     StepPlan,
     TimestepSchedule,
     What,
-    cold_step,
     make_plan,
     plan_actions,
 )
@@ -223,17 +222,15 @@ def test_every_read_finds_the_latest_write_and_nothing_is_stored_or_kept_for_nob
     assert plan.cache_bytes == max(sum(plan.slot_bytes[slot] for slot in step.live) for step in plan.steps)
 
 
-@settings(max_examples=60, deadline=None)
-@given(rows(forecasts=False), st.data())
-def test_a_run_that_enters_at_any_step_finds_what_it_reads_after_one_cold_step(
-    actions: list[tuple[Action, ...]], data: st.DataObject
+@pytest.mark.parametrize("policy", [FORA(interval=3), ToCa(grid_cell=2), DuCa(grid_cell=0), TaylorSeer(interval=3)])
+@pytest.mark.parametrize("begin", range(1, 12))
+def test_a_run_that_enters_at_any_step_computes_there_and_reads_what_it_stored_itself(
+    policy: object, begin: int
 ) -> None:
-    plan = planned(STRUCTURE, actions)
-    begin = data.draw(st.integers(0, len(actions) - 1))
-    cold = cold_step(STRUCTURE, plan, begin)
-    assert all(site.action.is_full and not site.reads for site in cold.sites)
-    assert (cold.kind, cold.flops) == ("cold", STRUCTURE.flops)
-    simulate(STRUCTURE, [cold, *plan.steps[begin + 1 :]], cold=True)
+    plan = make_plan(STRUCTURE, policy, TimestepSchedule(12).rest(begin))  # type: ignore[arg-type]
+    assert len(plan.steps) == 12 - begin
+    assert all(site.action.is_full and not site.reads for site in plan.steps[0].sites)
+    simulate(STRUCTURE, plan.steps)
 
 
 @pytest.mark.parametrize(
