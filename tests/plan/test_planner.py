@@ -46,8 +46,8 @@ def refresh(base: ScoreBase = ScoreBase.ATTENTION, age_weight: float = 0.25, cou
 class Simulation:
     """A plan, run beside a run that remembers everything. Contents of slots are numbered as they are made."""
 
-    def __init__(self, structure: ModelStructure, *, cold: bool) -> None:
-        self.structure, self.cold = structure, cold
+    def __init__(self, structure: ModelStructure) -> None:
+        self.structure = structure
         self.everything: dict[Slot, int] = {}
         self.kept: dict[Slot, int] = {}
         self.made = 0
@@ -60,7 +60,7 @@ class Simulation:
     def run(self, number: int, planned: StepPlan) -> None:
         for i, step in enumerate(planned.sites):
             self.clocks[i] = 0 if step.action.is_full else self.clocks[i]
-            assert self.cold or step.clock == self.clocks[i], f"step {number}, site {i}"
+            assert step.clock == self.clocks[i], f"step {number}, site {i}"
             self.clocks[i] += not step.action.is_full and not step.action.is_skip
             self.read(number, i, step)
             self.write(number, i, step)
@@ -148,9 +148,9 @@ def attention_of(structure: ModelStructure, site: int, base: ScoreBase) -> int |
     return next((int(s.id) for s in structure.sites_of(block) if s.kind in kinds and s.stream == own.stream), None)
 
 
-def simulate(structure: ModelStructure, steps: Sequence[StepPlan], *, cold: bool = False) -> None:
+def simulate(structure: ModelStructure, steps: Sequence[StepPlan]) -> None:
     """Run steps; fails if a read does not find the latest content, or if anything is kept or stored for nobody."""
-    run = Simulation(structure, cold=cold)
+    run = Simulation(structure)
     for number, planned_step in enumerate(steps):
         run.run(number, planned_step)
     for slot, content, number in run.written:
