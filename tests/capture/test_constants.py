@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 import dicompile
-from dicompile.capture.dynamo import capture_model
+from dicompile.capture import capture_model
 
 
 class Marks(nn.Module):

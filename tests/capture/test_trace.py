@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,9 +14,11 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 import dicompile
-from dicompile.capture import Inputs, capture_graph, module_tensors, trace_model
+from dicompile.capture import Arguments, Captured, capture_graph, values_of
 from dicompile.capture.flex import attend
+from dicompile.capture.trace import capture_by_running, check_reads
 from dicompile.errors import CannotCapture
+from dicompile.wrapper import record_of
 
 WIDTH = 8
 
@@ -55,21 +57,26 @@ def given(kept: int) -> dict[str, Tensor]:
     return {"x": torch.randn(2, 6, WIDTH), "t": torch.rand(2), "mask": mask.expand(2, 6).clone()}
 
 
-def traced(module: nn.Module, **inputs: Any) -> tuple[Any, list[Tensor]]:
-    taken = Inputs.of(module, (), inputs)
-    trace = trace_model(module, taken)
-    return trace, [*module_tensors(module).values(), *taken.tensors.values(), *trace.constants]
+def run(module: nn.Module, **inputs: Any) -> tuple[Captured, Sequence[Tensor]]:
+    arguments = Arguments.of((), inputs)
+    captured = capture_by_running(module, arguments)
+    return captured, values_of(module, captured, arguments)
+
+
+def result(captured: Captured, graph: Any, values: Sequence[Tensor]) -> Any:
+    with torch.no_grad():
+        return captured.pack(tuple(graph(*values)), ())
 
 
 @pytest.mark.parametrize("how", WAYS)
 def test_the_graph_does_what_the_model_did_and_the_read_input_is_known(how: str) -> None:
     module, inputs = Reads(how).eval(), given(4)
-    trace, arguments = traced(module, **inputs)
-    capture = capture_graph(trace.graph, trace.names, arguments)
+    captured, values = run(module, **inputs)
+    capture = capture_graph(captured.graph, captured.names, values)
     with torch.no_grad():
-        torch.testing.assert_close(trace.unpack(capture.graph_module(*arguments)), module(**inputs))
-    assert [trace.names[position][0] for position in trace.reads] == ["mask"]
-    trace.check(capture.inputs, "Reads")
+        torch.testing.assert_close(result(captured, capture.graph_module, values), module(**inputs))
+    assert [captured.names[position][0] for position in captured.reads] == ["mask"]
+    check_reads(captured, [item.role for item in capture.inputs], "Reads")
 
 
 @pytest.mark.parametrize("how", WAYS)
@@ -80,7 +87,7 @@ def test_other_values_of_what_was_read_are_captured_anew_and_equal_ones_are_not(
         for kept, frames in ((4, 1), (4, 1), (6, 2), (4, 2)):
             inputs = given(kept)
             torch.testing.assert_close(model(**inputs), module(**inputs))
-            if model._traced is not None:  # Dynamo takes some of the ways by itself
+            if record_of(model).calls.is_run:  # Dynamo takes some of the ways by itself
                 assert len(model.frames) == frames
 
 
@@ -109,9 +116,9 @@ class Constants(nn.Module):
 
 def test_every_constant_goes_where_it_came_from() -> None:
     module, x = Constants(), torch.randn(2, WIDTH)
-    trace, arguments = traced(module, x=x)
-    assert len(trace.constants) == 2
-    torch.testing.assert_close(trace.unpack(trace.graph(*arguments)), module(x))
+    captured, values = run(module, x=x)
+    assert captured.constants == () and {name for name, _ in captured.names} == {"first", "second", "x"}
+    torch.testing.assert_close(result(captured, captured.graph, values), module(x))
 
 
 def test_results_come_back_packed_as_the_model_packs_them() -> None:
@@ -119,9 +126,9 @@ def test_results_come_back_packed_as_the_model_packs_them() -> None:
         def forward(self, x: Tensor) -> dict[str, Any]:
             return {"sample": [x * 2], "count": 3}
 
-    trace, arguments = traced(Packs(), x=torch.ones(2))
-    result = trace.unpack(trace.graph(*arguments))
-    assert result["count"] == 3 and torch.equal(result["sample"][0], torch.full((2,), 2.0))
+    captured, values = run(Packs(), x=torch.ones(2))
+    packed = result(captured, captured.graph, values)
+    assert packed["count"] == 3 and torch.equal(packed["sample"][0], torch.full((2,), 2.0))
 
 
 class Adds(nn.Module):
@@ -137,25 +144,25 @@ def cache(value: float, mode: str = "read") -> SimpleNamespace:
 
 def test_an_object_is_looked_into() -> None:
     module, x = Adds(), torch.ones(2)
-    trace, arguments = traced(module, x=x, cache=cache(1.0))
-    assert [name for name, _ in trace.names] == ["x", "cache.parts.0.value"]
-    other = Inputs.of(module, (x,), {"cache": cache(2.0)})
-    assert other.key == Inputs.of(module, (x,), {"cache": cache(1.0)}).key
-    assert other.key != Inputs.of(module, (x,), {"cache": cache(1.0, "other")}).key
-    assert torch.equal(trace.unpack(trace.graph(*other.tensors.values())), torch.full((2,), 3.0))
-    assert len(arguments) == 2
+    captured, values = run(module, x=x, cache=cache(1.0))
+    assert [name for name, _ in captured.names] == ["x", "cache.parts.0.value"]
+    other = Arguments.of((), {"x": x, "cache": cache(2.0)})
+    assert other.key == Arguments.of((), {"x": x, "cache": cache(1.0)}).key
+    assert other.key != Arguments.of((), {"x": x, "cache": cache(1.0, "other")}).key
+    assert torch.equal(result(captured, captured.graph, other.tensors), torch.full((2,), 3.0))
+    assert len(values) == 2
 
 
 def test_an_object_that_is_written_to_is_refused_and_stays_as_it_is() -> None:
     given = cache(1.0, "write")
     with pytest.raises(CannotCapture, match="writes to a list, dictionary or object"):
-        traced(Adds(), x=torch.ones(2), cache=given)
+        run(Adds(), x=torch.ones(2), cache=given)
     assert not hasattr(given, "value")
 
 
 def test_an_object_that_cannot_be_looked_into_is_refused() -> None:
     with pytest.raises(CannotCapture, match="holds an object of class ndarray"):
-        Inputs.of(Adds(), (torch.ones(2),), {"cache": SimpleNamespace(value=np.ones(2))})
+        Arguments.of((torch.ones(2),), {"cache": SimpleNamespace(value=np.ones(2))})
 
 
 def test_a_model_that_writes_to_a_dictionary_of_its_caller_is_refused() -> None:
@@ -165,7 +172,7 @@ def test_a_model_that_writes_to_a_dictionary_of_its_caller_is_refused() -> None:
             return x
 
     with pytest.raises(CannotCapture, match="writes to a list, dictionary or object"):
-        traced(Writes(), x=torch.ones(2), cache={})
+        run(Writes(), x=torch.ones(2), cache={})
 
 
 def test_a_setting_of_the_module_that_changes_is_captured_anew() -> None:
