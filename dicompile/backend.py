@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import fx
+from torch import fx, nn
 
 from dicompile.capture import ambient, capture_graph, input_names, open_numbers, read_inputs
 from dicompile.compiler import ONE_AT_A_TIME, Options, Same, compile_capture
@@ -141,4 +141,6 @@ class Specialiser:
         compiled = compile_capture(capture, arguments, self.options, Same(key))
         if not compiled.structure.sites:
             log.info("no cacheable branch in this graph: compiled without caching")
-        return lambda *inputs: compiled.run.run(self.options.owners.of([inputs[i] for i in self._own]), inputs)
+        # Of a dynamic graph, a module's Python numbers are tensors, too, made anew for every call.
+        own = [i for i in self._own if isinstance(arguments[i], nn.Parameter)]
+        return lambda *inputs: compiled.run.run(self.options.owners.of([inputs[i] for i in own]), inputs)

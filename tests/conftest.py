@@ -1,5 +1,6 @@
 """What every test gets: fixed seed, few threads, reads of the cache checked, a worker per module, reasons of skips."""
 
+import logging
 import os
 from pathlib import Path
 
@@ -12,6 +13,8 @@ SHARED = Path(__file__).resolve().parents[2] / "shared"
 def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(1 if hasattr(config, "workerinput") else 2)
     os.environ.setdefault("DICOMPILE_CHECK", "1")
+    # pytest listens to every logger that does not propagate; torch would make text of every graph for this one.
+    logging.getLogger("torch.__trace").propagate = True
 
 
 @pytest.hookimpl(tryfirst=True)  # before xdist reads the groups

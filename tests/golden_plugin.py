@@ -19,8 +19,9 @@ import dicompile
 from dicompile.analysis import ModelStructure, Site
 from dicompile.capture import Role
 from dicompile.plan import Cadence, Line, Policy, Refresh, Reuse, Rule, TokenScore, Window
-from dicompile.runtime import Session, current_session
+from dicompile.runtime import Session
 from tests.golden_training import make_train  # noqa: F401 - replay_check.py looks for it here
+from tests.models import state_of
 
 NUMBER = r"[-+]?\d+(?:\.\d+)?"
 BASES = {"attention": "attention", "kv-norm": "value-norm", "random": "random"}
@@ -56,8 +57,8 @@ class Replay:
 
     def _indices(self, step: int) -> dict[str, torch.Tensor]:
         """Refreshed tokens of every site that the policy may refresh; none at all is an empty set."""
-        structure, frame = dicompile.structure_of(self.model), self.model.frames[-1]
-        chosen = current_session().state_of(frame.run).contexts[""].chosen
+        structure = dicompile.structure_of(self.model)
+        chosen = state_of(self.model).contexts[""].chosen
         planned = dicompile.plan_of(self.model).steps[step]
         result = {}
         for site in structure.sites:

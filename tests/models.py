@@ -13,6 +13,8 @@ from torch import Tensor, nn
 import dicompile
 from dicompile.analysis import ModelStructure, analyse
 from dicompile.capture import Capture, capture_graph, input_names
+from dicompile.runtime import current_session
+from dicompile.wrapper import record_of
 
 
 class Sample(NamedTuple):
@@ -221,3 +223,13 @@ def structure(sample: Sample) -> ModelStructure:
 def optimized(sample: Sample, policy: Any, steps: int, mode: str = "eager", **options: Any) -> Any:
     """The sample's model optimized for a run of `timesteps(steps)`."""
     return dicompile.optimize(sample.model, policy, schedule=timesteps(steps), mode=mode, **options)
+
+
+def state_of(model: nn.Module) -> Any:
+    """What the current session remembers of an optimized model."""
+    return current_session().state_of(record_of(model).calls.owner)
+
+
+def frames_of(model: nn.Module) -> list[Any]:
+    """Everything compiled for an optimized model, what ran last at the end."""
+    return record_of(model).frames

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 import dicompile
 from dicompile.errors import AlreadyOptimized, InvalidSchedule, InvalidSetting, NotOptimized, NotYetRun
 from dicompile.plan import Policy
+from dicompile.wrapper import record_of
 from tests import models
 from tests.models import MODELS, Sample, optimized, run, timesteps
 
@@ -249,7 +250,7 @@ def test_the_module_stays_reachable_through_the_wrapper() -> None:
     assert model.config is sample.model.config
     assert model.dtype is sample.model.dtype is torch.float32
     assert model.transformer_blocks is sample.model.transformer_blocks
-    assert model.original is sample.model
+    assert record_of(model).module is sample.model
     assert all(a is b for a, b in zip(model.parameters(), sample.model.parameters(), strict=True))
     weights = {name.removeprefix("_orig_mod."): tensor for name, tensor in model.state_dict().items()}
     assert weights.keys() == sample.model.state_dict().keys()

@@ -24,7 +24,7 @@ from dicompile.plan import (
     TimestepSchedule,
     TokenScore,
 )
-from tests.models import MODELS, Sample, call, optimized, run, timesteps
+from tests.models import MODELS, Sample, call, frames_of, optimized, run, state_of, timesteps
 
 STEPS = 9
 REUSED = 1e-5
@@ -105,7 +105,7 @@ class Ran(NamedTuple):
         return dicompile.plan_of(self.model)
 
     def program(self, step: int) -> Program:
-        return self.model.frames[-1].programs.step(TimestepSchedule.of(timesteps(STEPS)), step)[1]
+        return frames_of(self.model)[-1].programs.step(TimestepSchedule.of(timesteps(STEPS)), step).program
 
 
 @pytest.fixture(scope="module", params=CASES)
@@ -165,7 +165,7 @@ def test_steps_execute_what_the_plan_says_and_a_skip_leaves_no_block(ran: Ran) -
 
 def test_what_is_held_is_what_the_plan_says(ran: Ran) -> None:
     """The largest number of bytes between two steps, reached and not exceeded."""
-    state = dicompile.runtime.current_session().state_of(ran.model.frames[-1].run)
+    state = state_of(ran.model)
     held = []
     for step, time in enumerate(timesteps(STEPS)):
         call(ran.model, ran.sample.inputs, time, 3000 + step)

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 import dicompile
-from dicompile.runtime import current_session
 from tests.gpu.test_variants_gpu import latents, model_and_inputs, scheduler
+from tests.models import state_of
 
 pytestmark = pytest.mark.gpu
 
@@ -40,8 +40,8 @@ class Sampling:
         return [self.model(**self.inputs | {"hidden_states": x, "timestep": t.expand(4)})[0] for t, x in pairs]
 
     def stored(self) -> list[Tensor]:
-        (context,) = current_session().state_of(self.model.frames[-1].run).contexts.values()
-        return list(context.store.values())
+        (context,) = state_of(self.model).contexts.values()
+        return [tensor for tensor in context.store if tensor is not None]
 
 
 @pytest.mark.parametrize("policy", METHODS)

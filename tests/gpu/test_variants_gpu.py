@@ -13,8 +13,8 @@ from torch import Tensor
 import dicompile
 from dicompile.plan import Policy
 from dicompile.policies import FORA, NoCache, ToCa
-from dicompile.runtime import Session, current_session
-from tests.models import dit
+from dicompile.runtime import Session
+from tests.models import dit, state_of
 
 pytestmark = pytest.mark.gpu
 
@@ -78,7 +78,7 @@ def sample_steps(policy: Policy, mode: str, dtype: torch.dtype) -> list[Step]:
     for timestep, latent in zip(schedule.timesteps, latents(dtype), strict=True):
         inputs |= {"hidden_states": latent, "timestep": timestep.expand(4)}
         output = optimized(**inputs)[0]
-        state = current_session().state_of(optimized.frames[-1].run)
+        state = state_of(optimized)
         (context,) = state.contexts.values()
         steps.append(Step(output.clone(), dict(context.chosen)))
     return steps

@@ -11,9 +11,10 @@ import torch
 
 import dicompile
 from dicompile.lower import Program
+from dicompile.plan import TimestepSchedule
 from dicompile.runtime import current_session
 from tests.lower.test_inductor import LAYERS, POLICY, STEPS
-from tests.models import call, plain_dit, timesteps
+from tests.models import call, frames_of, plain_dit, state_of, timesteps
 
 
 def main(output: Path) -> None:
@@ -25,14 +26,14 @@ def main(output: Path) -> None:
     outputs, chosen = [], []
     for step, timestep in enumerate(timesteps(STEPS)):
         outputs.append(call(model, sample.inputs, timestep, seed=step))
-        state = current_session().state_of(model.frames[0].run)
+        state = state_of(model)
         chosen.append({site: tokens.sort().values.tolist() for site, tokens in state.contexts[""].chosen.items()})
     torch.save({"outputs": outputs, "chosen": chosen}, output)
     counters: Counter[str] = torch._dynamo.utils.counters["inductor"]
     names = ("fxgraph_cache_hit", "fxgraph_cache_miss", "fxgraph_cache_bypass")
-    program: Program = model.frames[0].programs.step(model.frames[0].run.link.schedule, 0)[1]
+    program: Program = frames_of(model)[0].programs.step(TimestepSchedule.of(timesteps(STEPS)), 0).program
     print(json.dumps({name: counters[name] for name in names} | {
-        "variants": len(model.frames[0].programs.variants.variants), "calls": len(program.calls),
+        "variants": len(frames_of(model)[0].programs.variants.variants), "calls": len(program.calls),
     }))  # fmt: skip
 
 

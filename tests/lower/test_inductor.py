@@ -18,7 +18,7 @@ from dicompile.errors import InvalidSetting
 from dicompile.lower import MODES, check_mode, compile_segment
 from dicompile.plan import Cadence, Line, Policy, Refresh, Reuse, Rule, TokenScore
 from dicompile.runtime import current_session
-from tests.models import call, optimized, plain_dit, timesteps
+from tests.models import call, optimized, plain_dit, state_of, timesteps
 from tests.passes.segments import mlp_block
 
 ROOT = Path(__file__).parents[2]
@@ -90,7 +90,7 @@ def test_compiled_variants_agree_with_their_graphs_and_refresh_the_same_tokens(p
     current_session().keep_chosen = True
     for step, timestep in enumerate(timesteps(STEPS)):
         output = call(model, sample.inputs, timestep, seed=step)
-        chosen = current_session().state_of(model.frames[0].run).contexts[""].chosen
+        chosen = state_of(model).contexts[""].chosen
         assert {site: tokens.sort().values.tolist() for site, tokens in chosen.items()} == compiled.chosen[step]
         assert [tokens.shape[1] for tokens in chosen.values()] == COUNTS[step]
         assert ((compiled.outputs[step] - output).abs().max() / output.abs().max()).item() < AGREES

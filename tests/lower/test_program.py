@@ -13,7 +13,7 @@ from dicompile.compiler import Programs
 from dicompile.lower import Call, Constant, Program
 from dicompile.passes import Segment
 from dicompile.plan import Cadence, Plan, Policy, Refresh, Reuse, Rule, TimestepSchedule, TokenScore
-from dicompile.runtime import Executor, SchedulerLink, current_session
+from dicompile.runtime import Executor, Owner, SchedulerLink, Signature, current_session
 from tests.lower.captured import captured
 from tests.models import MODELS, Sample, plain_dit, timesteps
 from tests.passes.segments import Channels, Mlp, chain
@@ -70,10 +70,10 @@ def names(program: Program) -> list[str]:
 def test_a_run_of_reused_blocks_is_one_call_of_at_most_eight_blocks() -> None:
     made = programs(plain_dit, 12, policy="fora")
     kind_of_step = {step.kind: i for i, step in enumerate(plan(made).steps)}
-    assert names(made.step(SCHEDULE, kind_of_step["reuse"])[1]) == [
+    assert names(made.step(SCHEDULE, kind_of_step["reuse"]).program) == [
         "prologue", "blocks0-7", "blocks8-11", "epilogue",
     ]  # fmt: skip
-    assert len(made.step(SCHEDULE, kind_of_step["full"])[1].calls) == 14
+    assert len(made.step(SCHEDULE, kind_of_step["full"]).program.calls) == 14
 
 
 def test_a_block_that_computes_anything_ends_a_run() -> None:
@@ -87,7 +87,7 @@ def test_a_block_that_computes_anything_ends_a_run() -> None:
     made = programs(plain_dit, 4, policy=policy)
     step = next(i for i, s in enumerate(plan(made).steps) if s.kind == "partial")
     assert not middle(plan(made).steps[step].sites[:2])
-    assert names(made.step(SCHEDULE, step)[1]) == ["prologue", "block0", "block1", "block2", "block3", "epilogue"]
+    assert names(made.step(SCHEDULE, step).program) == ["prologue", "block0", "block1", "block2", "block3", "epilogue"]
 
 
 def test_no_policy_no_slots() -> None:
@@ -125,7 +125,7 @@ return (30,)"""
 
 def test_a_program_prints_as_loads_calls_and_stores() -> None:
     made = programs(plain_dit, 1, policy="fora")
-    texts = [str(made.step(SCHEDULE, i)[1]) for i in range(2)]
+    texts = [str(made.step(SCHEDULE, i).program) for i in range(2)]
     assert texts == [STORE, REUSE]
 
 
@@ -154,7 +154,7 @@ def test_registers_are_filled_before_they_are_read_and_freed_after_their_last_us
 
 
 def test_a_register_is_freed_by_the_last_call_that_uses_it() -> None:
-    program = programs(plain_dit, 2, policy="none").step(SCHEDULE, 0)[1]
+    program = programs(plain_dit, 2, policy="none").step(SCHEDULE, 0).program
     first, second, last = program.calls[-3:]
     stream = second.outputs[0]
     assert stream in last.frees
@@ -218,14 +218,15 @@ def test_every_variant_gets_and_gives_values_of_the_layout_it_was_compiled_for(
     rules = (Rule(do=Reuse()),) if model in ("channels", "backwards") else (refresh, Rule(do=Reuse()))
     made = captured(LAYOUTS[model], 1 if model == "flux" else 2)
     source = made.programs(Policy(name="all kinds", cadence=Cadence(interval=3), rules=rules))
-    count_calls = Executor(source, SchedulerLink(STEPS), None, made.capture.input_position(Role.LATENT))
+    owner, latent = Owner(SchedulerLink(STEPS)), made.capture.input_position(Role.LATENT)
+    executor = Executor(source, Signature(latent=latent))
     for _ in range(STEPS):
-        count_calls(*made.arguments())
-    assert current_session().state_of(count_calls).report.cold_starts == []
+        executor.run(owner, made.arguments())
+    assert current_session().state_of(owner).report.cold_starts == []
     assert complaints == []
 
 
 def test_calls_of_one_variant_share_its_function() -> None:
-    program = programs(plain_dit, 4, policy="none").step(SCHEDULE, 0)[1]
+    program = programs(plain_dit, 4, policy="none").step(SCHEDULE, 0).program
     blocks: list[Call] = [call for call in program.calls if call.name.startswith("block")]
     assert blocks[1].function is blocks[2].function is blocks[3].function

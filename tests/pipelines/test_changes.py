@@ -16,6 +16,7 @@ from diffusers import DiTTransformer2DModel, FluxImg2ImgPipeline
 
 import dicompile
 from dicompile.errors import AlreadyOptimized, NotOptimized, UnsupportedModel
+from dicompile.wrapper import record_of
 from tests.pipelines import pipes
 from tests.pipelines.pipes import Sampler, kinds
 
@@ -114,8 +115,8 @@ def test_a_copy_is_optimized_alike_and_stands_alone() -> None:
     sampler = pipes.flux_under_fora()
     wanted = sampler(STEPS)
     twin = Sampler(copy.deepcopy(sampler.pipe), sampler.options)
-    assert twin.pipe.transformer.original is not sampler.pipe.transformer.original
-    assert twin.pipe.transformer.link.source is twin.pipe.scheduler
+    assert record_of(twin.pipe.transformer).module is not record_of(sampler.pipe.transformer).module
+    assert record_of(twin.pipe.transformer).options.link.source is twin.pipe.scheduler
     assert torch.equal(twin(STEPS), wanted)
     with torch.no_grad():
         twin.pipe.transformer.proj_out.weight.zero_()
@@ -137,7 +138,7 @@ def test_a_pipeline_made_of_an_optimized_one_follows_its_own_scheduler() -> None
 
 def test_an_optimized_pipeline_saves_its_denoiser(tmp_path: Path) -> None:
     sampler = optimized(pipes.dit())
-    original = sampler.pipe.transformer.original
+    original = record_of(sampler.pipe.transformer).module
     sampler(2)
     sampler.pipe.save_pretrained(tmp_path)
     saved = json.loads((tmp_path / "model_index.json").read_text())

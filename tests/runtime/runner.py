@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+from collections import Counter
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,7 +14,8 @@ from torch import Tensor
 from dicompile.capture import Role
 from dicompile.compiler import Programs
 from dicompile.plan import Plan
-from dicompile.runtime import Executor, ProgramSource, SchedulerLink, current_session
+from dicompile.runtime import Executor, Owner, SchedulerLink, Signature, StepSource, current_session
+from dicompile.runtime.contexts import ContextState
 from dicompile.runtime.session import ModelState
 from tests.lower.captured import Captured, captured
 from tests.models import plain_dit, timesteps
@@ -35,14 +38,24 @@ def model() -> Captured:
 
 
 def latent(step: int, seed: int = 0) -> Tensor:
-    """The latent of a step; runs with the same seed can be compared step by step."""
-    return torch.randn(4, 4, 16, 16, generator=torch.Generator().manual_seed(1000 * seed + step))
+    """The latent of a step, a bit further on than that of the one before; other seeds are other trajectories."""
+    first, other = (
+        torch.randn(4, 4, 16, 16, generator=torch.Generator().manual_seed(1000 * seed + draw)) for draw in (999, step)
+    )
+    return first + 0.2 * other
 
 
 def uncached(timestep: float, x: Tensor, labels: Tensor = LABELS) -> Tensor:
     """What the model itself returns."""
     with torch.no_grad():
         return model().sample.model(x, torch.full((len(x),), timestep), labels)
+
+
+def signature() -> Signature:
+    """What the inputs of the captured plain DiT are."""
+    inputs, position = model().capture.inputs, model().capture.input_position
+    conditioning = tuple((item.name, i) for i, item in enumerate(inputs) if item.role is Role.CONDITIONING)
+    return Signature(position(Role.TIMESTEP), position(Role.LATENT), conditioning, geometry="plain DiT")
 
 
 class Runner:
@@ -52,23 +65,26 @@ class Runner:
         policy: name of a policy, or programs of another plan.
         schedule: where the steps come from.
         seed: of random scores.
+        offload: whether slots go to host memory.
+        changes: of the signature.
     """
 
-    def __init__(self, policy: str | ProgramSource = "toca", schedule: Any = SCHEDULE, seed: int = 0) -> None:
+    def __init__(
+        self, policy: str | StepSource = "toca", schedule: Any = SCHEDULE, seed: int = 0, *, offload: bool = False,
+        **changes: Any,
+    ) -> None:  # fmt: skip
         current_session().keep_chosen = True
         self.source = programs(policy) if isinstance(policy, str) else policy
         self.link = SchedulerLink(schedule)
-        position = model().capture.input_position
-        conditioning = [i for i, item in enumerate(model().capture.inputs) if item.role is Role.CONDITIONING]
-        self.executor = Executor(
-            self.source, self.link, position(Role.TIMESTEP), position(Role.LATENT), seed, conditioning=conditioning
-        )
-        self.executor.check = True
+        self.owner = Owner(self.link)
+        self.signature = replace(signature(), **changes)
+        self.executor = Executor(self.source, self.signature, seed=seed, offload=offload, check=True)
 
     def __call__(self, timestep: float | Tensor, x: Tensor, labels: Tensor = LABELS) -> Tensor:
         """One call of the model."""
         time = timestep if isinstance(timestep, Tensor) else torch.full((len(x),), timestep)
-        output: Tensor = self.executor(*model().arguments(x=x, t=time.expand(len(x)), y=labels))[0]
+        arguments = model().arguments(x=x, t=time.expand(len(x)), y=labels)
+        output: Tensor = self.executor.run(self.owner, arguments)[0]
         return output
 
     def run(self, seed: int = 0, steps: Iterable[int] = range(STEPS), labels: Tensor = LABELS) -> list[Tensor]:
@@ -79,12 +95,31 @@ class Runner:
     @property
     def state(self) -> ModelState:
         """What the current session remembers."""
-        return current_session().state_of(self.executor)
+        return current_session().state_of(self.owner)
+
+    @property
+    def context(self) -> ContextState:
+        """The only context of the run."""
+        (context,) = self.state.contexts.values()
+        return context
 
     @property
     def plan(self) -> Plan:
         """The plan for the schedule as it is now."""
-        return self.source.plan(self.link.schedule)
+        return self.plan_from(0)
+
+    def plan_from(self, step: int) -> Plan:
+        """The plan of a context that begins at a step."""
+        return self.source.plan(self.link.schedule.rest(step))
+
+    def kinds_from(self, step: int, end: int | None = None) -> Counter[str]:
+        """Kinds of the calls of a context that begins at a step, up to another one."""
+        return Counter(planned.kind for planned in self.plan_from(step).steps[: None if end is None else end - step])
+
+
+def held(context: ContextState) -> list[Tensor]:
+    """Tensors of all slots that hold something."""
+    return [tensor for tensor in context.store if tensor is not None]
 
 
 def same(first: Sequence[Tensor], second: Sequence[Tensor]) -> bool:

@@ -26,6 +26,7 @@ import dicompile
 from dicompile.analysis import ModelStructure, SiteKind, TokenWise
 from dicompile.errors import CannotCapture
 from dicompile.runtime import Executor
+from dicompile.wrapper import record_of
 from tests.zoo import films, images
 from tests.zoo.case import Case
 
@@ -98,7 +99,7 @@ def facts_of(case: Case, policies: tuple[str, ...] = POLICIES[:1]) -> Facts:
     for policy in policies:
         optimized = dicompile.optimize(model, policy, schedule=list(case.timesteps[:STEPS]), mode="eager")
         runs[policy] = _run(optimized, case)
-        structure, traced = dicompile.structure_of(optimized), optimized._traced is not None
+        structure, traced = dicompile.structure_of(optimized), record_of(optimized).calls.is_run
     assert structure is not None
     return Facts(structure, traced, outputs, flops, calls, runs)
 
