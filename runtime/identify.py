@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -81,7 +82,7 @@ def identify(signature: Signature, owner: Owner, session: Session, inputs: Seque
     state = session.state_of(owner)
     call = signature.call(inputs)
     lead = session.leads.get(owner.link) if signature.timestep is None else None
-    if lead is not None and lead.owner is not owner:
+    if lead is not None and lead.owner() is not owner:
         return _follow(state, session, owner, call, lead)
     try:
         step = _step(signature, state, owner, session, call, inputs)
@@ -99,7 +100,7 @@ def identify(signature: Signature, owner: Owner, session: Session, inputs: Seque
     context = state.contexts.find(call, step) or _opened(state, owner.link, call, step)
     if signature.timestep is not None and context is not None:
         label = state.contexts.label_of(context)
-        session.leads[owner.link] = Lead(owner, state.generation, step, label, state.schedule_token)
+        session.leads[owner.link] = Lead(weakref.ref(owner), state.generation, step, label, state.schedule_token)
     return Place(call, step, context)
 
 
@@ -114,7 +115,7 @@ def _step(
         state.timestep = None
         return step
     count = session.counts.get(link)
-    ahead = count if count is not None and count.owner is not owner else None
+    ahead = count if count is not None and count.owner() is not owner else None
     time = None if signature.timestep is None else inputs[signature.timestep]
     step = find_step(state, link, time, call.name, call.latent, ahead)
     if signature.timestep is None:
@@ -122,7 +123,7 @@ def _step(
     else:
         owner.has_time = True
     if state.timestep is not None and not link.schedule.timesteps:
-        session.counts[link] = Count(owner, step, state.timestep, state.direction)
+        session.counts[link] = Count(weakref.ref(owner), step, state.timestep, state.direction)
     return step
 
 

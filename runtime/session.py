@@ -92,13 +92,13 @@ class Count:
     """How far a model has come on a schedule of which only the number of steps is known.
 
     Attributes:
-        owner: the model.
+        owner: the model; weakly, as it has the link under which this is kept.
         step: of its last call.
         timestep: at that step.
         direction: see `ModelState`.
     """
 
-    owner: Owner
+    owner: weakref.ref[Owner]
     step: int
     timestep: float
     direction: int
@@ -109,7 +109,7 @@ class Lead:
     """A call whose step is known. Where Dynamo breaks a model into several graphs, later ones have no timestep to read.
 
     Attributes:
-        owner: of the graph that was called.
+        owner: of the graph that was called; weakly, see `Count`.
         generation: its generation.
         step: of the call.
         label: its guidance context.
@@ -117,7 +117,7 @@ class Lead:
         calls: how often each model that follows was called since.
     """
 
-    owner: Owner
+    owner: weakref.ref[Owner]
     generation: int
     step: int
     label: str

@@ -27,8 +27,9 @@ def programs(make: Callable[..., Sample], *layers: int, policy: Any) -> Programs
 
 
 def all_programs(made: Programs, schedule: TimestepSchedule = SCHEDULE) -> list[Program]:
-    """The program of every step, and of every step entered cold."""
-    return [make(schedule, i)[1] for make in (made.step, made.cold) for i in range(schedule.steps)]
+    """The program of every step, and of every step at which a run may begin."""
+    first = [made.step(schedule.rest(i), 0).program for i in range(schedule.steps)]
+    return [*first, *(made.step(schedule, i).program for i in range(schedule.steps))]
 
 
 def plan(made: Programs) -> Plan:

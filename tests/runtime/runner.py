@@ -81,10 +81,11 @@ class Runner:
         self.executor = Executor(self.source, self.signature, seed=seed, offload=offload, check=True)
 
     def __call__(self, timestep: float | Tensor, x: Tensor, labels: Tensor = LABELS) -> Tensor:
-        """One call of the model."""
+        """One call of the model, as front ends make it: without gradients."""
         time = timestep if isinstance(timestep, Tensor) else torch.full((len(x),), timestep)
         arguments = model().arguments(x=x, t=time.expand(len(x)), y=labels)
-        output: Tensor = self.executor.run(self.owner, arguments)[0]
+        with torch.no_grad():
+            output: Tensor = self.executor.run(self.owner, arguments)[0]
         return output
 
     def run(self, seed: int = 0, steps: Iterable[int] = range(STEPS), labels: Tensor = LABELS) -> list[Tensor]:

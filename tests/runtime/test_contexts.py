@@ -16,7 +16,7 @@ import dicompile
 from dicompile.errors import CannotCapture
 from dicompile.runtime import Session, current_session
 from dicompile.runtime.session import current_context
-from tests.models import call, optimized, plain_dit, run, timesteps
+from tests.models import call, optimized, plain_dit, run, state_of, timesteps
 from tests.runtime.runner import LABELS, OTHER_LABELS, SCHEDULE, STEPS, Runner, latent, model, same
 
 POLICIES = ["fora", "toca"]
@@ -76,16 +76,23 @@ def test_guidance_left_at_the_first_step_leaves_no_trace(guided: Callable[[Runne
     assert all(same(a, b) for a, b in zip(again, expected, strict=True))
 
 
-def test_a_partner_that_pauses_starts_cold_and_the_other_does_not() -> None:
-    runner = Runner("fora")
-    step = next(i for i in range(3, STEPS) if runner.plan.steps[i].kind == "reuse")
-    for i in range(step + 1):
-        with dicompile.cache_context("cond"):
-            runner.run(steps=[i])
-        if i != step - 1:
-            with dicompile.cache_context("uncond"):
-                runner.run(steps=[i], labels=OTHER_LABELS)
-    assert runner.state.report.cold_starts == [step]
+@pytest.mark.parametrize("named", [True, False])
+@pytest.mark.parametrize("policy", [*POLICIES, "taylorseer"])
+def test_a_partner_that_pauses_is_planned_anew_and_the_other_does_not_notice(policy: str, named: bool) -> None:
+    runner, pause = Runner(policy), 3
+    outputs: Partners = [], []
+    for i in range(STEPS):
+        with dicompile.cache_context("cond" if named else ""):
+            outputs[0].extend(runner.run(steps=[i]))
+        if i != pause:
+            with dicompile.cache_context("uncond" if named else ""):
+                outputs[1].extend(runner.run(steps=[i], labels=OTHER_LABELS))
+    assert same(outputs[0], alone(policy, LABELS))
+    assert same(outputs[1][:pause], alone(policy, OTHER_LABELS)[:pause])
+    assert same(outputs[1][pause:], Runner(policy).run(steps=range(pause + 1, STEPS), labels=OTHER_LABELS))
+    report = runner.state.report
+    assert report.cold_starts == [pause + 1]
+    assert report.kinds == runner.kinds_from(0) + runner.kinds_from(0, pause) + runner.kinds_from(pause + 1)
 
 
 def test_an_optimized_model_opens_contexts_as_diffusers_pipelines_do() -> None:
@@ -97,7 +104,7 @@ def test_an_optimized_model_opens_contexts_as_diffusers_pipelines_do() -> None:
                 assert current_context() == name
                 call(cached, sample.inputs, timestep, seed=step)
     assert current_context() == ""
-    assert list(current_session().state_of(cached.frames[0].run).contexts) == ["cond", "uncond"]
+    assert list(state_of(cached).contexts) == ["cond", "uncond"]
 
 
 def test_a_context_ends_where_it_fails() -> None:

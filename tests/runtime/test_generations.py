@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from typing import Any
 
 import pytest
@@ -59,18 +58,27 @@ def test_a_run_that_was_left_at_any_step_leaves_no_trace(policy: str, fresh: lis
     runner = Runner(policy)
     runner.run(seed=1, steps=range(steps))
     assert same(runner.run(), fresh)
-    assert runner.state.report.kinds.total() == STEPS
+    left_as_a_partner = steps == 1  # nothing tells the two at the first step
+    assert runner.state.report.kinds.total() == STEPS + left_as_a_partner
+    assert runner.state.report.cold_starts == []
 
 
-def test_a_run_left_at_its_first_step_is_told_from_a_guidance_partner_by_its_noise(policy: str) -> None:
+def test_a_run_left_at_its_first_step_is_a_context_that_nobody_continues(policy: str) -> None:
     runner = Runner(policy)
     runner(SCHEDULE[0], latent(0, seed=1))
-    generation = runner.state.generation
     runner(SCHEDULE[0], latent(0, seed=2))
-    assert runner.state.generation > generation
-    assert list(runner.state.contexts) == [""]
     runner(SCHEDULE[0], latent(0, seed=2), OTHER_LABELS)
-    assert list(runner.state.contexts) == ["", "#1"]
+    assert list(runner.state.contexts) == ["", "#1", "#2"]
+    left, *others = runner.state.contexts.values()
+    for labels in (LABELS, OTHER_LABELS):
+        runner(SCHEDULE[1], latent(1, seed=2), labels)
+    assert left.step == 0
+    assert [context.step for context in others] == [1, 1]
+    for labels in (LABELS, OTHER_LABELS):
+        runner(SCHEDULE[2], latent(2, seed=2), labels)
+    assert list(runner.state.contexts) == ["#1", "#2"]
+    assert left.store == []
+    assert runner.state.report.cold_starts == []
 
 
 def test_a_run_left_at_its_first_step_is_noticed_when_the_same_buffer_gets_new_noise() -> None:
@@ -146,38 +154,37 @@ def test_a_run_that_enters_in_the_middle_is_planned_from_there(policy: str) -> N
     step = cached_step(runner)
     outputs = runner.run(steps=range(step, STEPS))
     torch.testing.assert_close(outputs[0], uncached(SCHEDULE[step], latent(step)), rtol=ROUNDING, atol=ROUNDING)
-    plan = runner.source.plan(runner.executor.schedule_of(runner.state))
-    assert plan.schedule == runner.link.schedule.rest(step)
-    kinds = [planned.kind for planned in plan.steps]
-    assert kinds[0] == "full"
-    assert runner.state.report.kinds == {kind: kinds.count(kind) for kind in kinds}
+    assert runner.context.schedule == runner.link.schedule.rest(step)
+    assert runner.plan_from(step).steps[0].kind == "full"
+    assert runner.state.report.kinds == runner.kinds_from(step)
     assert runner.state.report.cold_starts == []
     assert str(runner.state.report).startswith(f"{STEPS - step} calls: ")
     assert f"; began at step {step}" in str(runner.state.report)
     assert len(runner.run()) == STEPS
-    assert runner.executor.schedule_of(runner.state) == runner.link.schedule
+    assert runner.context.schedule == runner.link.schedule
 
 
-def test_a_partner_that_joins_in_the_middle_computes_everything_and_says_so(policy: str) -> None:
+def test_a_partner_that_joins_in_the_middle_is_planned_from_there_and_the_report_says_so(policy: str) -> None:
     runner = Runner(policy)
     step = cached_step(runner)
     runner.run(steps=range(step))
     with dicompile.cache_context("uncond"):
-        output = runner.run(steps=[step, step + 1])[0]
-    torch.testing.assert_close(output, uncached(SCHEDULE[step], latent(step)), rtol=ROUNDING, atol=ROUNDING)
-    following = runner.plan.steps[step + 1].kind
-    planned = Counter(runner.plan.steps[i].kind for i in range(step))
-    assert runner.state.report.kinds == planned + Counter({"cold": 1, following: 1})
+        outputs = runner.run(steps=range(step, STEPS))
+    torch.testing.assert_close(outputs[0], uncached(SCHEDULE[step], latent(step)), rtol=ROUNDING, atol=ROUNDING)
+    assert same(outputs, Runner(policy).run(steps=range(step, STEPS)))
+    assert runner.state.report.kinds == runner.kinds_from(0, step) + runner.kinds_from(step)
     assert runner.state.report.cold_starts == [step]
     assert f"; computed for want of stored values at steps [{step}]" in str(runner.state.report)
 
 
-def test_steps_that_are_left_out_start_cold(policy: str) -> None:
+def test_after_steps_that_are_left_out_a_run_is_planned_anew(policy: str) -> None:
     runner = Runner(policy)
     step = next(i for i in range(2, STEPS) if runner.plan.steps[i].kind in ("reuse", "partial"))
     runner.run(steps=range(step - 1))
-    output = runner.run(steps=[step])[0]
-    torch.testing.assert_close(output, uncached(SCHEDULE[step], latent(step)), rtol=ROUNDING, atol=ROUNDING)
+    outputs = runner.run(steps=range(step, STEPS))
+    torch.testing.assert_close(outputs[0], uncached(SCHEDULE[step], latent(step)), rtol=ROUNDING, atol=ROUNDING)
+    assert same(outputs, Runner(policy).run(steps=range(step, STEPS)))
+    assert runner.state.report.kinds == runner.kinds_from(0, step - 1) + runner.kinds_from(step)
     assert runner.state.report.cold_starts == [step]
 
 
@@ -210,8 +217,11 @@ def test_the_ninth_model_of_a_class_and_the_ninth_shape_are_cached_like_the_firs
         cached(torch.randn(BATCH, TOKENS, WIDTH))
         assert dicompile.report(cached).kinds == {"full": 1}
     for batch in range(1, 10):
-        cached(torch.randn(BATCH + batch, TOKENS, WIDTH))
-        assert dicompile.report(cached).kinds == {"full": 1}
+        with dicompile.session():  # without a timestep every call of a session is a step
+            x = torch.randn(BATCH + batch, TOKENS, WIDTH)
+            for _ in range(3):
+                cached(x)
+            assert dicompile.report(cached).kinds == {"full": 2, "reuse": 1}
     assert len(cached.frames) == 10
 
 

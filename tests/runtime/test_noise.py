@@ -8,7 +8,7 @@ from torch import Tensor
 
 import dicompile
 from dicompile.plan import Cadence, Policy, Refresh, Reuse, Rule, TokenScore
-from dicompile.runtime import ProgramSource
+from dicompile.runtime import StepSource
 from tests.runtime.runner import LABELS, OTHER_LABELS, STEPS, Runner, model, same
 
 MLPS = (1, 3)
@@ -21,7 +21,7 @@ def random_policy(*, shared: bool = False) -> Policy:
 
 
 @pytest.fixture(scope="module")
-def source() -> ProgramSource:
+def source() -> StepSource:
     return model().programs(random_policy())
 
 
@@ -30,12 +30,12 @@ def chosen_tokens(runner: Runner, steps: int = STEPS) -> dict[tuple[int, int], T
     result = {}
     for step in range(steps):
         runner.run(steps=[step])
-        for site, tokens in runner.state.contexts[""].chosen.items():
+        for site, tokens in runner.context.chosen.items():
             result[step, site] = tokens
     return result
 
 
-def test_every_site_draws_again_at_every_step(source: ProgramSource) -> None:
+def test_every_site_draws_again_at_every_step(source: StepSource) -> None:
     chosen = chosen_tokens(Runner(source))
     assert list(chosen) == [(step, site) for step in (1, 2, 3, 5, 6, 7) for site in MLPS]
     assert {tuple(tokens.shape) for tokens in chosen.values()} == {(4, 16)}
@@ -43,18 +43,18 @@ def test_every_site_draws_again_at_every_step(source: ProgramSource) -> None:
     assert len(set(rows)) == len(rows)
 
 
-def test_the_same_seed_refreshes_the_same_tokens(source: ProgramSource) -> None:
+def test_the_same_seed_refreshes_the_same_tokens(source: StepSource) -> None:
     first, second = Runner(source, seed=3), Runner(source, seed=3)
     assert same(first.run(), second.run())
     assert same(first.run(), second.run())
 
 
-def test_another_seed_refreshes_other_tokens(source: ProgramSource) -> None:
+def test_another_seed_refreshes_other_tokens(source: StepSource) -> None:
     first, second = (chosen_tokens(Runner(source, seed=seed)) for seed in (1, 2))
     assert all(not torch.equal(first[key], second[key]) for key in first)
 
 
-def test_the_global_generator_is_neither_read_nor_moved(source: ProgramSource) -> None:
+def test_the_global_generator_is_neither_read_nor_moved(source: StepSource) -> None:
     torch.manual_seed(1)
     before = torch.get_rng_state()
     first = Runner(source).run()
@@ -63,7 +63,7 @@ def test_the_global_generator_is_neither_read_nor_moved(source: ProgramSource) -
     assert same(Runner(source).run(), first)
 
 
-def test_guidance_contexts_refresh_the_same_tokens(source: ProgramSource) -> None:
+def test_guidance_contexts_refresh_the_same_tokens(source: StepSource) -> None:
     runner = Runner(source)
     for step in range(2):
         for name, labels in (("cond", LABELS), ("uncond", OTHER_LABELS)):

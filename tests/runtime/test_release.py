@@ -13,8 +13,8 @@ from dicompile.errors import NotOptimized
 from dicompile.lower.inductor import compile_segment
 from dicompile.passes import Segment, Value
 from dicompile.runtime import RunReport, Session, current_session
-from tests.models import call, optimized, plain_dit, run, timesteps
-from tests.runtime.runner import LABELS, OTHER_LABELS, SCHEDULE, STEPS, Runner, latent, model, same
+from tests.models import call, optimized, plain_dit, run, state_of, timesteps
+from tests.runtime.runner import LABELS, OTHER_LABELS, SCHEDULE, STEPS, Runner, held, latent, model, same
 
 POLICIES = ["fora", "toca", "taylorseer", "duca"]
 
@@ -92,11 +92,11 @@ def test_a_refresh_never_holds_two_versions_of_more_than_one_segment(watch: Watc
     runner = watched("toca")
     step = next(i for i, planned in enumerate(runner.plan.steps) if planned.kind == "partial")
     runner.run(steps=range(step))
-    held = len(runner.state.contexts[""].store)
+    count = len(held(runner.context))
     watch.alive_at_call.clear()
     runner.run(steps=[step])
-    per_block = held // 2  # two blocks
-    assert max(watch.alive_at_call) <= held + per_block
+    per_block = count // 2  # two blocks
+    assert max(watch.alive_at_call) <= count + per_block
 
 
 @pytest.mark.parametrize("policy", POLICIES)
@@ -147,7 +147,7 @@ def test_a_generation_that_was_left_is_freed_by_hand() -> None:
     report = dicompile.report(cached)
     assert (report.cache_bytes, report.kinds.total()) == (0, 2)
     assert report.peak_cache_bytes > 0
-    assert current_session().state_of(cached.frames[0].run).contexts == {}
+    assert state_of(cached).contexts == {}
     assert same(run(cached, sample.inputs, timesteps(STEPS)), expected)
 
 
@@ -168,13 +168,14 @@ def test_what_no_later_call_can_read_is_released_in_the_middle_of_a_run() -> Non
         for name in ("cond", "uncond"):
             with dicompile.cache_context(name):
                 runner.run(steps=[i])
-    held = runner.state.cache_bytes
+    before, uncond = runner.state.cache_bytes, runner.state.contexts["uncond"]
     with dicompile.cache_context("cond"):
         runner.run(steps=[step + 1])
-        assert runner.state.contexts["uncond"].store
+        assert held(uncond)
         runner.run(steps=[step + 2])
     assert "uncond" not in runner.state.contexts
-    assert runner.state.report.cache_bytes == runner.state.cache_bytes < held
+    assert (uncond.store, uncond.given, uncond.latent) == ([], {}, None)
+    assert runner.state.report.cache_bytes == runner.state.cache_bytes < before
 
 
 def test_another_session_keeps_what_it_has() -> None:

@@ -12,11 +12,10 @@ from torch import Tensor
 
 import dicompile
 from dicompile.lower import Call, Program
-from dicompile.runtime import current_session
 from dicompile.runtime.storage import AHEAD, BlockingLane, Copy, lane_for, run_calls
 from tests import models
-from tests.models import optimized, run, timesteps
-from tests.runtime.runner import SCHEDULE, Runner, latent, same
+from tests.models import optimized, run, state_of, timesteps
+from tests.runtime.runner import SCHEDULE, Runner, held, latent, same
 
 POLICIES = ["fora", "toca", "taylorseer", "duca"]
 
@@ -62,14 +61,12 @@ def lanes(monkeypatch: pytest.MonkeyPatch) -> list[LateLane]:
         made.append(LateLane(device))
         return made[-1]
 
-    monkeypatch.setattr("dicompile.runtime.dispatch.lane_for", late_lane)
+    monkeypatch.setattr("dicompile.runtime.execute.lane_for", late_lane)
     return made
 
 
 def offloading(policy: str) -> Runner:
-    runner = Runner(policy)
-    runner.executor.offload = True
-    return runner
+    return Runner(policy, offload=True)
 
 
 @pytest.mark.parametrize("policy", POLICIES)
@@ -89,9 +86,8 @@ def test_between_two_calls_nothing_of_the_cache_is_on_the_accelerator(lanes: lis
     runner = offloading("toca")
     for step in range(len(runner.plan.steps)):
         runner.run(steps=[step])
-        stored = runner.state.contexts[""].store.values()
-        assert not any(tensor in lanes[0].on_device for tensor in stored)
-        assert set(runner.state.contexts[""].store) == set(runner.plan.steps[step].live)
+        assert not any(tensor in lanes[0].on_device for tensor in held(runner.context))
+        assert len(held(runner.context)) == len(runner.plan.steps[step].live)
 
 
 def identity(tensor: Tensor) -> tuple[Tensor]:
@@ -170,7 +166,7 @@ def test_on_the_cpu_slots_are_in_host_memory_already() -> None:
     model = optimized(sample, "fora", 4, cache_device="cpu")
     assert same(run(model, sample.inputs, timesteps(4)), wanted)
     assert "in host memory" in dicompile.plan_of(model).summary()
-    assert current_session().state_of(model.frames[0].run).cache_bytes == 0
+    assert state_of(model).cache_bytes == 0
 
 
 def test_narrow_slots_travel_with_their_scales(lanes: list[LateLane]) -> None:
