@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dicompile.capture import PLAIN, Inputs, Trace, module_tensors, trace_model
+from dicompile.capture import PLAIN, Inputs, Trace, autocast_key, module_tensors, trace_model
 from dicompile.compiler import CompiledFrame, Options, compile_frame
 
 Settings = Mapping[tuple[int, str], object]
@@ -41,7 +41,7 @@ class TracedModel:
         inputs = Inputs.of(self._module, args, kwargs)
         own = module_tensors(self._module)
         arguments = [*own.values(), *inputs.tensors.values()]
-        key = (*inputs.key, *((name, t.dtype, t.device) for name, t in own.items()))
+        key = (*inputs.key, *((name, t.dtype, t.device) for name, t in own.items()), autocast_key())
         alike = self._known.setdefault(key, [])
         settings = module_settings(self._module)
         known = next((known for known in alike if known.serves(settings, arguments)), None)

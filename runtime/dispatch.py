@@ -76,7 +76,7 @@ class Executor:
         session = current_session().serving(self.link)
         state = session.state_of(self)
         try:
-            with torch.no_grad():
+            with torch.no_grad(), torch._C._DisableAutocast():  # its casts are part of the graph
                 return self._run(session, state, inputs)
         except BaseException:
             state.begin(None)

@@ -1,6 +1,7 @@
 """Capture: a module and its first inputs -> one functional ATen graph with parameters as inputs and roles known."""
 
 from dicompile.capture.arguments import PLAIN, Inputs
+from dicompile.capture.autocast import autocast_key
 from dicompile.capture.dynamo import capture_by_dynamo, capture_model
 from dicompile.capture.inputs import Input, Role, input_names
 from dicompile.capture.normalise import Capture, capture_graph, read_inputs
@@ -13,6 +14,7 @@ __all__ = [
     "Inputs",
     "Role",
     "Trace",
+    "autocast_key",
     "capture_by_dynamo",
     "capture_graph",
     "capture_model",
