@@ -128,8 +128,7 @@ class Specialiser:
                 frame = self._frames.get(key) or self._compile(key, arguments)
                 latest = list(self._frames.items())[1 - MOST_FRAMES :]
                 self._frames = {**dict(latest), key: frame}
-        with torch.no_grad():
-            return frame(*arguments)
+        return frame(*arguments)
 
     def _compile(self, key: tuple[object, ...], arguments: Sequence[Any]) -> Callable[..., Any]:
         try:

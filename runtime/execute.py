@@ -122,9 +122,10 @@ class Executor:
         session = current_session().serving(owner.link)
         state = session.state_of(owner)
         try:
-            place = identify(self.signature, owner, session, inputs)
-            step = self._step(owner, place)
-            return self._run(state, place, step, inputs, keep_chosen=session.keep_chosen)
+            with torch.no_grad(), torch._C._DisableAutocast():  # its casts are part of the code
+                place = identify(self.signature, owner, session, inputs)
+                step = self._step(owner, place)
+                return self._run(state, place, step, inputs, keep_chosen=session.keep_chosen)
         except BaseException:
             state.begin(None)
             raise

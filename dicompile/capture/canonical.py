@@ -16,11 +16,6 @@ from dicompile.nodes import list_argument, node_argument
 
 aten = torch.ops.aten
 
-_SWITCHES = (
-    torch._C._set_grad_enabled,
-    torch.amp.autocast_mode._enter_autocast,
-    torch.amp.autocast_mode._exit_autocast,
-)
 _SAME = (aten.alias.default, aten.detach.default)
 _SYNONYMS = {
     aten.concat.default: aten.cat.default,
@@ -43,10 +38,9 @@ def make_canonical(graph: fx.Graph) -> None:
 
 
 def drop_switches(graph: fx.Graph) -> None:
-    """Remove switches of global state: gradients are off anyway, and autocast has put its casts into the graph."""
-    for node in reversed(graph.nodes):
-        if node.target in _SWITCHES:
-            graph.erase_node(node)
+    """Remove switches of gradients, which are off anyway; those of autocast mean something, see `autocast`."""
+    for node in graph.find_nodes(op="call_function", target=torch._C._set_grad_enabled):
+        graph.erase_node(node)
 
 
 def _spread_over_batch(add: fx.Node) -> None:

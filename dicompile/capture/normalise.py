@@ -15,6 +15,7 @@ from torch._functorch.aot_autograd import aot_export_module
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
+from dicompile.capture.autocast import make_autocast_explicit, share_casts
 from dicompile.capture.canonical import make_canonical
 from dicompile.capture.constants import spell_out_constants
 from dicompile.capture.roles import Input, Role, assign_roles
@@ -79,7 +80,9 @@ def capture_graph(
         fake_mode,
     ):
         try:
-            graph_module, signature = aot_export_module(dynamo_graph, fakes, trace_joint=False, pre_dispatch=True)
+            explicit = make_autocast_explicit(dynamo_graph, fakes)
+            with torch._C._DisableAutocast():
+                graph_module, signature = aot_export_module(explicit, fakes, trace_joint=False, pre_dispatch=True)
         except DicompileError:
             raise
         except (RuntimeError, AssertionError) as error:
@@ -102,7 +105,9 @@ def capture_graph(
     for placeholder, value in zip(graph_module.graph.find_nodes(op="placeholder"), arguments, strict=True):
         placeholder.meta.setdefault("val", value)  # sizes of a dynamic graph, which nothing uses any more
     _refuse_open_sizes(graph_module.graph)
-    with torch.no_grad(), fake_mode:
+    if explicit is not dynamo_graph:
+        share_casts(graph_module.graph)
+    with torch.no_grad(), torch._C._DisableAutocast(), fake_mode:
         spell_out_constants(graph_module)
         make_canonical(graph_module.graph)
     _drop_inference_noise(graph_module.graph)

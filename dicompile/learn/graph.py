@@ -189,7 +189,8 @@ class _Graph:
         arguments = [
             self._value(made.names[ref.index], inputs) if isinstance(ref, Value) else given[ref] for ref in made.inputs
         ]
-        return dict(zip(made.outputs, self.function(*arguments), strict=True))
+        with torch._C._DisableAutocast():  # its casts are part of the graph
+            return dict(zip(made.outputs, self.function(*arguments), strict=True))
 
     def _value(self, name: str, inputs: Inputs) -> Any:
         if name in self.rewritten.parameters:

@@ -70,7 +70,7 @@ def compile_segment(segment: Segment, mode: str) -> Compiled:
 
 def _compiled(segment: Segment, graph_module: fx.GraphModule, placeholders: Sequence[fx.Node]) -> Compiled:
     context = torch._guards.TracingContext(segment.fake_mode)
-    with torch.no_grad(), torch._guards.tracing(context):
+    with torch.no_grad(), torch._C._DisableAutocast(), torch._guards.tracing(context):
         compiled: Compiled = standalone_compile(
             graph_module, [node.meta["val"] for node in placeholders], dynamic_shapes="from_tracing_context"
         )
