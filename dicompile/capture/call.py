@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -46,7 +47,8 @@ def capture_call(module: nn.Module, arguments: Arguments, *, by_running: bool = 
             refused.why or refused.what,
         )  # fmt: skip
         try:
-            return _settled(capture_by_running, module, Arguments.of(arguments.args, arguments.kwargs))
+            captured = _settled(capture_by_running, module, Arguments.of(arguments.args, arguments.kwargs))
+            return replace(captured, refused=refused)
         except CannotCapture as error:
             raise error from refused
 

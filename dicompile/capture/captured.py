@@ -11,6 +11,7 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from dicompile.capture.guards import Guards
+from dicompile.errors import CannotCapture
 
 Pack = Callable[[Sequence[Any], Sequence[Tensor]], Any]
 
@@ -29,6 +30,7 @@ class Captured:
         pack: the module's result, made of the graph's results and all tensors (see `order`).
         reads: positions of the placeholders whose values Python read, with the operator that did and its module.
         is_run: the module was run to capture it, since Dynamo could not take it whole.
+        refused: what Dynamo said then, if it was asked.
     """
 
     graph: fx.GraphModule
@@ -39,6 +41,7 @@ class Captured:
     pack: Pack
     reads: dict[int, str]
     is_run: bool = False
+    refused: CannotCapture | None = None
 
     def pick(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
         """Values of the placeholders, out of all tensors."""

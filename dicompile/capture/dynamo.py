@@ -82,13 +82,13 @@ def _traced(numbers: Sequence[str]) -> Callable[..., Any]:
     return types.FunctionType(function.__code__, {"__builtins__": __builtins__}, "call")
 
 
-def _call(module: Any, args: Any, kwargs: Any, numbers: Any) -> Any:
-    return module._call_impl(*args, **kwargs)
+def _call(self: Any, args: Any, kwargs: Any, numbers: Any) -> Any:  # Dynamo names modules by this name
+    return self._call_impl(*args, **kwargs)
 
 
-def _call_with_numbers(module: Any, args: Any, kwargs: Any, numbers: Any) -> Any:
+def _call_with_numbers(self: Any, args: Any, kwargs: Any, numbers: Any) -> Any:
     values = {name: number.item() for name, number in numbers.items()}
-    return module._call_impl(*args, **{**kwargs, **values})
+    return self._call_impl(*args, **{**kwargs, **values})
 
 
 @contextlib.contextmanager
@@ -229,7 +229,7 @@ class _Read:
     def _path(self, source: Any) -> Path | None:
         """Where a source of Dynamo's is found; None for arguments, and for what is no object."""
         if isinstance(source, sources.LocalSource):
-            return Path() if source.local_name == "module" else None
+            return Path() if source.local_name == "self" else None
         if isinstance(source, sources.GlobalSource):
             return self._root(source.global_name)
         if not isinstance(source, sources.ChainedSource):

@@ -170,7 +170,7 @@ def check_reads(captured: Captured, roles: Sequence[Role], model: str) -> None:
                 where=f"capture, {how}",
                 why="what it computes then differs from step to step, so that no graph holds for two of them",
                 fix="compute that part of its forward with tensors alone, or run the model as it is",
-            )
+            ) from captured.refused
 
 
 @contextlib.contextmanager
