@@ -3,24 +3,24 @@
 from __future__ import annotations
 
 import contextlib
-import math
-from collections.abc import Callable, Iterator, Mapping
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, fx, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx.experimental.proxy_tensor import make_fx
+from torch import Tensor, nn
 
-import dicompile
-from dicompile.capture import Capture, Inputs, Role, capture_graph, capture_model, module_tensors, trace_model
-from dicompile.capture.autocast import autocast_key, make_autocast_explicit
-from dicompile.capture.dynamo import capture_by_dynamo
-from dicompile.errors import CannotCapture
-from dicompile.traced import TracedModel
-from tests.models import PlainBlock, PlainDiT, Sample, call, redraw, run, timesteps
+from dicompile.capture import (
+    Arguments,
+    Capture,
+    Captured,
+    capture_by_dynamo,
+    normalised,
+    values_of,
+)
+from dicompile.capture.trace import capture_by_running
 
 WIDTH = 16
 aten = torch.ops.aten
@@ -178,23 +178,22 @@ def given() -> dict[str, Tensor]:
     return {"x": torch.randn(2, 8, WIDTH), "t": torch.rand(2)}
 
 
-def by_dynamo(model: nn.Module, inputs: Mapping[str, Tensor]) -> tuple[Capture, list[Tensor]]:
-    capture = capture_by_dynamo(model, inputs)
-    known = {**module_tensors(model), **inputs}
-    return capture, [known[item.name] for item in capture.inputs]
+def captured_by(
+    way: Callable[[nn.Module, Arguments], Captured], model: nn.Module, inputs: Mapping[str, Tensor]
+) -> tuple[Capture, Sequence[Tensor]]:
+    arguments = Arguments.of((), inputs)
+    found = way(model, arguments)
+    return normalised(model, found, arguments), values_of(model, found, arguments)
 
 
-def by_running(model: nn.Module, inputs: Mapping[str, Tensor]) -> tuple[Capture, list[Tensor]]:
-    taken = Inputs.of(model, (), inputs)
-    trace = trace_model(model, taken)
-    arguments = [*module_tensors(model).values(), *taken.tensors.values(), *trace.constants]
-    return capture_graph(trace.graph, trace.names, arguments), arguments
+by_dynamo = functools.partial(captured_by, capture_by_dynamo)
+by_running = functools.partial(captured_by, capture_by_running)
 
 
 FRONT_ENDS = [by_dynamo, by_running]
 
 
-def results(captured: tuple[Capture, list[Tensor]]) -> list[Tensor]:
+def results(captured: tuple[Capture, Sequence[Tensor]]) -> list[Tensor]:
     capture, arguments = captured
     with torch.no_grad():
         return capture.graph_module(*arguments)

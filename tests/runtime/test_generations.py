@@ -13,7 +13,7 @@ from dicompile.lower.inductor import compile_segment
 from dicompile.passes import Segment
 from tests.models import call, optimized, plain_dit, run, timesteps
 from tests.passes.segments import BATCH, TOKENS, WIDTH, Mlp, chain
-from tests.runtime.runner import OTHER_LABELS, SCHEDULE, STEPS, Runner, latent, model, same, uncached
+from tests.runtime.runner import LABELS, OTHER_LABELS, SCHEDULE, STEPS, Runner, latent, model, same, uncached
 
 ROUNDING = 1e-5
 """Reduced products (modulation that is only partly needed) sum in another order."""

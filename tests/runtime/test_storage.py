@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import weakref
 from dataclasses import replace
 from typing import Any
@@ -12,6 +13,7 @@ from torch import Tensor
 
 import dicompile
 from dicompile.lower import Call, Program
+from dicompile.runtime.execute import _lane_of
 from dicompile.runtime.storage import AHEAD, BlockingLane, Copy, lane_for, run_calls
 from tests import models
 from tests.models import optimized, run, state_of, timesteps
@@ -54,14 +56,14 @@ class LateLane:
 
 @pytest.fixture
 def lanes(monkeypatch: pytest.MonkeyPatch) -> list[LateLane]:
-    """Every lane that an executor makes; the CPU counts as an accelerator."""
+    """Every lane that executors make, one for a device; the CPU counts as an accelerator."""
     made: list[LateLane] = []
 
     def late_lane(device: torch.device) -> LateLane:
         made.append(LateLane(device))
         return made[-1]
 
-    monkeypatch.setattr("dicompile.runtime.execute.lane_for", late_lane)
+    monkeypatch.setattr("dicompile.runtime.execute._lane_of", functools.cache(late_lane))
     return made
 
 
@@ -186,8 +188,11 @@ def test_a_device_that_nobody_tried_copies_while_it_waits() -> None:
     assert isinstance(lane_for(torch.device("meta")), BlockingLane)
 
 
-def test_an_executor_keeps_its_lane(lanes: list[LateLane]) -> None:
-    runner = offloading("fora")
-    runner.run()
-    runner.run()
+def test_executors_of_a_device_share_its_lane(lanes: list[LateLane]) -> None:
+    wanted = Runner("fora").run()
+    for _ in range(2):
+        runner = offloading("fora")
+        assert same(runner.run(), wanted)
+        assert same(runner.run(), wanted)
     assert len(lanes) == 1
+    assert _lane_of(torch.device("cpu")) is None
