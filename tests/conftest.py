@@ -1,13 +1,22 @@
-"""What every test gets: fixed seed, few threads, reads of the cache checked, a worker per module, reasons of skips."""
+"""What every test gets: fixed seed, few threads, reads of the cache checked, reasons of skips."""
 
 import logging
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
+SPREAD = {
+    "tests/passes/test_refresh_zoo.py",
+    "tests/pipelines/test_every_pipeline.py",
+    "tests/test_coverage.py",
+    "tests/test_examples.py",
+    "tests/test_golden.py",
+}
+"""Modules of long tests that share nothing: whichever worker is free takes the next one, after all other modules."""
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -17,16 +26,27 @@ def pytest_configure(config: pytest.Config) -> None:
     logging.getLogger("torch.__trace").propagate = True
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Modules go to workers whole: what their tests make once (captures, fixtures) would be made once per worker.
+
+    Marks cannot say so: with pytest 9.2, pytest-xdist 3.8 ignores xdist_group (pytest-dev/pytest-xdist#1386, open).
+    """
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByModule(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            module = nodeid.split("::", maxsplit=1)[0]
+            return nodeid if module in SPREAD else module
+
+    return ByModule(config, log) if config.getvalue("dist") == "loadgroup" else None
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if "nightly" not in config.getoption("markexpr"):
         nightly = [item for item in items if item.get_closest_marker("nightly")]
         config.hook.pytest_deselected(items=nightly)
         items[:] = [item for item in items if item not in nightly]
-    for item in items:
-        # What the tests of a module make once (captures, fixtures) would be made once per worker otherwise.
-        if not (item.get_closest_marker("xdist_group") or item.get_closest_marker("spread")):
-            item.add_marker(pytest.mark.xdist_group(item.location[0]))
     if torch.cuda.is_available():
         return
     no_cuda = pytest.mark.skip(reason="needs a CUDA device")

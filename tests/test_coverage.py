@@ -45,10 +45,7 @@ pytestmark = [
 
 
 def cases(those: list[Case]) -> pytest.MarkDecorator:
-    # One group per case: its facts are made once, by whichever test comes first.
-    return pytest.mark.parametrize(
-        "case", [pytest.param(case, marks=pytest.mark.xdist_group(case.name)) for case in those], ids=str
-    )
+    return pytest.mark.parametrize("case", those, ids=str)
 
 
 def test_the_zoo_has_every_class_that_diffusers_exports() -> None:

@@ -51,7 +51,6 @@ def test_every_script_is_run_here() -> None:
     assert sorted(path.name for path in FOLDER.glob("*.py")) == sorted(EXAMPLES)
 
 
-@pytest.mark.spread
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_it_prints_and_writes_what_it_says(name: str, tmp_path: Path) -> None:
     example = EXAMPLES[name]

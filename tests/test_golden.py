@@ -29,8 +29,6 @@ CASES = (
 COMPILED = ("dit_duca_attention", "flux_toca_attention")
 """Compiled always: chosen tokens, scores, skipped stacks and three streams. The other cases are compiled nightly."""
 
-pytestmark = pytest.mark.spread
-
 
 @pytest.fixture(scope="module")
 def replay_check(shared: Path) -> ModuleType:

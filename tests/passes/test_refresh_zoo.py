@@ -41,7 +41,6 @@ def any_value(like: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     return 0.3 * torch.randn(like.shape, dtype=like.dtype, generator=generator)
 
 
-@pytest.mark.spread
 @pytest.mark.parametrize("name", NAMES)
 def test_chosen_tokens_of_a_real_branch_come_out_as_if_all_were_computed(name: str) -> None:
     case = next(case for case in CASES if case.name == name)

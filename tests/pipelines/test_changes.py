@@ -21,10 +21,7 @@ from tests.pipelines import pipes
 from tests.pipelines.pipes import Sampler, kinds
 
 # diffusers gives torch tensors to numpy.array, and torch 2.13 does not know numpy 2's keyword `copy` yet.
-pytestmark = [
-    pytest.mark.xdist_group("pipelines"),
-    pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept:DeprecationWarning"),
-]
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept:DeprecationWarning")
 
 FORA = dicompile.FORA(interval=2)
 STEPS = 4

@@ -12,10 +12,7 @@ import dicompile
 from tests.pipelines.pipes import PIPELINES, Sampler, kinds
 
 # diffusers gives torch tensors to numpy.array, and torch 2.13 does not know numpy 2's keyword `copy` yet.
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept:DeprecationWarning"),
-    pytest.mark.spread,
-]
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept:DeprecationWarning")
 
 STEPS = 6
 FORA = dicompile.FORA(interval=2)

@@ -19,7 +19,6 @@ from tests.pipelines.pipes import Sampler, kinds
 
 # diffusers turns tensors into numpy arrays and back in ways that numpy 2 warns of.
 pytestmark = [
-    pytest.mark.xdist_group("pipelines"),
     pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:__array_wrap__ must accept context:DeprecationWarning"),
 ]
