@@ -23,6 +23,7 @@ coverage: $(VENV)/.installed-test
 
 bench: $(VENV)/.installed-demo
 	$(BIN)/python examples/bench.py
+	$(BIN)/python examples/overhead.py
 
 lint: ruff typecheck
 

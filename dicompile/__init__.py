@@ -1,6 +1,5 @@
 """dicompile: a compiler for diffusion transformers."""
 
-from dicompile.api import CachedModel as CachedModel
 from dicompile.api import disable as disable
 from dicompile.api import enable as enable
 from dicompile.api import free as free
@@ -42,5 +41,6 @@ from dicompile.policies import ToCaPixArt as ToCaPixArt
 from dicompile.policies import TokenCache as TokenCache
 from dicompile.policies import get_policy as get_policy
 from dicompile.runtime import cache_context as cache_context
+from dicompile.wrapper import CachedModel as CachedModel
 
 __version__ = "0.1.0"

@@ -25,6 +25,7 @@ class Example(NamedTuple):
 EXAMPLES = {
     "bench.py": Example("--quick --model DiT", prints="toca"),
     "fit_demo_forecast.py": Example("--steps 6 --intervals 3", prints="wrote", writes=("fitted_3.json",)),
+    "overhead.py": Example("--quick", prints="dit, 28 blocks"),
     "train_demo_classifier.py": Example(
         "--steps 2 --batch 4 --out classifier.safetensors", prints="saved", writes=("classifier.safetensors",)
     ),

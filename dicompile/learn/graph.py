@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from dicompile.analysis import ModelStructure, Site, SiteKind, analyse
-from dicompile.capture import Capture, Role, capture_by_dynamo
+from dicompile.capture import Arguments, Capture, Role, capture_by_dynamo, normalised
 from dicompile.config import DebugFolder, Settings
 from dicompile.errors import CannotCapture, NoSitesFound
 from dicompile.passes import PASSES, InputRef, LocalStep, OutputRef, SlotRef, Value, Weights, outline_until, rewrite
@@ -128,7 +128,8 @@ def learnable(
         CannotCapture: the model does not fit into one graph, or latent and timestep cannot be told apart.
         NoSitesFound: there is nothing to blend.
     """
-    capture = capture_by_dynamo(module, inputs)
+    arguments = Arguments.of((), inputs)
+    capture = normalised(module, capture_by_dynamo(module, arguments), arguments)
     structure = analyse(capture)
     sites = structure.sites if level == "site" else _spans(structure, SiteKind(level))
     if not sites:

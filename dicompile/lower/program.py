@@ -278,13 +278,13 @@ class _Assembly:
         call = len(self.calls)
         self.calls.append(Call(f"{piece.name}:{variant.name}", variant.function, inputs, outputs))
         for register, memory in zip(outputs, variant.memory, strict=True):
-            is_input = isinstance(memory, int)
-            self.memory[register] = self.memory.get(inputs[memory]) if is_input else (call, memory)
+            self.memory[register] = self.memory.get(inputs[memory]) if isinstance(memory, int) else (call, memory)
 
     def finish(self, results: Iterable[Any]) -> Program:
         registers = tuple(self.values[r.name] if isinstance(r, fx.Node) else Constant(r) for r in results)
         kept = {r for r in registers if isinstance(r, int)} | set(self.writes.values())
         kept |= {register for _, register in self.chosen} | set(range(self.inputs))
+        given = {self.memory[register] for register in range(self.inputs)}
         stored = {self.memory[register] for register in (*self.slots.values(), *self.writes.values())}
         return Program(
             calls=_with_frees(self.calls, kept),
@@ -298,9 +298,7 @@ class _Assembly:
             chosen=tuple(self.chosen),
             results=registers,
             shared_results=frozenset(r for r in registers if isinstance(r, int) and self.memory[r] in stored),
-            shared_writes=frozenset(
-                r for r in self.writes.values() if isinstance(self.memory[r], tuple) and self.memory[r][0] == "input"
-            ),
+            shared_writes=frozenset(r for r in self.writes.values() if self.memory[r] in given),
         )
 
     def _new(self) -> int:
