@@ -53,9 +53,16 @@ class Step:
 
     @classmethod
     def of(cls, plan: Plan, index: int, program: Program) -> Step:
-        """Work out everything that does not depend on values."""
+        """Work out everything that does not depend on values.
+
+        Raises:
+            StaleRead: the plan reads what it never holds.
+        """
         planned, slots = plan.steps[index], plan.slots
         number = {slot: i for i, slot in enumerate(slots)}
+        for slot, _ in program.reads:
+            if slot not in number:
+                raise _not_written(slot)
         contents = _contents_after(planned, program)
         outlasting = {source for source in contents.values() if isinstance(source, Slot)}
         moves: list[int | None] = [None] * len(slots)
@@ -168,7 +175,7 @@ class Executor:
         for number, register, stays in step.reads:
             content = store[number] if store else None
             if content is None:
-                raise StaleRead(f"slot {step.slots[number]} was not written", where="runtime", fix="report this")
+                raise _not_written(step.slots[number])
             registers[register] = content
             if not stays:
                 store[number] = None
@@ -217,6 +224,10 @@ class Executor:
         batch, tokens = shape
         drawn = torch.rand(batch // 2 if share else batch, tokens, generator=generator, device=device)
         return torch.cat([drawn, drawn]) if share else drawn
+
+
+def _not_written(slot: Slot) -> StaleRead:
+    return StaleRead(f"slot {slot} was not written", where="runtime", fix="report this")
 
 
 @functools.lru_cache(maxsize=1024)

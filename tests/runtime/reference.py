@@ -33,43 +33,25 @@ class Reference:
     Args:
         network: the model.
         rows: the table.
-        start: the step at which the run enters the table.
     """
 
-    def __init__(self, network: PlainDiT, rows: Sequence[Sequence[Action]], start: int = 0) -> None:
+    def __init__(self, network: PlainDiT, rows: Sequence[Sequence[Action]]) -> None:
         self.network, self.rows = network, rows
         self.sites = [Memory() for _ in rows[0]]
         self.received: dict[int, Tensor] = {}
-        self.cold_starts: list[int] = []
-        for row in rows[:start]:
-            self._advance(row)
 
     def step(self, number: int, x: Tensor, t: Tensor, y: Tensor, chosen: Mapping[int, Tensor]) -> Tensor:
         """Output of the model at a step; `chosen` are the tokens to refresh, by site."""
         row = self.rows[number]
-        cold = any(self._lacks(site, action) for site, action in zip(self.sites, row, strict=True))
-        if cold:
-            self.cold_starts.append(number)
         for site, action in zip(self.sites, row, strict=True):
             site.clock = 0 if action.is_full else site.clock
         with torch.no_grad():
-            output = self._forward(x, t, y, row, {} if cold else chosen, cold)
+            output = self._forward(x, t, y, row, chosen)
         for site, action in zip(self.sites, row, strict=True):
             site.clock += not action.is_full
         return output
 
-    def _advance(self, row: Sequence[Action]) -> None:
-        for site, action in zip(self.sites, row, strict=True):
-            site.clock = 0 if action.is_full else site.clock + 1
-
-    @staticmethod
-    def _lacks(site: Memory, action: Action) -> bool:
-        ages = [age for age, weight in enumerate(action.weights[1:]) if weight]
-        return any(site.values[age] is None for age in ages)
-
-    def _forward(
-        self, x: Tensor, t: Tensor, y: Tensor, row: Sequence[Action], chosen: Mapping[int, Tensor], cold: bool
-    ) -> Tensor:
+    def _forward(self, x: Tensor, t: Tensor, y: Tensor, row: Sequence[Action], chosen: Mapping[int, Tensor]) -> Tensor:
         network = self.network
         h = network.embed(x).flatten(2).transpose(1, 2) + network.position
         frequency = torch.exp(-torch.arange(network.width // 2, dtype=torch.float32) / (network.width // 2) * 9.21)
@@ -84,10 +66,10 @@ class Reference:
             def mlp(h: Tensor, block: PlainBlock = block, a: Tensor = scale2, b: Tensor = shift2) -> Tensor:
                 return block.mlp(block.norm2(h) * (1 + a) + b)
 
-            if cold or row[2 * number].is_full:
+            if row[2 * number].is_full:
                 self.received[number] = attention_received(block, block.norm1(h) * (1 + scale1) + shift1)
-            h = h + self._site(2 * number, row, gate1, attend, h, None, cold, block.proj)
-            h = h + self._site(2 * number + 1, row, gate2, mlp, h, chosen.get(2 * number + 1), cold)
+            h = h + self._site(2 * number, row, gate1, attend, h, None, block.proj)
+            h = h + self._site(2 * number + 1, row, gate2, mlp, h, chosen.get(2 * number + 1))
         shift, scale = (m[:, None] for m in network.modulation(c).chunk(2, dim=1))
         h = network.head(network.norm(h) * (1 + scale) + shift)
         side = x.shape[-1] // network.patch
@@ -96,7 +78,7 @@ class Reference:
 
     def _site(
         self, number: int, row: Sequence[Action], gate: Tensor, branch: Callable[[Tensor], Tensor], h: Tensor,
-        chosen: Tensor | None, cold: bool, project: Callable[[Tensor], Tensor] = lambda value: value,
+        chosen: Tensor | None, project: Callable[[Tensor], Tensor] = lambda value: value,
     ) -> Tensor:  # fmt: skip
         """Gated update of a site; `project` follows the attention of the branch."""
         site, action = self.sites[number], row[number]
@@ -105,7 +87,7 @@ class Reference:
             What.UPDATE: (lambda h: gate * project(branch(h)), lambda value: value),
             What.ATTENTION: (branch, lambda value: gate * project(value)),
         }[action.what]
-        weights = (1.0,) if cold else action.weights
+        weights = action.weights
         value = torch.zeros_like(h)
         for weight, old in zip(weights[1:], site.values, strict=False):
             if weight:
@@ -123,8 +105,8 @@ class Reference:
         if weights[0]:
             fresh = inner(h)
             value = value + weights[0] * fresh
-            site.values = [fresh, *(site.values[1:] if cold else site.values[:-1])]
-        if cold or action.is_full:
+            site.values = [fresh, *site.values[:-1]]
+        if action.is_full:
             site.stamp = torch.zeros(h.shape[:2], dtype=torch.int64)
         return outer(value)
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -11,7 +12,8 @@ from hypothesis import strategies as st
 
 import dicompile
 from dicompile.config import DebugFolder, Settings
-from dicompile.lower import Program, ProgramBuilder, VariantCache
+from dicompile.errors import StaleRead
+from dicompile.lower import ProgramBuilder, VariantCache
 from dicompile.plan import (
     COMPUTE,
     REUSE,
@@ -20,15 +22,15 @@ from dicompile.plan import (
     Score,
     ScoreBase,
     Selection,
-    StepPlan,
     TimestepSchedule,
     What,
-    cold_step,
     plan_actions,
 )
+from dicompile.runtime import Step
+from dicompile.runtime.contexts import ContextState
 from tests.models import timesteps
 from tests.runtime.reference import Reference
-from tests.runtime.runner import LABELS, LAYERS, Runner, latent, model
+from tests.runtime.runner import LABELS, LAYERS, Runner, held, latent, model
 
 SITES, TOKENS = 2 * LAYERS, 64
 ROUNDING = 1e-4
@@ -47,22 +49,17 @@ def builder() -> ProgramBuilder:
 
 @dataclass
 class Table:
-    """Plans and programs of explicit actions, as the executor asks for them."""
+    """Plans and steps of explicit actions, as the executor asks for them: by the step at which a context begins."""
 
-    rows: tuple[Row, ...]
+    rows: Mapping[int, tuple[Row, ...]]
     builder: ProgramBuilder
-    made: dict[tuple[int, bool], tuple[StepPlan, Program]] = field(default_factory=dict)
 
     def plan(self, schedule: TimestepSchedule) -> Plan:
-        return plan_actions(model().structure, self.rows, schedule, "table")
+        return plan_actions(model().structure, self.rows[schedule.before], schedule, "table")
 
-    def step(self, schedule: TimestepSchedule, index: int) -> tuple[StepPlan, Program]:
-        step = self.plan(schedule).steps[index]
-        return step, self.builder.program(step)
-
-    def cold(self, schedule: TimestepSchedule, index: int) -> tuple[StepPlan, Program]:
-        step = cold_step(model().structure, self.plan(schedule), index)
-        return step, self.builder.program(step)
+    def step(self, schedule: TimestepSchedule, index: int) -> Step:
+        plan = self.plan(schedule)
+        return Step.of(plan, index, self.builder.program(plan.steps[index]))
 
 
 AGE_WEIGHT = 1e-3
@@ -99,39 +96,58 @@ def site_columns(draw: st.DrawFn, steps: int, is_mlp: bool) -> list[Action]:
 
 
 @st.composite
-def tables(draw: st.DrawFn) -> tuple[Row, ...]:
-    steps = draw(st.integers(2, 6))
+def tables(draw: st.DrawFn, steps: int | None = None) -> tuple[Row, ...]:
+    steps = steps or draw(st.integers(2, 6))
     columns = [draw(site_columns(steps, is_mlp=bool(site % 2))) for site in range(SITES)]
     return tuple(zip(*columns, strict=True))
 
 
-def check(rows: tuple[Row, ...], builder: ProgramBuilder, start: int = 0) -> Runner:
-    """Run a table from `start` to its end beside the reference; a guidance partner has begun the generation before."""
-    times = timesteps(len(rows))
-    runner = Runner(Table(rows, builder), tuple(times))
-    if start:
-        with dicompile.cache_context("partner"):
-            runner(times[0], latent(0))
-    network = model().sample.model
-    reference = Reference(network, rows, start)
-    for step in range(start, len(rows)):
-        x = latent(step)
-        output = runner(times[step], x)
-        chosen = runner.state.contexts[""].chosen
-        expected = reference.step(step, x, torch.full((len(x),), times[step]), LABELS, chosen)
+@dataclass
+class Beside:
+    """A context of a run, with the reference for its table beside it."""
+
+    runner: Runner
+    name: str
+    start: int
+    reference: Reference
+
+    def step(self, step: int) -> None:
+        """One call, which must give what the reference gives, and hold what the plan says."""
+        runner, x = self.runner, latent(step)
+        time = runner.link.schedule.timesteps[step]
+        with dicompile.cache_context(self.name):
+            output = runner(time, x)
+        context, index = runner.state.contexts[self.name], step - self.start
+        expected = self.reference.step(index, x, torch.full((len(x),), time), LABELS, context.chosen)
         torch.testing.assert_close(output, expected, rtol=ROUNDING, atol=ROUNDING)
-        assert held_bytes(runner) <= runner.plan.cache_bytes
-        held, live = set(runner.state.contexts[""].store), runner.plan.steps[step].live
-        assert held <= live if reference.cold_starts else held == live
-    assert runner.state.report.cold_starts == reference.cold_starts
-    assert runner.state.contexts[""].cache_bytes == 0
+        plan = runner.plan_from(self.start)
+        live = plan.steps[index].live
+        if index + 1 < len(plan.steps):
+            assert {plan.slots[i] for i, tensor in enumerate(context.store) if tensor is not None} == live
+        assert context.held == held_bytes(context) == sum(plan.slot_bytes[slot] for slot in live) <= plan.cache_bytes
+
+
+def check(rows: tuple[Row, ...], builder: ProgramBuilder, late: tuple[Row, ...] = ()) -> Runner:
+    """Run a table from its first step to its end, and one of fewer rows beside it for a partner that joins late."""
+    start = len(rows) - len(late)
+    runner = Runner(Table({0: rows, start: late} if late else {0: rows}, builder), tuple(timesteps(len(rows))))
+    network = model().sample.model
+    first, second = (
+        Beside(runner, "", 0, Reference(network, rows)),
+        Beside(runner, "late", start, Reference(network, late or rows)),
+    )
+    for step in range(len(rows)):
+        if step >= start:
+            second.step(step)
+        first.step(step)
+    assert runner.state.report.cold_starts == ([start] if late else [])
+    assert runner.state.cache_bytes == 0
     return runner
 
 
-def held_bytes(runner: Runner) -> int:
-    """Bytes of all storage that the slots of the unnamed context keep alive."""
-    tensors = runner.state.contexts[""].store.values()
-    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
+def held_bytes(context: ContextState) -> int:
+    """Bytes of all storage that the slots of a context keep alive."""
+    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in held(context)}.values())
 
 
 EXAMPLES = settings(
@@ -142,15 +158,15 @@ EXAMPLES = settings(
 @EXAMPLES
 @given(rows=tables())
 def test_a_run_from_the_first_step_reads_only_what_was_written(rows: tuple[Row, ...], builder: ProgramBuilder) -> None:
-    assert check(rows, builder).state.report.cold_starts == []
+    check(rows, builder)
 
 
 @EXAMPLES
 @given(rows=tables(), data=st.data())
-def test_a_partner_that_joins_anywhere_computes_what_it_lacks(
+def test_a_partner_that_joins_anywhere_has_a_plan_of_its_own(
     rows: tuple[Row, ...], data: st.DataObject, builder: ProgramBuilder
 ) -> None:
-    check(rows, builder, start=data.draw(st.integers(1, len(rows) - 1)))
+    check(rows, builder, data.draw(tables(data.draw(st.integers(1, len(rows) - 1)))))
 
 
 def column(*actions: Action) -> tuple[Row, ...]:
@@ -158,10 +174,9 @@ def column(*actions: Action) -> tuple[Row, ...]:
     return tuple((action,) * SITES for action in actions)
 
 
-def test_a_stored_update_survives_a_cold_start(builder: ProgramBuilder) -> None:
-    update = What.UPDATE
-    rows = column(Action(what=update), Action(REUSE.weights, update), Action(REUSE.weights, update))
-    assert check(rows, builder, start=1).state.report.cold_starts == [1]
+def test_a_partner_that_joins_late_may_store_other_values(builder: ProgramBuilder) -> None:
+    whole, reuse = Action(what=What.UPDATE), Action(REUSE.weights, What.UPDATE)
+    check(column(COMPUTE, REUSE, REUSE, REUSE), builder, column(whole, reuse, reuse))
 
 
 def test_ages_count_the_steps_since_a_token_was_refreshed_or_its_site_computed(builder: ProgramBuilder) -> None:
@@ -186,36 +201,42 @@ def test_older_values_move_up_one_age_when_a_new_one_is_stored(builder: ProgramB
     check(column(COMPUTE, COMPUTE, Action(BLEND), Action(PARABOLA), COMPUTE, Action(PARABOLA)), builder)
 
 
-def test_a_forecast_after_a_cold_start_waits_for_two_stored_values(builder: ProgramBuilder) -> None:
+def test_a_partner_that_joins_late_forecasts_from_values_of_its_own(builder: ProgramBuilder) -> None:
     forecast = Action(LINE)
     rows = column(COMPUTE, COMPUTE, forecast, forecast, COMPUTE, forecast, COMPUTE, forecast)
-    assert check(rows, builder, start=2).state.report.cold_starts == [2, 3]
+    check(rows, builder, column(COMPUTE, REUSE, COMPUTE, forecast, COMPUTE, forecast))
 
 
+@pytest.mark.parametrize("checked", [True, False])
 @pytest.mark.parametrize("first", [REUSE, Action(PARABOLA), Action(BLEND), refresh(ScoreBase.RANDOM, 9)])
-def test_a_plan_that_reads_before_it_writes_computes_instead(first: Action, builder: ProgramBuilder) -> None:
+def test_a_plan_that_reads_before_it_writes_is_refused(first: Action, checked: bool, builder: ProgramBuilder) -> None:
     rows = tuple(
         tuple(action if site % 2 or action.tokens is None else REUSE for site in range(SITES))
         for action in (first, REUSE, COMPUTE)
     )
-    assert check(rows, builder).state.report.cold_starts == [0]
+    runner = Runner(Table({0: rows}, builder), tuple(timesteps(3)))
+    runner.executor.check = checked
+    with pytest.raises(StaleRead):
+        runner.run(steps=[0])
+    assert runner.state.contexts == {}
 
 
 def test_a_slot_is_dropped_at_its_last_reader(builder: ProgramBuilder) -> None:
     rows = column(COMPUTE, REUSE, COMPUTE, REUSE, REUSE)
-    runner = Runner(Table(rows, builder), tuple(timesteps(5)))
+    runner = Runner(Table({0: rows}, builder), tuple(timesteps(5)))
     sizes = []
     for step in range(5):
         runner.run(steps=[step])
-        sizes.append(held_bytes(runner))
+        sizes.append(held_bytes(runner.context))
     core = 4 * TOKENS * 32 * 4
     assert sizes == [SITES * core, 0, SITES * core, SITES * core, 0]
     assert runner.plan.cache_bytes == SITES * core
 
 
 def test_a_value_that_is_stored_is_the_tensor_that_was_computed(builder: ProgramBuilder) -> None:
-    runner = Runner(Table(column(COMPUTE, REUSE, REUSE), builder), tuple(timesteps(3)))
+    runner = Runner(Table({0: column(COMPUTE, REUSE, REUSE)}, builder), tuple(timesteps(3)))
     runner.run(steps=[0])
-    before = {slot: tensor.data_ptr() for slot, tensor in runner.state.contexts[""].store.items()}
+    before = [tensor.data_ptr() for tensor in held(runner.context)]
     runner.run(steps=[1])
-    assert {slot: tensor.data_ptr() for slot, tensor in runner.state.contexts[""].store.items()} == before
+    assert [tensor.data_ptr() for tensor in held(runner.context)] == before
+    assert len(before) == SITES
