@@ -132,10 +132,10 @@ def _flatten_simply(value: Any, tensors: list[Tensor], rest: list[object]) -> bo
         rest += (kind, value)
     elif kind is dict:
         rest += ("dict", *value)
-        return all([_flatten_simply(item, tensors, rest) for item in value.values()])
+        return all(_flatten_simply(item, tensors, rest) for item in value.values())
     elif kind is tuple or kind is list:
         rest += (kind, len(value))
-        return all([_flatten_simply(item, tensors, rest) for item in value])
+        return all(_flatten_simply(item, tensors, rest) for item in value)
     else:
         return False
     return True

@@ -21,8 +21,8 @@ from torch._dynamo.utils import dynamo_timed, get_metrics_context
 def tensor_check(tensors: Sequence[Tensor]) -> Callable[..., bool]:
     """A function that is true for tensors of the same types, shapes, strides, dtypes and devices as these.
 
-    It is Dynamo's own comparison, a loop in C++ (torch 2.11 to 2.14): a tenth of a microsecond a tensor, where asking for
-    one attribute in Python takes as long. Both keywords have to be given.
+    It is Dynamo's own comparison, a loop in C++ (torch 2.11 to 2.14): a tenth of a microsecond a tensor, where asking
+    for one attribute in Python takes as long. Both keywords have to be given.
     """
     if not tensors:
         return lambda: True
@@ -38,7 +38,8 @@ class DynamoCapture:
 
     Attributes:
         graph: torch-level graph.
-        guards: source, kind, and name of the attribute that is absent, of every guard on an object.
+        guards: source, kind, and what else it names (an attribute that is absent, another source), of every guard on an
+            object.
         aliases: Python modules by the names that Dynamo gives them.
         results: how many tensors the graph returns.
         run: calls the function around the graph, with given results of it; returns the inputs of the graph and what the
@@ -46,7 +47,7 @@ class DynamoCapture:
     """
 
     graph: fx.GraphModule
-    guards: tuple[tuple[Any, str, str], ...]
+    guards: tuple[tuple[Any, str, Any], ...]
     aliases: Mapping[str, str]
     results: int
     run: Callable[[Sequence[Tensor]], tuple[list[Any], Any]]
@@ -64,7 +65,7 @@ def dynamo_capture(function: Callable[..., Any], args: tuple[Any, ...]) -> Dynam
     if backend is None:
         raise torch._dynamo.exc.Unsupported("it runs without any operator")
     guards = [
-        (guard.originating_source, guard.inner_create_fn().__name__, _absent_name(guard))
+        (guard.originating_source, guard.inner_create_fn().__name__, _operand(guard))
         for guard in output.output_graph.guards
     ]
 
@@ -84,11 +85,11 @@ def dynamo_capture(function: Callable[..., Any], args: tuple[Any, ...]) -> Dynam
     return DynamoCapture(backend.graph_module, tuple(guards), dict(output.import_sources), len(returned), run)
 
 
-def _absent_name(guard: Any) -> str:
-    """Name of the attribute that a guard says is absent."""
+def _operand(guard: Any) -> Any:
+    """What a guard names besides its own source."""
     if not isinstance(guard.create_fn, functools.partial):
-        return ""
-    return str(next(iter((*guard.create_fn.args, *guard.create_fn.keywords.values())), ""))
+        return None
+    return next(iter((*guard.create_fn.args, *guard.create_fn.keywords.values())), None)
 
 
 _CallableT = TypeVar("_CallableT", bound=Callable[..., Any])

@@ -1,7 +1,7 @@
 """Capture by Dynamo: a forward becomes one graph without being run.
 
-Dynamo is asked for the graph and for what it read on the way, and never again: nothing that it compiles is installed, so
-that no look-up of its own decides at run time, and nothing of it stays behind.
+Dynamo is asked for the graph and for what it read on the way, and never again: nothing that it compiles is installed,
+so that no look-up of its own decides at run time, and nothing of it stays behind.
 """
 
 from __future__ import annotations
@@ -20,12 +20,13 @@ from torch.utils._pytree import tree_leaves
 from dicompile.capture.arguments import Arguments
 from dicompile.capture.captured import Captured, Changes, Unsettled, packer
 from dicompile.capture.compat import DynamoCapture, dynamo_capture
-from dicompile.capture.guards import PARTS, By, Fact, Guards, Path, find_place, python_module
+from dicompile.capture.guards import PARTS, By, Fact, Guards, Path, below, find_place, python_module
 from dicompile.capture.numbers import open_numbers
 from dicompile.errors import CannotCapture
 
 _CONTAINERS = ("DICT_KEYS_MATCH", "SEQUENCE_LENGTH", "DICT_CONTAINS", "DICT_NOT_CONTAINS", "SET_CONTAINS",
                "SET_NOT_CONTAINS", "MAPPING_KEYS_CHECK", "DICT_VERSION")  # fmt: skip
+_WHOLE = ("CONSTANT_MATCH", "EQUALS_MATCH", "ID_MATCH")
 
 
 def capture_by_dynamo(module: nn.Module, arguments: Arguments) -> Captured:
@@ -39,9 +40,9 @@ def capture_by_dynamo(module: nn.Module, arguments: Arguments) -> Captured:
         CannotCapture: Dynamo cannot take the forward as one graph.
         Unsettled: the forward changes what it keeps.
     """
-    with _clean_dynamo(capture_scalar_outputs=bool(arguments.numbers)), _errors_of(module):
-        made = dynamo_capture(_traced(arguments.numbers), (module, arguments.args, dict(arguments.kwargs),
-                              dict(zip(arguments.numbers, arguments.tensors[len(arguments.given) :], strict=True))))  # fmt: skip
+    numbers = dict(zip(arguments.numbers, arguments.tensors[len(arguments.given) :], strict=True))
+    with _clean_dynamo(capture_scalar_outputs=bool(numbers)), _errors_of(module):
+        made = dynamo_capture(_traced(arguments.numbers), (module, arguments.args, dict(arguments.kwargs), numbers))
     open_numbers(made.graph)
     _refuse_reads(module, made.graph)
     read = _Read(module, made)
@@ -95,8 +96,8 @@ def _call_with_numbers(self: Any, args: Any, kwargs: Any, numbers: Any) -> Any:
 def _clean_dynamo(*, capture_scalar_outputs: bool) -> Iterator[None]:
     """Settings of ours for one capture: fixed sizes, numbers of tensors as symbols, hooks looked at."""
     settings = {
-        "assume_static_by_default": True, "automatic_dynamic_shapes": False, "capture_scalar_outputs": capture_scalar_outputs,
-        "skip_nnmodule_hook_guards": False, "error_on_recompile": False,
+        "assume_static_by_default": True, "automatic_dynamic_shapes": False, "error_on_recompile": False,
+        "capture_scalar_outputs": capture_scalar_outputs, "skip_nnmodule_hook_guards": False,
     }  # fmt: skip
     with torch.no_grad(), torch._dynamo.config.patch(**settings):
         yield
@@ -164,32 +165,44 @@ class _Read:
     def __init__(self, module: nn.Module, made: DynamoCapture) -> None:
         self.facts: dict[Path, Fact] = {}
         self.tensors: list[Path] = []
-        self.modules: list[Path] = []
+        self.modules: list[Path] = [Path()]
         self.containers: dict[str, Any] = {}
         self._aliases = made.aliases
         self._values: dict[Path, Any] = {Path(): module}
-        for source, kind, name in made.guards:
-            self._read(source, kind, name)
+        for source, kind, operand in made.guards:
+            self._read(source, kind, operand)
         self._values[Path("builtins")] = python_module("builtins")
 
     def value(self, path: Path) -> Any:
         """What lies at a path."""
         return self._values[path]
 
-    def _read(self, source: Any, kind: str, name: str) -> None:
+    def _read(self, source: Any, kind: str, operand: Any) -> None:
         path = self._path(source)
         if path is None:
             return
         value = self._follow(path)
-        if kind == "NOT_PRESENT_IN_GENERIC_DICT":
-            absent = path.attribute(name)
-            self.facts[absent] = Fact(absent, "absent")
+        if kind in ("NOT_PRESENT_IN_GENERIC_DICT", "HASATTR"):
+            self._read_attribute(path, value, operand)
         elif isinstance(value, Tensor):
             self.facts.pop(path, None)
             if path not in self.tensors:
                 self.tensors.append(path)
+        elif kind == "DUPLICATE_INPUT" and self._path(operand) is not None:
+            self.facts[path] = Fact(path, "same", self._path(operand))
         elif kind in _CONTAINERS:
             self.facts[path] = Fact.of(path, value)
+        elif kind in _WHOLE:
+            self.facts |= {at: Fact.of(at, item) for at, item in below(path, value) if not isinstance(item, Tensor)}
+
+    def _read_attribute(self, path: Path, value: Any, name: str) -> None:
+        """A look-up that ended at the class (which holds a method, so that Dynamo takes it for granted), or nowhere."""
+        attribute = path.attribute(name)
+        place = find_place(value, name)
+        if place is None:
+            self.facts[attribute] = Fact(attribute, "absent")
+        elif not isinstance(found := place[0][place[1]], Tensor):
+            self.facts[attribute] = Fact.of(attribute, found)
 
     def _follow(self, path: Path) -> Any:
         """The value at a path, a fact for every link of it."""
@@ -234,16 +247,14 @@ class _Read:
             return self._root(source.global_name)
         if not isinstance(source, sources.ChainedSource):
             return None
-        if isinstance(source, (sources.DictGetItemSource, sources.DictSubclassGetItemSource)):
-            if isinstance(source.base, sources.TypeDictSource):
-                base = self._path(source.base.base)
-                return None if base is None else base.attribute(source.index)
-        base = self._path(source.base)
-        return None if base is None else self._link(base, source)
+        is_item = isinstance(source, (sources.DictGetItemSource, sources.DictSubclassGetItemSource))
+        of_class = is_item and isinstance(source.base, sources.TypeDictSource)
+        base = self._path(source.base.base if of_class else source.base)
+        if base is None:
+            return None
+        return base.attribute(source.index) if of_class else self._link(base, source)
 
     def _link(self, base: Path, source: Any) -> Path | None:
-        if isinstance(source, sources.NNModuleSource):
-            return base
         if isinstance(source, (sources.AttrSource, sources.GenericAttrSource)):
             return base.via(By.DICT) if source.member == "__dict__" else base.attribute(source.member)
         if isinstance(source, sources.TypeSource):
@@ -252,16 +263,19 @@ class _Read:
             self.facts[base] = Fact.of(base, self._follow(base))
             return None
         if isinstance(source, (sources.DictGetItemSource, sources.DictSubclassGetItemSource, sources.GetItemSource)):
-            index = source.index
-            if isinstance(index, sources.ConstDictKeySource):
-                self.facts[base] = Fact.of(base, self._follow(base))
-                index = list(self._follow(base))[index.index]
-            return base.item(index) if not getattr(source, "index_is_slice", False) else base
+            return self._item(base, source)
         if isinstance(source, sources.DefaultsSource):
             return base.attribute(source.field).item(source.idx_key)
         named = {sources.TypeMROSource: "__mro__", sources.CodeSource: "__code__", sources.ClosureSource: "__closure__"}
         name = named.get(type(source))
         return base if name is None else base.attribute(name)
+
+    def _item(self, base: Path, source: Any) -> Path:
+        index = source.index
+        if isinstance(index, sources.ConstDictKeySource):
+            self.facts[base] = Fact.of(base, self._follow(base))
+            index = list(self._follow(base))[index.index]
+        return base.item(index) if not getattr(source, "index_is_slice", False) else base
 
     def _root(self, name: str) -> Path | None:
         if name.startswith("__builtins_dict__"):

@@ -4,10 +4,10 @@ A forward is Python: it branches on attributes, on what its processors hold, on 
 so it serves a call only while everything that was read on that way is as it was. `Guards` is the list of it: a frozen
 value that can be printed, made once by the capture, in the same form for both ways to capture.
 
-Every fact is found by a *path* from the module (or from a Python module): ``self.blocks.0.attn.processor.scale``. Walking
-thousands of paths takes milliseconds. `Pins` is what such a walk finds, as flat lists: at this key of this dictionary
-lies this very object. Comparing identities takes microseconds, and is stricter than the facts. Where a pin does not
-hold, the paths are walked again: the facts decide, and new pins are made.
+Every fact is found by a *path* from the module (or from a Python module): ``self.blocks.0.attn.processor.scale``.
+Walking thousands of paths takes milliseconds. `Pins` is what such a walk finds, as flat lists: at this key of this
+dictionary lies this very object. Comparing identities takes microseconds, and is stricter than the facts. Where a pin
+does not hold, the paths are walked again: the facts decide, and new pins are made.
 """
 
 from __future__ import annotations
@@ -91,12 +91,34 @@ class Path:
             if by is By.ATTRIBUTE:
                 text += f".{key}"
             elif by is By.CELL:
-                text += f".{key[0]}({key[1]})"
+                text += f".{key}"
             elif by is By.ITEM:
                 text += f".{key}" if isinstance(key, str) and text.endswith("_modules") else f"[{key!r}]"
             else:
                 text = f"type({text})" if by is By.TYPE else f"{text}.__dict__"
         return text.replace("._modules.", ".").replace(".__dict__['_modules']", "")
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Cell:
+    """A variable of an enclosing function, equal to itself alone.
+
+    Attributes:
+        function: qualified name of the function that reads it.
+        name: of the variable.
+        cell: what holds it.
+    """
+
+    function: str
+    name: str
+    cell: types.CellType
+
+    def contents(self) -> Any:
+        """The value of the variable."""
+        return self.cell.cell_contents
+
+    def __str__(self) -> str:
+        return f"{self.function}({self.name})"
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,8 +128,8 @@ class Fact:
     Attributes:
         path: where.
         kind: "value" (a number or a name: `expected` is it), "fixed" (a function, class or Python module: `expected`
-            is the object), "object" (its type is `expected`), "container" (type and keys, or elements of a set), or
-            "absent" (the object has no such attribute of its own).
+            is the object), "object" (its type is `expected`), "container" (type and keys, or elements of a set),
+            "same" (it is the object at the path `expected`), or "absent" (there is no such attribute).
         expected: see `kind`.
     """
 
@@ -120,10 +142,8 @@ class Fact:
         """What can be said of a value at a path."""
         if isinstance(value, PLAIN):
             return cls(path, "value", value)
-        if isinstance(value, FIXED):
+        if isinstance(value, (*FIXED, types.MethodType)):
             return cls(path, "fixed", value)
-        if isinstance(value, types.MethodType):
-            return cls(path, "object", type(value))
         if isinstance(value, (Mapping, Sequence, AbstractSet)):
             return cls(path, "container", (type(value), keys_of(value)))
         return cls(path, "object", type(value))
@@ -133,7 +153,7 @@ class Fact:
         if self.kind == "value":
             return is_same_value(self.expected, value)
         if self.kind == "fixed":
-            return value is self.expected
+            return value is self.expected or (isinstance(value, types.MethodType) and value == self.expected)
         if self.kind == "container":
             return type(value) is self.expected[0] and keys_of(value) == self.expected[1]
         return type(value) is self.expected
@@ -141,6 +161,8 @@ class Fact:
     def __str__(self) -> str:
         if self.kind == "absent":
             return f"{self.path} is absent"
+        if self.kind == "same":
+            return f"{self.path} is {self.expected}"
         if self.kind == "value":
             return f"{self.path} == {self.expected!r} ({type(self.expected).__name__})"
         if self.kind == "container":
@@ -218,29 +240,27 @@ class Guards:
         """
         walk = Walk(module)
         try:
-            for fact in self.facts:
-                if fact.kind == "absent":
-                    if not walk.is_absent(fact.path):
-                        return f"{fact}: it is there now"
-                    continue
-                value = walk.value(fact.path)
-                if not fact.holds(value):
-                    return f"{fact}: it is {_shown(value)} now"
-                if fact.kind == "container":
-                    walk.watch(value)
+            wrong = next(filter(None, (walk.check(fact) for fact in self.facts)), None)
+            if wrong is not None:
+                return wrong
             tensors = [walk.value(path) for path in self.tensors]
             hooked = [walk.value(path) for path in self.modules]
         except (KeyError, IndexError, AttributeError, TypeError) as error:
             return f"a path is gone: {error}"
+        return self._other_tensor(tensors) or self._other_hook(hooked) or walk.pins(
+            self.tensors, tensors, self.same, hooked
+        )  # fmt: skip
+
+    def _other_tensor(self, tensors: Sequence[Any]) -> str | None:
         for path, meta, tensor in zip(self.tensors, self.metas, tensors, strict=True):
             if not isinstance(tensor, Tensor) or meta_of(tensor) != meta:
                 return f"{path} is {_shown(tensor)} now"
-        if any(tensors[i] is not tensors[j] for i, j in self.same):
-            return "tensors that were one are two now"
-        changed = [p for p, m, n in zip(self.modules, hooked, self.hooks, strict=True) if _hook_counts(m) != n]
-        if changed:
-            return f"{changed[0]} has other hooks now"
-        return walk.pins(self.tensors, tensors, self.same, hooked)
+        is_untied = any(tensors[i] is not tensors[j] for i, j in self.same)
+        return "tensors that were one are two now" if is_untied else None
+
+    def _other_hook(self, modules: Sequence[nn.Module]) -> str | None:
+        changed = [p for p, m, n in zip(self.modules, modules, self.hooks, strict=True) if _hook_counts(m) != n]
+        return f"{changed[0]} has other hooks now" if changed else None
 
     def __str__(self) -> str:
         tensors = [f"{path}: {meta}" for path, meta in zip(self.tensors, self.metas, strict=True)]
@@ -278,6 +298,7 @@ class Pins:
     _listed: list[Any]
     _sized: list[Any]
     _empty: list[Any]
+    _typed: list[Any]
     _tensors_in: list[Any]
     _tensor_keys: list[Any]
     _same: tuple[tuple[int, int], ...]
@@ -285,28 +306,33 @@ class Pins:
     def __post_init__(self) -> None:
         self._sizes = list(map(len, self._sized))
         self._lists = list(map(keys_of, self._listed))
+        self._types = list(map(type, self._typed))
         self._check = tensor_check(self.tensors)
 
     def hold(self) -> list[Tensor] | None:
         """The module's tensors, if everything lies where it lay, and they are as they were but for their values."""
         try:
-            containers, keys, values = self._places
-            # Lists compare identities first. What is not a number is equal to nothing else, but for equal texts.
-            if list(map(getitem, containers, keys)) != values:
-                return None
-            containers, keys, values = self._numbers
-            if not all(map(is_, map(getitem, containers, keys), values)):
-                return None
-            tensors = list(map(getitem, self._tensors_in, self._tensor_keys))
-        except (KeyError, IndexError):
+            tensors = list(map(getitem, self._tensors_in, self._tensor_keys)) if self._lie() else None
+        except (KeyError, IndexError, AttributeError):
             return None
+        if tensors is None or any(tensors[i] is not tensors[j] for i, j in self._same) or not self._check(*tensors):
+            return None
+        return tensors
+
+    def _lie(self) -> bool:
+        """True if everything but the tensors lies where it lay."""
+        containers, keys, values = self._places
+        # Lists compare identities first. What is not a number is equal to nothing else, but for equal texts.
+        if list(map(getitem, containers, keys)) != values:
+            return False
+        containers, keys, values = self._numbers
+        if not all(map(is_, map(getitem, containers, keys), values)):
+            return False
         if any(self._empty) or list(map(len, self._sized)) != self._sizes:
-            return None
-        if any(tensors[i] is not tensors[j] for i, j in self._same) or not self._check(*tensors):
-            return None
-        if list(map(keys_of, self._listed)) != self._lists:
-            return None
-        return tensors if all(is_same_value(find(), value) for find, value in self._computed) else None
+            return False
+        if list(map(type, self._typed)) != self._types or list(map(keys_of, self._listed)) != self._lists:
+            return False
+        return all(is_same_value(find(), value) for find, value in self._computed)
 
 
 class Walk:
@@ -323,6 +349,7 @@ class Walk:
         self._computed: list[tuple[Callable[[], Any], Any]] = []
         self._sized: dict[int, Any] = {}
         self._watched: dict[int, Any] = {}
+        self._classes: dict[type, Any] = {}
 
     def find(self, path: Path) -> Any:
         """What lies at a path; None where it is gone."""
@@ -345,12 +372,37 @@ class Walk:
         """Pin the keys of a container, the elements of a set, or a length."""
         self._watched[id(container)] = container
 
-    def is_absent(self, path: Path) -> bool:
-        """True if the object that would have this attribute has none of its own."""
-        own = getattr(self.value(path.parent), "__dict__", {})
-        if not isinstance(own, types.MappingProxyType):
+    def check(self, fact: Fact) -> str | None:
+        """What is wrong about a fact; None if it holds."""
+        if fact.kind == "absent":
+            return None if self._is_absent(fact.path) else f"{fact}: it is there now"
+        value = self.value(fact.path)
+        if not (value is self.value(fact.expected) if fact.kind == "same" else fact.holds(value)):
+            return f"{fact}: it is {_shown(value)} now"
+        if fact.kind == "container":
+            self.watch(value)
+        return None
+
+    def _is_absent(self, path: Path) -> bool:
+        value, name = self.value(path.parent), path.links[-1][1]
+        own = getattr(value, "__dict__", None)
+        if isinstance(own, dict):
             self._sized[id(own)] = own
-        return path.links[-1][1] not in own
+            for part in ("_parameters", "_buffers", "_modules") if isinstance(value, nn.Module) else ():
+                self._sized[id(own[part])] = own[part]
+        return self._place(value, name) is None
+
+    def _place(self, value: object, name: str) -> tuple[Any, Any] | None:
+        """Where an attribute is found; the classes that are asked before must not get one of this name."""
+        place = find_place(value, name)
+        if place is not None and not isinstance(place[0], types.MappingProxyType):
+            return place
+        for cls in value.__mro__ if isinstance(value, type) else type(value).__mro__:
+            held = self._classes.setdefault(cls, vars(cls))
+            if place is not None and name in held:
+                return held, name
+            self._sized[id(held)] = held
+        return place
 
     def _follow(self, value: Any, by: By, key: Any) -> Any:
         if by is By.DICT:
@@ -358,14 +410,15 @@ class Walk:
         if by is By.TYPE:
             return type(value)
         if by is By.CELL:
-            return self._compute(functools.partial(getattr, key[2], "cell_contents"))
-        if by is By.ITEM:
-            return self._at(value, key)
+            return self._compute(key.contents)
+        return self._at(value, key) if by is By.ITEM else self._attribute(value, key)
+
+    def _attribute(self, value: Any, name: str) -> Any:
         own = getattr(value, "__dict__", None)
         if own is not None and not isinstance(value, (type, types.ModuleType)):
             self._sized[id(own)] = own
-        place = find_place(value, key)
-        return self._at(*place) if place is not None else self._compute(functools.partial(getattr, value, key))
+        place = self._place(value, name)
+        return self._at(*place) if place is not None else self._compute(functools.partial(getattr, value, name))
 
     def _at(self, container: Any, key: Any) -> Any:
         if isinstance(container, tuple):
@@ -415,6 +468,7 @@ class Walk:
             _listed=listed,
             _sized=[*sized, *(hook for hook in hooks if hook)],
             _empty=[hook for hook in hooks if not hook],
+            _typed=list({id(module): module for module in modules}.values()),
             _tensors_in=[container for container, _ in places],
             _tensor_keys=[key for _, key in places],
             _same=same,

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from dicompile.capture.captured import Changes
-from dicompile.capture.guards import FIXED, PARTS, PLAIN, By, Fact, Path, Walk, find_place
+from dicompile.capture.guards import FIXED, PARTS, PLAIN, By, Cell, Fact, Path, Walk, find_place
 from dicompile.errors import CannotCapture
 
 _TORCH = str(File(torch.__file__).parent)
@@ -131,9 +131,17 @@ class Reads:
                 self._note_parts(parent, name, value)
             elif find_place(obj, name) is not None or not isinstance(vars(type(obj)).get(name), property):
                 self._watch(parent, obj)
-                self._note(parent.attribute(name), value)
+                if isinstance(value, types.MethodType):
+                    self._note_method(parent.attribute(name), obj)
+                else:
+                    self._note(parent.attribute(name), value)
         finally:
             self._is_busy = False
+
+    def _note_method(self, path: Path, obj: Any) -> None:
+        place = find_place(obj, path.links[-1][1])
+        if place is not None:
+            self.facts[path] = Fact.of(path, place[0][place[1]])
 
     def _note_absent(self, obj: Any, name: str) -> None:
         parent = self._path_of.get(id(obj))
@@ -159,8 +167,9 @@ class Reads:
         if isinstance(value, Tensor):
             self.tensors[path] = value
             return
-        if isinstance(value, types.MethodType):
-            return  # found on the class, of which the object's type is compared
+        if not isinstance(value, (*PLAIN, *FIXED)) and self._path_of.get(id(value), path) != path:
+            self.facts[path] = Fact(path, "same", self._path_of[id(value)])  # what is read of it is noted there
+            return
         self.facts[path] = Fact.of(path, value)
         if isinstance(value, (*PLAIN, *FIXED)):
             return
@@ -259,5 +268,5 @@ class Reads:
                 value = cell.cell_contents
             except ValueError:  # still empty
                 continue
-            path = Path(root.root, ((By.CELL, (function.__qualname__, name, cell)),))
+            path = Path(root.root, ((By.CELL, Cell(function.__qualname__, name, cell)),))
             self._note(path, value)

@@ -2,8 +2,8 @@
 
 Everything that Python reads from a tensor (``.tolist()``, ``if mask.any():``, ``x[mask]``) is written down together
 with the inputs it came from. The graph then holds for calls with the same values there, and whoever uses it has to
-compare them (`Captured.reads`). Values computed from the latent or the timestep differ at every step: a model that reads
-those cannot be captured. What Python reads of the module itself, `reads` notes.
+compare them (`Captured.reads`). Values computed from the latent or the timestep differ at every step: a model that
+reads those cannot be captured. What Python reads of the module itself, `reads` notes.
 
 The run computes with copies of the arguments, and buffers that it wrote to are put back: a refusal changes nothing.
 """
@@ -115,7 +115,8 @@ def _captured(
     ]
     if unknown:
         raise CannotCapture(
-            f"{name} computes with a tensor of shape {list(unknown[0].shape)} that lies neither in it nor in its arguments",
+            f"{name} computes with a tensor of shape {list(unknown[0].shape)} that lies neither in it nor in its "
+            "arguments",
             where="capture",
             why="whether it is the same at the next call cannot be told",
             fix="register it as a buffer, or pass it",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -68,4 +69,4 @@ def follow(module: nn.Module, *changes: Callable[[], object], inputs: Callable[[
         for seed in range(2):
             same(model, module, **inputs(10 * i + seed + 2))
         captured.append(counted(model))
-    return [after - before for before, after in zip(captured, captured[1:], strict=False)]
+    return [after - before for before, after in itertools.pairwise(captured)]

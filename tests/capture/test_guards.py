@@ -93,8 +93,6 @@ class Held(Base):
         self.register_buffer("maybe", None)
 
 
-
-
 def setter(path: str, value: Any) -> Callable[[Held], None]:
     def change(module: Held) -> None:
         *parents, name = path.split(".")
@@ -230,7 +228,7 @@ EQUAL: dict[str, tuple[Callable[[Any, Tensor], Tensor], Callable[[Any], Any]]] =
     "processor": (lambda m, x: m.processor(x), setter("processor", lambda: Processor(2.0))),
     "dictionary": (lambda m, x: x * m.config["scale"], lambda m: setattr(m, "config", copy.deepcopy(m.config))),
     "set": (lambda m, x: x * 2 if "c" in m.skipped else x, setter("skipped", lambda: {"b", "a"})),
-    "dataclass": (lambda m, x: x * m.plain.scale, setter("plain", Plain)),
+    "dataclass": (lambda m, x: x * m.plain.scale, setter("plain", lambda: Plain())),
     "slots": (lambda m, x: x * m.slotted.scale, lambda m: setattr(m, "slotted", copy.deepcopy(m.slotted))),
     "namespace": (lambda m, x: x * m.space.scale, lambda m: setattr(m, "space", copy.deepcopy(m.space))),
     "number": (lambda m, x: x * m.config["scale"], lambda m: m.config.update(scale=float("2"))),
@@ -469,7 +467,7 @@ def test_an_adapter_is_followed_and_every_scale_is_captured_once(way: str) -> No
     model = optimized(module)
     same(model, module, **given())
     before = counted(model)
-    config = peft.LoraConfig(r=2, target_modules=["blocks.0", "blocks.1"], init_lora_weights=False)
+    config = peft.LoraConfig(r=2, lora_alpha=2, target_modules=["blocks.0", "blocks.1"], init_lora_weights=False)
     peft.inject_adapter_in_model(config, module)
     module.eval()
     same(model, module, **given())
@@ -490,7 +488,7 @@ def test_an_adapter_of_diffusers_is_followed() -> None:
     plain = model(**sample.inputs)[0]
     sample.model.add_adapter(peft.LoraConfig(r=2, target_modules=["to_q", "to_v"], init_lora_weights=False))
     sample.model.eval()
-    for change in (lambda: None, lambda: sample.model.disable_adapters(), lambda: sample.model.enable_adapters()):
+    for change in (lambda: None, sample.model.disable_adapters, sample.model.enable_adapters):
         change()
         with torch.no_grad():
             wanted = sample.model(**sample.inputs)[0]
@@ -523,7 +521,7 @@ def test_a_mistake_of_the_caller_raises_what_it_raises_anyway(way: str, inputs: 
     module = Model(way)
     model = optimized(module)
     inputs = {**given(), **inputs} if inputs else {}
-    with pytest.raises(Exception) as wanted:  # noqa: PT011
+    with pytest.raises(Exception) as wanted:
         module(**inputs)
     with pytest.raises(wanted.type) as found:
         model(**inputs)
@@ -540,7 +538,6 @@ def test_the_text_of_guards_is_stable_and_readable(way: str) -> None:
     texts = []
     for _ in range(2):
         module = reading(way, lambda m, x: m.processor(x) * m.config["scale"] * m.kind.value.count("p") * FACTOR)
-        module.linear.register_forward_hook(lambda *_: None)
         texts.append(str(guards_of(module, **given())))
     assert texts[0] == texts[1]
     assert "0x" not in texts[0]
@@ -550,7 +547,6 @@ def test_the_text_of_guards_is_stable_and_readable(way: str) -> None:
         "self.processor.scale == 2.0 (float)",
         "self.config['scale'] == 2.0 (float)",
         "self.kind == <Kind.PLUS: 'plus'> (Kind)",
-        "self.linear has 1 hooks",
         f"{__name__}.FACTOR == 2.0 (float)",
     ):
         assert line in lines, texts[0]
