@@ -20,10 +20,10 @@ from torch import Tensor
 from dicompile.errors import CallOutsideSchedule
 from dicompile.plan import TimestepSchedule
 from dicompile.runtime import SchedulerLink
-from dicompile.runtime.clock import find_step
+from dicompile.runtime.clock import OutsideSchedule, find_step
 from dicompile.runtime.session import ModelState
 from tests.models import timesteps
-from tests.runtime.runner import LABELS, OTHER_LABELS, STEPS, Runner, latent, same
+from tests.runtime.runner import LABELS, OTHER_LABELS, SCHEDULE, STEPS, Runner, latent, same, uncached
 
 # diffusers turns tensors into numpy arrays and back in ways that numpy 2 warns of.
 pytestmark = [
@@ -38,9 +38,9 @@ class Clock:
     def __init__(self, source: Any) -> None:
         self.link, self.state = SchedulerLink(source), ModelState()
 
-    def __call__(self, timestep: Any, context: str = "") -> int:
+    def __call__(self, timestep: Any, context: str = "", latent: Tensor | None = None) -> int:
         value = timestep if timestep is None or isinstance(timestep, Tensor) else torch.tensor([timestep])
-        step = find_step(self.state, self.link, value, context)
+        step = find_step(self.state, self.link, value, context, latent)
         self.state.step = step
         return step
 
@@ -300,6 +300,75 @@ def test_evaluations_at_one_timestep_of_a_list_are_told_apart_by_their_latents(m
     kinds = Counter(step.kind for step in runner.plan.steps)
     assert runner.state.report.kinds == {kind: 2 * count for kind, count in kinds.items()}
     assert runner.state.report.cold_starts == []
+
+
+# Several timesteps in one call ---------------------------------------------------------------------------------------
+
+TWO = torch.zeros(2, 4, 8, 8)
+"""A latent of two samples."""
+
+
+def test_samples_of_one_batch_at_one_timestep_are_at_its_step() -> None:
+    clock = Clock(timesteps(4))
+    for step, time in enumerate(timesteps(4)):
+        assert clock(torch.tensor([time, time]), latent=TWO) == step
+        assert clock(torch.tensor([[time, time, 0], [time, 0, 0]]), latent=TWO) == step  # frames; some are given
+
+
+def test_samples_of_one_batch_at_different_timesteps_belong_to_no_step() -> None:
+    clock = Clock(timesteps(4))
+    for times in ([999, 749], [[999, 0], [749, 0]], [[999, 999], [0, 0]]):
+        with pytest.raises(OutsideSchedule, match="samples of one batch are at different timesteps: 999, "):
+            clock(torch.tensor(times), latent=TWO)
+    assert clock.state.step is None
+
+
+def test_frames_of_which_all_go_on_are_at_the_step_of_the_largest_timestep() -> None:
+    clock, times = Clock(timesteps(4)), timesteps(4)
+    for step, time in enumerate(times):
+        given = torch.tensor([[0, time, time]])
+        assert [clock(given), clock(given.clone())] == [step, step]  # and its guidance partner
+
+
+@pytest.mark.parametrize("source", [tuple(timesteps(4)), 4])
+def test_a_part_of_the_frames_that_goes_on_alone_belongs_to_no_step(source: Any) -> None:
+    clock, (first, second, third, _) = Clock(source), timesteps(4)
+    assert clock(torch.tensor([[first, first, first]])) == 0
+    for frames in ([second, first, first], [third, second, first]):
+        with pytest.raises(OutsideSchedule, match="part of the latent went on to another timestep"):
+            clock(torch.tensor([frames]))
+    assert clock(torch.tensor([[third, third, second]])) == 1
+    with pytest.raises(OutsideSchedule):
+        clock(torch.tensor([[0, third, second]]))
+
+
+@pytest.mark.parametrize("policy", ["fora", "taylorseer"])
+def test_samples_at_different_steps_are_computed_whole_and_the_run_is_planned_anew_after_them(policy: str) -> None:
+    runner, times = Runner(policy), torch.tensor([SCHEDULE[3], SCHEDULE[3], SCHEDULE[3], SCHEDULE[2]])
+    runner.run(steps=range(3))
+    output = runner(times, latent(3))
+    assert (runner.state.report.outside, runner.state.contexts, runner.state.cache_bytes) == (1, {}, 0)
+    for row, time in enumerate(times.tolist()):
+        expected = uncached(time, latent(3))[row]
+        torch.testing.assert_close(output[row], expected, rtol=1e-4, atol=1e-4)
+    assert same(runner.run(steps=range(3, STEPS)), Runner(policy).run(steps=range(3, STEPS)))
+    assert runner.state.report.cold_starts == [3]
+    assert runner.state.report.kinds == runner.kinds_from(0, 3) + runner.kinds_from(3) + Counter(["full"])
+    assert "1 calls outside of the schedule computed whole" in str(runner.state.report)
+    assert same(runner.run(), Runner(policy).run())
+    assert runner.state.report.outside == 0
+
+
+def test_every_sample_at_a_step_of_its_own_is_computed_whole_however_long() -> None:
+    runner = Runner("fora")
+    for step in range(STEPS - 3):
+        times = torch.tensor(SCHEDULE[step : step + 4])
+        output = runner(times, latent(step))
+        expected = torch.stack([uncached(float(time), latent(step))[row] for row, time in enumerate(times)])
+        torch.testing.assert_close(output, expected, rtol=1e-4, atol=1e-4)
+    assert runner.state.report.outside == STEPS - 3
+    assert runner.state.report.peak_cache_bytes == 0
+    assert same(runner.run(), Runner("fora").run())
 
 
 def test_a_fixed_schedule_is_read_once() -> None:
