@@ -123,11 +123,11 @@ def find_step(
     if state.step is not None and step < state.step:
         state.begin(link.token)
     elif times is not None and call.went_on_in_part(step, value, times):
-        state.times = times.clone()
+        state.times, state.is_in_part = times.clone(), True
         raise OutsideSchedule("part of the latent went on to another timestep, and the largest one stayed")
     if times is not None and times.numel() > 1:
         state.times = times.clone()
-    state.timestep, state.position, state.is_foreign = value, call.position, is_foreign
+    state.timestep, state.position, state.is_foreign, state.is_in_part = value, call.position, is_foreign, False
     return step
 
 
@@ -160,11 +160,11 @@ class _Call:
         return _count_change(state, self.link, self.schedule, value, self.ahead), value, timestep
 
     def went_on_in_part(self, step: int, value: float | None, times: torch.Tensor) -> bool:
-        """True if the timestep is another one than at the last call, but its largest value, which counts, is not."""
+        """True if the timestep is another one than at a call before, but its largest value, which counts, is not."""
         before = self.state.times
         if before is None or step != self.state.step or value != self.state.timestep or before.shape != times.shape:
             return False
-        return before.device == times.device and not torch.equal(before, times)
+        return self.state.is_in_part or (before.device == times.device and not torch.equal(before, times))
 
     def by_position(self, value: float) -> int:
         """Step by the scheduler's position where the timestep confirms it, or where it is not the scheduler's own.

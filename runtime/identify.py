@@ -159,4 +159,4 @@ def _advance(state: ModelState, session: Session, link: SchedulerLink | None, st
     state.report.hold(state.cache_bytes)
     if link is not None and link.is_live:
         session.leave(state.schedule_token, step - 1)
-    state.step, state.times = step, None
+    state.step = step

@@ -36,7 +36,8 @@ class ModelState:
         generation: number of the generation, counted over all models; 0 before the first one.
         step: the last step of the generation.
         timestep: timestep of that step, where it had to be read.
-        times: the whole of it, where it was read.
+        times: the whole of the last call's, where it was read.
+        is_in_part: since then only part of the latent went on, and the largest timestep, which counts, stayed.
         direction: sign of the changes of the timestep, 0 while unknown.
         position: where the scheduler stood at the last call, if it counts.
         is_foreign: the model receives something else than the scheduler's timesteps; only its position tells the step.
@@ -51,6 +52,7 @@ class ModelState:
     step: int | None = None
     timestep: float | None = None
     times: torch.Tensor | None = None
+    is_in_part: bool = False
     direction: int = 0
     position: int | None = None
     is_foreign: bool = False
