@@ -12,13 +12,14 @@ Before::
 
 After::
 
-    %3: bf16[2,16] = aten._to_copy.default(%2, dtype=torch.bfloat16)
+    %3: bf16[16] = aten._to_copy.default(%1, dtype=torch.bfloat16)
     %4: bf16[16,16] = aten._to_copy.default(%0, dtype=torch.bfloat16)
-    %5: bf16[16] = aten._to_copy.default(%1, dtype=torch.bfloat16)
-    %6: bf16[2,16] = aten.linear.default(%3, %4, %5)
+    %5: bf16[2,16] = aten._to_copy.default(%2, dtype=torch.bfloat16)
+    %6: bf16[2,16] = aten.linear.default(%5, %4, %3)
 
-No list of operators is kept here: torch's own autocast kernel runs and is recorded. It has to happen before the graph
-becomes functional, because what a model writes as ``h.float()`` disappears where `h` is float32 without autocast.
+No list of operators is kept here: torch's own autocast kernel runs and is recorded. Operators that have none, and whose
+parts would be cast (einsum), become these parts. It has to happen before the graph becomes functional, because what a
+model writes as ``h.float()`` disappears where `h` is float32 without autocast.
 """
 
 from __future__ import annotations
@@ -45,10 +46,14 @@ aten = torch.ops.aten
 
 State = tuple[tuple[str, bool, torch.dtype], ...]
 
-_KEYS = sorted((key for name, key in DispatchKey.__members__.items() if name.startswith("Autocast")), key=int)[::-1]
-_PARTS = DispatchKeySet(DispatchKey.Undefined)  # the kernel of a composite operator, which `decompose` calls as a whole
+_KEYS = sorted(
+    (key for name, key in DispatchKey.__members__.items() if name.startswith("Autocast")), key=lambda key: -key.value
+)
+_PARTS = DispatchKeySet(
+    DispatchKey.Undefined
+)  # the composite kernel itself; `decompose` would only record the operator
 _COMPOSITES = (DispatchKey.CompositeExplicitAutograd, DispatchKey.CompositeExplicitAutogradNonFunctional)
-_ROUNDS = 16
+_MAX_ROUNDS = 16
 
 
 def autocast_key() -> tuple[tuple[str, torch.dtype], ...]:
@@ -64,20 +69,20 @@ def make_autocast_explicit(graph_module: fx.GraphModule, arguments: Sequence[obj
         arguments: one value per placeholder; fake tensors, whose mode is active.
 
     Returns:
-        An ATen graph with the same placeholders, or the graph itself where autocast is neither on nor in it.
+        An ATen graph with the same placeholders, or the graph itself where autocast is not on and never switched on.
 
     Raises:
-        CannotCapture: autocast reaches into an operator that holds functions or has no end of parts.
+        CannotCapture: autocast would reach into an operator that holds functions, or that has no end of parts.
     """
     if not (torch._C._is_any_autocast_enabled() or _regions(graph_module)):
         return graph_module
-    graph_module = _rewritten(graph_module, arguments)
+    made, rounds = _rewritten(graph_module, arguments), 1
     with torch._C._DisableAutocast():
-        for _ in range(_ROUNDS):
-            if not _regions(graph_module):
-                return graph_module
-            graph_module = _rewritten(graph_module, arguments)
-    raise _refusal(_regions(graph_module)[0].next, "its parts are never cast by themselves")
+        while regions := _regions(made):
+            if rounds == _MAX_ROUNDS:
+                raise _refusal(regions[0].next, "it cannot be taken apart into operators that are cast as a whole")
+            made, rounds = _rewritten(made, arguments), rounds + 1
+    return made
 
 
 def share_casts(graph: fx.Graph) -> None:
@@ -92,8 +97,17 @@ def share_casts(graph: fx.Graph) -> None:
                     graph.erase_node(user)
 
 
+def drop_regions(graph: fx.Graph) -> None:
+    """Remove what is left of autocast once it is explicit: regions that switch off what is off."""
+    for node in reversed(graph.nodes):
+        if node.target in (_enter_autocast, _exit_autocast):
+            graph.erase_node(node)
+
+
 def _regions(graph_module: fx.GraphModule) -> list[fx.Node]:
-    return list(graph_module.graph.find_nodes(op="call_function", target=_enter_autocast))
+    """Where a graph switches autocast on."""
+    entered = graph_module.graph.find_nodes(op="call_function", target=_enter_autocast)
+    return [node for node in entered if node.args[2]]
 
 
 def _refusal(node: fx.Node, why: str) -> CannotCapture:
@@ -108,7 +122,9 @@ def _refusal(node: fx.Node, why: str) -> CannotCapture:
 
 def _rewritten(graph_module: fx.GraphModule, arguments: Sequence[object]) -> fx.GraphModule:
     def run(*values: object) -> Any:
-        return _Explicit(graph_module).run(*values)
+        interpreter = _Explicit(graph_module)
+        interpreter.extra_traceback = False  # it would be added to messages of our own
+        return interpreter.run(*values)
 
     made: fx.GraphModule = make_fx(run, tracing_mode="real", pre_dispatch=True)(*arguments)
     with torch._C._DisableAutocast():
@@ -213,12 +229,12 @@ def _keys(values: Any) -> list[DispatchKey]:
 
 
 def _is_composite(overload: OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
-    """Whether the kernel that runs calls other operators, which autocast would meet."""
+    """Whether the kernel that runs calls other operators, which autocast would meet; views and writes call none."""
     has_kernel = functools.partial(torch._C._dispatch_has_kernel_for_dispatch_key, overload.name())
-    if has_kernel(DispatchKey.CompositeImplicitAutograd):
-        return True
-    if overload.is_view or overload._schema.is_mutable or not any(has_kernel(key) for key in _COMPOSITES):
-        return False
+    if not has_kernel(DispatchKey.CompositeImplicitAutograd):
+        is_explicit = any(has_kernel(key) for key in _COMPOSITES)
+        if overload.is_view or overload._schema.is_mutable or not is_explicit:
+            return False
     # A build of torch without CUDA has none of its kernels; most operators have one wherever they have one for CPUs.
     backends = ["CPU", *(key.name.removeprefix("Autocast") for key in _keys((args, kwargs)))]
     return not any(has_kernel(backend) for backend in backends)
@@ -242,7 +258,7 @@ class _Parts(TorchDispatchMode):
     """What an operator calls below autocast, and the dtypes that go in and come out."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.calls: list[tuple[OpOverload, Sequence[Any], Mapping[str, Any]]] = []
         self.dtypes: list[tuple[OpOverload, list[torch.dtype]]] = []
 

@@ -15,7 +15,7 @@ from torch._functorch.aot_autograd import aot_export_module
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
-from dicompile.capture.autocast import make_autocast_explicit, share_casts
+from dicompile.capture.autocast import drop_regions, make_autocast_explicit, share_casts
 from dicompile.capture.canonical import make_canonical
 from dicompile.capture.constants import spell_out_constants
 from dicompile.capture.roles import Input, Role, assign_roles
@@ -105,6 +105,7 @@ def capture_graph(
     for placeholder, value in zip(graph_module.graph.find_nodes(op="placeholder"), arguments, strict=True):
         placeholder.meta.setdefault("val", value)  # sizes of a dynamic graph, which nothing uses any more
     _refuse_open_sizes(graph_module.graph)
+    drop_regions(graph_module.graph)
     if explicit is not dynamo_graph:
         share_casts(graph_module.graph)
     with torch.no_grad(), torch._C._DisableAutocast(), fake_mode:

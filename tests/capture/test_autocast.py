@@ -10,20 +10,19 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from dicompile.capture import (
-    Arguments,
-    Capture,
-    Captured,
-    capture_by_dynamo,
-    normalised,
-    values_of,
-)
+import dicompile
+from dicompile.capture import Arguments, Capture, Captured, capture_by_dynamo, capture_model, normalised, values_of
+from dicompile.capture.autocast import autocast_key, make_autocast_explicit
 from dicompile.capture.trace import capture_by_running
+from dicompile.errors import CannotCapture
+from dicompile.wrapper import record_of
+from tests.models import PlainBlock, PlainDiT, Sample, call, flux, plain_dit, redraw, run, structure, timesteps
+from tests.runtime.reference import Reference
 
 WIDTH = 16
-aten = torch.ops.aten
 Compute = Callable[["Weights", Tensor], Tensor]
 
 
@@ -190,17 +189,10 @@ by_dynamo = functools.partial(captured_by, capture_by_dynamo)
 by_running = functools.partial(captured_by, capture_by_running)
 
 
-FRONT_ENDS = [by_dynamo, by_running]
-
-
 def results(captured: tuple[Capture, Sequence[Tensor]]) -> list[Tensor]:
     capture, arguments = captured
     with torch.no_grad():
         return capture.graph_module(*arguments)
-
-
-def same(one: Tensor, other: Tensor) -> bool:
-    return one.dtype == other.dtype and torch.equal(one, other)
 
 
 @pytest.fixture
@@ -211,29 +203,275 @@ def no_fast_path() -> Iterator[None]:
     torch.backends.mha.set_fastpath_enabled(True)
 
 
-@pytest.mark.parametrize("front_end", FRONT_ENDS)
-@pytest.mark.parametrize(
-    ("settings", "ambient"),
-    [
-        ({"dtype": torch.bfloat16}, None),
-        ({"dtype": torch.float16, "cache_enabled": False}, None),
-        ({}, torch.bfloat16),
-        ({"enabled": False}, torch.float16),
-        ({"dtype": torch.float16, "cache_enabled": False}, torch.bfloat16),  # torch's cache mixes up the dtypes
-    ],
-    ids=["region", "region without cache", "around", "off inside", "another inside"],
-)
+BF16, F16 = torch.bfloat16, torch.float16
+
+
+def around(dtype: torch.dtype | None) -> contextlib.AbstractContextManager[object]:
+    return torch.autocast("cpu", dtype=dtype) if dtype else contextlib.nullcontext()
+
+
 @pytest.mark.usefixtures("no_fast_path")
 @pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight")
+@pytest.mark.parametrize(
+    ("settings", "ambient", "front_end"),
+    [
+        pytest.param({"dtype": BF16}, None, by_dynamo, id="region, Dynamo"),
+        pytest.param({"dtype": BF16}, None, by_running, id="region, run"),
+        pytest.param({}, F16, by_dynamo, id="around, Dynamo"),
+        pytest.param({}, BF16, by_running, id="around, run"),
+        pytest.param({"enabled": False}, F16, by_dynamo, id="off inside, Dynamo"),
+        pytest.param({"enabled": False}, BF16, by_running, id="off inside, run"),
+        # With its cache on, torch itself takes weights that it cast to the dtype of the other region.
+        pytest.param({"dtype": F16, "cache_enabled": False}, BF16, by_dynamo, id="another inside, Dynamo"),
+    ],
+)
 def test_every_operator_gives_bitwise_what_it_gives_under_autocast(
-    front_end: Callable[..., Any], settings: dict[str, Any], ambient: torch.dtype | None
+    settings: dict[str, Any], ambient: torch.dtype | None, front_end: Callable[..., Any]
 ) -> None:
     model, inputs = Everything(list(OPERATORS), **settings).eval(), given()
-    around = torch.autocast("cpu", dtype=ambient) if ambient else contextlib.nullcontext()
-    with torch.no_grad(), around:
+    with torch.no_grad(), around(ambient):
         expected = model(**inputs)
         captured = front_end(model, inputs)
-    found = results(captured)
     names = [*OPERATORS, "after"][: len(expected)]
-    wrong = [f"{n}: {a.dtype} for {b.dtype}" for n, a, b in zip(names, found, expected, strict=True) if not same(a, b)]
-    assert not wrong
+    pairs = zip(names, results(captured), expected, strict=True)
+    assert not [f"{name}: {a.dtype} for {b.dtype}" for name, a, b in pairs if a.dtype != b.dtype or not a.equal(b)]
+
+
+class Nests(nn.Module):
+    """A region with one in it that is switched off; reads its mask in Python if it is to be captured by running it."""
+
+    def __init__(self, reads: bool = False) -> None:
+        super().__init__()
+        self.reads = reads
+        self.first, self.second = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor, t: Tensor, mask: Tensor) -> Tensor:
+        if self.reads and not mask.all():
+            return x
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            h = self.first(x * torch.cos(t)[:, None, None])
+            with torch.autocast("cpu", enabled=False):
+                h = self.second(h.float())
+            return x + self.first(F.softmax(h, -1))
+
+
+TEXT = """\
+t: f32[2] = input
+x: f32[2,8,16] = input
+@first.weight: f32[16,16] = input
+@first.bias: f32[16] = input
+@second.weight: f32[16,16] = input
+@second.bias: f32[16] = input
+%6: f32[2] = aten.cos.default(t)
+%7: f32[2,1] = aten.unsqueeze.default(%6, 1)
+%8: f32[2,1,1] = aten.unsqueeze.default(%7, 2)
+%9: f32[2,8,16] = aten.mul.Tensor(x, %8)
+%10: bf16[16] = aten._to_copy.default(@first.bias, dtype=torch.bfloat16)  # first
+%11: bf16[16,16] = aten._to_copy.default(@first.weight, dtype=torch.bfloat16)  # first
+%12: bf16[2,8,16] = aten._to_copy.default(%9, dtype=torch.bfloat16)  # first
+%13: bf16[2,8,16] = aten.linear.default(%12, %11, %10)  # first
+%14: f32[2,8,16] = aten._to_copy.default(%13, dtype=torch.float32)
+%15: f32[2,8,16] = aten.linear.default(%14, @second.weight, @second.bias)  # second
+%16: f32[2,8,16] = aten.softmax.int(%15, -1)
+%17: bf16[2,8,16] = aten._to_copy.default(%16, dtype=torch.bfloat16)  # first
+%18: bf16[2,8,16] = aten.linear.default(%17, %11, %10)  # first
+%19: f32[2,8,16] = aten.add.Tensor(x, %18)
+return %19"""
+
+
+def nested(reads: bool = False) -> tuple[Nests, dict[str, Tensor]]:
+    return Nests(reads).eval(), {**given(), "mask": torch.ones(2, dtype=torch.bool)}
+
+
+def test_casts_stand_in_the_graph_each_of_a_weight_once() -> None:
+    model, inputs = nested()
+    assert str(capture_model(model, inputs)) == TEXT
+
+
+@pytest.mark.parametrize("ambient", [None, torch.bfloat16])
+def test_both_front_ends_make_the_same_of_regions(ambient: torch.dtype | None) -> None:
+    model, inputs = nested()
+    with around(ambient):
+        _, by_graph = str(by_dynamo(model, inputs)[0]).split("%", 1)
+        _, by_run = str(by_running(model, inputs)[0]).split("%", 1)
+    assert [line.split(" = ")[1].split("(")[0] for line in by_graph.splitlines()[:-1]] == [
+        line.split(" = ")[1].split("(")[0] for line in by_run.splitlines()[:-1]
+    ]
+
+
+@pytest.mark.parametrize("reads", [False, True])
+@pytest.mark.parametrize("mode", ["eager", "inductor"])
+def test_an_optimized_model_follows_autocast_from_call_to_call(reads: bool, mode: str) -> None:
+    module, inputs = nested(reads)
+    model = dicompile.optimize(module, "none", mode=mode)
+    with torch.no_grad():
+        for ambient in (None, torch.bfloat16, torch.float16, None, torch.bfloat16):
+            with around(ambient):
+                wanted, got = module(**inputs), model(**inputs)
+                assert autocast_key() == ((("cpu", ambient),) if ambient else ())
+            assert got.dtype == wanted.dtype
+            # Inductor's sums are its own.
+            torch.testing.assert_close(got, wanted, rtol=0, atol=0 if mode == "eager" else 2e-2)
+    assert record_of(model).calls.is_run == reads
+
+
+def untouched(model: nn.Module, inputs: dict[str, Tensor]) -> fx.GraphModule:
+    """Dynamo's graph, which is not rewritten."""
+    seen: list[fx.GraphModule] = []
+
+    def backend(graph: fx.GraphModule, _: Any) -> Callable[..., Any]:
+        seen.append(graph)
+        return graph
+
+    torch._dynamo.reset()
+    torch.compile(model, backend=backend)(**inputs)
+    assert make_autocast_explicit(seen[0], []) is seen[0]
+    return seen[0]
+
+
+def test_a_graph_without_autocast_is_left_alone() -> None:
+    untouched(*plain_dit(layers=1))
+
+
+def test_regions_that_switch_off_what_is_off_are_dropped() -> None:
+    model, inputs = Everything(["linear"], enabled=False).eval(), given()
+    assert "_enter_autocast" in str(untouched(model, inputs).graph)
+    assert "autocast" not in str(by_dynamo(model, inputs)[0]) + str(by_running(model, inputs)[0])
+    with around(torch.bfloat16):
+        captured = by_dynamo(model, inputs)
+    assert results(captured)[0].dtype == torch.float32
+
+
+class CastBlock(PlainBlock):
+    def attended(self, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return super().attended(x).float()
+
+
+def partly_cast(layers: int = 2) -> Sample:
+    model = PlainDiT(layers)
+    model.blocks = nn.ModuleList(CastBlock(model.width, 2) for _ in range(layers))
+    return Sample(redraw(model), plain_dit().inputs)
+
+
+@pytest.mark.parametrize("ambient", [None, torch.bfloat16])
+@pytest.mark.parametrize("mode", ["eager", "inductor"])
+def test_a_model_with_attention_under_autocast_computes_the_same(mode: str, ambient: torch.dtype | None) -> None:
+    sample = partly_cast()
+    model = dicompile.optimize(sample.model, "none", schedule=timesteps(2), mode=mode)
+    with around(ambient):
+        found, expected = (run(each, sample.inputs, timesteps(2)) for each in (model, sample.model))
+    for got, wanted in zip(found, expected, strict=True):
+        assert got.dtype == wanted.dtype
+        # Inductor keeps float32 between operators that it fuses.
+        torch.testing.assert_close(got, wanted, rtol=0, atol=0 if mode == "eager" else 5e-2)
+
+
+@pytest.mark.parametrize("mode", ["eager", "inductor"])
+def test_a_policy_caches_a_model_with_attention_under_autocast(mode: str) -> None:
+    sample, steps = partly_cast(), timesteps(6)
+    model = dicompile.optimize(sample.model, "fora", schedule=steps, mode=mode)
+    found = run(model, sample.inputs, steps)
+    plan = dicompile.plan_of(model)
+    rows = [[site.action for site in step.sites] for step in plan.steps]
+    assert len({step.kind for step in plan.steps}) > 1 and len(rows[0]) >= 4
+    reference = Reference(sample.model, [row[:4] for row in rows])
+    for i, (t, got) in enumerate(zip(steps, found, strict=True)):
+        latent = torch.randn(sample.inputs["x"].shape, generator=torch.Generator().manual_seed(i))
+        wanted = reference.step(i, latent, torch.full((4,), t), sample.inputs["y"], {})
+        torch.testing.assert_close(got, wanted, rtol=0, atol=1e-5 if mode == "eager" else 5e-2)
+
+
+def test_autocast_around_a_whole_model_leaves_its_structure_and_computes_the_same() -> None:
+    sample, steps = flux(), timesteps(2)
+    model = dicompile.optimize(sample.model, "none", schedule=steps, mode="eager")
+    with around(torch.bfloat16):
+        found, wanted = (run(each, sample.inputs, steps) for each in (model, sample.model))
+    assert all(a.dtype == b.dtype and torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
+    sites = [(site.name, site.kind) for site in dicompile.structure_of(model).sites]
+    assert sites == [(site.name, site.kind) for site in structure(sample).sites]
+
+
+def test_steps_that_are_compiled_ahead_do_not_depend_on_autocast_there() -> None:
+    sample, steps = partly_cast(), timesteps(3)
+    model = dicompile.optimize(sample.model, "fora", schedule=steps, mode="eager")
+    wanted = run(dicompile.optimize(sample.model, "fora", schedule=steps, mode="eager"), sample.inputs, steps)
+    call(model, sample.inputs, steps[0], 0)
+    with around(torch.bfloat16):
+        dicompile.prepare(model)
+    assert all(torch.equal(a, b) for a, b in zip(run(model, sample.inputs, steps), wanted, strict=True))
+
+
+class OnCuda(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.empty(WIDTH, WIDTH, device="cuda"))
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast("cuda", dtype=torch.float16):
+            h = F.layer_norm(F.linear(x, self.w), (WIDTH,))
+            return x + h * F.linear(x, self.w).softmax(-1)
+
+
+@pytest.mark.filterwarnings("ignore:.*CUDA is not available.*Disabling")
+def test_regions_of_a_device_that_is_not_here_are_written_out_for_fake_tensors() -> None:
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        x = torch.empty(2, 8, WIDTH, device="cuda")
+        lines = str(capture_by_dynamo(OnCuda(), {"x": x})).splitlines()
+    normed = next(line for line in lines if "layer_norm" in line)
+    assert [line.split(" = ")[0].split(": ")[1] for line in lines if "linear.default" in line] == ["f16[2,8,16]"] * 2
+    assert normed.split(": ")[1].startswith("f32") and "_to_copy.default" in lines[lines.index(normed) - 1]
+    assert "f32[2,8,16] = aten.softmax.int(" in str(lines)
+
+
+@torch.library.custom_op("dicompile_tests::doubled", mutates_args=())
+def doubled(x: Tensor) -> Tensor:
+    return x * 2
+
+
+doubled.register_fake(torch.empty_like)
+doubled.register_autocast("cpu", torch.bfloat16)
+
+
+class Doubles(nn.Module):
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        with torch.autocast("cpu"):
+            return doubled(x * torch.cos(t)[:, None, None])
+
+
+@pytest.mark.parametrize("front_end", [by_dynamo, by_running])
+def test_an_operator_that_registers_its_casts_gets_them(front_end: Callable[..., Any]) -> None:
+    model, inputs = Doubles(), given()
+    (got,) = results(front_end(model, inputs))
+    assert got.dtype == torch.bfloat16 and torch.equal(got, model(**inputs))
+
+
+class Checkpoints(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            h = x * torch.cos(t)[:, None, None]
+            return torch.utils.checkpoint.checkpoint(self.linear, h, use_reentrant=False)
+
+
+def test_an_operator_that_holds_functions_is_refused_by_name_and_the_model_run_instead() -> None:
+    model, inputs = Checkpoints().eval(), given()
+    with pytest.raises(CannotCapture) as error:
+        capture_by_dynamo(model, inputs)
+    assert str(error.value) == (
+        "what autocast does to tag_activation_checkpoint cannot be written out\n"
+        "  where: capture\n"
+        "  why:   it holds a function\n"
+        "  fix:   call it with autocast off and its arguments cast: torch.autocast(..., enabled=False)"
+    )
+    with torch.no_grad():
+        assert torch.equal(results(by_running(model, inputs))[0], model(**inputs))
+
+
+def test_an_operator_without_end_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dicompile.capture.autocast._MAX_ROUNDS", 1)
+    with pytest.raises(CannotCapture, match=r"what autocast does to aten\.einsum\.default cannot be written out"):
+        by_dynamo(Everything(["einsum"], dtype=torch.bfloat16), given())
