@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 FLOOR = ("errors", "config", "text", "nodes", "ops")
 STAGES = ("capture", "analysis", "plan", "passes", "lower", "runtime")
-FRONT = ("api", "backend", "bench", "cli", "compiler", "demo", "learn", "offload", "traced")
+FRONT = ("api", "backend", "bench", "cli", "compiler", "demo", "learn", "model", "offload", "pipelines", "wrapper")
 MAPPED = ("passes", "runtime")  # top-level folders that install under dicompile
 PUBLIC = "__init__"  # dicompile/__init__.py, the public API
 USERS = ("bench", "cli", "demo")  # of the public API, as anybody outside is
