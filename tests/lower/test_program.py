@@ -103,9 +103,9 @@ def test_steps_that_differ_in_token_counts_only_share_a_program() -> None:
     made = programs(plain_dit, 1, policy="toca")
     schedule = TimestepSchedule.of(tuple(timesteps(30)))
     partial = [made.step(schedule, i) for i, step in enumerate(made.plan(schedule).steps) if step.kind == "partial"]
-    counts = {step.sites[1].action.tokens.count for step, _ in partial if step.sites[1].action.tokens is not None}
-    assert len(counts) > 3
-    assert len({id(program) for _, program in partial}) == 2  # with and without a step after it that reads
+    tokens = [step.planned.sites[1].action.tokens for step in partial]
+    assert len({chosen.count for chosen in tokens if chosen is not None}) > 3
+    assert len({id(step.program) for step in partial}) == 2  # with and without a step after it that reads
 
 
 STORE = """\
