@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import enum
 import functools
+import logging
 import sys
 import types
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -30,7 +31,8 @@ from dicompile.capture.compat import tensor_check
 PLAIN = (bool, int, float, complex, str, bytes, type(None), type(Ellipsis), torch.dtype, torch.device, torch.layout,
          torch.memory_format, enum.Enum, slice, range)  # fmt: skip
 FIXED = (type, types.FunctionType, types.BuiltinFunctionType, types.MethodDescriptorType, types.ModuleType,
-         types.WrapperDescriptorType, types.GetSetDescriptorType, classmethod, staticmethod, property)  # fmt: skip
+         types.WrapperDescriptorType, types.GetSetDescriptorType, classmethod, staticmethod, property,
+         logging.Filterer)  # fmt: skip
 HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 """Where a module keeps what runs around its forward; without gradients nothing else does."""
 PARTS = frozenset({
@@ -88,9 +90,7 @@ class Path:
     def __str__(self) -> str:
         text = self.root
         for by, key in self.links:
-            if by is By.ATTRIBUTE:
-                text += f".{key}"
-            elif by is By.CELL:
+            if by in (By.ATTRIBUTE, By.CELL):
                 text += f".{key}"
             elif by is By.ITEM:
                 text += f".{key}" if isinstance(key, str) and text.endswith("_modules") else f"[{key!r}]"
@@ -247,9 +247,7 @@ class Guards:
             hooked = [walk.value(path) for path in self.modules]
         except (KeyError, IndexError, AttributeError, TypeError) as error:
             return f"a path is gone: {error}"
-        return self._other_tensor(tensors) or self._other_hook(hooked) or walk.pins(
-            self.tensors, tensors, self.same, hooked
-        )  # fmt: skip
+        return self._other_tensor(tensors) or self._other_hook(hooked) or walk.pins(self.tensors, tensors, hooked)
 
     def _other_tensor(self, tensors: Sequence[Any]) -> str | None:
         for path, meta, tensor in zip(self.tensors, self.metas, tensors, strict=True):
@@ -301,23 +299,26 @@ class Pins:
     _typed: list[Any]
     _tensors_in: list[Any]
     _tensor_keys: list[Any]
-    _same: tuple[tuple[int, int], ...]
 
     def __post_init__(self) -> None:
         self._sizes = list(map(len, self._sized))
         self._lists = list(map(keys_of, self._listed))
         self._types = list(map(type, self._typed))
-        self._check = tensor_check(self.tensors)
+        first = {id(tensor): i for i, tensor in reversed(list(enumerate(self.tensors)))}
+        self._same = [(first[id(tensor)], i) for i, tensor in enumerate(self.tensors) if first[id(tensor)] != i]
+        self._unique = sorted(first.values())  # the check refuses a tensor that comes twice
+        self._check = tensor_check([self.tensors[i] for i in self._unique])
 
     def hold(self) -> list[Tensor] | None:
         """The module's tensors, if everything lies where it lay, and they are as they were but for their values."""
         try:
-            tensors = list(map(getitem, self._tensors_in, self._tensor_keys)) if self._lie() else None
+            tensors: list[Any] | None = list(map(getitem, self._tensors_in, self._tensor_keys)) if self._lie() else None
         except (KeyError, IndexError, AttributeError):
             return None
-        if tensors is None or any(tensors[i] is not tensors[j] for i, j in self._same) or not self._check(*tensors):
+        if tensors is None or any(tensors[i] is not tensors[j] for i, j in self._same):
             return None
-        return tensors
+        unique = [tensors[i] for i in self._unique] if self._same else tensors
+        return tensors if self._check(*unique) else None
 
     def _lie(self) -> bool:
         """True if everything but the tensors lies where it lay."""
@@ -436,20 +437,19 @@ class Walk:
         return value
 
     def _listed_and_sized(self) -> tuple[list[Any], list[Any]]:
-        """Containers whose keys have to be compared, and those of which the length tells, every key being pinned."""
+        """Containers whose keys have to be compared, in order, and those of which the length tells."""
         listed, sized = [], list(self._sized.values())
         for container in self._watched.values():
             is_mapping = isinstance(container, Mapping)
-            is_pinned = is_mapping and all((id(container), key) in self._places for key in container)
+            are_modules = is_mapping and all(isinstance(value, (nn.Module, type(None))) for value in container.values())
+            is_pinned = are_modules and all((id(container), key) in self._places for key in container)
             if is_pinned or not (is_mapping or isinstance(container, AbstractSet)):
                 sized.append(container)
             else:
                 listed.append(container)
         return listed, sized
 
-    def pins(
-        self, paths: Sequence[Path], tensors: list[Tensor], same: tuple[tuple[int, int], ...], modules: list[nn.Module]
-    ) -> Pins:
+    def pins(self, paths: Sequence[Path], tensors: list[Tensor], modules: list[nn.Module]) -> Pins:
         """Everything that was found on the way."""
         places = []
         for path in paths:
@@ -471,7 +471,6 @@ class Walk:
             _typed=list({id(module): module for module in modules}.values()),
             _tensors_in=[container for container, _ in places],
             _tensor_keys=[key for _, key in places],
-            _same=same,
         )
 
 

@@ -51,7 +51,8 @@ class Reads:
         self._alive: list[object] = [module]  # ids are those of living objects
         self._changes: dict[int, Changes] = {}
         self._patched: list[type] = []
-        self._codes: dict[types.CodeType, dict[str, Any]] = {}
+        self._codes: set[types.CodeType] = set()
+        self._free: dict[types.CodeType, list[dict[str, Any]]] = {}
         self._thread = threading.get_ident()
         self._is_busy = False
 
@@ -84,12 +85,12 @@ class Reads:
             nn.Module.__getattr__ = fallback  # type: ignore[method-assign]
             for cls in self._patched:
                 del cls.__getattribute__
-        self._note_globals()
+        self._note_cells()
 
     def _patch(self, cls: type) -> None:
         if "__getattribute__" in vars(cls):
             return
-        original = cls.__getattribute__
+        original: Callable[[Any, str], Any] = cls.__getattribute__  # type: ignore[assignment]
 
         def look_up(obj: Any, name: str) -> Any:
             value = original(obj, name)
@@ -126,10 +127,10 @@ class Reads:
         self._is_busy = True
         try:
             if name == "__dict__":
-                self._note(parent.via(By.DICT), dict(value))
+                self._note_all(parent, value)
             elif name in PARTS:
                 self._note_parts(parent, name, value)
-            elif find_place(obj, name) is not None or not isinstance(vars(type(obj)).get(name), property):
+            elif find_place(obj, name) is not None or not isinstance(getattr(type(obj), name, None), property):
                 self._watch(parent, obj)
                 if isinstance(value, types.MethodType):
                     self._note_method(parent.attribute(name), obj)
@@ -149,9 +150,21 @@ class Reads:
             path = parent.attribute(name)
             self.facts.setdefault(path, Fact(path, "absent"))
 
+    def _note_all(self, parent: Path, own: Mapping[str, Any]) -> None:
+        """All attributes of an object, of which somebody took the dictionary."""
+        path = parent.via(By.DICT)
+        self.facts.setdefault(path, Fact.of(path, own))
+        for name, value in list(own.items()):
+            if name in PARTS:
+                self._note_parts(parent, name, value)
+            else:
+                self._note(parent.attribute(name), value)
+
     def _note_parts(self, parent: Path, name: str, parts: Any) -> None:
         """Children, parameters and buffers that are asked for all together."""
         if name in ("_parameters", "_buffers", "_modules"):
+            path = parent.attribute(name)
+            self.facts.setdefault(path, Fact.of(path, parts))
             for key, part in parts.items():
                 if part is not None:
                     self._note(parent.attribute(key), part)
@@ -202,6 +215,7 @@ class Reads:
         own = getattr(value, "__dict__", None)
         if self._patch_class_of(value) or own is None or depth > 6 or type(value).__module__.startswith("torch"):
             return
+        self.facts[path.via(By.DICT)] = Fact.of(path.via(By.DICT), own)
         for name, item in list(own.items()):  # its class is not ours to watch, so all of it is compared
             self._note(path.attribute(name), item, depth + 1)
 
@@ -219,20 +233,24 @@ class Reads:
 
     def _profile(self, frame: Any, event: str, _: Any) -> None:
         code = frame.f_code
-        if (
-            event == "call"
-            and code not in self._codes
-            and not code.co_filename.startswith((_TORCH, _PYTHON, _OWN, "<"))
-        ):
-            self._codes[code] = frame.f_globals
-
-    def _note_globals(self) -> None:
-        self._is_busy = True
-        for code, names in self._codes.items():
-            module = names.get("__name__", "")
-            if module in sys.modules and vars(sys.modules[module]) is names:
-                self._note_names(code, Path(module), names)
-        self._note_cells()
+        if event != "call" or _is_of_others(code.co_filename):
+            return
+        is_busy, self._is_busy = self._is_busy, True
+        try:
+            if code not in self._codes:
+                self._codes.add(code)
+                names = frame.f_globals
+                module = names.get("__name__", "")
+                if module in sys.modules and vars(sys.modules[module]) is names:
+                    self._note_names(code, Path(module), names)
+            free = [name for name in code.co_freevars if name != "__class__"]
+            if free:
+                values = {name: frame.f_locals[name] for name in free if name in frame.f_locals}
+                seen = self._free.setdefault(code, [])
+                if not any(_are_same(values, other) for other in seen):
+                    seen.append(values)
+        finally:
+            self._is_busy = is_busy
 
     def _note_names(self, code: types.CodeType, root: Path, names: dict[str, Any]) -> None:
         instructions = list(dis.get_instructions(code))
@@ -251,22 +269,48 @@ class Reads:
                 path, value = path.attribute(following.argval), place[0][place[1]]
 
     def _note_cells(self) -> None:
-        """Variables of enclosing functions, of the functions that ran."""
-        open_codes = [code for code in self._codes if set(code.co_freevars) - {"__class__"}]
-        if not open_codes:
+        """Variables of enclosing functions, of the functions that ran, as they were then."""
+        if not self._free:
             return
-        for function in gc.get_referrers(*open_codes):
-            if isinstance(function, types.FunctionType) and function.__code__ in open_codes:
-                root = Path(f"{function.__module__}")
-                self._note_function(root, function)
+        self._is_busy = True
+        functions: dict[types.CodeType, list[types.FunctionType]] = {code: [] for code in self._free}
+        for function in gc.get_referrers(*self._free):
+            if isinstance(function, types.FunctionType) and function.__code__ in functions:
+                functions[function.__code__].append(function)
+        for code, found in functions.items():
+            for values in self._free[code]:
+                ran = [function for function in found if _are_same(values, _free_values(function))]
+                if ran:
+                    self._note_function(ran[0], values)
+                elif len(found) == 1:  # it has written to them
+                    self._note_function(found[0], values)
+                else:
+                    for function in found:
+                        self._note_function(function, _free_values(function))
 
-    def _note_function(self, root: Path, function: types.FunctionType) -> None:
+    def _note_function(self, function: types.FunctionType, values: Mapping[str, Any]) -> None:
         for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
-            if name == "__class__":
-                continue
-            try:
-                value = cell.cell_contents
-            except ValueError:  # still empty
-                continue
-            path = Path(root.root, ((By.CELL, Cell(function.__qualname__, name, cell)),))
-            self._note(path, value)
+            if name in values:
+                cell_of = Cell(function.__qualname__, name, cell)
+                self._note(Path(function.__module__, ((By.CELL, cell_of),)), values[name])
+
+
+def _is_of_others(file: str) -> bool:
+    """True for code of torch, of Python itself, and of ours, and for what was generated."""
+    if file.startswith((_TORCH, _OWN, "<")):
+        return True
+    return file.startswith(_PYTHON) and "site-packages" not in file and "dist-packages" not in file
+
+
+def _are_same(first: Mapping[str, Any], second: Mapping[str, Any]) -> bool:
+    return first.keys() == second.keys() and all(value is second[name] for name, value in first.items())
+
+
+def _free_values(function: types.FunctionType) -> dict[str, Any]:
+    """Variables of enclosing functions that are not empty still."""
+    values = {}
+    for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
+        if name != "__class__":
+            with contextlib.suppress(ValueError):
+                values[name] = cell.cell_contents
+    return values
