@@ -76,15 +76,16 @@ def packer(result: Any, results: Sequence[Tensor], tensors: Sequence[Tensor]) ->
     place = {id(tensor): (True, i) for i, tensor in reversed(list(enumerate(tensors)))}
     place |= {id(tensor): (False, i) for i, tensor in reversed(list(enumerate(results)))}
     places = [place.get(id(leaf)) if isinstance(leaf, Tensor) else (None, leaf) for leaf in leaves]
-    if any(found is None for found in places):
+    if None in places:
         return None
+    known = [found for found in places if found is not None]
     if result.__class__ is tuple and places == [(False, i) for i in range(len(result))]:
         return lambda made, _: tuple(made[: len(places)])
 
     def pack(made: Sequence[Any], given: Sequence[Tensor]) -> Any:
         filled = [
             value if is_given is None else (given[value] if is_given else made[value])
-            for is_given, value in places  # type: ignore[misc]
+            for is_given, value in known
         ]
         return pytree.tree_unflatten(filled, spec)
 

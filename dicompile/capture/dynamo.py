@@ -95,7 +95,7 @@ def _call_with_numbers(self: Any, args: Any, kwargs: Any, numbers: Any) -> Any:
 @contextlib.contextmanager
 def _clean_dynamo(*, capture_scalar_outputs: bool) -> Iterator[None]:
     """Settings of ours for one capture: fixed sizes, numbers of tensors as symbols, hooks looked at."""
-    settings = {
+    settings: Any = {
         "assume_static_by_default": True, "automatic_dynamic_shapes": False, "error_on_recompile": False,
         "capture_scalar_outputs": capture_scalar_outputs, "skip_nnmodule_hook_guards": False,
     }  # fmt: skip
@@ -245,7 +245,7 @@ class _Read:
             return Path() if source.local_name == "self" else None
         if isinstance(source, sources.GlobalSource):
             return self._root(source.global_name)
-        if not isinstance(source, sources.ChainedSource):
+        if not hasattr(source, "base"):
             return None
         is_item = isinstance(source, (sources.DictGetItemSource, sources.DictSubclassGetItemSource))
         of_class = is_item and isinstance(source.base, sources.TypeDictSource)
