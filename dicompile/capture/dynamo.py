@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch._dynamo import source as sources
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.utils._pytree import tree_leaves
 
@@ -94,12 +95,12 @@ def _call_with_numbers(self: Any, args: Any, kwargs: Any, numbers: Any) -> Any:
 
 @contextlib.contextmanager
 def _clean_dynamo(*, capture_scalar_outputs: bool) -> Iterator[None]:
-    """Settings of ours for one capture: fixed sizes, numbers of tensors as symbols, hooks looked at."""
+    """Settings of ours for one capture: fixed sizes, numbers of tensors as symbols, hooks looked at, no fake mode."""
     settings: Any = {
         "assume_static_by_default": True, "automatic_dynamic_shapes": False, "error_on_recompile": False,
         "capture_scalar_outputs": capture_scalar_outputs, "skip_nnmodule_hook_guards": False,
     }  # fmt: skip
-    with torch.no_grad(), torch._dynamo.config.patch(**settings):
+    with unset_fake_temporarily(), torch.no_grad(), torch._dynamo.config.patch(**settings):
         yield
 
 
