@@ -231,7 +231,8 @@ def is_same_latent(first: torch.Tensor | None, second: torch.Tensor | None) -> b
 def _distances(latent: torch.Tensor, before: torch.Tensor) -> torch.Tensor:
     """How far every sample of a latent is from what it was, relative to it; [b]."""
     old, new = before.flatten(1).float(), latent.flatten(1).float()
-    return (new - old).norm(dim=1) / old.norm(dim=1).clamp_min(1e-12)
+    distances: torch.Tensor = (new - old).norm(dim=1) / old.norm(dim=1).clamp_min(1e-12)
+    return distances
 
 
 def is_near(latent: torch.Tensor | None, before: torch.Tensor | None) -> bool:
