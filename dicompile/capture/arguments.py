@@ -61,7 +61,11 @@ class Arguments:
         if not (_flatten_simply(args, tensors, rest) and _flatten_simply(closed, tensors, rest)):
             leaves, spec = flatten_arguments((args, dict(closed)))
             tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-            rest = [str(spec), *(None if isinstance(leaf, Tensor) else (type(leaf), leaf) for leaf in leaves), *open_]
+            rest = [
+                str(spec),
+                *(None if isinstance(leaf, Tensor) else (type(leaf), _comparable(leaf)) for leaf in leaves),
+                *open_,
+            ]
         kinds = [(type(t), t.shape, t.stride(), t.dtype, t.device, t.requires_grad) for t in tensors]
         unique = {id(tensor): tensor for tensor in tensors}
         if len(unique) < len(tensors):
@@ -108,6 +112,11 @@ def _python_number(value: Any) -> int | float:
     return int(value) if isinstance(value, numbers.Integral) else float(value)
 
 
+def _comparable(value: object) -> object:
+    """A value that is equal to the same one only: 0.0 is not -0.0, and what is not a number is one."""
+    return repr(value) if isinstance(value, (float, complex)) and (not value or value != value) else value  # noqa: PLR0124
+
+
 def bind_positions(
     module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], open_numbers: Iterable[str]
 ) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
@@ -129,7 +138,7 @@ def _flatten_simply(value: Any, tensors: list[Tensor], rest: list[object]) -> bo
         tensors.append(value)
         rest.append(None)
     elif kind in _SIMPLE:
-        rest += (kind, value)
+        rest += (kind, _comparable(value) if kind is float or kind is complex else value)
     elif kind is dict:
         rest += ("dict", *value)
         return all(_flatten_simply(item, tensors, rest) for item in value.values())

@@ -35,11 +35,16 @@ def capture_call(module: nn.Module, arguments: Arguments, *, by_running: bool = 
     Raises:
         CannotCapture: neither Dynamo nor a run gives a graph that would hold for the next call.
     """
-    if by_running:
+    own = set(map(id, module_tensors(module).values()))
+    if any(id(tensor) in own for tensor in arguments.given):  # another call gives another tensor there
+        arguments = arguments.copied()
+    if by_running and not arguments.numbers:
         return _settled(capture_by_running, module, arguments)
     try:
         return _settled(capture_by_dynamo, module, arguments)
     except CannotCapture as refused:
+        if arguments.numbers:  # they would be constants of the run
+            raise
         if any(isinstance(t, FakeTensor) or t.is_meta for t in (*module_tensors(module).values(), *arguments.tensors)):
             raise
         log.info(

@@ -84,8 +84,7 @@ def packer(result: Any, results: Sequence[Tensor], tensors: Sequence[Tensor]) ->
 
     def pack(made: Sequence[Any], given: Sequence[Tensor]) -> Any:
         filled = [
-            value if is_given is None else (given[value] if is_given else made[value])
-            for is_given, value in known
+            value if is_given is None else (given[value] if is_given else made[value]) for is_given, value in known
         ]
         return pytree.tree_unflatten(filled, spec)
 

@@ -40,6 +40,7 @@ class DynamoCapture:
         graph: torch-level graph.
         guards: source, kind, and what else it names (an attribute that is absent, another source), of every guard on an
             object.
+        decided: what Dynamo took for granted of sizes and numbers that it had made symbols of, as text.
         aliases: Python modules by the names that Dynamo gives them.
         results: how many tensors the graph returns.
         run: calls the function around the graph, with given results of it; returns the inputs of the graph and what the
@@ -48,6 +49,7 @@ class DynamoCapture:
 
     graph: fx.GraphModule
     guards: tuple[tuple[Any, str, Any], ...]
+    decided: tuple[str, ...]
     aliases: Mapping[str, str]
     results: int
     run: Callable[[Sequence[Tensor]], tuple[list[Any], Any]]
@@ -82,7 +84,8 @@ def dynamo_capture(function: Callable[..., Any], args: tuple[Any, ...]) -> Dynam
         return inputs, around(*args)
 
     returned = next(reversed(backend.graph_module.graph.nodes)).args[0]
-    return DynamoCapture(backend.graph_module, tuple(guards), dict(output.import_sources), len(returned), run)
+    decided = tuple(str(guard.expr) for guard in output.output_graph.shape_env.guards)
+    return DynamoCapture(backend.graph_module, tuple(guards), decided, dict(output.import_sources), len(returned), run)
 
 
 def _operand(guard: Any) -> Any:

@@ -44,6 +44,13 @@ def capture_by_dynamo(module: nn.Module, arguments: Arguments) -> Captured:
     numbers = dict(zip(arguments.numbers, arguments.tensors[len(arguments.given) :], strict=True))
     with _clean_dynamo(capture_scalar_outputs=bool(numbers)), _errors_of(module):
         made = dynamo_capture(_traced(arguments.numbers), (module, arguments.args, dict(arguments.kwargs), numbers))
+    if numbers and made.decided:
+        raise CannotCapture(
+            f"{type(module).__name__} reads a number that differs at every step in Python",
+            where="capture",
+            why=f"its graph holds for {made.decided[0]} only",
+            fix="pass a tensor",
+        )
     open_numbers(made.graph)
     _refuse_reads(module, made.graph)
     read = _Read(module, made)

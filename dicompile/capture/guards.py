@@ -175,7 +175,10 @@ class Fact:
 
 def is_same_value(first: object, second: object) -> bool:
     """True for equal values of one type: 1, 1.0 and True are three, and so are 0.0 and -0.0."""
-    return first is second or (type(first) is type(second) and first == second and repr(first) == repr(second))
+    if first is second:
+        return True
+    is_equal = type(first) is type(second) and (first == second or (first != first and second != second))  # noqa: PLR0124
+    return is_equal and repr(first) == repr(second)
 
 
 def keys_of(container: Any) -> Any:

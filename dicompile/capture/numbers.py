@@ -43,16 +43,17 @@ def open_numbers(graph_module: fx.GraphModule) -> None:
         CannotCapture: a number goes where a tensor cannot.
     """
     graph = graph_module.graph
-    tensors: set[fx.Node] = set()
+    tensors: dict[fx.Node, bool] = {}
     numbers = set(numbers_in(graph))
     for node in list(graph.nodes):
         if node in numbers:
-            tensors.add(node.args[0])
+            tensors[node.args[0]] = isinstance(node.meta.get("example_value"), (float, torch.SymFloat))
             node.replace_all_uses_with(node.args[0])
             graph.erase_node(node)
         elif any(parent in tensors for parent in node.all_input_nodes):
             _open(node, tensors)
-            node.meta.pop("example_value", None)  # it named the number
+            if not isinstance(node.meta.get("example_value"), Tensor):
+                node.meta.pop("example_value", None)  # it named the number
     graph_module.recompile()
 
 
@@ -71,32 +72,54 @@ def listed(values: Any, **kind: Any) -> Tensor:
 
 
 _FILLING: dict[Any, Callable[..., Tensor]] = {torch.full: filled, torch.tensor: listed, torch.as_tensor: listed,
-                                              torch.scalar_tensor: listed}  # fmt: skip
-_ARITHMETIC = frozenset({
-    operator.add, operator.sub, operator.mul, operator.truediv, operator.neg, operator.pow, operator.iadd,
-    operator.isub, operator.imul, operator.itruediv, torch.add, torch.sub, torch.mul, torch.div,
-})  # fmt: skip
+                                              torch.scalar_tensor: listed, torch._refs.tensor: listed}  # fmt: skip
+_ARITHMETIC: dict[Any, str] = {
+    operator.add: "add", operator.iadd: "add", torch.add: "add", operator.sub: "sub", operator.isub: "sub",
+    torch.sub: "sub", operator.mul: "mul", operator.imul: "mul", torch.mul: "mul", operator.truediv: "truediv",
+    operator.itruediv: "truediv", torch.div: "truediv", operator.neg: "neg", operator.pow: "pow",
+}  # fmt: skip
 _METHODS = frozenset({"add", "sub", "mul", "div", "add_", "sub_", "mul_", "div_"})
 
 
-def _open(node: fx.Node, tensors: set[fx.Node]) -> None:
-    if node.target in _FILLING:
+def calculated(operation: str, *values: Any) -> Tensor:
+    """Arithmetic with numbers that are 0-d tensors, as precise as that of Python."""
+    floats = [value.is_floating_point() if isinstance(value, Tensor) else isinstance(value, float) for value in values]
+    if any(floats) or operation == "truediv":
+        values = tuple(value.to(torch.float64) if isinstance(value, Tensor) else value for value in values)
+    result: Tensor = getattr(operator, operation)(*values)
+    return result
+
+
+def _open(node: fx.Node, tensors: dict[fx.Node, bool]) -> None:
+    """Let a node take tensors where it took numbers; what is a number still joins them, with whether it is a float."""
+    is_function = node.op == "call_function"
+    computes = node.target in (_ARITHMETIC if is_function else _METHODS) and not node.kwargs
+    if is_function and node.target in _FILLING:
         node.target = _FILLING[node.target]
-    elif node.op == "call_method" and node.target in _METHODS:
-        pass
-    elif node.op == "call_function" and node.target in (torch.sym_float, float):
+    elif is_function and node.target in (torch.sym_float, float):
         node.target, node.kwargs = _as_float, {}
-        tensors.add(node)
-    elif node.op == "call_function" and node.target in _ARITHMETIC:
-        if all(parent in tensors for parent in node.all_input_nodes):
-            tensors.add(node)  # a number still
-    else:
+        tensors[node] = True
+    elif is_function and computes and all(parent in tensors for parent in node.all_input_nodes):
+        tensors[node] = isinstance(node.meta.get("example_value"), (float, torch.SymFloat))
+        node.target, node.args = calculated, (_ARITHMETIC[node.target], *node.args)
+    elif not computes or not _promotes_alike(node, tensors):
         raise CannotCapture(
             f"a number that differs at every step goes into {getattr(node.target, '__name__', node.target)}",
             where="capture",
             why="a tensor cannot go there",
             fix="pass a tensor",
         )
+
+
+def _promotes_alike(node: fx.Node, tensors: dict[fx.Node, bool]) -> bool:
+    """True if the result has the dtype that it has with a number: a 0-d tensor counts where there is no larger one."""
+    is_float = any(tensors[parent] for parent in node.all_input_nodes if parent in tensors)
+    others = [parent.meta.get("example_value") for parent in node.all_input_nodes if parent not in tensors]
+    if not all(isinstance(value, Tensor) for value in others):
+        return False
+    if is_float:
+        return any(value.ndim and value.is_floating_point() for value in others)
+    return any(value.ndim or value.is_floating_point() for value in others)
 
 
 def _as_float(value: Tensor) -> Tensor:

@@ -52,7 +52,8 @@ class Reads:
         self._changes: dict[int, Changes] = {}
         self._patched: list[type] = []
         self._codes: set[types.CodeType] = set()
-        self._free: dict[types.CodeType, list[dict[str, Any]]] = {}
+        self._called: set[tuple[object, ...]] = set()
+        self._functions: dict[types.CodeType, list[types.FunctionType]] | None = None
         self._thread = threading.get_ident()
         self._is_busy = False
 
@@ -85,7 +86,7 @@ class Reads:
             nn.Module.__getattr__ = fallback  # type: ignore[method-assign]
             for cls in self._patched:
                 del cls.__getattribute__
-        self._note_cells()
+            self._functions = None
 
     def _patch(self, cls: type) -> None:
         if "__getattribute__" in vars(cls):
@@ -135,7 +136,9 @@ class Reads:
                 if isinstance(value, types.MethodType):
                     self._note_method(parent.attribute(name), obj)
                 else:
-                    self._note(parent.attribute(name), value)
+                    self._note(path := parent.attribute(name), value)
+                    if find_place(obj, name) is None and path in self.facts:  # it may be made at every look-up
+                        self.facts[path] = Fact.of(path, value)
         finally:
             self._is_busy = False
 
@@ -213,7 +216,10 @@ class Reads:
 
     def _note_object(self, path: Path, value: Any, depth: int) -> None:
         own = getattr(value, "__dict__", None)
-        if self._patch_class_of(value) or own is None or depth > 6 or type(value).__module__.startswith("torch"):
+        if self._patch_class_of(value):
+            return
+        if own is None or depth > 6 or type(value).__module__.startswith(("torch", "functools")):
+            self.facts[path] = Fact(path, "fixed", value)  # what it holds cannot be seen
             return
         self.facts[path.via(By.DICT)] = Fact.of(path.via(By.DICT), own)
         for name, item in list(own.items()):  # its class is not ours to watch, so all of it is compared
@@ -243,12 +249,12 @@ class Reads:
                 module = names.get("__name__", "")
                 if module in sys.modules and vars(sys.modules[module]) is names:
                     self._note_names(code, Path(module), names)
-            free = [name for name in code.co_freevars if name != "__class__"]
-            if free:
-                values = {name: frame.f_locals[name] for name in free if name in frame.f_locals}
-                seen = self._free.setdefault(code, [])
-                if not any(_are_same(values, other) for other in seen):
-                    seen.append(values)
+            free = {name: frame.f_locals[name] for name in code.co_freevars if name in frame.f_locals}
+            free.pop("__class__", None)
+            called = (code, *map(id, free.values()))
+            if free and called not in self._called:
+                self._called.add(called)
+                self._note_cells(code, free)
         finally:
             self._is_busy = is_busy
 
@@ -268,31 +274,21 @@ class Reads:
                     break
                 path, value = path.attribute(following.argval), place[0][place[1]]
 
-    def _note_cells(self) -> None:
-        """Variables of enclosing functions, of the functions that ran, as they were then."""
-        if not self._free:
-            return
-        self._is_busy = True
-        functions: dict[types.CodeType, list[types.FunctionType]] = {code: [] for code in self._free}
-        for function in gc.get_referrers(*self._free):
-            if isinstance(function, types.FunctionType) and function.__code__ in functions:
-                functions[function.__code__].append(function)
-        for code, found in functions.items():
-            for values in self._free[code]:
-                ran = [function for function in found if _are_same(values, _free_values(function))]
-                if ran:
-                    self._note_function(ran[0], values)
-                elif len(found) == 1:  # it has written to them
-                    self._note_function(found[0], values)
-                else:
-                    for function in found:
-                        self._note_function(function, _free_values(function))
-
-    def _note_function(self, function: types.FunctionType, values: Mapping[str, Any]) -> None:
-        for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
-            if name in values:
-                cell_of = Cell(function.__qualname__, name, cell)
-                self._note(Path(function.__module__, ((By.CELL, cell_of),)), values[name])
+    def _note_cells(self, code: types.CodeType, values: Mapping[str, Any]) -> None:
+        """Variables of enclosing functions, of a function that is called with these."""
+        if self._functions is None:
+            self._functions = {}
+            for found in gc.get_objects():
+                if type(found) is types.FunctionType and found.__closure__:
+                    self._functions.setdefault(found.__code__, []).append(found)
+        for function in self._functions.get(code, ()):  # what the forward itself made is not there
+            cells = _cells(function)
+            held = {name: cell.cell_contents for name, cell in cells.items()}
+            if held.keys() == values.keys() and all(held[name] is value for name, value in values.items()):
+                for name, cell in cells.items():
+                    path = Path(function.__module__, ((By.CELL, Cell(function.__qualname__, name, cell)),))
+                    self._note(path, values[name])
+                return
 
 
 def _is_of_others(file: str) -> bool:
@@ -302,15 +298,7 @@ def _is_of_others(file: str) -> bool:
     return file.startswith(_PYTHON) and "site-packages" not in file and "dist-packages" not in file
 
 
-def _are_same(first: Mapping[str, Any], second: Mapping[str, Any]) -> bool:
-    return first.keys() == second.keys() and all(value is second[name] for name, value in first.items())
-
-
-def _free_values(function: types.FunctionType) -> dict[str, Any]:
+def _cells(function: types.FunctionType) -> dict[str, types.CellType]:
     """Variables of enclosing functions that are not empty still."""
-    values = {}
-    for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
-        if name != "__class__":
-            with contextlib.suppress(ValueError):
-                values[name] = cell.cell_contents
-    return values
+    cells = dict(zip(function.__code__.co_freevars, function.__closure__ or (), strict=True))
+    return {name: cell for name, cell in cells.items() if name != "__class__" and cell != types.CellType()}

@@ -109,7 +109,7 @@ def _captured(
         raise Unsettled(changed)
     values = [*(own.get(path, reads.tensors.get(path)) for path in paths), *copied.tensors]
     place = {id(value): i for i, value in reversed(list(enumerate(values)))}
-    lifted = _lift_constants(graph)
+    lifted = [*_lift_constants(graph), *_lift_read(graph, reading)]
     unknown = [
         value for value, is_made in lifted if id(value) not in place and not is_made and id(value) not in reading.made
     ]
@@ -204,11 +204,13 @@ class _Reading(TorchFunctionMode):
     Attributes:
         nodes: the nodes whose values were read, and how.
         made: tensors that were computed aside, out of what was read.
+        read: tensors that no operator of the graph takes, and how they were read.
     """
 
     def __init__(self) -> None:
         self.nodes: list[tuple[fx.Node, str]] = []
         self.made: dict[int, Tensor] = {}
+        self.read: dict[int, tuple[Tensor, str]] = {}
 
     def __torch_function__(
         self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
@@ -269,9 +271,11 @@ class _Reading(TorchFunctionMode):
         mode = get_proxy_mode()
         if isinstance(value, Tensor) and mode is not None:
             known = mode.tracer.tensor_tracker.get(value)
+            how = f"{getattr(func, '__name__', func)}()" + (f" in {_current_path()}" if _current_path() else "")
             if known is not None:
-                where = f" in {_current_path()}" if _current_path() else ""
-                self.nodes.append((known.proxy.node, f"{getattr(func, '__name__', func)}(){where}"))
+                self.nodes.append((known.proxy.node, how))
+            elif id(value) not in self.made:
+                self.read[id(value)] = value, how
 
 
 @contextlib.contextmanager
@@ -338,6 +342,15 @@ def _lift_constants(graph_module: fx.GraphModule) -> list[tuple[Tensor, bool]]:
         graph.erase_node(node)
     graph_module.recompile()
     return constants
+
+
+def _lift_read(graph_module: fx.GraphModule, reading: _Reading) -> list[tuple[Tensor, bool]]:
+    """Make placeholders of the tensors that were read and nothing else, which Python did not write out."""
+    graph = graph_module.graph
+    for i, (_, how) in enumerate(reading.read.values()):
+        with graph.inserting_after(graph.find_nodes(op="placeholder")[-1]):
+            reading.nodes.append((graph.placeholder(f"read_{i}"), how))
+    return [(value, False) for value, _ in reading.read.values()]
 
 
 def _drop_unused(graph_module: fx.GraphModule, order: Sequence[int | None]) -> list[int]:

@@ -196,7 +196,7 @@ CHANGES: dict[str, tuple[Callable[[Any, Tensor], Tensor], Callable[[Any], Any]]]
                           lambda m: m.named.update({"b": nn.Linear(WIDTH, WIDTH)})),
     "sequential that grows": (lambda m, x: m.chain(x), lambda m: m.chain.append(nn.Tanh())),
     "parameter list": (lambda m, x: x * sum(m.parts), lambda m: m.parts.append(nn.Parameter(torch.ones(WIDTH)))),
-    "child as an attribute": (lambda m, x: m.drop(x), setter("drop", lambda: nn.Tanh())),
+    "child as an attribute": (lambda m, x: m.drop(x), lambda m: setattr(m, "drop", nn.Tanh())),
     "forward of a submodule": (blocks, swap_forward),
     "method of the module": (lambda m, x: m.scaled(x), lambda m: setattr(m, "scaled", lambda x: x * 9)),
     "forward of the module": (lambda m, x: x, lambda m: setattr(m, "extra", lambda x: x * 9)),

@@ -1,0 +1,209 @@
+"""Arguments of a call, taken apart."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from dicompile.capture import Arguments, bind_positions
+from dicompile.errors import CannotCapture
+from tests.capture.follow import WAYS, WIDTH, counted, optimized, same
+
+ONE, TWO = torch.ones(2), torch.zeros(2)
+
+
+def key(*args: Any, **kwargs: Any) -> tuple[object, ...]:
+    return Arguments.of(args, kwargs).key
+
+
+@dataclass
+class Cache:
+    value: Any
+    mode: str = "read"
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        (1, 1.0), (1, True), (0.0, -0.0), (0, False), ("a", "b"), (None, 0), ([1], (1,)), ([1], [1, 1]),
+        ({"a": 1}, {"b": 1}),
+        ({"a": 1}, {"a": 2}), (torch.float32, torch.float16), (ONE, torch.ones(3)), (ONE, ONE.double()),
+        (ONE, nn.Parameter(ONE)), (torch.ones(2, 3), torch.ones(3, 2).T), (ONE, None), (ONE, 1.0),
+        (Cache(1), Cache(2)), (Cache(1), Cache(1.0)), (Cache(ONE), Cache(ONE, "write")),
+        (Cache(1), SimpleNamespace(value=1)),
+        ([ONE, ONE], [ONE, TWO]), ([ONE, TWO, ONE], [ONE, TWO, TWO]), (math.sin, math.cos),
+        (Cache([ONE, ONE]), Cache([ONE, TWO])), (float("nan"), 1.0), ({"a": ONE, "b": 1}, {"a": 1, "b": ONE}),
+    ],
+)  # fmt: skip
+def test_calls_that_differ_share_no_graph(first: Any, second: Any) -> None:
+    assert key(x=first) != key(x=second)
+    assert key(x=first) == key(x=first)
+    assert hash(key(x=first)) == hash(key(x=first))
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [(ONE, TWO), ([ONE, TWO], [TWO, ONE]), (Cache(ONE), Cache(TWO)), (Cache([1, {"a": ONE}]), Cache([1, {"a": TWO}]))],
+)
+def test_calls_that_differ_in_values_of_tensors_share_one(first: Any, second: Any) -> None:
+    assert key(x=first) == key(x=second)
+
+
+def test_a_tensor_that_is_given_twice_is_one() -> None:
+    found = Arguments.of((), {"x": ONE, "y": [TWO, ONE]})
+    assert [id(tensor) for tensor in found.tensors] == [id(ONE), id(TWO)]
+
+
+def test_names_are_those_of_the_forward() -> None:
+    class Takes(nn.Module):
+        def forward(self, x: Tensor, inner: Any, more: Any = None) -> Tensor:
+            return x
+
+    found = Arguments.of((ONE, {"a": [TWO]}), {"more": Cache(torch.ones(1))})
+    assert found.names(Takes()) == ["x", "inner.a.0", "more.value"]
+
+
+def test_copies_are_other_tensors_of_the_same_form() -> None:
+    x, cache = torch.ones(3, 2).T, Cache(ONE)
+    found = Arguments.of((x,), {"cache": cache, "scale": 2.0, "twice": [ONE]})
+    copied = found.copied()
+    assert copied.key == found.key == Arguments.of(copied.args, copied.kwargs).key
+    assert copied.args[0] is not x and copied.args[0].stride() == x.stride()
+    assert copied.kwargs["cache"] is not cache and copied.kwargs["cache"].value is copied.kwargs["twice"][0]
+    assert cache.value is ONE
+
+
+def test_open_numbers_are_tensors_and_no_part_of_the_key() -> None:
+    found = [Arguments.of((), {"x": ONE, "t": t}, ("t",)) for t in (1.0, 2.0, np.float32(3.0), 4)]
+    assert found[0].key == found[1].key == found[2].key != found[3].key
+    assert [float(item.tensors[-1]) for item in found] == [1.0, 2.0, 3.0, 4.0]
+    assert [item.tensors[-1].dtype for item in found] == [torch.float64] * 3 + [torch.int64]
+    assert found[0].given == [ONE] and found[0].numbers == ("t",)
+    flag = Arguments.of((), {"x": ONE, "t": True}, ("t",))
+    assert flag.numbers == () and flag.key != Arguments.of((), {"x": ONE, "t": False}, ("t",)).key
+
+
+def test_positions_are_bound_where_one_of_them_is_an_open_number() -> None:
+    class Takes(nn.Module):
+        def forward(self, x: Tensor, t: float, y: Any = None) -> Tensor:
+            return x
+
+    assert bind_positions(Takes(), (ONE, 2.0), {"y": 1}, ("t",)) == ((), {"x": ONE, "t": 2.0, "y": 1})
+    assert bind_positions(Takes(), (ONE, ONE), {}, ("t",)) == ((ONE, ONE), {})
+    assert bind_positions(Takes(), (2.0, ONE), {}, ("t",)) == ((2.0, ONE), {})
+
+
+@pytest.mark.parametrize("value", [np.ones(2), {1, 2}, iter([1])])
+def test_what_cannot_be_looked_into_is_refused(value: Any) -> None:
+    with pytest.raises(CannotCapture, match="holds an object of class"):
+        key(x=value)
+
+
+class Takes(nn.Module):
+    """Computes with whatever it is given, and reads a mask in Python if it is to be run."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self.is_read = way == "running"
+        self.linear = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor, mask: Tensor, scale: Any = 1.0, other: Any = None) -> Tensor:
+        if self.is_read and mask.any():
+            x = x + 1
+        if isinstance(other, Cache):
+            x = x + other.value if other.mode == "read" else x - other.value
+        elif isinstance(other, dict):
+            x = x + sum(other.values())
+        elif isinstance(other, Tensor):
+            x = x + other
+        kind = {bool: 2.0, int: 3.0, float: 4.0}.get(type(scale), 5.0)
+        return self.linear(x) * kind * (1.0 if scale is None else scale)
+
+
+def calls(*values: Any) -> list[dict[str, Any]]:
+    mask = torch.ones(2, dtype=torch.bool)
+    return [{"x": torch.randn(2, WIDTH), "mask": mask, **value} for value in values]
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_every_kind_of_argument_is_followed(way: str) -> None:
+    module = Takes(way)
+    model = optimized(module)
+    one, two = torch.randn(2, WIDTH), torch.randn(2, WIDTH)
+    given = calls(
+        {"scale": 1}, {"scale": 1.0}, {"scale": True}, {"scale": None}, {"scale": torch.ones(())},
+        {"scale": float("nan")},
+        {"other": one}, {"other": two}, {"other": {"a": one}}, {"other": {"a": one, "b": two}}, {"other": {"b": one}},
+        {"other": Cache(one)}, {"other": Cache(two)}, {"other": Cache(two, "write")}, {"other": {"a": one, "b": one}},
+        {"other": {"a": 1.0}}, {"other": {"a": 2.0}},
+    )  # fmt: skip
+    for _ in range(2):
+        for inputs in given:
+            same(model, module, **inputs)
+    captured = counted(model)
+    for inputs in given:
+        same(model, module, **inputs)
+    assert counted(model) == captured <= len(given)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_the_same_tensor_twice_and_then_two(way: str) -> None:
+    module = Takes(way)
+    model = optimized(module)
+    x, other = torch.randn(2, WIDTH), torch.randn(2, WIDTH)
+    mask = torch.ones(2, dtype=torch.bool)
+    for first, second in ((x, x), (x, other), (other, other), (other, x)):
+        same(model, module, x=first, mask=mask, other=second)
+    assert counted(model) == 2
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_tensor_of_the_module_that_is_given_is_told_from_another(way: str) -> None:
+    module = Takes(way)
+    model = optimized(module)
+    weight = module.linear.weight
+    mask = torch.ones(2, dtype=torch.bool)
+    for other in (weight, nn.Parameter(torch.randn(WIDTH, WIDTH)), weight):
+        same(model, module, x=torch.randn(WIDTH, WIDTH), mask=mask, other=other)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_not_a_number_is_a_number(way: str) -> None:
+    module = Takes(way)
+    model = optimized(module)
+    (inputs,) = calls({"scale": float("nan")})
+    for _ in range(3):
+        same(model, module, **{**inputs, "scale": float("nan")})
+    inputs["x"][0, 0] = float("nan")
+    same(model, module, **inputs)
+    assert counted(model) == 1
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_positions_and_names_give_the_same(way: str) -> None:
+    module = Takes(way)
+    model = optimized(module)
+    (inputs,) = calls({"other": torch.randn(2, WIDTH)})
+    with torch.no_grad():
+        wanted = module(**inputs)
+    torch.testing.assert_close(model(inputs["x"], inputs["mask"], other=inputs["other"]), wanted)
+    torch.testing.assert_close(model(**inputs), wanted)
+
+
+def test_values_with_nan_that_python_reads_capture_once_more_at_most() -> None:
+    class Reads(nn.Module):
+        def forward(self, x: Tensor, sizes: Tensor) -> Tensor:
+            return x * 2 if sizes.isnan().any() else x
+
+    module = Reads()
+    model = optimized(module)
+    x = torch.randn(2, WIDTH)
+    for sizes in (torch.tensor([1.0]), torch.tensor([float("nan")]), torch.tensor([float("nan")])):
+        same(model, module, x=x, sizes=sizes)

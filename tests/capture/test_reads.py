@@ -1,0 +1,348 @@
+"""What a forward does besides computing: it counts, fills tables, writes to what it was given, reads globals."""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from dicompile.capture import Arguments, capture_call
+from dicompile.capture.guards import Path, Walk
+from dicompile.errors import CannotCapture
+from dicompile.wrapper import record_of
+from tests.capture.follow import WAYS, WIDTH, Model, counted, follow, given, optimized, same
+
+CALLS = 0
+SEEN: list[int] = []
+
+
+class Counts(Model):
+    def __init__(self, way: str) -> None:
+        super().__init__(way)
+        self.calls = 0
+        self.seen: list[int] = []
+        self.inner = nn.Module()
+        self.inner.calls = 0
+        self.table: dict[str, int] = {"calls": 0}
+
+
+def count(self: Counts) -> float:
+    self.calls += 1
+    return self.calls
+
+
+def count_inner(self: Counts) -> float:
+    self.inner.calls = self.inner.calls + 1
+    return self.inner.calls
+
+
+def count_table(self: Counts) -> float:
+    self.table["calls"] += 1
+    return self.table["calls"]
+
+
+def count_seen(self: Counts) -> float:
+    self.seen.append(1)
+    return len(self.seen)
+
+
+def count_global(_: Counts) -> float:
+    global CALLS  # noqa: PLW0603
+    CALLS += 1
+    return CALLS
+
+
+def count_global_list(_: Counts) -> float:
+    SEEN.append(1)
+    return len(SEEN)
+
+
+COUNTERS: dict[str, Callable[[Counts], float]] = {
+    "calls": count, "inner": count_inner, "table": count_table, "seen": count_seen, "CALLS": count_global,
+    "SEEN": count_global_list,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("name", COUNTERS)
+def test_a_counter_is_refused_by_its_name(name: str, way: str) -> None:
+    class Counting(Counts):
+        def extra(self, x: Tensor) -> Tensor:
+            return x * COUNTERS[name](self)
+
+    with pytest.raises(CannotCapture, match="Counting changes what it keeps at every call") as refused:
+        optimized(Counting(way))(**given())
+    assert name in str(refused.value)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_counter_in_an_enclosing_function_is_refused(way: str) -> None:
+    calls = 0
+
+    class Counting(Model):
+        def extra(self, x: Tensor) -> Tensor:
+            nonlocal calls
+            calls += 1
+            return x * calls
+
+    with pytest.raises(CannotCapture, match="Counting changes what it keeps at every call"):
+        optimized(Counting(way))(**given())
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_flag_of_the_first_call_settles(way: str) -> None:
+    class First(Model):
+        is_first = True
+
+        def extra(self, x: Tensor) -> Tensor:
+            scale = 2.0 if self.is_first else 3.0
+            self.is_first = False
+            return x * scale
+
+    module = First(way)
+    model = optimized(module)
+    model(**given())
+    for seed in range(3):
+        same(model, module, **given(seed))
+    assert counted(model) <= 2
+
+
+def fill_attribute(self: Any, _: int, made: Tensor) -> Tensor:
+    self.table = made if self.table is None else self.table
+    return self.table
+
+
+def fill_buffer(self: Any, _: int, made: Tensor) -> Tensor:
+    if self.buffer is None:
+        self.buffer = made
+    return self.buffer
+
+
+def fill_dictionary(self: Any, size: int, made: Tensor) -> Tensor:
+    if size not in self.tables:
+        self.tables[size] = made
+    return self.tables[size]
+
+
+def fill_list(self: Any, _: int, made: Tensor) -> Tensor:
+    if not self.list:
+        self.list.append(made)
+    return self.list[0]
+
+
+def fill_number(self: Any, size: int, _: Tensor) -> float:
+    self.number = size / 2 if self.number is None else self.number
+    return self.number
+
+
+FILLS: dict[str, Callable[[Any, int, Tensor], Any]] = {
+    "attribute": fill_attribute, "dictionary": fill_dictionary, "list": fill_list, "buffer": fill_buffer,
+    "number": fill_number,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("kind", FILLS)
+def test_a_table_that_is_filled_at_the_first_call_settles(kind: str, way: str) -> None:
+    class Fills(Model):
+        def __init__(self, way: str) -> None:
+            super().__init__(way)
+            self.table: Tensor | None = None
+            self.register_buffer("buffer", None)
+            self.tables: dict[int, Tensor] = {}
+            self.list: list[Tensor] = []
+            self.number: float | None = None
+
+        def filled(self, x: Tensor) -> Any:
+            made = torch.arange(x.shape[1], dtype=x.dtype)[:, None]
+            return FILLS[kind](self, x.shape[1], made)
+
+        def extra(self, x: Tensor) -> Tensor:
+            return x * self.filled(x)
+
+    module = Fills(way)
+    model = optimized(module)
+    for seed in range(4):
+        same(model, module, **given(seed))
+    assert counted(model) <= 2
+    before = counted(model)
+    for seed in range(4):
+        same(model, module, **given(seed))
+    assert counted(model) == before
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_what_a_forward_computes_and_keeps_is_refused(way: str) -> None:
+    class Keeps(Model):
+        last: Tensor | None = None
+
+        def extra(self, x: Tensor) -> Tensor:
+            result = x if self.last is None else x + self.last
+            self.last = x
+            return result
+
+    module, inputs = Keeps(way), given()
+    with pytest.raises(CannotCapture, match="last"):
+        optimized(module)(**inputs)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("what", ["x", "buffer"])
+def test_a_write_is_refused_and_leaves_everything_as_it_was(what: str, way: str) -> None:
+    class Writes(Model):
+        def __init__(self, way: str) -> None:
+            super().__init__(way)
+            self.register_buffer("buffer", torch.zeros(WIDTH))
+
+        def extra(self, x: Tensor) -> Tensor:
+            (self.buffer if what == "buffer" else x).add_(1)
+            return x + self.buffer
+
+        def forward(self, x: Tensor, t: Tensor, mask: Tensor) -> Tensor:
+            if self.is_read and mask.any():
+                t = t + 1
+            return self.linear(x) * torch.cos(t)[:, None, None] + self.extra(x)
+
+    module, inputs = Writes(way), given()
+    kept = {name: value.clone() for name, value in inputs.items()}
+    with pytest.raises(CannotCapture, match=f"writes to its inputs: .*{what}"):
+        optimized(module)(**inputs)
+    assert all(torch.equal(inputs[name], value) for name, value in kept.items())
+    assert torch.equal(module.buffer, torch.zeros(WIDTH))
+
+
+class Sizes(Model):
+    """Reads values of a buffer in Python."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__(way)
+        self.register_buffer("kept", torch.tensor([True, False, True, True]))
+
+    def extra(self, x: Tensor) -> Tensor:
+        return x * 2 if self.kept.all() else x * sum(self.kept.tolist())
+
+
+def test_values_of_a_buffer_that_python_reads_are_followed() -> None:
+    module = Sizes("running")
+    edit = module.kept.data
+    assert follow(module, lambda: edit.fill_(True), lambda: edit[0].fill_(False), lambda: edit.fill_(True)) == [1, 1, 0]
+
+
+def test_values_of_a_buffer_are_followed_in_inference_mode() -> None:
+    module = Sizes("running")
+    model = optimized(module)
+    with torch.inference_mode():
+        for value in (True, False, True):
+            module.kept[0] = value
+            same(model, module, **given())
+
+
+def test_values_of_a_buffer_that_is_replaced_are_followed() -> None:
+    module = Sizes("running")
+    follow(module, lambda: setattr(module, "kept", torch.ones(4, dtype=torch.bool)))
+
+
+def test_values_of_a_plain_tensor_are_followed() -> None:
+    class Plain(Model):
+        def __init__(self, way: str) -> None:
+            super().__init__(way)
+            self.sizes = torch.tensor([1, 2])
+
+        def extra(self, x: Tensor) -> Tensor:
+            return x * sum(self.sizes.tolist())
+
+    module = Plain("running")
+    follow(module, lambda: module.sizes.fill_(5), lambda: setattr(module, "sizes", torch.tensor([7, 8])))
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_tensor_of_nobody_is_refused_or_followed(way: str) -> None:
+    table = {"a": torch.ones(WIDTH)}
+
+    class Uses(Model):
+        def extra(self, x: Tensor) -> Tensor:
+            return x * table["a"]
+
+    module = Uses(way)
+    try:
+        follow(module, lambda: table.update(a=torch.full((WIDTH,), 3.0)), lambda: table["a"].fill_(4.0))
+    except CannotCapture as refused:
+        assert "whether it is the same at the next call cannot be told" in str(refused)
+
+
+TABLE = torch.ones(WIDTH)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_global_tensor_is_followed(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Uses(Model):
+        def extra(self, x: Tensor) -> Tensor:
+            return x * TABLE
+
+    here = sys.modules[__name__]
+    monkeypatch.setattr(here, "TABLE", torch.ones(WIDTH))
+    follow(Uses(way), lambda: setattr(here, "TABLE", torch.full((WIDTH,), 3.0)), lambda: TABLE.fill_(4.0))
+
+
+@functools.lru_cache
+def cached(size: int) -> Tensor:
+    return torch.arange(size, dtype=torch.float32)
+
+
+@pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`")
+@pytest.mark.parametrize("way", WAYS)
+def test_a_function_that_remembers_is_refused_or_right(way: str) -> None:
+    class Cached(Model):
+        def extra(self, x: Tensor) -> Tensor:
+            return x * cached(x.shape[-1])
+
+    try:
+        follow(Cached(way))
+    except CannotCapture as refused:
+        assert "whether it is the same at the next call cannot be told" in str(refused)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_random_numbers_are_drawn_at_every_call_or_refused(way: str) -> None:
+    class Draws(Model):
+        def extra(self, x: Tensor) -> Tensor:
+            return x + torch.rand(x.shape)
+
+    model = optimized(Draws(way))
+    first, second = model(**given()), model(**given())
+    assert not torch.equal(first, second)
+
+
+def test_nothing_stays_behind_after_a_run() -> None:
+    look_up, fallback, profile = nn.Module.__getattribute__, nn.Module.__getattr__, sys.getprofile()
+    for module in (Model("running"), Counts("running")):
+        capture_call(module, Arguments.of((), given()))
+    with pytest.raises(AttributeError):
+        capture_call(Sizes("running"), Arguments.of((), {**given(), "mask": "text"}), by_running=True)
+    assert (nn.Module.__getattribute__, nn.Module.__getattr__, sys.getprofile()) == (look_up, fallback, profile)
+    assert "__getattribute__" not in vars(nn.Module)
+
+
+def test_a_walk_finds_what_python_finds() -> None:
+    module = Sizes("running")
+    walk = Walk(module)
+    assert walk.find(Path().attribute("linear").attribute("weight")) is module.linear.weight
+    assert walk.find(Path().attribute("kept")) is module.kept
+    assert walk.find(Path().attribute("gone")) is None
+    assert walk.find(Path(__name__).attribute("SEEN")) is SEEN
+
+
+def test_a_model_that_was_run_once_is_not_shown_to_dynamo_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = Model("running")
+    model = optimized(module)
+    same(model, module, **given())
+    monkeypatch.setattr("dicompile.capture.call.capture_by_dynamo", lambda *_: pytest.fail("asked again"))
+    inputs = given()
+    inputs["mask"][:] = False
+    same(model, module, **inputs)
+    assert counted(model) == 2 and record_of(model).calls.is_run
