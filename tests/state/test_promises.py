@@ -15,6 +15,9 @@
 | a sample does not depend on its batch mates | here |
 | a cancelled task leaves nothing behind | here |
 | guidance in all its ways | here, tests/runtime/test_contexts.py |
+| windows and equal calls that nothing names | tests/runtime/test_windows.py, tests/runtime/test_which_context.py |
+| samples and frames at steps of their own | tests/runtime/test_clock.py, tests/runtime/test_identify.py |
+| results and inputs are the caller's | tests/runtime/test_windows.py |
 | no stale read | tests/runtime/test_stamps.py, and checked in every test (``DICOMPILE_CHECK``) |
 | all of it together, at random | tests/state/test_machine.py |
 """
