@@ -114,7 +114,7 @@ def _open(node: fx.Node, tensors: dict[fx.Node, bool]) -> None:
 def _promotes_alike(node: fx.Node, tensors: dict[fx.Node, bool]) -> bool:
     """True if the result has the dtype that it has with a number: a 0-d tensor counts where there is no larger one."""
     is_float = any(tensors[parent] for parent in node.all_input_nodes if parent in tensors)
-    others = [parent.meta.get("example_value") for parent in node.all_input_nodes if parent not in tensors]
+    others: list[Any] = [parent.meta.get("example_value") for parent in node.all_input_nodes if parent not in tensors]
     if not all(isinstance(value, Tensor) for value in others):
         return False
     if is_float:

@@ -417,7 +417,7 @@ class OnCuda(nn.Module):
 def test_regions_of_a_device_that_is_not_here_are_written_out_for_fake_tensors() -> None:
     with FakeTensorMode(allow_non_fake_inputs=True):
         x = torch.empty(2, 8, WIDTH, device="cuda")
-        lines = str(capture_by_dynamo(OnCuda(), {"x": x})).splitlines()
+        lines = str(capture_model(OnCuda(), {"x": x})).splitlines()
     normed = next(line for line in lines if "layer_norm" in line)
     assert [line.split(" = ")[0].split(": ")[1] for line in lines if "linear.default" in line] == ["f16[2,8,16]"] * 2
     assert normed.split(": ")[1].startswith("f32") and "_to_copy.default" in lines[lines.index(normed) - 1]
@@ -460,7 +460,7 @@ class Checkpoints(nn.Module):
 def test_an_operator_that_holds_functions_is_refused_by_name_and_the_model_run_instead() -> None:
     model, inputs = Checkpoints().eval(), given()
     with pytest.raises(CannotCapture) as error:
-        capture_by_dynamo(model, inputs)
+        by_dynamo(model, inputs)
     assert str(error.value) == (
         "what autocast does to tag_activation_checkpoint cannot be written out\n"
         "  where: capture\n"
