@@ -25,7 +25,7 @@ from dicompile.capture import (
     capture_call,
     normalised,
     sounds_like_time,
-    values_of,
+    with_python_numbers,
 )
 from dicompile.compiler import ONE_AT_A_TIME, CompiledFrame, Options, Same, compile_capture
 from dicompile.errors import CannotCapture, NoSitesFound
@@ -60,7 +60,9 @@ class Frame:
     def __post_init__(self) -> None:
         self._pick = self.captured.picker()
 
-    def inputs_if_valid(self, own: list[Tensor] | None, arguments: Arguments) -> Sequence[Any] | None:
+    def inputs_if_valid(
+        self, own: list[Tensor] | None, arguments: Arguments
+    ) -> tuple[Sequence[Tensor], Sequence[Any]] | None:
         """All tensors, and those that the code takes, if the values that Python read are as they were."""
         if own is None:
             return None
@@ -83,7 +85,8 @@ class ModelCalls:
         self.module, self.options = module, options
         self.owner = Owner(options.link)
         self._frames: dict[tuple[object, ...], tuple[Frame, ...]] = {}
-        self._numbers = _names_of_time(module)
+        self._times = _names_of_time(module)
+        self._takes_any_number = True
         self._by_running = False
 
     @property
@@ -98,9 +101,12 @@ class ModelCalls:
 
     def __call__(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """Run one call."""
-        if self._numbers:
-            args, kwargs = bind_positions(self.module, args, kwargs, self._numbers)
-        arguments = Arguments.of(args, kwargs, self._numbers)
+        if self._times:
+            args, kwargs = bind_positions(self.module, args, kwargs, self._times)
+        if self._takes_any_number:
+            arguments = Arguments.of(args, kwargs, self._times)
+        else:
+            arguments = Arguments.of(args, with_python_numbers(kwargs, self._times))
         frame, tensors, inputs = self._frame(arguments)
         frame.used = next(_CALLS)
         return frame.captured.pack(frame.compiled.run.run(self.owner, inputs), tensors)
@@ -138,24 +144,33 @@ class ModelCalls:
         check_weights_are_whole(self.module)
         try:
             captured = capture_call(self.module, arguments, by_running=self._by_running)
+            pins = captured.guards.pin(self.module)
+            assert isinstance(pins, Pins), pins
+            tensors = [*pins.tensors, *arguments.tensors, *captured.constants]
+            inputs = captured.pick(tensors)
             way = Same((arguments.key, str(captured.guards)))
-            inputs = values_of(self.module, captured, arguments)
-            compiled = compile_capture(normalised(self.module, captured, arguments), inputs, self.options, way)
+            compiled = compile_capture(normalised(self.module, captured, inputs), inputs, self.options, way)
         except CannotCapture:
             if not arguments.numbers:
                 raise
-            log.info("the timestep of %s is a number that Python reads: every value of it is captured by itself",
-                     type(self.module).__name__)  # fmt: skip
-            self._numbers = ()
-            return self._frame(Arguments.of(arguments.args, arguments.kwargs))
+            return self._capture_number(arguments)
         self._require_sites(compiled)
         self._by_running = self._by_running or captured.is_run
-        pins = captured.guards.pin(self.module)
-        assert isinstance(pins, Pins), pins
         read = {i: inputs[i].clone() for i in captured.reads}
         frame = Frame(captured, compiled, pins, next(_CALLS), read)
         self._keep(key, frame)
-        return frame, [*pins.tensors, *arguments.tensors, *captured.constants], inputs
+        return frame, tensors, inputs
+
+    def _capture_number(self, arguments: Arguments) -> tuple[Frame, Sequence[Tensor], Sequence[Any]]:
+        """The code for one value of a timestep that is a number which Python decides on."""
+        found = self._frame(Arguments.of(arguments.args, with_python_numbers(arguments.kwargs, arguments.numbers)))
+        if self._takes_any_number:  # not before that worked: the call may have been a mistake
+            self._takes_any_number = False
+            log.info(
+                "the timestep of %s is a number that Python reads: every value of it is captured by itself",
+                type(self.module).__name__,
+            )
+        return found
 
     def _keep(self, key: tuple[object, ...], frame: Frame) -> None:
         """Keep a frame, and drop the one that was not used for longest where there are too many."""

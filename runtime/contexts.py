@@ -139,6 +139,7 @@ class Contexts(dict[str, ContextState]):
         super().__init__()
         self.varying: set[str] = set()
         self._unmet: set[str] | None = None
+        self._is_full = False
 
     def next_step(self, before: int) -> None:
         """A new step begins; what was not called since `before` starts anew, and its slots are released."""
@@ -205,7 +206,9 @@ class Contexts(dict[str, ContextState]):
             twins[0].step, twins[0].schedule = None, schedule
             return twins[0]
         if len(self) >= MOST:
-            log.warning("more than %d calls of one step: the others compute everything and remember nothing", MOST)
+            if not self._is_full:
+                log.warning("more than %d calls of one step: the others compute everything and remember nothing", MOST)
+            self._is_full = True
             return None
         made = ContextState(call.name, call.geometry, schedule)
         self[new_label(call.name, self)] = made
@@ -233,13 +236,6 @@ def _distances(latent: torch.Tensor, before: torch.Tensor) -> torch.Tensor:
     old, new = before.flatten(1).float(), latent.flatten(1).float()
     distances: torch.Tensor = (new - old).norm(dim=1) / old.norm(dim=1).clamp_min(1e-12)
     return distances
-
-
-def is_near(latent: torch.Tensor | None, before: torch.Tensor | None) -> bool:
-    """True if a latent may be a step further on than another."""
-    if latent is None or before is None or latent.shape != before.shape:
-        return False
-    return float(_distances(latent, before).max()) < NEAR
 
 
 def _rows_part(latent: torch.Tensor | None, before: torch.Tensor | None) -> bool:

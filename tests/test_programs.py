@@ -260,3 +260,30 @@ def test_equal_calls_have_a_bounded_number_of_contexts() -> None:
     for _ in range(50):
         call(model, sample.inputs, T[0], 0)
     assert len(state_of(model).contexts) <= 8
+
+
+class DecidesOnItsNumber(TakesNumbers):
+    def forward(self, x: Tensor, t: Any, y: Tensor) -> Tensor:
+        return super().forward(x, t, y) if t > 500 else super().forward(x, t, y) * 2
+
+
+@pytest.mark.parametrize("kind", ["float", "float32"])
+def test_a_number_that_python_decides_on_is_captured_once_per_value(kind: str) -> None:
+    module, labels = redraw(DecidesOnItsNumber(1)), torch.tensor([1, 2])
+    model = dicompile.optimize(module, FORA, schedule=[900, 100], mode="eager")
+    for _ in range(2):
+        for step, timestep in enumerate((900, 100)):
+            number = NUMBERS[kind](timestep)
+            # FORA computes both steps of so short a run.
+            torch.testing.assert_close(model(latent(step), number, labels), module(latent(step), number, labels))
+    assert len(frames_of(model)) == 2
+
+
+def test_a_mistake_beside_a_number_changes_nothing() -> None:
+    module, labels = redraw(TakesNumbers(1)), torch.tensor([1, 2])
+    model = dicompile.optimize(module, FORA, schedule=T, mode="eager")
+    with pytest.raises(RuntimeError, match="channels"):
+        model(torch.randn(2, 5, 16, 16), 999.0, labels)
+    for step in range(STEPS):
+        model(latent(step), float(T[step]), labels)
+    assert len(frames_of(model)) == 1

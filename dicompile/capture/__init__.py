@@ -1,7 +1,7 @@
 """Capture: a module and its first inputs -> one functional ATen graph with parameters as inputs and roles known."""
 
 from dicompile.capture.ambient import ambient
-from dicompile.capture.arguments import Arguments, bind_positions
+from dicompile.capture.arguments import Arguments, bind_positions, with_python_numbers
 from dicompile.capture.call import capture_call, capture_model, normalised, values_of
 from dicompile.capture.captured import Captured
 from dicompile.capture.dynamo import capture_by_dynamo
@@ -30,4 +30,5 @@ __all__ = [
     "read_inputs",
     "sounds_like_time",
     "values_of",
+    "with_python_numbers",
 ]

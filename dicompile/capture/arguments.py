@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import inspect
 import numbers
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -103,6 +103,12 @@ class Arguments:
 _DTYPES = {int: torch.int64, float: torch.float64}
 
 
+def with_python_numbers(kwargs: Mapping[str, Any], names: Iterable[str]) -> Mapping[str, Any]:
+    """Keyword arguments with Python numbers in the place of NumPy's, of these names."""
+    numbers_ = {name: _python_number(kwargs[name]) for name in names if is_number(kwargs.get(name))}
+    return {**kwargs, **numbers_} if numbers_ else kwargs
+
+
 def is_number(value: object) -> bool:
     """True for Python and NumPy numbers that are real; flags are none."""
     return isinstance(value, numbers.Real) and not isinstance(value, bool)
@@ -157,20 +163,6 @@ def flatten_arguments(arguments: Any) -> tuple[list[Any], pytree.TreeSpec]:
         CannotCapture: one of them cannot be.
     """
     return pytree.tree_flatten(_opened(arguments))
-
-
-def filler(leaves: Sequence[Any], spec: pytree.TreeSpec) -> Callable[[Sequence[Tensor]], Any]:
-    """A function that puts tensors in the places of those among the leaves, and packs them as they came."""
-    fixed = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-    places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
-
-    def fill(tensors: Sequence[Tensor]) -> Any:
-        filled = list(fixed)
-        for place, tensor in zip(places, tensors, strict=True):
-            filled[place] = tensor
-        return pytree.tree_unflatten(filled, spec)
-
-    return fill
 
 
 @dataclass(frozen=True)

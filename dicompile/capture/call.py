@@ -87,16 +87,23 @@ def capture_model(model: nn.Module, inputs: Mapping[str, Any]) -> Capture:
     Raises:
         CannotCapture: the model does not fit into one graph.
     """
-    return normalised(model, capture_call(model, arguments := Arguments.of((), inputs)), arguments)
+    arguments = Arguments.of((), inputs)
+    captured = capture_call(model, arguments)
+    return normalised(model, captured, values_of(model, captured, arguments))
 
 
-def normalised(module: nn.Module, captured: Captured, arguments: Arguments) -> Capture:
+def normalised(module: nn.Module, captured: Captured, values: Sequence[Tensor]) -> Capture:
     """The functional graph of what was captured, with roles.
+
+    Args:
+        module: what was captured.
+        captured: its graph.
+        values: of the graph's placeholders.
 
     Raises:
         CannotCapture: it cannot be made functional, or Python read a value that differs at every step.
     """
-    capture = capture_graph(captured.graph, captured.names, values_of(module, captured, arguments))
+    capture = capture_graph(captured.graph, captured.names, values)
     check_reads(captured, [item.role for item in capture.inputs], type(module).__name__)
     return capture
 

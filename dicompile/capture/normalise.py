@@ -18,6 +18,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from dicompile.capture.autocast import drop_regions, make_autocast_explicit, share_casts
 from dicompile.capture.canonical import make_canonical
 from dicompile.capture.constants import spell_out_constants
+from dicompile.capture.numbers import numbers_in
 from dicompile.capture.roles import Input, Role, assign_roles
 from dicompile.errors import CannotCapture, DicompileError
 from dicompile.text import graph_text, module_path, operator_text
@@ -131,11 +132,8 @@ def _refuse_open_sizes(graph: fx.Graph) -> None:
 
 def read_inputs(dynamo_graph: fx.Graph) -> tuple[int, ...]:
     """Positions of the inputs whose value the graph reads: Python floats of a dynamic graph come as tensors."""
-    return tuple(
-        i
-        for i, node in enumerate(dynamo_graph.find_nodes(op="placeholder"))
-        if any(user.op == "call_method" and user.target == "item" for user in node.users)
-    )
+    read = {node.args[0] for node in numbers_in(dynamo_graph)}
+    return tuple(i for i, node in enumerate(dynamo_graph.find_nodes(op="placeholder")) if node in read)
 
 
 def _fake(value: torch.Tensor, mode: FakeTensorMode, *, is_read: bool) -> torch.Tensor:

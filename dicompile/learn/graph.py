@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from dicompile.analysis import ModelStructure, Site, SiteKind, analyse
-from dicompile.capture import Arguments, Capture, Role, capture_by_dynamo, normalised
+from dicompile.capture import Arguments, Capture, Role, capture_by_dynamo, normalised, values_of
 from dicompile.config import DebugFolder, Settings
 from dicompile.errors import CannotCapture, NoSitesFound
 from dicompile.passes import PASSES, InputRef, LocalStep, OutputRef, SlotRef, Value, Weights, outline_until, rewrite
@@ -129,7 +129,8 @@ def learnable(
         NoSitesFound: there is nothing to blend.
     """
     arguments = Arguments.of((), inputs)
-    capture = normalised(module, capture_by_dynamo(module, arguments), arguments)
+    captured = capture_by_dynamo(module, arguments)
+    capture = normalised(module, captured, values_of(module, captured, arguments))
     structure = analyse(capture)
     sites = structure.sites if level == "site" else _spans(structure, SiteKind(level))
     if not sites:

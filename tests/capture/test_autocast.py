@@ -182,7 +182,8 @@ def captured_by(
 ) -> tuple[Capture, Sequence[Tensor]]:
     arguments = Arguments.of((), inputs)
     found = way(model, arguments)
-    return normalised(model, found, arguments), values_of(model, found, arguments)
+    values = values_of(model, found, arguments)
+    return normalised(model, found, values), values
 
 
 by_dynamo = functools.partial(captured_by, capture_by_dynamo)
