@@ -57,10 +57,6 @@ class Reads:
         self._thread = threading.get_ident()
         self._is_busy = False
 
-    def tensor_paths(self) -> dict[int, Path]:
-        """Where each tensor that was read lies, by its identity."""
-        return {id(tensor): path for path, tensor in reversed(list(self.tensors.items()))}
-
     def kept(self) -> list[str]:
         """Where the forward put tensors that were not there."""
         found = (change for changes in self._changes.values() for change in changes.found())
