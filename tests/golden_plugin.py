@@ -20,6 +20,7 @@ from dicompile.analysis import ModelStructure, Site
 from dicompile.capture import Role
 from dicompile.plan import Cadence, Line, Policy, Refresh, Reuse, Rule, TokenScore, Window
 from dicompile.runtime import Session
+from dicompile.wrapper import record_of
 from tests.golden_training import make_train  # noqa: F401 - replay_check.py looks for it here
 from tests.models import state_of
 
@@ -53,12 +54,17 @@ class Replay:
         with dicompile.session(self.session) as self.session:
             output = self.model(**inputs, **self.extra, return_dict=False)[0]
             self.last_indices = self._indices(inputs.step)
+        assert not record_of(self.model).calls.is_run  # Dynamo takes these models whole
         return output
 
     def _indices(self, step: int) -> dict[str, torch.Tensor]:
         """Refreshed tokens of every site that the policy may refresh; none at all is an empty set."""
         structure = dicompile.structure_of(self.model)
-        chosen = state_of(self.model).contexts[""].chosen
+        chosen = {
+            site: tokens
+            for context in state_of(self.model).contexts.values()
+            for site, tokens in context.chosen.items()
+        }
         planned = dicompile.plan_of(self.model).steps[step]
         result = {}
         for site in structure.sites:

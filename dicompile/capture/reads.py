@@ -3,7 +3,8 @@
 Dynamo knows what it read; Python does not. So while a module is run to capture it, every look-up of an attribute of a
 module, and of the objects that it holds (processors, configurations), goes through a function that notes it, and a
 profiling function notes which code ran, from which follows which globals it read. All of it only in the thread that
-captures, and only until the capture is done.
+captures, and only until the capture is done. What Python itself calls in between (callbacks of the garbage collector,
+finalizers) is no part of the forward.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import gc
 import sys
 import threading
 import types
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path as File
 from typing import Any
@@ -29,6 +31,7 @@ from dicompile.errors import CannotCapture
 _TORCH = str(File(torch.__file__).parent)
 _PYTHON = str(File(dis.__file__).parent)
 _OWN = str(File(__file__).parent.parent)
+_FINALIZERS = frozenset({weakref.finalize.__call__.__code__})
 _MOST = 4096
 """Entries of a container that are compared; a larger one is refused."""
 
@@ -56,6 +59,8 @@ class Reads:
         self._functions: dict[types.CodeType, list[types.FunctionType]] | None = None
         self._thread = threading.get_ident()
         self._is_busy = False
+        self._was_busy = False
+        self._finalizer: types.FrameType | None = None
 
     def kept(self) -> list[str]:
         """Where the forward put tensors that were not there."""
@@ -74,11 +79,15 @@ class Reads:
         self._patch(nn.Module)
         fallback = nn.Module.__getattr__
         nn.Module.__getattr__ = self._fallback(fallback)  # type: ignore[method-assign]
+        gc.callbacks.insert(0, self._begin_collection)
+        gc.callbacks.append(self._end_collection)
         sys.setprofile(self._profile)
         try:
             yield
         finally:
             sys.setprofile(profile)
+            gc.callbacks.remove(self._begin_collection)
+            gc.callbacks.remove(self._end_collection)
             nn.Module.__getattr__ = fallback  # type: ignore[method-assign]
             for cls in self._patched:
                 del cls.__getattribute__
@@ -127,21 +136,23 @@ class Reads:
                 self._note_all(parent, value)
             elif name in PARTS:
                 self._note_parts(parent, name, value)
-            elif find_place(obj, name) is not None or not isinstance(getattr(type(obj), name, None), property):
-                self._watch(parent, obj)
-                if isinstance(value, types.MethodType):
-                    self._note_method(parent.attribute(name), obj)
-                else:
-                    self._note(path := parent.attribute(name), value)
-                    if find_place(obj, name) is None and path in self.facts:  # it may be made at every look-up
-                        self.facts[path] = Fact.of(path, value)
+            else:
+                self._note_found(parent.attribute(name), obj, name, value)
         finally:
             self._is_busy = False
 
-    def _note_method(self, path: Path, obj: Any) -> None:
-        place = find_place(obj, path.links[-1][1])
-        if place is not None:
-            self.facts[path] = Fact.of(path, place[0][place[1]])
+    def _note_found(self, path: Path, obj: Any, name: str, value: Any) -> None:
+        place = find_place(obj, name)
+        if place is None and isinstance(getattr(type(obj), name, None), property):
+            return  # what it reads is noted
+        self._watch(path.parent, obj)
+        lies_there = value if place is None else place[0][place[1]]
+        if lies_there is not value or isinstance(value, types.MethodType):  # a method of any kind
+            self.facts[path] = Fact.of(path, lies_there)
+            return
+        self._note(path, value)
+        if place is None and path in self.facts:  # it may be made at every look-up
+            self.facts[path] = Fact.of(path, value)
 
     def _note_absent(self, obj: Any, name: str) -> None:
         parent = self._path_of.get(id(obj))
@@ -233,9 +244,26 @@ class Reads:
             return False
         return True
 
-    def _profile(self, frame: Any, event: str, _: Any) -> None:
+    def _begin_collection(self, phase: str, _: Any) -> None:
+        if phase == "start" and threading.get_ident() == self._thread:
+            self._was_busy, self._is_busy = self._is_busy, True
+
+    def _end_collection(self, phase: str, _: Any) -> None:
+        if phase == "stop" and threading.get_ident() == self._thread:
+            self._is_busy = self._was_busy
+
+    def _profile(self, frame: types.FrameType, event: str, _: Any) -> None:
+        if frame is self._finalizer and event == "return":
+            self._finalizer, self._is_busy = None, False
+        elif event == "call" and not self._is_busy:
+            if frame.f_code.co_name == "__del__" or frame.f_code in _FINALIZERS:
+                self._finalizer, self._is_busy = frame, True
+            else:
+                self._note_code(frame)
+
+    def _note_code(self, frame: types.FrameType) -> None:
         code = frame.f_code
-        if event != "call" or _is_of_others(code.co_filename):
+        if _is_of_others(code.co_filename):
             return
         is_busy, self._is_busy = self._is_busy, True
         try:

@@ -100,7 +100,7 @@ def test_a_degraded_plan_fits_reads_what_was_written_and_costs_at_least_as_much(
     assert plan.cache_bytes <= budget
     assert free.flops <= plan.flops <= plan.baseline_flops
     assert (plan.wanted_bytes, plan.wanted_flops) == ((free.cache_bytes, free.flops) if plan.dropped else (0, 0))
-    simulation = Simulation(MIXED, cold=False)
+    simulation = Simulation(MIXED)
     for number, step in enumerate(plan.steps):
         simulation.run(number, step)
 
