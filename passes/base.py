@@ -220,7 +220,7 @@ class Segment:
     @property
     def results(self) -> list[fx.Node]:
         """Nodes that leave the segment, aligned with `outputs`."""
-        return list(next(reversed(self.graph.nodes)).args[0])
+        return list(self.graph.output_node().args[0])
 
     def copy(self, steps: Sequence[LocalStep]) -> Segment:
         """An independent copy that is to be rewritten for `steps`."""

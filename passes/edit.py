@@ -130,6 +130,6 @@ class Editor:
 
     def output(self, reference: OutputRef, node: fx.Node) -> None:
         """Let `node` leave the segment as `reference`."""
-        end = next(reversed(self.graph.nodes))
+        end = self.graph.output_node()
         end.args = ([*end.args[0], node],)
         self.segment.outputs.append(reference)

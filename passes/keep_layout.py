@@ -48,10 +48,10 @@ class KeepLayout:
             expected = _expected(segment, reference, node)
             if expected is None or strides_of(node.meta["val"]) == expected:
                 continue
-            with editor.before(next(reversed(segment.graph.nodes))):
+            with editor.before(segment.graph.output_node()):
                 results[i] = editor.with_strides(node, expected)
             changed.append(f"{reference}: {list(node.meta['val'].stride())} to {list(expected)}")
-        next(reversed(segment.graph.nodes)).args = (results,)
+        segment.graph.output_node().args = (results,)
         return PassReport(tuple(changed))
 
 

@@ -115,7 +115,7 @@ def _write(segment: Segment, number: int, dtype: torch.dtype, stored: dict[fx.No
     """Let an output leave in `dtype`, and its scales beside it."""
     editor, node, reference = Editor(segment), segment.results[number], segment.outputs[number]
     assert isinstance(reference, SlotRef)
-    end = next(reversed(segment.graph.nodes))
+    end = segment.graph.output_node()
     with editor.before(end):
         if node.target is aten.scatter.src and node.args[0] in stored:
             narrow, scale = _scattered(editor, node, dtype, stored[node_argument(node, 0)])

@@ -139,5 +139,5 @@ def _keep_outputs(segment: Segment, live: frozenset[int]) -> None:
         for ref, node in zip(segment.outputs, segment.results, strict=True)
         if not isinstance(ref, Value) or ref.index in live
     ]
-    next(reversed(segment.graph.nodes)).args = ([node for _, node in pairs],)
+    segment.graph.output_node().args = ([node for _, node in pairs],)
     segment.outputs = [ref for ref, _ in pairs]

@@ -101,7 +101,7 @@ class _SiteRefresh:
             raw = self.raw_score_after(chosen, copies) if SlotKind.SCORE in self.step.writes else None
         for user in users:
             user.replace_input_with(core, placed)
-        end = next(reversed(self.segment.graph.nodes))
+        end = self.segment.graph.output_node()
         end.replace_input_with(core, placed)
         editor.output(Chosen(self.position), chosen)
         stored = {SlotKind.VALUE: refreshed, SlotKind.STAMP: stamp, SlotKind.SCORE: raw}

@@ -70,7 +70,7 @@ def _fills_its_memory(value: torch.Tensor) -> bool:
 def _store_stamp(segment: Segment, position: int) -> None:
     editor, site = Editor(segment), segment.sites[position]
     shape = [int(site.stream.meta["val"].shape[0]), site.tokens]
-    with editor.before(next(reversed(segment.graph.nodes))):
+    with editor.before(segment.graph.output_node()):
         zeros = editor.call(
             aten.zeros.default, shape, dtype=torch.int32, device=site.stream.meta["val"].device, pin_memory=False
         )

@@ -66,10 +66,7 @@ def dynamo_capture(function: Callable[..., Any], args: tuple[Any, ...]) -> Dynam
     output, backend = made.graph_capture_output, made.backend_input
     if backend is None:
         raise torch._dynamo.exc.Unsupported("it runs without any operator")
-    guards = [
-        (guard.originating_source, guard.inner_create_fn().__name__, _operand(guard))
-        for guard in output.output_graph.guards
-    ]
+    guards = list(map(_facts, output.output_graph.guards))
 
     def run(results: Sequence[Tensor]) -> tuple[list[Any], Any]:
         inputs: list[Any] = []
@@ -83,16 +80,19 @@ def dynamo_capture(function: Callable[..., Any], args: tuple[Any, ...]) -> Dynam
         )
         return inputs, around(*args)
 
-    returned = next(reversed(backend.graph_module.graph.nodes)).args[0]
+    returned = backend.graph_module.graph.output_node().args[0]
     decided = tuple(str(guard.expr) for guard in output.output_graph.shape_env.guards)
     return DynamoCapture(backend.graph_module, tuple(guards), decided, dict(output.import_sources), len(returned), run)
 
 
-def _operand(guard: Any) -> Any:
-    """What a guard names besides its own source."""
-    if not isinstance(guard.create_fn, functools.partial):
-        return None
-    return next(iter((*guard.create_fn.args, *guard.create_fn.keywords.values())), None)
+def _facts(guard: Any) -> tuple[Any, str, Any]:
+    """Source, kind, and what else a guard names (see `DynamoCapture`)."""
+    source, kind, named = guard.originating_source, guard.inner_create_fn().__name__, None
+    if isinstance(guard.create_fn, functools.partial):
+        named = next(iter((*guard.create_fn.args, *guard.create_fn.keywords.values())), None)
+    if kind == "HASATTR" and named is None:  # torch 2.11: the attribute is part of the source
+        return source.base, kind, source.member
+    return source, kind, named
 
 
 _CallableT = TypeVar("_CallableT", bound=Callable[..., Any])

@@ -115,7 +115,7 @@ def _is_signal(node: fx.Node, name: str, latent: fx.Node | None) -> bool:
 
 
 def _find_latent(graph: fx.Graph, arguments: Sequence[fx.Node]) -> fx.Node | None:
-    results = next(reversed(graph.nodes)).args[0]
+    results = graph.output_node().args[0]
     shapes = [tuple(node.meta["val"].shape) for node in results if isinstance(node, fx.Node)]
     target = next((shape for shape in shapes if len(shape) >= 2), ())
 

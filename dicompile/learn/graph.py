@@ -230,7 +230,7 @@ def _rewritten(
 
 def _output(capture: Capture) -> str:
     """Name of the first tensor that the model returns."""
-    results: Sequence[object] = next(reversed(capture.graph.nodes)).args[0]
+    results: Sequence[object] = capture.graph.output_node().args[0]
     return next(result.name for result in results if isinstance(result, fx.Node))
 
 

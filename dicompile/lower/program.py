@@ -250,7 +250,7 @@ class ProgramBuilder:
         return result[::-1]
 
     def _results(self) -> list[Any]:
-        return list(next(reversed(self.capture.graph.nodes)).args[0])
+        return list(self.capture.graph.output_node().args[0])
 
 
 class _Assembly:

@@ -50,7 +50,7 @@ class Breaks:
                         gelu.all_input_nodes[0], graph.call_function(torch.ops.aten.relu.default, (gelu.args[0],))
                     )
             case "adds an output that nobody knows":
-                end: fx.Node = next(reversed(graph.nodes))
+                end: fx.Node = graph.output_node()
                 end.args = ([*end.args[0], gelu],)
             case "forgets an input":
                 segment.inputs.pop()

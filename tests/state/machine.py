@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import sys
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -28,6 +29,8 @@ from tests.state.oracle import oracle
 from tests.state.runs import SETUPS, Optimized, Run, Sampling
 
 PLACES = ("thread", "session", "model session")
+SWITCH_INTERVAL = 1e-4
+"""Seconds between two threads' turns: short, so that one is interrupted wherever it can be."""
 CRASHES = (RuntimeError, KeyboardInterrupt, asyncio.CancelledError, torch.OutOfMemoryError)
 DONE: Counter[str] = Counter()
 """What all sequences together did."""
@@ -65,6 +68,28 @@ class Faults:
 
 
 FAULTS = Faults()
+
+
+@contextlib.contextmanager
+def foreign_code() -> Iterator[None]:
+    """While open, another thread compiles and runs functions of its own, and threads take turns quickly."""
+    interval, is_over = sys.getswitchinterval(), threading.Event()
+
+    def work() -> None:
+        double = torch.compile(lambda x: (x * 2).sin(), backend="eager", fullgraph=True)
+        while not is_over.wait(0.01):
+            double(torch.randn(3 + DONE["foreign calls"] % 5))
+            DONE["foreign calls"] += 1
+
+    thread = threading.Thread(target=work)
+    sys.setswitchinterval(SWITCH_INTERVAL)
+    thread.start()
+    try:
+        yield
+    finally:
+        is_over.set()
+        thread.join()
+        sys.setswitchinterval(interval)
 
 
 class Models:
@@ -172,13 +197,14 @@ class Machine(RuleBasedStateMachine):
     def free(self, number: int) -> None:
         """What a run that was left has stored is released by hand."""
         key = self._choose(number)
-        with self._place(key):
-            dicompile.free(self.active.pop(key).optimized.model)
+        if not self.active[key].setup.bare:
+            with self._place(key):
+                dicompile.free(self.active.pop(key).optimized.model)
 
     @rule(numbers=st.lists(st.integers(0, 99), min_size=1, max_size=3))
     def sample_in_threads(self, numbers: list[int]) -> None:
-        """Whole runs in threads at once, while those of this thread wait."""
-        runs = {self._fixed(n) for n in numbers}
+        """Whole runs in threads at once, some of them the same, while those of this thread wait."""
+        runs = [self._fixed(n) for n in numbers]
         together = threading.Barrier(len(runs))
 
         def work(run: Run) -> list[str]:
@@ -235,6 +261,8 @@ class Machine(RuleBasedStateMachine):
         """The original module runs for a while, elsewhere: runs that are going on do not notice."""
         sampling = self.active[self._choose(number)]
         model = sampling.optimized.model
+        if sampling.setup.bare:
+            return
         with dicompile.session():
             dicompile.disable(model)
             run = sampling.run
@@ -265,7 +293,8 @@ class Machine(RuleBasedStateMachine):
         if key[0] == "thread":
             yield
             return
-        model = MODELS.optimized[key[1:]].model if key[0] == "model session" else None
+        optimized = MODELS.optimized[key[1:]]
+        model = optimized.model if key[0] == "model session" and not optimized.setup.bare else None
         with dicompile.session(self.sessions.get(key) or model) as opened:
             self.sessions[key] = opened
             yield
@@ -296,6 +325,14 @@ GUIDED = [
     {"guidance": "joins late"}, {"guidance": "ends early"}, {"guidance": "until 2"},
     {"guidance": "until 3", "prompt": 1},
 ]  # fmt: skip
+WINDOWED = [{"guidance": "windows"}, {"guidance": "windows in turn"}, {"guidance": "windows, guided"}]
+NUMBERS = [
+    {"time": "float"},
+    {"time": "int"},
+    {"time": "numpy"},
+    {"time": "0-d tensor"},
+    {"time": "float", "prompt": 1},
+]
 NIGHTLY = [
     *runs_of("plain_dit", ("duca", "toca", "fora"), {}, {"prompt": 1}, {"seed": 1}, {"batch": 2}, *GUIDED),
     *runs_of("pixart", ("taylorseer",), {}, {"prompt": 1}, {"size": 1}, {"size": 2}, {"steps": 4}),
@@ -306,12 +343,25 @@ NIGHTLY = [
     ],
     *runs_of("flux", ("duca",), {}, {"prompt": 1}, {"size": 1}, {"guidance": "contexts"}, {"guidance": "joins late"}),
     *runs_of("flux", ("taylorseer",), {}, {"size": 1}),
+    *runs_of("pixart", ("taylorseer",), {"guidance": "joins late"}, {"guidance": "windows"}),
+    *runs_of("plain_dit", ("duca", "fora"), *WINDOWED, {"guidance": "windows", "prompt": 1}),
+    *runs_of("plain_dit", ("fora",), {"autocast": True}, {"autocast": True, "guidance": "order"}),
+    *runs_of("numbers", ("duca", "fora"), *NUMBERS, {"time": "float", "guidance": "order"}),
+    *runs_of("run", ("duca", "fora"), {}, {"prompt": 1}, {"batch": 2}, {"guidance": "order"}, *WINDOWED),
+    *runs_of("autocast", ("fora",), {}, {"autocast": True}, {"prompt": 1}, {"guidance": "order"}),
+    *runs_of("bare", ("duca", "fora"), {}, {"prompt": 1}, {"guidance": "order"}, {"guidance": "joins late"}),
+    *runs_of("bare twin", ("duca", "fora"), {}, {"prompt": 1}, {"guidance": "order"}, {"guidance": "windows"}),
 ]
 FAST = [
     *runs_of("plain_dit", ("duca",), {}, {"prompt": 1}, {"batch": 2}, {"guidance": "order"}),
     *runs_of("plain_dit", ("duca",), {"guidance": "until 2"}, {"guidance": "until 3", "prompt": 1}),
     *runs_of("plain_dit", ("toca",), {"guidance": "contexts"}, {"guidance": "joins late"}),
     *runs_of("pixart", ("taylorseer",), {}, {"steps": 4}),
+    *runs_of("plain_dit", ("duca",), {"guidance": "windows in turn"}, {"autocast": True}),
+    *runs_of("numbers", ("fora",), {"time": "float"}, {"time": "float", "prompt": 1}),
+    *runs_of("run", ("fora",), {}, {"guidance": "windows"}),
+    *runs_of("bare", ("fora",), {}, {"guidance": "order"}),
+    *runs_of("bare twin", ("fora",), {}, {"prompt": 1}),
 ]
 
 

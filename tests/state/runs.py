@@ -5,9 +5,10 @@ from __future__ import annotations
 import contextlib
 import hashlib
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from diffusers import DDIMScheduler
 from torch import Tensor
@@ -15,7 +16,7 @@ from torch import Tensor
 import dicompile
 from dicompile.plan import Policy
 from tests import models
-from tests.models import Sample, timesteps
+from tests.models import PlainDiT, Sample, timesteps
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,8 @@ class Run:
         guidance: key of `GUIDANCE`.
         seed: of the first latent.
         prompt: number of the conditioning.
+        time: key of `TIMES`: what the timestep comes as.
+        autocast: whether the calls are made under autocast to bfloat16.
     """
 
     model: str
@@ -41,6 +44,8 @@ class Run:
     guidance: str = "none"
     seed: int = 0
     prompt: int = 0
+    time: str = "tensor"
+    autocast: bool = False
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -48,13 +53,15 @@ class Run:
 
 @dataclass(frozen=True)
 class Call:
-    """One call of the model: in which context, with which halves of the guidance pair."""
+    """One call of the model: in which context, with which halves of the guidance pair, for which window of a film."""
 
     context: str
     halves: tuple[str, ...]
+    window: int = 0
 
 
 COND, UNCOND, BOTH = Call("", ("cond",)), Call("", ("uncond",)), Call("", ("uncond", "cond"))
+WINDOWS = tuple(Call("", ("cond",), window) for window in range(3))
 GUIDANCE: Mapping[str, Callable[[int, int], tuple[Call, ...]]] = {
     "none": lambda step, steps: (COND,),
     "batched": lambda step, steps: (BOTH,),
@@ -65,8 +72,48 @@ GUIDANCE: Mapping[str, Callable[[int, int], tuple[Call, ...]]] = {
     "until 3": lambda step, steps: (BOTH,) if step < 3 else (COND,),
     "joins late": lambda step, steps: (UNCOND, COND) if step >= 2 else (COND,),
     "ends early": lambda step, steps: (COND,) if step >= 2 else (UNCOND, COND),
+    "windows": lambda step, steps: WINDOWS,
+    "windows in turn": lambda step, steps: (*WINDOWS[step % 3 :], *WINDOWS[: step % 3]),
+    "windows, guided": lambda step, steps: tuple(replace(c, window=w.window) for w in WINDOWS for c in (COND, UNCOND)),
 }
-"""Calls of a step; every way in which samplers are known to guide."""
+"""Calls of a step; every way in which samplers are known to guide, and to go through what is too large for one call."""
+
+TIMES: Mapping[str, Callable[[float, int], Any]] = {
+    "tensor": lambda time, batch: torch.full((batch,), time),
+    "0-d tensor": lambda time, batch: torch.tensor(time),
+    "float": lambda time, batch: float(time),
+    "int": lambda time, batch: int(time),
+    "numpy": lambda time, batch: np.float32(time),
+}
+"""What a timestep comes as, for a batch."""
+
+
+class TakesNumbers(PlainDiT):
+    """A timestep for the whole batch, which may be a number."""
+
+    def forward(self, x: Tensor, t: Any, y: Tensor) -> Tensor:
+        times = t if isinstance(t, Tensor) else torch.full((len(x),), t, dtype=torch.float32)
+        return super().forward(x, times.expand(len(x)), y)
+
+
+class ReadsItsLabels(PlainDiT):
+    """Python reads values of its inputs, so that it is captured by running it."""
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        return super().forward(x, t, torch.tensor(y.tolist()))
+
+
+class SwitchesAutocast(PlainDiT):
+    """Its condition is computed in float32 and its blocks in bfloat16, whatever is on outside."""
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        with torch.autocast("cpu", enabled=False):
+            c = self.condition(t, y)
+        with torch.autocast("cpu", torch.bfloat16):
+            h = self.tokens(x)
+            for block in self.blocks:
+                h = block(h, c)
+        return self.picture(h.float(), c, *x.shape[2:])
 
 
 @dataclass(frozen=True)
@@ -82,6 +129,7 @@ class Setup:
         latent: first latent for a batch and a size.
         conditioning: for a batch, a size, and a generator of what the prompt says; None for no prompt.
         names: arguments of the latent and the timestep.
+        bare: it is compiled by ``torch.compile(backend="dicache")``; such models of one policy share their code.
     """
 
     make: Callable[[], Sample]
@@ -92,6 +140,7 @@ class Setup:
     latent: Callable[[int, int], tuple[int, ...]]
     conditioning: Callable[[int, int, torch.Generator | None], dict[str, Any]]
     names: tuple[str, str] = ("hidden_states", "timestep")
+    bare: bool = False
 
 
 def drawn(generator: torch.Generator | None, *shape: int) -> Tensor:
@@ -124,7 +173,29 @@ def flux_conditioning(batch: int, size: int, prompt: torch.Generator | None) -> 
 
 
 STEPS = 6
+
+
+def plain(make: Callable[[], torch.nn.Module], seed: int = 0, *, bare: bool = False) -> Setup:
+    """A setup of a model that is called like the plain DiT."""
+    return Setup(
+        make=lambda: Sample(models.redraw(make(), seed), {}),
+        policies={"fora": dicompile.FORA(interval=3), "duca": dicompile.DuCa(interval=3, ratio=0.2)},
+        steps=(STEPS,),
+        live=False,
+        sizes=1,
+        latent=lambda batch, size: (batch, 4, 16, 16),
+        conditioning=plain_conditioning,
+        names=("x", "t"),
+        bare=bare,
+    )
+
+
 SETUPS: Mapping[str, Setup] = {
+    "numbers": plain(lambda: TakesNumbers(1)),
+    "run": plain(lambda: ReadsItsLabels(1)),
+    "autocast": plain(lambda: SwitchesAutocast(1)),
+    "bare": plain(lambda: PlainDiT(1), bare=True),
+    "bare twin": plain(lambda: PlainDiT(1), seed=1, bare=True),
     "plain_dit": Setup(
         make=lambda: models.plain_dit(2),
         policies={
@@ -168,7 +239,15 @@ class Optimized:
         self.scheduler = DDIMScheduler() if self.setup.live else None
         self.module = module if module is not None else self.setup.make().model
         schedule = self.scheduler if self.setup.live else timesteps(self.setup.steps[0])
-        self.model = dicompile.optimize(self.module, self.setup.policies[policy], schedule=schedule, mode="eager")
+        if self.setup.bare:
+            options = {"policy": self.setup.policies[policy], "schedule": schedule, "mode": "eager"}
+            self.model = torch.compile(self.module, backend="dicache", options=SHARED.setdefault(policy, options))
+        else:
+            self.model = dicompile.optimize(self.module, self.setup.policies[policy], schedule=schedule, mode="eager")
+
+
+SHARED: dict[str, dict[str, Any]] = {}
+"""Options of the bare backend by policy: models that are given the very same ones share their code."""
 
 
 class Sampling:
@@ -178,9 +257,9 @@ class Sampling:
         assert (run.model, run.policy) == (optimized.name, optimized.policy)
         self.run, self.optimized, self.setup = run, optimized, optimized.setup
         self.digests: list[str] = []
-        self.latent = torch.randn(
-            self.setup.latent(run.batch, run.size), generator=torch.Generator().manual_seed(run.seed)
-        )
+        drawn = torch.Generator().manual_seed(run.seed)
+        windows = {call.window for call in GUIDANCE[run.guidance](0, run.steps)}
+        self.latents = [torch.randn(self.setup.latent(run.batch, run.size), generator=drawn) for _ in windows]
         if optimized.scheduler is not None:
             optimized.scheduler.set_timesteps(run.steps)
             self.times = optimized.scheduler.timesteps.tolist()
@@ -210,27 +289,25 @@ class Sampling:
 
     def _all_calls(self) -> Iterator[None]:
         for step, time in enumerate(self.times):
-            outputs: dict[str, Tensor] = {}
+            outputs: list[dict[str, Tensor]] = [{} for _ in self.latents]
             for call in GUIDANCE[self.run.guidance](step, self.run.steps):
                 output = self._model(time, call)
-                outputs.update(zip(call.halves, output.chunk(len(call.halves)), strict=True))
-                digest = hashlib.sha256(output.contiguous().numpy().tobytes()).hexdigest()
+                outputs[call.window].update(zip(call.halves, output.chunk(len(call.halves)), strict=True))
+                digest = hashlib.sha256(output.contiguous().float().numpy().tobytes()).hexdigest()
                 self.digests.append(digest)
                 yield
-            cond = outputs["cond"]
-            guided = cond + 0.5 * (cond - outputs.get("uncond", cond))
-            self.latent = self.latent - 0.1 * guided[:, : self.latent.shape[1]]
+            self.latents = list(map(_next_latent, self.latents, outputs))
         yield
 
     def _model(self, time: float, call: Call) -> Tensor:
         halves = [self._conditioning(half) for half in call.halves]
         inputs = {key: _joined([half[key] for half in halves]) for key in halves[0]}
         latent, timestep = self.setup.names
-        inputs[latent] = torch.cat([self.latent] * len(halves))
-        times = torch.full((len(inputs[latent]),), time)
-        inputs[timestep] = times / 1000 if self.run.model == "flux" else times
-        named = self.optimized.model.cache_context(call.context) if call.context else contextlib.nullcontext()
-        with named, torch.no_grad():
+        inputs[latent] = torch.cat([self.latents[call.window]] * len(halves))
+        time = time / 1000 if self.run.model == "flux" else time
+        inputs[timestep] = TIMES[self.run.time](time, len(inputs[latent]))
+        named = dicompile.cache_context(call.context) if call.context else contextlib.nullcontext()
+        with named, torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=self.run.autocast):
             output = self.optimized.model(**inputs)
         result: Tensor = output[0] if isinstance(output, tuple) else output
         return result
@@ -238,6 +315,12 @@ class Sampling:
     def _conditioning(self, half: str) -> dict[str, Any]:
         prompt = torch.Generator().manual_seed(self.run.prompt + 100) if half == "cond" else None
         return self.setup.conditioning(self.run.batch, self.run.size, prompt)
+
+
+def _next_latent(latent: Tensor, outputs: Mapping[str, Tensor]) -> Tensor:
+    cond = outputs["cond"].float()
+    guided = cond + 0.5 * (cond - outputs.get("uncond", cond))
+    return latent - 0.1 * guided[:, : latent.shape[1]]
 
 
 def _joined(values: list[Any]) -> Any:

@@ -46,7 +46,8 @@ def run_sequences(kind: type[RuleBasedStateMachine], profile: settings, monkeypa
 
     monkeypatch.setattr(machine, "tell", tell)
     try:
-        run_state_machine_as_test(kind, settings=profile)
+        with machine.foreign_code():
+            run_state_machine_as_test(kind, settings=profile)
     finally:
         tell()
     assert Stamps.reads > reads
