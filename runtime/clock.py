@@ -16,7 +16,7 @@ import torch
 
 from dicompile.errors import CallOutsideSchedule
 from dicompile.plan import TimestepSchedule
-from dicompile.runtime.contexts import is_same_latent
+from dicompile.runtime.contexts import is_near, is_same_latent
 from dicompile.runtime.session import Count, ModelState
 
 log = logging.getLogger("dicompile")
@@ -139,6 +139,7 @@ class _Call:
     ) -> None:
         self.state, self.link, self.context, self.latent, self.ahead = state, link, context, latent, ahead
         self.schedule, self.position = link.schedule, link.position
+        self.is_rounded = False
 
     def step_and_timestep(self, timestep: torch.Tensor | float | None) -> tuple[int, float | None, torch.Tensor | None]:
         """Step of the call, and the timestep if it had to be read: the largest one, and all of it."""
@@ -152,6 +153,7 @@ class _Call:
             index = place if place is not None or state.step is None else self.position
             if index is not None and not (index == state.step and self.context in state.calls):
                 return index, None, None
+        self.is_rounded = timestep.is_floating_point() and timestep.dtype.itemsize < 4
         value = _largest(timestep, self.latent)
         if place is not None:
             return place, value, timestep
@@ -167,30 +169,34 @@ class _Call:
         return self.state.is_in_part or (before.device == times.device and not torch.equal(before, times))
 
     def by_position(self, value: float) -> int:
-        """Step by the scheduler's position where the timestep confirms it, or where it is not the scheduler's own.
+        """Step by the scheduler's position where it has moved since the last call, or else by the timestep.
 
-        Some models receive another function of the timestep, for example ``1 - t / 1000``: then the first call of a run
-        does not agree with the scheduler's position, and from there on the position alone tells the step.
+        What a model receives is often not the scheduler's timestep: it was rounded, so that neighbours are one number,
+        or is another function of it (``1 - t / 1000``, ``t - 1``). Only a timestep that is exactly another step's
+        overrules the position: then the scheduler is stepped more often than the model is called.
         """
-        state, position = self.state, self.position
-        if state.step is not None and position == state.position:
-            agrees = position is not None and self.schedule.is_at(value, state.step)
-            is_partner = state.timestep in (None, value) and (agrees or state.is_foreign)
+        state, position, schedule = self.state, self.position, self.schedule
+        if state.step is not None and (position is None or position == state.position):
+            is_partner = state.timestep in (None, value) and (position is not None or state.is_foreign)
             return state.step if is_partner else self.by_timestep(value)
         if position is None:
             return self.by_timestep(value)
-        if self.schedule.is_at(value, position):
+        if state.is_foreign or schedule.is_at(value, position, is_rounded=self.is_rounded):
             return position
-        state.is_foreign = state.is_foreign or state.step is None
-        return position if state.is_foreign else self.by_timestep(value)
+        if state.step is None:
+            state.is_foreign = True
+            return position
+        return self.by_timestep(value) if schedule.is_exact(value) and not self.is_rounded else position
 
     def by_timestep(self, value: float) -> int:
         """Step by the place of the timestep on the schedule."""
         state, schedule = self.state, self.schedule
         after = state.step
-        if after is not None and (value != state.timestep or self.is_another_evaluation(after)):
+        if after is not None and (value != state.timestep or self.is_another_evaluation(after, value)):
             after += 1
-        step = schedule.step_of(value, after)
+        if self.is_rounded and state.timestep is not None and schedule.goes_back(state.timestep, value):
+            after = None
+        step = schedule.step_of(value, after, is_rounded=self.is_rounded)
         if step is None and state.step is None and self.link.counts:
             state.is_foreign = True
             return 0
@@ -204,12 +210,21 @@ class _Call:
             )
         return step
 
-    def is_another_evaluation(self, step: int) -> bool:
-        """True if a sampler of second order comes back to the timestep of a step, with another latent."""
-        if self.context not in self.state.calls or not self.schedule.is_repeated(step):
+    def is_another_evaluation(self, step: int, value: float) -> bool:
+        """True if a sampler of second order comes back to the timestep of a step, with another latent.
+
+        The same where a timestep and the next one are rounded to one number; then the latent has to be near, since
+        windows of a film have other ones at the same step.
+        """
+        if self.context not in self.state.calls:
             return False
         kept = [c.latent for c in self.state.contexts.values() if c.name == self.context and c.step == step]
-        return bool(kept) and not any(is_same_latent(self.latent, latent) for latent in kept)
+        if not kept or any(is_same_latent(self.latent, latent) for latent in kept):
+            return False
+        if self.schedule.is_repeated(step):
+            return True
+        is_rounded_alike = self.is_rounded and self.schedule.is_at(value, step + 1, is_rounded=True)
+        return is_rounded_alike and any(is_near(self.latent, latent) for latent in kept)
 
 
 def _largest(timestep: torch.Tensor, latent: torch.Tensor | None) -> float:

@@ -231,6 +231,13 @@ def is_same_latent(first: torch.Tensor | None, second: torch.Tensor | None) -> b
     return first.shape == second.shape and bool(torch.equal(first, second))
 
 
+def is_near(latent: torch.Tensor | None, before: torch.Tensor | None) -> bool:
+    """True if a latent may be another one a step further on."""
+    if latent is None or before is None or latent.shape != before.shape:
+        return False
+    return float(_distances(latent, before).max()) < NEAR
+
+
 def _distances(latent: torch.Tensor, before: torch.Tensor) -> torch.Tensor:
     """How far every sample of a latent is from what it was, relative to it; [b]."""
     old, new = before.flatten(1).float(), latent.flatten(1).float()

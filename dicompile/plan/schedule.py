@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
+
+import torch
 
 from dicompile.errors import InvalidSchedule
 
 SAME = 1e-3
+ROUNDING = 2.0**-7
+"""Relative error of a number that was rounded to bfloat16 twice, as FLUX does it before and after a division."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,28 +74,43 @@ class TimestepSchedule:
         """The schedule of a run that begins at evaluation `first` of this one."""
         return _rest(self, first) if first else self
 
-    def is_at(self, timestep: float, step: int) -> bool:
+    def is_at(self, timestep: float, step: int, *, is_rounded: bool = False) -> bool:
         """True if the model receives `timestep` at evaluation `step`; see `step_of`."""
-        return any(step in matches for matches in self._matches(timestep))
+        return any(step in matches for matches in self._matches(timestep, is_rounded))
+
+    def is_exact(self, timestep: float) -> bool:
+        """True if a timestep is one of the schedule's without any rounding."""
+        return any(abs(timestep * scale - entry) <= SAME for scale in self.scales for entry in self.timesteps)
 
     def is_repeated(self, step: int) -> bool:
         """True if the evaluation after `step` has the same timestep, as in samplers of second order."""
         return self.timesteps[step : step + 1] == self.timesteps[step + 1 : step + 2] != ()
 
-    def step_of(self, timestep: float, after: int | None) -> int | None:
+    def goes_back(self, earlier: float, later: float) -> bool:
+        """True if two timesteps follow each other the other way round than those of the schedule."""
+        return bool(self.timesteps) and (later - earlier) * (self.timesteps[-1] - self.timesteps[0]) < 0
+
+    def step_of(self, timestep: float, after: int | None, *, is_rounded: bool = False) -> int | None:
         """Index of the evaluation at `timestep`, or None if it is not on the schedule.
 
         Args:
-            timestep: what the model received; may have been divided by one of `scales` and rounded to half precision.
+            timestep: what the model received; may have been divided by one of `scales`, and rounded.
             after: first index that continues the run; of several evaluations at a timestep it is preferred, or else
-                the first one, at which a run begins.
+                the nearest one, and the first of those, at which a run begins.
+            is_rounded: it came in half precision, where neighbouring timesteps may be one number.
         """
-        matches = [step for steps in self._matches(timestep) for step in steps]
-        return after if after in matches else min(matches, default=None)
+        matches = self._matches(timestep, is_rounded)
+        if any(after in steps for steps in matches):
+            return after
+        return min((steps[0] for steps in matches if steps), default=None)
 
-    def _matches(self, timestep: float) -> Iterator[list[int]]:
-        """Evaluations at a timestep that may have been divided by each of the scales."""
-        return (self._steps_at(timestep * scale, SAME * scale * 1e-3) for scale in self.scales)
+    def _matches(self, timestep: float, is_rounded: bool) -> list[list[int]]:
+        """Evaluations at a timestep that may have been divided by each of the scales, the nearest first."""
+        if not is_rounded:
+            found = [self._steps_at(timestep * scale, SAME * scale * 1e-3) for scale in self.scales]
+            if any(found) or float(torch.tensor(timestep, dtype=torch.bfloat16)) != timestep:
+                return found
+        return [self._steps_near(timestep * scale) for scale in self.scales]
 
     def _steps_at(self, value: float, same: float) -> list[int]:
         distances = [abs(value - t) for t in self.timesteps]
@@ -100,11 +119,16 @@ class TimestepSchedule:
             return []
         return [i for i, distance in enumerate(distances) if distance <= nearest + same]
 
+    def _steps_near(self, value: float) -> list[int]:
+        distances = [abs(value - t) for t in self.timesteps]
+        near = [i for i, t in enumerate(self.timesteps) if distances[i] <= max(abs(t) * ROUNDING, SAME)]
+        return sorted(near, key=distances.__getitem__)
+
     def _tolerance(self, index: int) -> float:
         """A quarter of the distance to the next different timestep, at most the rounding of bfloat16."""
         here = self.timesteps[index]
         gaps = [abs(t - here) for t in self.timesteps if t != here]
-        return min(0.25 * min(gaps, default=1.0), max(abs(here) / 128, SAME))
+        return min(0.25 * min(gaps, default=1.0), max(abs(here) * ROUNDING, SAME))
 
 
 def _numbers(timesteps: Any) -> tuple[float, ...] | None:

@@ -21,6 +21,7 @@ from dicompile.errors import CallOutsideSchedule
 from dicompile.plan import TimestepSchedule
 from dicompile.runtime import SchedulerLink
 from dicompile.runtime.clock import OutsideSchedule, find_step
+from dicompile.runtime.contexts import ContextState
 from dicompile.runtime.session import ModelState
 from tests.models import timesteps
 from tests.runtime.runner import LABELS, OTHER_LABELS, SCHEDULE, STEPS, Runner, latent, same, uncached
@@ -41,7 +42,11 @@ class Clock:
     def __call__(self, timestep: Any, context: str = "", latent: Tensor | None = None) -> int:
         value = timestep if timestep is None or isinstance(timestep, Tensor) else torch.tensor([timestep])
         step = find_step(self.state, self.link, value, context, latent)
+        if step != self.state.step:
+            self.state.calls.clear()
         self.state.step = step
+        self.state.calls.add(context)
+        self.state.contexts[context] = ContextState(context, None, self.link.schedule, step=step, latent=latent)
         return step
 
     def steps(self, values: Any) -> list[int]:
@@ -375,3 +380,52 @@ def test_a_fixed_schedule_is_read_once() -> None:
     link = SchedulerLink(STEPS)
     assert link.schedule == TimestepSchedule(STEPS)
     assert link.token is link.token is link.schedule
+
+
+# Rounded timesteps ----------------------------------------------------------------------------------------------------
+
+
+def rounded(scheduler: Any, times: int = 1) -> list[Tensor]:
+    """Timesteps of a scheduler as pipelines in bfloat16 hand them on."""
+    values = scheduler.timesteps.to(torch.bfloat16)
+    return list((values if times == 1 else (values / 1000).to(torch.bfloat16)).unbind())
+
+
+def flow(steps: int, shift: float) -> FlowMatchEulerDiscreteScheduler:
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=shift)
+    scheduler.set_timesteps(steps)
+    return scheduler
+
+
+@pytest.mark.parametrize(("steps", "shift"), [(28, 12.0), (50, 3.0), (100, 5.0)])
+@pytest.mark.parametrize("times", [1, 2])
+@pytest.mark.parametrize("source", ["scheduler", "list"])
+def test_timesteps_that_are_one_number_in_bfloat16_are_told_apart(
+    steps: int, shift: float, times: int, source: str
+) -> None:
+    scheduler = flow(steps, shift)
+    clock = Clock(scheduler if source == "scheduler" else scheduler.timesteps.tolist())
+    for _ in range(2):
+        seen = []
+        for step, timestep in enumerate(rounded(scheduler, times)):
+            seen += [clock(timestep.expand(2), name, latent(0) + 0.01 * step) for name in ("cond", "uncond")]
+        assert seen == [step for step in range(steps) for _ in range(2)]
+
+
+def test_a_rounded_run_that_was_left_early_begins_anew() -> None:
+    scheduler = flow(100, 5.0)
+    clock, values = Clock(scheduler.timesteps.tolist()), rounded(scheduler)
+    for made in (3, 7, 40):
+        seen = [clock(t.expand(2), latent=latent(0) + 0.01 * i) for i, t in enumerate(values[:made])]
+        assert seen == list(range(made))
+
+
+@pytest.mark.parametrize("received", [lambda t: t - 1, lambda t: 1 - t / 1000, lambda t: 2 * t + 3])
+def test_another_function_of_the_timestep_is_followed_by_the_position_of_the_scheduler(received: Any) -> None:
+    """GlmImage gives ``t - 1``: near the timestep itself at first, and far from it in the end."""
+    scheduler = flow(28, 3.0)
+    clock, sample, seen = Clock(scheduler), torch.ones(1, 4), []
+    for timestep in scheduler.timesteps:
+        seen += [clock(received(timestep).expand(2)) for _ in range(2)]
+        sample = scheduler.step(torch.ones(1, 4), timestep, sample).prev_sample
+    assert seen == [step for step in range(28) for _ in range(2)]
