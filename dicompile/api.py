@@ -4,16 +4,23 @@ from __future__ import annotations
 
 import contextlib
 import copy
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
 from dicompile.analysis import ModelStructure
+from dicompile.capture import Said, check_names
 from dicompile.compiler import CompiledFrame, Options
 from dicompile.errors import AlreadyOptimized, InvalidSchedule, NotOptimized, NotYetRun
 from dicompile.lower import check_mode
-from dicompile.pipelines import denoisers, replace_denoisers
+from dicompile.pipelines import (
+    is_denoiser_of,
+    optimized_components,
+    replace_components,
+    restore_components,
+)
 from dicompile.plan import CacheOptions, Plan, Policy
 from dicompile.policies import get_policy
 from dicompile.runtime import RunReport, SchedulerLink, Session, current_session
@@ -31,6 +38,9 @@ def optimize(
     over_budget: str = "refuse",
     cache_dtype: str | torch.dtype | None = None,
     cache_device: str | torch.device | None = None,
+    timestep: str | None = None,
+    latent: str | None = None,
+    components: Sequence[str] | None = None,
 ) -> Any:
     """Compile a diffusion transformer with feature caching.
 
@@ -48,6 +58,11 @@ def optimize(
         cache_dtype: stores values in "bfloat16", "float16" or "float8_e4m3fn", where they are wider; the last two with
             a scale for every token.
         cache_device: "cpu" keeps what is remembered in host memory between the steps that use it.
+        timestep: argument of the model's forward that is its timestep, where that cannot be told; "none" for a model
+            that takes none, whose every call is a step.
+        latent: argument that is denoised, where that cannot be told.
+        components: of a pipeline: names of those to optimize. By default its denoisers; a ControlNet is optimized only
+            if it is named here.
 
     Returns:
         The pipeline itself, or a wrapper of the module that is called like it and passes every attribute through. The
@@ -63,16 +78,21 @@ def optimize(
     chosen = get_policy(policy)
     check_mode(mode)
     cache = CacheOptions.of(max_cache_bytes, over_budget, cache_dtype, cache_device)
+    said = Said(timestep, latent)
     if isinstance(model, CachedModel):
         raise AlreadyOptimized(
             f"this {type(record_of(model).module).__name__} is optimized already",
             fix="model = dicompile.restore(model) first",
         )
     if isinstance(model, nn.Module):
-        return CachedModel(model, Options(chosen, _link(schedule, chosen), mode, cache=cache))
-    replace_denoisers(
-        model, lambda module: CachedModel(module, Options(chosen, SchedulerLink(model), mode, cache=cache))
-    )
+        check_names(model, said)
+        return CachedModel(model, Options(chosen, _link(schedule, chosen), mode, cache=cache, said=said))
+
+    def wrap(module: nn.Module) -> CachedModel:
+        check_names(module, said)
+        return CachedModel(module, Options(chosen, SchedulerLink(model), mode, cache=cache, said=said))
+
+    replace_components(model, components, wrap)
     return model
 
 
@@ -85,9 +105,7 @@ def restore(model: Any) -> Any:
     free(model)
     if isinstance(model, CachedModel):
         return released(model)
-    for name, denoiser in denoisers(model).items():
-        if isinstance(denoiser, CachedModel):
-            setattr(model, name, released(denoiser))
+    restore_components(model)
     return model
 
 
@@ -196,12 +214,16 @@ def prepare(model: Any) -> None:
 def report(model: Any) -> RunReport:
     """What happened in the last generation of this session, in all denoisers of a pipeline and for all shapes.
 
+    Of what else was optimized in a pipeline ask by itself: ``report(pipe.controlnet)``.
+
     Raises:
         NotOptimized, NotYetRun: nothing ran yet.
     """
     _frame_of(model)
     session = current_session()
-    records = [record_of(cached) for cached in _cached_in(model)]
+    cached = _cached_in(model)
+    denoising = [one for one in cached if is_denoiser_of(model, one)] or cached
+    records = [record_of(one) for one in denoising]
     states = [session.state_of(record.calls.owner) for record in records]
     last = next((state for state in states if state.report.kinds), states[0])
     whole = copy.deepcopy(last.report)
@@ -226,9 +248,11 @@ def _link(schedule: Any, policy: Policy) -> SchedulerLink:
 
 
 def _cached_in(model: Any) -> list[CachedModel]:
-    """The optimized module that was given, or those of a pipeline; at least one."""
-    found = [model] if isinstance(model, nn.Module) else denoisers(model).values()
-    cached = [module for module in found if isinstance(module, CachedModel)]
+    """The optimized module that was given, or those of a pipeline, denoisers first; at least one."""
+    if isinstance(model, nn.Module):
+        cached = [model] if isinstance(model, CachedModel) else []
+    else:
+        cached = optimized_components(model)
     if not cached:
         raise NotOptimized(f"this {type(model).__name__} was not optimized", fix="dicompile.optimize(model, policy)")
     return cached

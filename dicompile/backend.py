@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from dicompile.capture import ambient, capture_graph, input_names, open_numbers, read_inputs
+from dicompile.capture import NO_TIMESTEP, Said, ambient, capture_graph, input_names, open_numbers, read_inputs
 from dicompile.compiler import ONE_AT_A_TIME, Options, Same, compile_capture
 from dicompile.errors import CannotCapture, InvalidSetting
 from dicompile.lower import check_mode, compile_plainly
@@ -24,7 +24,7 @@ from dicompile.runtime import SchedulerLink
 log = logging.getLogger("dicompile")
 
 CACHE_OPTIONS = ("max_cache_bytes", "over_budget", "cache_dtype", "cache_device")
-OPTIONS = ("policy", "steps", "schedule", "mode", *CACHE_OPTIONS)
+OPTIONS = ("policy", "steps", "schedule", "mode", "timestep", "latent", *CACHE_OPTIONS)
 
 
 def dicache(
@@ -36,8 +36,8 @@ def dicache(
         graph: what Dynamo captured.
         example_inputs: its inputs.
         options: "policy" (name, `Policy` or plain data; default "none"), "steps" (number of sampling steps) or
-            "schedule" (scheduler or timesteps), "mode", and those of the cache: "max_cache_bytes", "over_budget",
-            "cache_dtype", "cache_device"; see `dicompile.optimize`.
+            "schedule" (scheduler or timesteps), "mode", the names of the inputs "timestep" and "latent", and those of
+            the cache: "max_cache_bytes", "over_budget", "cache_dtype", "cache_device"; see `dicompile.optimize`.
 
     Raises:
         InvalidSetting: an option is unknown, or a caching policy comes without steps.
@@ -91,7 +91,8 @@ def read_options(options: dict[str, Any]) -> Options:
     cache = CacheOptions.of(
         **{name: options[name] for name in CACHE_OPTIONS if name in options}, where="torch.compile(backend='dicache')"
     )
-    return Options(policy, SchedulerLink(source), mode, cache=cache)
+    said = Said(options.get("timestep"), options.get("latent"))
+    return Options(policy, SchedulerLink(source), mode, cache=cache, said=said)
 
 
 @dataclass
@@ -130,10 +131,17 @@ class Specialiser:
                 self._frames = {**dict(latest), key: frame}
         return frame(*arguments)
 
+    def _said(self) -> Said:
+        """What the user says of the inputs of this graph; behind a graph break they may not be there."""
+        said, given = self.options.said, {name for name, owned in self.names if not owned}
+        given |= {name.split(".")[0] for name in given}
+        timestep = NO_TIMESTEP if said.timestep not in (None, *given) else said.timestep
+        return Said(timestep, said.latent if said.latent in given else None)
+
     def _compile(self, key: tuple[object, ...], arguments: Sequence[Any]) -> Callable[..., Any]:
         try:
             with torch.no_grad():
-                capture = capture_graph(self.graph, self.names, arguments)
+                capture = capture_graph(self.graph, self.names, arguments, self._said())
         except CannotCapture as refused:
             log.warning("compiled without caching: %s (%s)", refused.what, refused.why)
             return compile_plainly(self.graph, arguments, self.options.mode)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from dicompile.analysis import ModelStructure, analyse
-from dicompile.capture import Capture, Role
+from dicompile.capture import NO_TIMESTEP, NOTHING_SAID, Capture, Role, Said
 from dicompile.config import DebugFolder, Settings
 from dicompile.errors import CallOutsideSchedule
 from dicompile.lower import (
@@ -61,6 +61,7 @@ class Options:
         mode: "inductor" or "eager".
         settings: what the environment said.
         cache: how much may be remembered, in which numbers, and where.
+        said: which inputs are what.
     """
 
     policy: Policy
@@ -68,6 +69,7 @@ class Options:
     mode: str = "inductor"
     settings: Settings = field(default_factory=Settings.from_environment)
     cache: CacheOptions = UNLIMITED
+    said: Said = NOTHING_SAID
 
     @functools.cached_property
     def owners(self) -> Owners:
@@ -103,7 +105,7 @@ def compile_capture(capture: Capture, arguments: Sequence[Any], options: Options
         programs.plan(options.link.schedule)  # refuses before anything is compiled, a predictor included
     executor = Executor(
         programs,
-        _signature(capture, structure, arguments, way, options.policy),
+        _signature(capture, structure, arguments, way, options),
         seed=options.policy.seed,
         predictor=_predictor(capture, structure, options),
         offload=options.cache.device == "cpu",
@@ -113,7 +115,7 @@ def compile_capture(capture: Capture, arguments: Sequence[Any], options: Options
 
 
 def _signature(
-    capture: Capture, structure: ModelStructure, arguments: Sequence[Any], way: object, policy: Policy
+    capture: Capture, structure: ModelStructure, arguments: Sequence[Any], way: object, options: Options
 ) -> Signature:
     roles = list(enumerate(capture.inputs))
     shapes = tuple(
@@ -129,7 +131,8 @@ def _signature(
         signals=frozenset(item.name for _, item in roles if item.is_signal),
         geometry=Same((shapes, sites)),
         way=way,
-        remembers=bool(policy.rules),
+        remembers=bool(options.policy.rules),
+        counts_calls=options.said.timestep == NO_TIMESTEP,
     )
 
 

@@ -63,6 +63,10 @@ class NoSitesFound(DicompileError, ValueError):
     """The model has no residual branch that could be cached."""
 
 
+class TimestepNotFound(DicompileError, ValueError):
+    """Which input of the model is the timestep cannot be told."""
+
+
 class InvalidSchedule(DicompileError, ValueError):
     """The timestep schedule is missing or makes no sense."""
 

@@ -17,18 +17,23 @@ import torch
 from torch import Tensor, nn
 
 from dicompile.capture import (
+    NO_TIMESTEP,
     Arguments,
+    Capture,
     Captured,
     Pins,
+    Role,
+    Said,
     ambient,
     bind_positions,
     capture_call,
+    is_number,
     normalised,
-    sounds_like_time,
     with_python_numbers,
 )
 from dicompile.compiler import ONE_AT_A_TIME, CompiledFrame, Options, Same, compile_capture
-from dicompile.errors import CannotCapture, NoSitesFound
+from dicompile.errors import CannotCapture, NoSitesFound, TimestepNotFound
+from dicompile.names import sounds_like_time
 from dicompile.offload import check_weights_are_whole
 from dicompile.runtime import Owner
 
@@ -85,7 +90,7 @@ class ModelCalls:
         self.module, self.options = module, options
         self.owner = Owner(options.link)
         self._frames: dict[tuple[object, ...], tuple[Frame, ...]] = {}
-        self._times = _names_of_time(module)
+        self._times = _names_of_time(module, options.said)
         self._takes_any_number = True
         self._by_running = False
 
@@ -149,7 +154,9 @@ class ModelCalls:
             tensors = [*pins.tensors, *arguments.tensors, *captured.constants]
             inputs = captured.pick(tensors)
             way = Same((arguments.key, str(captured.guards)))
-            compiled = compile_capture(normalised(self.module, captured, inputs), inputs, self.options, way)
+            capture = normalised(self.module, captured, inputs, self.options.said)
+            self._require_timestep(capture, arguments)
+            compiled = compile_capture(capture, inputs, self.options, way)
         except CannotCapture:
             if not arguments.numbers:
                 raise
@@ -188,6 +195,25 @@ class ModelCalls:
     def _by_use(frames: Mapping[tuple[object, ...], tuple[Frame, ...]]) -> list[Frame]:
         return sorted((frame for group in frames.values() for frame in group), key=lambda frame: frame.used)
 
+    def _require_timestep(self, capture: Capture, arguments: Arguments) -> None:
+        """Raise if a caching policy for several steps meets a model whose timestep cannot be told.
+
+        Raises:
+            TimestepNotFound: it does.
+        """
+        if capture.input_position(Role.TIMESTEP) is not None or not self.options.policy.rules:
+            return
+        is_given = any(is_number(arguments.kwargs.get(name)) for name in self._times)
+        if is_given or self.options.said.timestep == NO_TIMESTEP or self.options.link.schedule.steps == 1:
+            return
+        names = [item.name for item in capture.inputs if item.role is not Role.PARAMETER]
+        raise TimestepNotFound(
+            f"which input of {type(self.module).__name__} is the timestep cannot be told",
+            where=f"inputs {', '.join(names)}",
+            why="none is called after time, and none alone goes into a sinusoidal embedding",
+            fix='optimize(..., timestep="its name"), or timestep="none" where every call is a step',
+        )
+
     def _require_sites(self, frame: CompiledFrame) -> None:
         """Raise if a caching policy meets a model without sites.
 
@@ -204,7 +230,9 @@ class ModelCalls:
         )
 
 
-def _names_of_time(module: nn.Module) -> tuple[str, ...]:
+def _names_of_time(module: nn.Module, said: Said) -> tuple[str, ...]:
+    if said.timestep is not None:
+        return () if said.timestep == NO_TIMESTEP else (said.timestep,)
     return tuple(name for name in inspect.signature(module.forward).parameters if sounds_like_time(name))
 
 

@@ -1,24 +1,26 @@
-"""Pipelines: which of their components are denoisers, and how those are replaced: all of them, or none."""
+"""Pipelines: which of their components are denoisers, and how those are replaced: all of them, or none.
+
+A pipeline may hold another one that uses the same denoiser; it is replaced wherever it is held.
+"""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from torch import nn
 
 from dicompile.errors import AlreadyOptimized, UnsupportedModel
-from dicompile.wrapper import CachedModel, record_of
+from dicompile.names import sounds_like_denoiser
+from dicompile.wrapper import CachedModel, record_of, released
 
-TIMESTEP_ARGUMENTS = ("timestep", "timesteps", "t", "sigma", "sigmas")
 
-
-def denoisers(pipeline: Any) -> dict[str, nn.Module]:
-    """Components of a pipeline that take a timestep.
+def components_of(pipeline: Any) -> dict[str, nn.Module]:
+    """Modules of a pipeline, by name.
 
     Raises:
-        UnsupportedModel: it is no pipeline, or has none.
+        UnsupportedModel: it is no pipeline.
     """
     components = getattr(pipeline, "components", None)
     if not isinstance(components, dict) or getattr(pipeline, "scheduler", None) is None:
@@ -27,35 +29,100 @@ def denoisers(pipeline: Any) -> dict[str, nn.Module]:
             where="dicompile",
             fix="give the denoiser and its scheduler: optimize(model, policy, schedule=scheduler)",
         )
-    found = {
-        name: component
-        for name, component in components.items()
-        if isinstance(component, nn.Module) and _takes_timestep(component)
-    }
+    return {name: component for name, component in components.items() if isinstance(component, nn.Module)}
+
+
+def denoisers(pipeline: Any) -> dict[str, nn.Module]:
+    """Components of a pipeline that denoise: they take a timestep, and neither steer a denoiser nor encode for it.
+
+    Raises:
+        UnsupportedModel: it is no pipeline, or has none.
+    """
+    modules = components_of(pipeline)
+    found = {name: module for name, module in modules.items() if _is_denoiser(name, module)}
     if not found:
         raise UnsupportedModel(
             f"{type(pipeline).__name__} has no denoiser",
-            where="dicompile",
-            why=f"no component's forward takes one of {', '.join(TIMESTEP_ARGUMENTS)}",
-            fix="give the denoiser itself: optimize(model, policy, schedule=scheduler)",
+            where=f"components {', '.join(modules) or 'without any module'}",
+            why="none takes an argument that is called after a timestep, other than ControlNets and encoders",
+            fix='optimize(pipe, policy, components=["its name"]), or give the denoiser itself and schedule=scheduler',
         )
     return found
 
 
-def replace_denoisers(pipeline: Any, wrap: Callable[[nn.Module], nn.Module]) -> None:
+def is_denoiser_of(pipeline: Any, module: nn.Module) -> bool:
+    """True for what `denoisers` finds in a pipeline."""
+    if isinstance(pipeline, nn.Module):
+        return pipeline is module
+    return any(found is module and _is_denoiser(name, found) for name, found in components_of(pipeline).items())
+
+
+def replace_components(pipeline: Any, names: Sequence[str] | None, wrap: Callable[[nn.Module], CachedModel]) -> None:
     """Put a wrapper in the place of every denoiser; where one of them cannot be wrapped, all stay as they were.
 
+    Args:
+        pipeline: the pipeline.
+        names: of the components to wrap, if not of the denoisers.
+        wrap: makes a wrapper.
+
     Raises:
+        UnsupportedModel: it is no pipeline, has no denoiser, or no such component.
         AlreadyOptimized: one of them is.
     """
-    found = denoisers(pipeline)
-    done = next((name for name, denoiser in found.items() if isinstance(denoiser, CachedModel)), None)
+    found = denoisers(pipeline) if names is None else _components_named(pipeline, names)
+    done = next((name for name, module in found.items() if isinstance(module, CachedModel)), None)
     if done is not None:
         raise AlreadyOptimized(f"the pipeline's {done} is optimized already", fix="dicompile.restore(pipe) first")
-    for name, wrapped in {name: wrap(denoiser) for name, denoiser in found.items()}.items():
-        setattr(pipeline, name, wrapped)
+    wrapped = {id(module): wrap(module) for module in found.values()}
+    for holder, name, module in list(_places(pipeline)):
+        if id(module) in wrapped:
+            setattr(holder, name, wrapped[id(module)])
 
 
-def _takes_timestep(module: nn.Module) -> bool:
+def restore_components(pipeline: Any) -> None:
+    """Put back what was replaced."""
+    found = {id(module): released(module) for module in optimized_components(pipeline)}
+    for holder, name, module in list(_places(pipeline)):
+        if id(module) in found:
+            setattr(holder, name, found[id(module)])
+
+
+def optimized_components(pipeline: Any) -> list[CachedModel]:
+    """What was replaced in a pipeline, denoisers first.
+
+    Raises:
+        UnsupportedModel: it is no pipeline.
+    """
+    found = [item for item in components_of(pipeline).items() if isinstance(item[1], CachedModel)]
+    found.sort(key=lambda item: not _is_denoiser(*item))
+    return [module for _, module in found if isinstance(module, CachedModel)]
+
+
+def _components_named(pipeline: Any, names: Sequence[str]) -> dict[str, nn.Module]:
+    modules = components_of(pipeline)
+    missing = [name for name in names if name not in modules]
+    if missing or not names or isinstance(names, str):
+        raise UnsupportedModel(
+            f"{type(pipeline).__name__} has no component {', '.join(missing) or repr(names)}",
+            where="components",
+            fix=f"a list of some of: {', '.join(modules)}",
+        )
+    return {name: modules[name] for name in names}
+
+
+def _is_denoiser(name: str, module: nn.Module) -> bool:
     original = record_of(module).module if isinstance(module, CachedModel) else module
-    return any(name in inspect.signature(original.forward).parameters for name in TIMESTEP_ARGUMENTS)
+    arguments = frozenset(inspect.signature(original.forward).parameters)
+    return sounds_like_denoiser(name, type(original).__name__, arguments)
+
+
+def _places(pipeline: Any, seen: frozenset[int] = frozenset()) -> Iterator[tuple[Any, str, nn.Module]]:
+    """Every component of a pipeline and of the pipelines that it holds: where it is, under which name."""
+    if id(pipeline) in seen:
+        return
+    seen |= {id(pipeline)}
+    for name, module in components_of(pipeline).items():
+        yield pipeline, name, module
+    for held in vars(pipeline).values():
+        if not isinstance(held, nn.Module) and isinstance(getattr(held, "components", None), dict):
+            yield from _places(held, seen)

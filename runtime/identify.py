@@ -30,6 +30,7 @@ class Signature:
         geometry: shapes of the inputs, and the structure that they lead to.
         way: see `Call`.
         remembers: whether anything is remembered at all.
+        counts_calls: the user said that every call is a step.
     """
 
     timestep: int | None = None
@@ -39,6 +40,7 @@ class Signature:
     geometry: object = None
     way: object = None
     remembers: bool = True
+    counts_calls: bool = False
 
     def tensor(self, inputs: Sequence[Any], position: int | None) -> torch.Tensor | None:
         """The tensor at a position, if there is one."""
@@ -119,6 +121,8 @@ def _step(
     time = None if signature.timestep is None else inputs[signature.timestep]
     step = find_step(state, link, time, call.name, call.latent, ahead)
     if signature.timestep is None:
+        if signature.remembers and not (owner.constant or owner.has_time or signature.counts_calls):
+            log.warning("no input of this graph is known to be its timestep: every call counts as a step")
         owner.constant[signature] = step
     else:
         owner.has_time = True

@@ -1,16 +1,18 @@
 """Capture: a module and its first inputs -> one functional ATen graph with parameters as inputs and roles known."""
 
 from dicompile.capture.ambient import ambient
-from dicompile.capture.arguments import Arguments, bind_positions, with_python_numbers
+from dicompile.capture.arguments import Arguments, bind_positions, is_number, with_python_numbers
 from dicompile.capture.call import capture_call, capture_model, normalised, values_of
 from dicompile.capture.captured import Captured
 from dicompile.capture.dynamo import capture_by_dynamo
 from dicompile.capture.guards import Guards, Pins
 from dicompile.capture.normalise import Capture, capture_graph, read_inputs
 from dicompile.capture.numbers import open_numbers
-from dicompile.capture.roles import Input, Role, input_names, sounds_like_time
+from dicompile.capture.roles import NO_TIMESTEP, NOTHING_SAID, Input, Role, Said, check_names, input_names
 
 __all__ = [
+    "NOTHING_SAID",
+    "NO_TIMESTEP",
     "Arguments",
     "Capture",
     "Captured",
@@ -18,17 +20,19 @@ __all__ = [
     "Input",
     "Pins",
     "Role",
+    "Said",
     "ambient",
     "bind_positions",
     "capture_by_dynamo",
     "capture_call",
     "capture_graph",
     "capture_model",
+    "check_names",
     "input_names",
+    "is_number",
     "normalised",
     "open_numbers",
     "read_inputs",
-    "sounds_like_time",
     "values_of",
     "with_python_numbers",
 ]

@@ -15,6 +15,7 @@ from dicompile.capture.arguments import Arguments
 from dicompile.capture.captured import Captured, Unsettled
 from dicompile.capture.dynamo import capture_by_dynamo
 from dicompile.capture.normalise import Capture, capture_graph
+from dicompile.capture.roles import NOTHING_SAID, Said
 from dicompile.capture.trace import capture_by_running, check_reads, module_tensors
 from dicompile.errors import CannotCapture
 
@@ -77,33 +78,35 @@ def _settled(capture: Callable[[nn.Module, Arguments], Captured], module: nn.Mod
     )
 
 
-def capture_model(model: nn.Module, inputs: Mapping[str, Any]) -> Capture:
+def capture_model(model: nn.Module, inputs: Mapping[str, Any], said: Said = NOTHING_SAID) -> Capture:
     """Capture a model and normalise its graph: what `inspect` and tests need.
 
     Args:
         model: the module; its tensors and those of the inputs may be fake or on the meta device.
         inputs: keyword arguments of its forward.
+        said: what the user says of the inputs.
 
     Raises:
         CannotCapture: the model does not fit into one graph.
     """
     arguments = Arguments.of((), inputs)
     captured = capture_call(model, arguments)
-    return normalised(model, captured, values_of(model, captured, arguments))
+    return normalised(model, captured, values_of(model, captured, arguments), said)
 
 
-def normalised(module: nn.Module, captured: Captured, values: Sequence[Tensor]) -> Capture:
+def normalised(module: nn.Module, captured: Captured, values: Sequence[Tensor], said: Said = NOTHING_SAID) -> Capture:
     """The functional graph of what was captured, with roles.
 
     Args:
         module: what was captured.
         captured: its graph.
         values: of the graph's placeholders.
+        said: what the user says of the inputs.
 
     Raises:
         CannotCapture: it cannot be made functional, or Python read a value that differs at every step.
     """
-    capture = capture_graph(captured.graph, captured.names, values)
+    capture = capture_graph(captured.graph, captured.names, values, said)
     check_reads(captured, [item.role for item in capture.inputs], type(module).__name__)
     return capture
 

@@ -19,7 +19,7 @@ from dicompile.capture.autocast import drop_regions, make_autocast_explicit, sha
 from dicompile.capture.canonical import make_canonical
 from dicompile.capture.constants import spell_out_constants
 from dicompile.capture.numbers import numbers_in
-from dicompile.capture.roles import Input, Role, assign_roles
+from dicompile.capture.roles import NOTHING_SAID, Input, Role, Said, assign_roles
 from dicompile.errors import CannotCapture, DicompileError
 from dicompile.text import graph_text, module_path, operator_text
 
@@ -54,7 +54,10 @@ class Capture:
 
 
 def capture_graph(
-    dynamo_graph: fx.GraphModule, names: Sequence[tuple[str, bool]], arguments: Sequence[object]
+    dynamo_graph: fx.GraphModule,
+    names: Sequence[tuple[str, bool]],
+    arguments: Sequence[object],
+    said: Said = NOTHING_SAID,
 ) -> Capture:
     """Normalise one Dynamo graph for the shapes of `arguments`.
 
@@ -64,6 +67,7 @@ def capture_graph(
         arguments: one value per placeholder; tensors (real or fake) and ints. Shapes are taken as they are, so symbolic
             sizes of a dynamic graph become constants, and so do the values of `read_inputs`: one capture serves one of
             each.
+        said: what the user says of the inputs.
 
     Raises:
         CannotCapture: the graph writes to its inputs, or has sizes that depend on values.
@@ -114,7 +118,7 @@ def capture_graph(
         make_canonical(graph_module.graph)
     _drop_inference_noise(graph_module.graph)
     graph_module.recompile()
-    return Capture(graph_module, assign_roles(graph_module.graph, names), fake_mode)
+    return Capture(graph_module, assign_roles(graph_module.graph, names, said), fake_mode)
 
 
 def _refuse_open_sizes(graph: fx.Graph) -> None:

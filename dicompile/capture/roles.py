@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import enum
+import inspect
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import fx
+from torch import fx, nn
 
+from dicompile.errors import InvalidSetting
+from dicompile.names import sounds_like_another, sounds_like_latent, sounds_like_time
 from dicompile.nodes import tensor_of, walk
 from dicompile.ops.kinds import CARRIERS, CONTRACTIONS, SINUSOIDS
 from dicompile.text import clean_path
 
 # How Dynamo spells the root module's own tensors; those of its children are spelled without __dict__.
 _OWN_TENSORS = re.compile(r"\.__dict__\['(_parameters|_buffers)'\]")
+
+
+NO_TIMESTEP = "none"
+"""What a user says of a model that takes no timestep."""
 
 
 class Role(enum.Enum):
@@ -48,6 +55,41 @@ class Input:
         return f"@{self.name}" if self.role is Role.PARAMETER else self.name
 
 
+@dataclass(frozen=True, slots=True)
+class Said:
+    """What the user says of a model's inputs, where it should not be found out.
+
+    Attributes:
+        timestep: the argument that is the timestep; "none" for a model that takes none, whose every call is a step.
+        latent: the argument that is denoised.
+    """
+
+    timestep: str | None = None
+    latent: str | None = None
+
+
+NOTHING_SAID = Said()
+
+
+def check_names(module: nn.Module, said: Said) -> None:
+    """Check that the arguments which the user named are there.
+
+    Raises:
+        InvalidSetting: the module's forward has none of that name.
+    """
+    parameters = inspect.signature(module.forward).parameters.values()
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
+        return
+    known = [parameter.name for parameter in parameters]
+    for role, name in (("timestep", said.timestep), ("latent", said.latent)):
+        if name is not None and name.split(".")[0] not in known and (role, name) != ("timestep", NO_TIMESTEP):
+            raise InvalidSetting(
+                f"{type(module).__name__} has no argument {name!r} that could be its {role}",
+                where=f"{role}={name!r}",
+                fix=f"its arguments are: {', '.join(known)}",
+            )
+
+
 def input_names(dynamo_graph: fx.Graph) -> list[tuple[str, bool]]:
     """Name of each placeholder, and whether it is a parameter or buffer of a module.
 
@@ -66,16 +108,21 @@ def _source_name(placeholder: fx.Node) -> tuple[str, bool]:
     return clean_path(name), owned
 
 
-def assign_roles(graph: fx.Graph, names: Sequence[tuple[str, bool]]) -> tuple[Input, ...]:
+def assign_roles(graph: fx.Graph, names: Sequence[tuple[str, bool]], said: Said) -> tuple[Input, ...]:
     """Tell parameters, latent, timestep and conditioning apart.
 
-    The latent is the floating input shaped most like the model's output. The timestep is the input that reaches a
-    sinusoidal embedding; of several, such as FLUX's guidance beside its timestep, the one whose argument is called
-    after time or sigma, and then the smallest: one value per sample goes before one per frame or token.
+    What the user says goes first, then the names that latents usually have, and then the shape: the latent is the
+    floating input shaped most like the model's output. The timestep is the input that reaches a sinusoidal embedding;
+    of several, such as FLUX's guidance beside its timestep, the one whose argument is called after time or sigma, and
+    then the smallest: one value per sample goes before one per frame or token.
 
     Args:
         graph: functional ATen graph with ``meta["val"]``.
         names: name of each placeholder, and whether it is a parameter.
+        said: by the user.
+
+    Raises:
+        InvalidSetting: the user named an input that is not there.
     """
     placeholders = [node for node in graph.nodes if node.op == "placeholder"]
     arguments = [
@@ -83,9 +130,14 @@ def assign_roles(graph: fx.Graph, names: Sequence[tuple[str, bool]]) -> tuple[In
         if not owned and isinstance(node.meta["val"], torch.Tensor)
     ]  # fmt: skip
     label = {node: name for node, (name, _) in zip(placeholders, names, strict=True)}
-    latent = _find_latent(graph, arguments)
-    timestep = _find_timestep([node for node in arguments if node is not latent], label)
-    if timestep is None:  # a whole number, of which Dynamo made a symbol
+    inputs = [node for node, (_, owned) in zip(placeholders, names, strict=True) if not owned]
+    latent = _named(said.latent, inputs, label, "latent") or _find_latent(graph, arguments, label)
+    if said.timestep == NO_TIMESTEP:
+        timestep = None
+    else:
+        timestep = _named(said.timestep, inputs, label, "timestep")
+        timestep = timestep or _find_timestep([node for node in arguments if node is not latent], label)
+    if timestep is None and said.timestep is None:  # a whole number, of which Dynamo made a symbol
         numbers = [node for node in placeholders if isinstance(node.meta["val"], int) and sounds_like_time(label[node])]
         timestep = next(iter(numbers), None)
     roles: dict[fx.Node | None, Role] = {
@@ -114,17 +166,34 @@ def _is_signal(node: fx.Node, name: str, latent: fx.Node | None) -> bool:
     return any(latent in ancestors and node not in ancestors for ancestors in others)
 
 
-def _find_latent(graph: fx.Graph, arguments: Sequence[fx.Node]) -> fx.Node | None:
+def _named(name: str | None, inputs: Sequence[fx.Node], label: dict[fx.Node, str], role: str) -> fx.Node | None:
+    """The input that the user named."""
+    if name is None:
+        return None
+    found = [node for node in inputs if label[node] == name or label[node].split(".")[0] == name]
+    if not found:
+        raise InvalidSetting(
+            f"the model reads no tensor from an argument {name!r}, which is said to be its {role}",
+            where=f"{role}={name!r}",
+            fix=f"its inputs are: {', '.join(dict.fromkeys(label[node] for node in inputs))}",
+        )
+    return found[0]
+
+
+def _find_latent(graph: fx.Graph, arguments: Sequence[fx.Node], label: dict[fx.Node, str]) -> fx.Node | None:
+    """The input that is called like a latent, and then the one that is shaped most like the output."""
     results = graph.output_node().args[0]
     shapes = [tuple(node.meta["val"].shape) for node in results if isinstance(node, fx.Node)]
     target = next((shape for shape in shapes if len(shape) >= 2), ())
 
-    def likeness(node: fx.Node) -> tuple[bool, int]:
+    def likeness(node: fx.Node) -> tuple[bool, bool, int, bool]:
         shape = tuple(node.meta["val"].shape)
         # A picture or a film may come with more channels than it leaves with, and a condition with as many.
         ignored = 1 if len(shape) >= 4 else None
         equal = [a == b for i, (a, b) in enumerate(zip(shape, target, strict=False)) if i != ignored]
-        return len(shape) == len(target), sum(equal) if len(shape) == len(target) else 0
+        is_alike = len(shape) == len(target)
+        is_other = sounds_like_another(label[node])
+        return sounds_like_latent(label[node]), is_alike, sum(equal) if is_alike else 0, not is_other
 
     floating = [node for node in arguments if node.meta["val"].is_floating_point() and node.meta["val"].ndim >= 2]
     return max(floating, key=likeness, default=None)
@@ -139,13 +208,16 @@ def _whole_batch(latent: fx.Node | None, label: dict[fx.Node, str]) -> list[fx.N
 
 
 def _find_timestep(arguments: Sequence[fx.Node], label: dict[fx.Node, str]) -> fx.Node | None:
-    """The input that reaches a sinusoid and is called after time; without such a name the smallest that does."""
+    """The input that reaches a sinusoid and is called after time; without such a name the only small one that does."""
     embedded = [node for node in arguments if _reaches_sinusoid(node)]
     named = [node for node in embedded if sounds_like_time(label[node])]
     # A learned table of timesteps has no sinusoid.
-    named = named or [n for n in arguments if n.meta["val"].ndim <= 1 and sounds_like_time(label[n])]
-    small = [node for node in embedded if node.meta["val"].ndim <= 2 and not _is_position_table(node)]
-    return min(named or small, key=lambda node: node.meta["val"].ndim, default=None)
+    named = named or [node for node in arguments if tensor_of(node).ndim <= 1 and sounds_like_time(label[node])]
+    small = [
+        node for node in embedded
+        if tensor_of(node).ndim <= 2 and not _is_position_table(node) and not sounds_like_another(label[node])
+    ]  # fmt: skip
+    return min(named or small, key=lambda node: tensor_of(node).ndim, default=None)
 
 
 def _reaches_sinusoid(node: fx.Node) -> bool:
@@ -161,8 +233,3 @@ def _contracts(node: fx.Node) -> bool:
 def _is_position_table(node: fx.Node) -> bool:
     value = tensor_of(node)
     return value.ndim == 2 and value.shape[-1] <= 4
-
-
-def sounds_like_time(name: str) -> bool:
-    """True for the names that models give to timesteps."""
-    return "time" in name or "sigma" in name or name in ("t", "ts")
