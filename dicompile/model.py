@@ -26,9 +26,8 @@ from dicompile.capture import (
     Said,
     ambient,
     bind_positions,
-    capture_call,
+    capture_functional,
     is_number,
-    normalised,
     with_python_numbers,
 )
 from dicompile.compiler import ONE_AT_A_TIME, CompiledFrame, Options, Same, compile_capture
@@ -148,13 +147,14 @@ class ModelCalls:
     def _capture(self, key: tuple[object, ...], arguments: Arguments) -> tuple[Frame, Sequence[Tensor], Sequence[Any]]:
         check_weights_are_whole(self.module)
         try:
-            captured = capture_call(self.module, arguments, by_running=self._by_running)
+            captured, capture = capture_functional(
+                self.module, arguments, self.options.said, by_running=self._by_running
+            )
             pins = captured.guards.pin(self.module)
             assert isinstance(pins, Pins), pins
             tensors = [*pins.tensors, *arguments.tensors, *captured.constants]
             inputs = captured.pick(tensors)
             way = Same((arguments.key, str(captured.guards)))
-            capture = normalised(self.module, captured, inputs, self.options.said)
             self._require_timestep(capture, arguments)
             compiled = compile_capture(capture, inputs, self.options, way)
         except CannotCapture:

@@ -7,6 +7,7 @@ cold and warm::
 
     python examples/bench.py
     python examples/bench.py --device cuda --dtype bfloat16
+    python examples/bench.py --device cuda --dtype bfloat16 --blocks 28 --heads 16 --head-width 72 --edge 64  # DiT-XL/2
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from diffusers import DiTTransformer2DModel, PixArtTransformer2DModel
@@ -32,17 +33,24 @@ from torch import nn
 
 import dicompile
 
-BLOCKS, HEADS, HEAD_WIDTH, EDGE = 12, 6, 64, 32
+
+class Size(NamedTuple):
+    """Blocks and heads of a model, the width of a head, and the edge of its latent; a token is 2 x 2 of it."""
+
+    blocks: int = 12
+    heads: int = 6
+    head_width: int = 64
+    edge: int = 32
 
 
-def dit(blocks: int) -> tuple[nn.Module, dict[str, Any]]:
+def dit(size: Size) -> tuple[nn.Module, dict[str, Any]]:
     """Class-conditional DiT and its inputs without latent and timestep."""
     model = DiTTransformer2DModel(
-        num_attention_heads=HEADS,
-        attention_head_dim=HEAD_WIDTH,
+        num_attention_heads=size.heads,
+        attention_head_dim=size.head_width,
         in_channels=4,
-        num_layers=blocks,
-        sample_size=EDGE,
+        num_layers=size.blocks,
+        sample_size=size.edge,
         patch_size=2,
         attention_bias=True,
         activation_fn="gelu-approximate",
@@ -53,16 +61,16 @@ def dit(blocks: int) -> tuple[nn.Module, dict[str, Any]]:
     return model, {"class_labels": torch.tensor([1, 1000])}
 
 
-def pixart(blocks: int) -> tuple[nn.Module, dict[str, Any]]:
+def pixart(size: Size) -> tuple[nn.Module, dict[str, Any]]:
     """Text-conditional DiT and its inputs without latent and timestep."""
     model = PixArtTransformer2DModel(
-        num_attention_heads=HEADS,
-        attention_head_dim=HEAD_WIDTH,
+        num_attention_heads=size.heads,
+        attention_head_dim=size.head_width,
         in_channels=4,
         out_channels=8,
-        num_layers=blocks,
-        cross_attention_dim=HEADS * HEAD_WIDTH,
-        sample_size=EDGE,
+        num_layers=size.blocks,
+        cross_attention_dim=size.heads * size.head_width,
+        sample_size=size.edge,
         patch_size=2,
         caption_channels=512,
         norm_type="ada_norm_single",
@@ -91,11 +99,11 @@ class Contestant:
         return sum(statistics.median(self.by_kind[kind]) for kind in self.kinds)
 
 
-def contestants(name: str, blocks: int, steps: list[int], device: str, dtype: torch.dtype) -> list[Contestant]:
+def contestants(name: str, size: Size, steps: list[int], device: str, dtype: torch.dtype) -> list[Contestant]:
     """Build, compile and warm up everything for one model."""
     build, toca = MODELS[name]
     torch.manual_seed(0)
-    model, inputs = build(blocks)
+    model, inputs = build(size)
     model = model.eval().to(device, dtype)
     inputs = {key: value.to(device) if isinstance(value, torch.Tensor) else value for key, value in inputs.items()}
     inputs = {k: v.to(dtype) if isinstance(v, torch.Tensor) and v.is_floating_point() else v for k, v in inputs.items()}
@@ -120,7 +128,8 @@ def run(
 ) -> None:
     """One sampling run; every step is timed by itself."""
     model = contestant.model
-    latent = torch.randn(2, 4, EDGE, EDGE, device=device, dtype=dtype)
+    edge = model.config.sample_size
+    latent = torch.randn(2, 4, edge, edge, device=device, dtype=dtype)
     synchronise: Callable[[], Any] = torch.cuda.synchronize if device == "cuda" else lambda: None
     for number, timestep in enumerate(steps):
         t = torch.full((2,), timestep, device=device)
@@ -133,9 +142,9 @@ def run(
             contestant.by_kind[contestant.kinds[number]].append(1e3 * (time.perf_counter() - start))
 
 
-def measure(name: str, blocks: int, steps: list[int], rounds: int, device: str, dtype: torch.dtype) -> list[Contestant]:
+def measure(name: str, size: Size, steps: list[int], rounds: int, device: str, dtype: torch.dtype) -> list[Contestant]:
     """Interleaved rounds over all contestants."""
-    found = contestants(name, blocks, steps, device, dtype)
+    found = contestants(name, size, steps, device, dtype)
     for _ in range(rounds):
         for contestant in found:
             model, inputs = contestant.model
@@ -182,7 +191,7 @@ def compile_times(name: str, policy: str, blocks: int) -> tuple[float, float]:
 def compile_only(name: str, policy: str, blocks: int) -> None:
     """What the child process of `compile_times` does."""
     build, toca = MODELS[name]
-    model, inputs = build(blocks)
+    model, inputs = build(Size(blocks))
     model.eval()
     steps = list(range(980, -1, -20))
     chosen = {"none": dicompile.NoCache(), "fora": dicompile.FORA(3), "toca": toca}
@@ -198,7 +207,8 @@ def compile_only(name: str, policy: str, blocks: int) -> None:
 def main() -> None:
     """Parse arguments, measure, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--blocks", type=int, default=BLOCKS)
+    for name, default in Size()._asdict().items():
+        parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=default)
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--device", default="cpu")
@@ -219,7 +229,8 @@ def main() -> None:
     steps = [round(999 - i * 999 / arguments.steps) for i in range(arguments.steps)]
     for name in arguments.model or MODELS:
         dtype = getattr(torch, arguments.dtype)
-        console.print(table(name, measure(name, arguments.blocks, steps, arguments.rounds, arguments.device, dtype)))
+        size = Size(*(getattr(arguments, part) for part in Size._fields))
+        console.print(table(name, measure(name, size, steps, arguments.rounds, arguments.device, dtype)))
     if not arguments.no_compile_times:
         times = Table("", "cold s", "warm s", title="from optimize to the end of the first run, DiT")
         for policy, blocks in [("torch.compile", 12), ("none", 12), ("fora", 12), ("toca", 12), ("toca", 28)]:

@@ -2,6 +2,8 @@
 
 import logging
 import os
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +60,17 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 @pytest.fixture(autouse=True)
 def seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left_open() -> Iterator[None]:
+    """A test that leaves a transform or a profile function behind fails itself, and not whichever comes after it."""
+    yield
+    left = torch._C._functorch.peek_interpreter_stack(), sys.getprofile()
+    while torch._C._functorch.peek_interpreter_stack() is not None:
+        torch._C._functorch.pop_dynamic_layer_stack()
+    sys.setprofile(None)
+    assert left == (None, None)
 
 
 @pytest.fixture(scope="session")

@@ -2,7 +2,7 @@
 
 from dicompile.capture.ambient import ambient
 from dicompile.capture.arguments import Arguments, bind_positions, is_number, with_python_numbers
-from dicompile.capture.call import capture_call, capture_model, normalised, values_of
+from dicompile.capture.call import capture_call, capture_functional, capture_model, normalised, values_of
 from dicompile.capture.captured import Captured
 from dicompile.capture.dynamo import capture_by_dynamo
 from dicompile.capture.guards import Guards, Pins
@@ -25,6 +25,7 @@ __all__ = [
     "bind_positions",
     "capture_by_dynamo",
     "capture_call",
+    "capture_functional",
     "capture_graph",
     "capture_model",
     "check_names",

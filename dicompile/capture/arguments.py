@@ -165,6 +165,24 @@ def flatten_arguments(arguments: Any) -> tuple[list[Any], pytree.TreeSpec]:
     return pytree.tree_flatten(_opened(arguments))
 
 
+def refuse_writes(
+    before: tuple[list[Any], pytree.TreeSpec], after: tuple[list[Any], pytree.TreeSpec], model: str
+) -> None:
+    """Refuse a forward that changed its (flattened) arguments.
+
+    Raises:
+        CannotCapture: it did.
+    """
+    if before[1] == after[1] and all(old is new for old, new in zip(before[0], after[0], strict=True)):
+        return
+    raise CannotCapture(
+        f"{model} writes to a list, dictionary or object among its arguments",
+        where="capture",
+        why="a step that is skipped could not repeat the write",
+        fix="return what is written instead",
+    )
+
+
 @dataclass(frozen=True)
 class _Opened:
     """An object as a container of its attributes; put together again it is a copy of the object."""

@@ -18,6 +18,7 @@ from dicompile.capture.normalise import Capture, capture_graph
 from dicompile.capture.roles import NOTHING_SAID, Said
 from dicompile.capture.trace import capture_by_running, check_reads, module_tensors
 from dicompile.errors import CannotCapture
+from dicompile.names import sounds_like_time
 
 log = logging.getLogger("dicompile")
 
@@ -44,19 +45,24 @@ def capture_call(module: nn.Module, arguments: Arguments, *, by_running: bool = 
     try:
         return _settled(capture_by_dynamo, module, arguments)
     except CannotCapture as refused:
-        if arguments.numbers:  # they would be constants of the run
-            raise
-        if any(isinstance(t, FakeTensor) or t.is_meta for t in (*module_tensors(module).values(), *arguments.tensors)):
-            raise
-        log.info(
-            "Dynamo cannot take %s whole, so it is run to capture it: %s", type(module).__name__,
-            refused.why or refused.what,
-        )  # fmt: skip
-        try:
-            captured = _settled(capture_by_running, module, Arguments.of(arguments.args, arguments.kwargs))
-            return replace(captured, refused=refused)
-        except CannotCapture as error:
-            raise error from refused
+        return _run_instead(module, arguments, refused)
+
+
+def _run_instead(module: nn.Module, arguments: Arguments, refused: CannotCapture) -> Captured:
+    """Capture what Dynamo could not take by running it, where that can be done."""
+    if arguments.numbers:  # they would be constants of the run
+        raise refused
+    if any(isinstance(t, FakeTensor) or t.is_meta for t in (*module_tensors(module).values(), *arguments.tensors)):
+        raise refused
+    log.info(
+        "Dynamo cannot take %s whole, so it is run to capture it: %s", type(module).__name__,
+        refused.why or refused.what,
+    )  # fmt: skip
+    try:
+        captured = _settled(capture_by_running, module, Arguments.of(arguments.args, arguments.kwargs))
+        return replace(captured, refused=refused)
+    except CannotCapture as error:
+        raise error from refused
 
 
 def _settled(capture: Callable[[nn.Module, Arguments], Captured], module: nn.Module, arguments: Arguments) -> Captured:
@@ -78,6 +84,50 @@ def _settled(capture: Callable[[nn.Module, Arguments], Captured], module: nn.Mod
     )
 
 
+def capture_functional(
+    module: nn.Module, arguments: Arguments, said: Said = NOTHING_SAID, *, by_running: bool = False
+) -> tuple[Captured, Capture]:
+    """Capture a module for calls like one, and make its graph functional.
+
+    Args:
+        module: the module; it may be run, with copies of the arguments.
+        arguments: of the call.
+        said: what the user says of the inputs.
+        by_running: see `capture_call`.
+
+    Raises:
+        CannotCapture: no graph can be had that would hold for the next call.
+        InvalidSetting: the user named an input that is not there.
+    """
+    captured = _with_timestep(capture_call(module, arguments, by_running=by_running), module, arguments)
+    try:
+        return captured, normalised(module, captured, values_of(module, captured, arguments), said)
+    except CannotCapture as refused:
+        if captured.is_run:
+            raise
+        captured = _with_timestep(_run_instead(module, arguments, refused), module, arguments)
+    return captured, normalised(module, captured, values_of(module, captured, arguments), said)
+
+
+def _with_timestep(captured: Captured, module: nn.Module, arguments: Arguments) -> Captured:
+    """The same with the timestep as an input where the forward does not read it: it tells the step all the same."""
+    if any(sounds_like_time(name) for name, owned in captured.names if not owned):
+        return captured
+    unread = [
+        (name, i) for i, (name, tensor) in enumerate(zip(arguments.names(module), arguments.tensors, strict=True))
+        if sounds_like_time(name) and tensor.ndim <= 1
+    ]  # fmt: skip
+    if not unread:
+        return captured
+    (name, position), graph = unread[0], captured.graph.graph
+    last = graph.find_nodes(op="placeholder")[-1]
+    with graph.inserting_after(last):
+        graph.placeholder(name.replace(".", "_"))
+    captured.graph.recompile()
+    place = len(captured.guards.tensors) + position
+    return replace(captured, names=(*captured.names, (name, False)), order=(*captured.order, place))
+
+
 def capture_model(model: nn.Module, inputs: Mapping[str, Any], said: Said = NOTHING_SAID) -> Capture:
     """Capture a model and normalise its graph: what `inspect` and tests need.
 
@@ -89,9 +139,7 @@ def capture_model(model: nn.Module, inputs: Mapping[str, Any], said: Said = NOTH
     Raises:
         CannotCapture: the model does not fit into one graph.
     """
-    arguments = Arguments.of((), inputs)
-    captured = capture_call(model, arguments)
-    return normalised(model, captured, values_of(model, captured, arguments), said)
+    return capture_functional(model, Arguments.of((), inputs), said)[1]
 
 
 def normalised(module: nn.Module, captured: Captured, values: Sequence[Tensor], said: Said = NOTHING_SAID) -> Capture:

@@ -7,10 +7,12 @@ from dataclasses import dataclass
 from operator import itemgetter
 from typing import Any
 
+import torch
 from torch import Tensor, fx
+from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
 from torch.utils import _pytree as pytree
 
-from dicompile.capture.guards import Guards
+from dicompile.capture.guards import PLAIN, Guards, is_same_value, meta_of
 from dicompile.errors import CannotCapture
 
 Pack = Callable[[Sequence[Any], Sequence[Tensor]], Any]
@@ -109,6 +111,13 @@ class Changes:
             if self._before.get(key, self) is not now.get(key, self):
                 yield f"{self._path}.{key}", now.get(key)
 
+    def put_back_equals(self) -> None:
+        """Put back the entries in whose place lies something equal (``self.tables = [t.to(device) for t in ...]``)."""
+        now = _items(self._container)
+        for key in self._before.keys() & now.keys():
+            if now[key] is not self._before[key] and is_equal_to(now[key], self._before[key]):
+                self._container[key] = self._before[key]
+
     def undo(self) -> None:
         """Put back what was there."""
         if any(self.found()):
@@ -117,6 +126,21 @@ class Changes:
                 self._container.update(self._before)
             else:
                 self._container.extend(self._before.values())
+
+
+def is_equal_to(first: Any, second: Any) -> bool:
+    """True for containers of equal tensors, bit by bit and alike in everything else."""
+    (ours, spec), (others, other_spec) = pytree.tree_flatten(first), pytree.tree_flatten(second)
+    return spec == other_spec and all(map(_are_equal, ours, others))
+
+
+def _are_equal(first: Any, second: Any) -> bool:
+    if not (isinstance(first, Tensor) and isinstance(second, Tensor)):
+        return first is second or (isinstance(first, PLAIN) and is_same_value(first, second))
+    if first is second:
+        return True
+    with disable_proxy_modes_tracing():
+        return meta_of(first) == meta_of(second) and torch.equal(first, second)
 
 
 def _items(container: dict[Any, Any] | list[Any]) -> dict[Any, Any]:

@@ -95,6 +95,16 @@ def _facts(guard: Any) -> tuple[Any, str, Any]:
     return source, kind, named
 
 
+@contextlib.contextmanager
+def transforms_undone() -> Iterator[None]:
+    """Afterwards as many functorch transforms are open as before: an error in one that is traced leaves it open."""
+    depth = torch._C._functorch.get_dynamic_layer_stack_depth()
+    try:
+        yield
+    finally:
+        torch._C._functorch.pop_dynamic_layer_stack_and_undo_to_depth(depth)
+
+
 _CallableT = TypeVar("_CallableT", bound=Callable[..., Any])
 
 

@@ -32,7 +32,7 @@ PLAIN = (bool, int, float, complex, str, bytes, type(None), type(Ellipsis), torc
          torch.memory_format, enum.Enum, slice, range)  # fmt: skip
 FIXED = (type, types.FunctionType, types.BuiltinFunctionType, types.MethodDescriptorType, types.ModuleType,
          types.WrapperDescriptorType, types.GetSetDescriptorType, classmethod, staticmethod, property,
-         logging.Filterer)  # fmt: skip
+         logging.Filterer, functools._lru_cache_wrapper)  # fmt: skip
 HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 """Where a module keeps what runs around its forward; without gradients nothing else does."""
 PARTS = frozenset({
@@ -371,6 +371,16 @@ class Walk:
             else:
                 self._found[path] = self._module if path.root == "self" else python_module(path.root)
         return self._found[path]
+
+    def put(self, path: Path, value: Any) -> bool:
+        """Put a value back at a path; False where it cannot be done."""
+        parent, (by, key) = self.value(path.parent), path.links[-1]
+        place = find_place(parent, key) if by is By.ATTRIBUTE else (parent, key)
+        if place is None or not isinstance(place[0], (dict, list)):
+            return False
+        place[0][place[1]] = value
+        self._found[path] = value
+        return True
 
     def watch(self, container: Any) -> None:
         """Pin the keys of a container, the elements of a set, or a length."""

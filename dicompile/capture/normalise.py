@@ -17,6 +17,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from dicompile.capture.autocast import drop_regions, make_autocast_explicit, share_casts
 from dicompile.capture.canonical import make_canonical
+from dicompile.capture.compat import transforms_undone
 from dicompile.capture.constants import spell_out_constants
 from dicompile.capture.numbers import numbers_in
 from dicompile.capture.roles import NOTHING_SAID, Input, Role, Said, assign_roles
@@ -83,6 +84,7 @@ def capture_graph(
         torch.no_grad(),
         fx.traceback.preserve_node_meta(),
         fake_mode,
+        transforms_undone(),
     ):
         try:
             explicit = make_autocast_explicit(dynamo_graph, fakes)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import dis
+import functools
 import gc
 import sys
 import threading
@@ -19,18 +20,20 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path as File
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from dicompile.capture.captured import Changes
+from dicompile.capture.captured import Changes, is_equal_to
 from dicompile.capture.guards import FIXED, PARTS, PLAIN, By, Cell, Fact, Path, Walk, find_place
 from dicompile.errors import CannotCapture
 
 _TORCH = str(File(torch.__file__).parent)
 _PYTHON = str(File(dis.__file__).parent)
 _OWN = str(File(__file__).parent.parent)
+_CACHED = functools._lru_cache_wrapper
 _FINALIZERS = frozenset({weakref.finalize.__call__.__code__})
 _MOST = 4096
 """Entries of a container that are compared; a larger one is refused."""
@@ -60,17 +63,39 @@ class Reads:
         self._thread = threading.get_ident()
         self._is_busy = False
         self._was_busy = False
+        self._stands_for: dict[int, Any] = {}
         self._finalizer: types.FrameType | None = None
 
     def kept(self) -> list[str]:
         """Where the forward put tensors that were not there."""
+        for changes in self._changes.values():
+            changes.put_back_equals()
         found = (change for changes in self._changes.values() for change in changes.found())
         return [text for text, value in found if any(isinstance(leaf, Tensor) for leaf in tree_leaves(value))]
 
     def replaced(self) -> list[str]:
-        """Tensors that were read and are others now."""
-        walk = Walk(self._module)
-        return [str(path) for path, tensor in self.tensors.items() if walk.find(path) is not tensor]
+        """Tensors that were read and are others now; one that is equal is put back (``self.f = self.f.to(device)``)."""
+        walk, replaced = Walk(self._module), []
+        for path, tensor in self.tensors.items():
+            now = walk.find(path)
+            if now is not tensor and not (is_equal_to(now, tensor) and walk.put(path, tensor)):
+                replaced.append(str(path))
+        return replaced
+
+    @contextlib.contextmanager
+    def uncached(self) -> Iterator[None]:
+        """While open, functions under ``lru_cache`` compute: a tensor out of such a cache lies nowhere else."""
+        classes = {cls for module in self._module.modules() for cls in type(module).__mro__}
+        homes = {sys.modules.get(cls.__module__) for cls in classes}
+        with contextlib.ExitStack() as stack:
+            for holder in (*classes, *homes):
+                if holder is None or getattr(holder, "__module__", holder.__name__).startswith(("torch", "builtins")):
+                    continue
+                for name, value in list(vars(holder).items()):
+                    if isinstance(value, _CACHED):
+                        self._stands_for[id(value.__wrapped__)] = value
+                        stack.enter_context(mock.patch.object(holder, name, value.__wrapped__))
+            yield
 
     @contextlib.contextmanager
     def noted(self) -> Iterator[None]:
@@ -147,6 +172,7 @@ class Reads:
             return  # what it reads is noted
         self._watch(path.parent, obj)
         lies_there = value if place is None else place[0][place[1]]
+        lies_there = self._stands_for.get(id(lies_there), lies_there)
         if lies_there is not value or isinstance(value, types.MethodType):  # a method of any kind
             self.facts[path] = Fact.of(path, lies_there)
             return
@@ -190,6 +216,9 @@ class Reads:
         if isinstance(value, Tensor):
             self.tensors[path] = value
             return
+        value = self._stands_for.get(id(value), value)
+        if isinstance(value, types.FunctionType) and value.__code__.co_filename.startswith(_OWN):
+            return  # it stands for another one while the module is run
         if not isinstance(value, (*PLAIN, *FIXED)) and self._path_of.get(id(value), path) != path:
             self.facts[path] = Fact(path, "same", self._path_of[id(value)])  # what is read of it is noted there
             return
@@ -225,7 +254,9 @@ class Reads:
         own = getattr(value, "__dict__", None)
         if self._patch_class_of(value):
             return
-        if own is None or depth > 6 or type(value).__module__.startswith(("torch", "functools")):
+        is_foreign = type(value).__module__.startswith(("torch", "functools"))
+        holds_tensors = own is not None and any(isinstance(item, Tensor) for item in own.values())  # masks of blocks
+        if own is None or depth > 6 or (is_foreign and not holds_tensors):
             self.facts[path] = Fact(path, "fixed", value)  # what it holds cannot be seen
             return
         self.facts[path.via(By.DICT)] = Fact.of(path.via(By.DICT), own)

@@ -21,9 +21,10 @@ from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing, get_
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from dicompile.capture.arguments import Arguments, flatten_arguments
+from dicompile.capture.arguments import Arguments, flatten_arguments, refuse_writes
 from dicompile.capture.canonical import drop_switches
 from dicompile.capture.captured import Captured, Unsettled, packer
+from dicompile.capture.compat import transforms_undone
 from dicompile.capture.flex import written_out
 from dicompile.capture.guards import Guards, Path
 from dicompile.capture.reads import Reads
@@ -40,8 +41,6 @@ _SIZED_BY_VALUES = frozenset({
     Tensor.nonzero, torch.nonzero, torch.argwhere, Tensor.argwhere, torch.unique, Tensor.unique, torch.bincount,
     Tensor.bincount, torch.unique_consecutive, Tensor.unique_consecutive,
 })  # fmt: skip
-
-Flat = tuple[list[Any], pytree.TreeSpec]
 
 
 def capture_by_running(module: nn.Module, arguments: Arguments) -> Captured:
@@ -64,11 +63,11 @@ def capture_by_running(module: nn.Module, arguments: Arguments) -> Captured:
         before = flatten_arguments((copied.args, dict(copied.kwargs)))
         with reading, reads.noted():
             result = module._call_impl(*copied.args, **copied.kwargs)
-        _refuse_writes(before, flatten_arguments((copied.args, dict(copied.kwargs))), type(module).__name__)
+        refuse_writes(before, flatten_arguments((copied.args, dict(copied.kwargs))), type(module).__name__)
         returned.append(result)
         return [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor)]
 
-    with torch.no_grad(), _buffers_put_back(module), written_out():
+    with torch.no_grad(), _buffers_put_back(module), written_out(), reads.uncached(), transforms_undone():
         try:
             with fx.traceback.preserve_node_meta(), _module_paths(module):
                 graph = make_fx(run, tracing_mode="real", pre_dispatch=True)(*own.values(), *copied.tensors)
@@ -185,17 +184,6 @@ def _buffers_put_back(module: nn.Module) -> Iterator[None]:
         for buffer, value in zip(buffers, kept, strict=True):
             if buffer.shape != value.shape or not torch.equal(buffer, value):
                 buffer.data = value
-
-
-def _refuse_writes(before: Flat, after: Flat, model: str) -> None:
-    if before[1] == after[1] and all(old is new for old, new in zip(before[0], after[0], strict=True)):
-        return
-    raise CannotCapture(
-        f"{model} writes to a list, dictionary or object among its arguments",
-        where="capture",
-        why="a step that is skipped could not repeat the write",
-        fix="return what is written instead",
-    )
 
 
 class _Reading(TorchFunctionMode):

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 import dicompile
-from tests.gpu.test_variants_gpu import latents, model_and_inputs, scheduler
+from tests.gpu.test_variants_gpu import MARKS, latents, model_and_inputs, scheduler, waiting_is_an_error
 from tests.models import state_of
 
-pytestmark = pytest.mark.gpu
+pytestmark = MARKS
 
 METHODS = ["fora", "toca", "taylorseer"]
 
@@ -63,12 +63,8 @@ def test_what_is_stored_is_pinned_and_off_the_gpu() -> None:
 def test_nobody_waits_for_the_device() -> None:
     sampling = Sampling("fora", cache_device="cpu")
     sampling.run()
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with waiting_is_an_error():
         sampling.run()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float8_e4m3fn"])

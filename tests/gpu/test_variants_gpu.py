@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -16,7 +17,12 @@ from dicompile.policies import FORA, NoCache, ToCa
 from dicompile.runtime import Session
 from tests.models import dit, state_of
 
-pytestmark = pytest.mark.gpu
+MARKS = [
+    pytest.mark.gpu,
+    pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores"),  # off, so that figures can be compared
+    pytest.mark.filterwarnings("ignore:Synchronization debug mode"),
+]
+pytestmark = MARKS
 
 DEVICE = "cuda"
 STEPS = 8
@@ -50,6 +56,17 @@ def fresh_compiler() -> Iterator[None]:
     torch._dynamo.reset()
     with dicompile.session(Session(keep_chosen=True)):
         yield
+
+
+@contextlib.contextmanager
+def waiting_is_an_error() -> Iterator[None]:
+    """While open, whatever waits for the GPU raises."""
+    torch.cuda.synchronize()
+    try:
+        torch.cuda.set_sync_debug_mode("error")
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 def scheduler() -> DDIMScheduler:
@@ -130,10 +147,6 @@ def test_static_plans_never_wait_for_the_device(name: str) -> None:
             optimized(**inputs | {"hidden_states": latent, "timestep": timestep.expand(4)})
 
     generate()
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with waiting_is_an_error():
         generate()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
     assert not dicompile.report(optimized).cold_starts

@@ -95,7 +95,9 @@ def facts_of(case: Case, policies: tuple[str, ...] = POLICIES[:1]) -> Facts:
         calls = eager_calls(model, case.at(0)) if flops else {}
     runs, structure, traced = {}, None, False
     for policy in policies:
-        optimized = dicompile.optimize(model, policy, schedule=list(case.timesteps[:STEPS]), mode="eager")
+        timestep = "none" if case.timestep == case.latent else None  # a part of a model, which is given none
+        schedule = list(case.timesteps[:STEPS])
+        optimized = dicompile.optimize(model, policy, schedule=schedule, mode="eager", timestep=timestep)
         runs[policy] = _run(optimized, case)
         structure, traced = dicompile.structure_of(optimized), record_of(optimized).calls.is_run
     assert structure is not None
