@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -37,6 +38,22 @@ def capture_call(module: nn.Module, arguments: Arguments, *, by_running: bool = 
     Raises:
         CannotCapture: neither Dynamo nor a run gives a graph that would hold for the next call.
     """
+    with _in_parts():
+        return _capture(module, arguments, by_running=by_running)
+
+
+@contextlib.contextmanager
+def _in_parts() -> Iterator[None]:
+    """While open, ``nn.TransformerEncoderLayer`` and the like compute by parts, and not by one fused operator."""
+    is_enabled = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(is_enabled)
+
+
+def _capture(module: nn.Module, arguments: Arguments, *, by_running: bool) -> Captured:
     own = set(map(id, module_tensors(module).values()))
     if any(id(tensor) in own for tensor in arguments.given):  # another call gives another tensor there
         arguments = arguments.copied()
@@ -105,7 +122,8 @@ def capture_functional(
     except CannotCapture as refused:
         if captured.is_run:
             raise
-        captured = _with_timestep(_run_instead(module, arguments, refused), module, arguments)
+        with _in_parts():
+            captured = _with_timestep(_run_instead(module, arguments, refused), module, arguments)
     return captured, normalised(module, captured, values_of(module, captured, arguments), said)
 
 

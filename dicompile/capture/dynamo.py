@@ -27,6 +27,8 @@ from dicompile.errors import CannotCapture
 
 _CONTAINERS = ("DICT_KEYS_MATCH", "SEQUENCE_LENGTH", "DICT_CONTAINS", "DICT_NOT_CONTAINS", "SET_CONTAINS",
                "SET_NOT_CONTAINS", "MAPPING_KEYS_CHECK", "DICT_VERSION")  # fmt: skip
+FUSED = "torch.backends.mha"
+"""Whether torch may fuse a layer into one operator; off while a module is captured, and no matter afterwards."""
 _WHOLE = ("CONSTANT_MATCH", "EQUALS_MATCH", "ID_MATCH")
 
 
@@ -190,7 +192,7 @@ class _Read:
 
     def _read(self, source: Any, kind: str, operand: Any) -> None:
         path = self._path(source)
-        if path is None:
+        if path is None or path.root == FUSED:
             return
         value = self._follow(path)
         if kind in ("NOT_PRESENT_IN_GENERIC_DICT", "HASATTR"):

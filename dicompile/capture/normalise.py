@@ -20,6 +20,7 @@ from dicompile.capture.canonical import make_canonical
 from dicompile.capture.compat import transforms_undone
 from dicompile.capture.constants import spell_out_constants
 from dicompile.capture.numbers import numbers_in
+from dicompile.capture.parts import inline_regions, write_out_composites
 from dicompile.capture.roles import NOTHING_SAID, Input, Role, Said, assign_roles
 from dicompile.errors import CannotCapture, DicompileError
 from dicompile.text import graph_text, module_path, operator_text
@@ -73,6 +74,7 @@ def capture_graph(
     Raises:
         CannotCapture: the graph writes to its inputs, or has sizes that depend on values.
     """
+    dynamo_graph = inline_regions(dynamo_graph)
     fake_mode = FakeTensorMode(shape_env=ShapeEnv())
     read = read_inputs(dynamo_graph.graph)
     fakes = [
@@ -117,6 +119,7 @@ def capture_graph(
         share_casts(graph_module.graph)
     with torch.no_grad(), torch._C._DisableAutocast(), fake_mode:
         spell_out_constants(graph_module)
+        write_out_composites(graph_module)
         make_canonical(graph_module.graph)
     _drop_inference_noise(graph_module.graph)
     graph_module.recompile()
