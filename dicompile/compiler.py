@@ -87,7 +87,7 @@ def compile_capture(capture: Capture, arguments: Sequence[Any], options: Options
 
     Args:
         capture: the graph.
-        arguments: values of its placeholders.
+        arguments: values of its placeholders but for its constants.
         options: what the user asked for.
         way: what it depends on besides tensors, see `dicompile.runtime.contexts.Call`.
 
@@ -108,6 +108,7 @@ def compile_capture(capture: Capture, arguments: Sequence[Any], options: Options
         _signature(capture, structure, arguments, way, options),
         seed=options.policy.seed,
         predictor=_predictor(capture, structure, options),
+        constants=capture.constants,
         offload=options.cache.device == "cpu",
         check=options.settings.check,
     )
@@ -120,7 +121,7 @@ def _signature(
     roles = list(enumerate(capture.inputs))
     shapes = tuple(
         (tuple(value.shape), value.dtype, value.device) if isinstance(value, Tensor) else type(value)
-        for (_, item), value in zip(roles, arguments, strict=True)
+        for (_, item), value in zip(roles, arguments, strict=False)
         if item.role in (Role.LATENT, Role.CONDITIONING)
     )
     sites = tuple((site.name, site.kind, site.shape, site.itemsize) for site in structure.everything)

@@ -206,7 +206,7 @@ class ModelCalls:
         is_given = any(is_number(arguments.kwargs.get(name)) for name in self._times)
         if is_given or self.options.said.timestep == NO_TIMESTEP or self.options.link.schedule.steps == 1:
             return
-        names = [item.name for item in capture.inputs if item.role is not Role.PARAMETER]
+        names = [item.name for item in capture.inputs if item.role.is_given]
         raise TimestepNotFound(
             f"which input of {type(self.module).__name__} is the timestep cannot be told",
             where=f"inputs {', '.join(names)}",

@@ -102,6 +102,7 @@ class Executor:
         signature: what its inputs are.
         seed: of random scores.
         predictor: importance of the tokens in every block at a step, from the model's inputs; float32, [b, n, blocks].
+        constants: values of the last inputs, the same for every call.
         offload: whether slots are in host memory between the calls that use them.
         check: whether every read is held against the plan (see `dicompile.runtime.stamps`).
     """
@@ -113,19 +114,22 @@ class Executor:
         *,
         seed: int = 0,
         predictor: Callable[[Sequence[Any], int], torch.Tensor] | None = None,
+        constants: Sequence[torch.Tensor] = (),
         offload: bool = False,
         check: bool = False,
     ) -> None:
         self.steps, self.signature = steps, signature
         self.seed, self.predictor, self.offload, self.check = seed, predictor, offload, check
+        self.constants = tuple(constants)
 
     def run(self, owner: Owner, inputs: Sequence[Any]) -> Sequence[Any]:
         """Run one call of a model; returns its outputs.
 
         Args:
             owner: the model.
-            inputs: of the code.
+            inputs: of the code, but for its constants.
         """
+        inputs = (*inputs, *self.constants)
         session = current_session().serving(owner.link)
         state = session.state_of(owner)
         try:

@@ -51,7 +51,7 @@ def make_streams(
             Stream(
                 id=StreamId(number),
                 origin=origin.name,
-                roles=dependence[origin.name] - {Role.PARAMETER},
+                roles=dependence[origin.name] - {Role.PARAMETER, Role.CONSTANT},
                 sites=tuple(SiteId(i) for i in own),
                 reaches_output=flow.is_ancestor(branches[own[-1]].add, flow.nodes[-1]),
             )

@@ -231,7 +231,7 @@ class ModelStructure:
         return tuple(self.sites[i] for i in block.sites)
 
     def __str__(self) -> str:
-        roles = ", ".join(f"{i.name}: {i.role.value}" for i in self.inputs if i.role is not Role.PARAMETER)
+        roles = ", ".join(f"{i.name}: {i.role.value}" for i in self.inputs if i.role.is_given)
         lines = [
             f"inputs   {roles}",
             f"streams  {len(self.streams)}   blocks {len(self.blocks)} of {self.block_kinds} kinds   "

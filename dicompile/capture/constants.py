@@ -9,7 +9,8 @@ After::
 
     %8: b8[] = aten.full.default([], True)
 
-Whoever cuts the graph into pieces then meets nothing that is neither an input nor computed.
+Tables of more than a few numbers become inputs instead. Whoever cuts the graph into pieces then meets nothing that is
+neither an input nor computed.
 """
 
 from __future__ import annotations
@@ -18,25 +19,55 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dicompile.capture.canonical import call_before
 
 aten = torch.ops.aten
 
 
+MOST = 16
+"""Numbers of a constant that is written out."""
+
+
 def spell_out_constants(graph_module: fx.GraphModule) -> None:
-    """Replace the tensors that a graph holds by operators that make them; its fake mode must be active."""
+    """Replace small tensors that a graph holds by operators that make them; its fake mode must be active."""
     graph = graph_module.graph
     for node in graph.find_nodes(op="get_attr"):
         value = getattr(graph_module, node.target)
-        made = _make(node, value.tolist(), {"dtype": value.dtype, "device": value.device})
-        for user in list(node.users):
-            if user.target is aten.lift_fresh_copy.default:
-                user.replace_all_uses_with(made)
-                graph.erase_node(user)
-        node.replace_all_uses_with(made)
-        graph.erase_node(node)
+        if isinstance(value, torch.Tensor) and value.numel() <= MOST:
+            _replace(node, _make(node, value.tolist(), {"dtype": value.dtype, "device": value.device}))
     graph_module.recompile()
+
+
+def lift_constants(graph_module: fx.GraphModule, mode: FakeTensorMode) -> tuple[torch.Tensor, ...]:
+    """Make inputs of the tensors that a graph holds still, after all others.
+
+    Returns:
+        Their values.
+    """
+    graph, lifted = graph_module.graph, dict[str, fx.Node]()
+    for node in graph.find_nodes(op="get_attr"):
+        if node.target not in lifted:
+            with graph.inserting_after(graph.find_nodes(op="placeholder")[-1]):
+                lifted[node.target] = graph.placeholder(f"constant_{len(lifted)}")
+            value = getattr(graph_module, node.target)
+            lifted[node.target].meta["val"] = mode.from_tensor(value, static_shapes=True)
+        _replace(node, lifted[node.target])
+    values = tuple(getattr(graph_module, name) for name in lifted)
+    for name in lifted:
+        delattr(graph_module, name)
+    graph_module.recompile()
+    return values
+
+
+def _replace(node: fx.Node, made: fx.Node) -> None:
+    for user in list(node.users):
+        if user.target is aten.lift_fresh_copy.default:
+            user.replace_all_uses_with(made)
+            node.graph.erase_node(user)
+    node.replace_all_uses_with(made)
+    node.graph.erase_node(node)
 
 
 def _make(before: fx.Node, value: Any, kind: dict[str, Any]) -> fx.Node:

@@ -7,7 +7,7 @@ pre-dispatch, because attention, linear and normalisation stay single nodes ther
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import fx
@@ -18,7 +18,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from dicompile.capture.autocast import drop_regions, make_autocast_explicit, share_casts
 from dicompile.capture.canonical import make_canonical
 from dicompile.capture.compat import transforms_undone
-from dicompile.capture.constants import spell_out_constants
+from dicompile.capture.constants import lift_constants, spell_out_constants
 from dicompile.capture.numbers import numbers_in
 from dicompile.capture.parts import inline_regions, write_out_composites
 from dicompile.capture.roles import NOTHING_SAID, Input, Role, Said, assign_roles
@@ -36,11 +36,13 @@ class Capture:
         graph_module: functional ATen; every parameter and buffer is a placeholder; values in ``meta["val"]``.
         inputs: one `Input` per placeholder, in order.
         fake_mode: the mode that made the values; new nodes must use it too.
+        constants: values of the last inputs, which are tables of numbers in the model's code.
     """
 
     graph_module: fx.GraphModule
     inputs: tuple[Input, ...]
     fake_mode: FakeTensorMode
+    constants: tuple[torch.Tensor, ...] = ()
 
     @property
     def graph(self) -> fx.Graph:
@@ -119,11 +121,14 @@ def capture_graph(
         share_casts(graph_module.graph)
     with torch.no_grad(), torch._C._DisableAutocast(), fake_mode:
         spell_out_constants(graph_module)
+        constants = lift_constants(graph_module, fake_mode)
         write_out_composites(graph_module)
         make_canonical(graph_module.graph)
     _drop_inference_noise(graph_module.graph)
     graph_module.recompile()
-    return Capture(graph_module, assign_roles(graph_module.graph, names, said), fake_mode)
+    inputs = assign_roles(graph_module.graph, [*names, *((f"constant_{i}", True) for i in range(len(constants)))], said)
+    held = tuple(replace(item, role=Role.CONSTANT) for item in inputs[len(names) :])
+    return Capture(graph_module, (*inputs[: len(names)], *held), fake_mode, constants)
 
 
 def _refuse_open_sizes(graph: fx.Graph) -> None:

@@ -32,6 +32,13 @@ class Role(enum.Enum):
     LATENT = "latent"
     TIMESTEP = "timestep"
     CONDITIONING = "conditioning"
+    CONSTANT = "constant"
+    """A table of numbers in the model's code."""
+
+    @property
+    def is_given(self) -> bool:
+        """True for what a call of the model passes."""
+        return self in (Role.LATENT, Role.TIMESTEP, Role.CONDITIONING)
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +59,7 @@ class Input:
     @property
     def label(self) -> str:
         """Name in graph text; parameters start with ``@``."""
-        return f"@{self.name}" if self.role is Role.PARAMETER else self.name
+        return self.name if self.role.is_given else f"@{self.name}"
 
 
 @dataclass(frozen=True, slots=True)

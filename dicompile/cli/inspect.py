@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from dicompile.analysis import Block, ModelStructure, Site, analyse
-from dicompile.capture import Role, capture_model
+from dicompile.capture import capture_model
 from dicompile.cli.models import load
 from dicompile.errors import CacheTooLarge, PolicyDoesNotFit
 from dicompile.plan import DTYPES, CacheOptions, Plan, TimestepSchedule, make_plan
@@ -57,7 +57,7 @@ def inspect(  # noqa: PLR0913, PLR0917 - options
         return
     console = Console()
     console.print(f"[bold]{loaded.name}[/bold], one call with batch {batch}: {operations(structure.flops)}")
-    roles = (f"{item.name} ({item.role.value})" for item in structure.inputs if item.role is not Role.PARAMETER)
+    roles = (f"{item.name} ({item.role.value})" for item in structure.inputs if item.role.is_given)
     console.print("inputs: " + ", ".join(roles))
     console.print(site_table(structure))
     console.print(plan_table(plans, refused, steps))
@@ -160,7 +160,7 @@ def as_data(
         "model": name,
         "flops": structure.flops,
         "bytes": structure.bytes,
-        "inputs": {item.name: item.role.value for item in structure.inputs if item.role is not Role.PARAMETER},
+        "inputs": {item.name: item.role.value for item in structure.inputs if item.role.is_given},
         "blocks": [{"id": b.id, "path": b.path, "kind": b.kind, "sites": list(b.sites)} for b in structure.blocks],
         "sites": [_site_data(structure.sites, i) for i in range(len(structure.sites))],
         "policies": {

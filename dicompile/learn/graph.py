@@ -171,6 +171,7 @@ class _Rewritten:
     outputs: tuple[OutputRef, ...]
     names: tuple[str, ...]
     parameters: frozenset[str]
+    constants: Mapping[str, Tensor]
 
     def bound_to(self, module: nn.Module, *, compiled: bool) -> _Graph:
         """Ready to run with the parameters of a module."""
@@ -195,6 +196,8 @@ class _Graph:
             return dict(zip(made.outputs, self.function(*arguments), strict=True))
 
     def _value(self, name: str, inputs: Inputs) -> Any:
+        if name in self.rewritten.constants:
+            return self.rewritten.constants[name]
         if name in self.rewritten.parameters:
             return _look_up(self.module, name).detach()
         return _look_up(inputs, name)
@@ -225,6 +228,9 @@ def _rewritten(
         outputs=tuple(Value(0) if isinstance(ref, Value) else ref for ref in segment.outputs),
         names=tuple(label[name] for name in whole.inputs),
         parameters=frozenset(item.name for item in capture.inputs if item.role is Role.PARAMETER),
+        constants={
+            item.name: value for item, value in zip(capture.inputs[::-1], capture.constants[::-1], strict=False)
+        },
     )
 
 

@@ -235,6 +235,12 @@ def refreshed(structure: ModelStructure, policy: Policy) -> Sequence[tuple[Site,
     return [(site, do) for site, do in _asked_to_refresh(structure, policy) if site.id not in mixed]
 
 
+def unmatched_rules(structure: ModelStructure, policy: Policy) -> tuple[str, ...]:
+    """Kinds of site that a rule is for, of every rule that is for no site of a model."""
+    unmatched = (rule for rule in policy.rules if not any(map(rule.names, structure.everything)))
+    return tuple(", ".join(rule.sites) or "any" for rule in unmatched)
+
+
 def reused_whole(structure: ModelStructure, policy: Policy) -> dict[SiteId, str]:
     """Sites and spans that a rule refreshes but which mix tokens, with the reason, if the policy reuses such."""
     if policy.where_mixed == "refuse":

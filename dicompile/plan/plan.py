@@ -114,6 +114,7 @@ class Plan:
         dropped: what is computed at every step because there is no room to remember it.
         whole: labels of the sites that the policy would refresh token by token, but which mix tokens and are reused
             whole instead, with the operator that forbids more.
+        unmatched: kinds of site for which the policy has a rule, and the model no site.
         wanted_bytes: where something was dropped, what the policy would have held at most without it.
         wanted_flops: and the operations it would have taken.
     """
@@ -130,6 +131,7 @@ class Plan:
     cache: CacheOptions = UNLIMITED
     dropped: tuple[Dropped, ...] = ()
     whole: tuple[tuple[str, str], ...] = ()
+    unmatched: tuple[str, ...] = ()
     wanted_bytes: int = 0
     wanted_flops: int = 0
 
@@ -204,14 +206,15 @@ class Plan:
         )
 
     def notes(self) -> list[str]:
-        """Where the plan is not what the policy asked for: what it dropped, and what it reuses whole."""
+        """Where the plan is not what the policy asked for: what it dropped, reuses whole, and did not find."""
         by_reason: dict[str, list[str]] = {}
         for label, reason in self.whole:
             by_reason.setdefault(_NUMBER.sub(".*", reason), []).append(label)
         whole = [
             f"reused whole instead of refreshed: {_by_kind(labels)}: {reason}" for reason, labels in by_reason.items()
         ]
-        return [*([self.drops()] if self.dropped else []), *whole]
+        unmatched = [f"a rule for {kinds} sites: the model has none" for kinds in self.unmatched]
+        return [*([self.drops()] if self.dropped else []), *whole, *unmatched]
 
     def __str__(self) -> str:
         legend = "F computed   t some tokens   . reused   f forecast   b blended   - skipped, a span is reused"

@@ -9,7 +9,7 @@ from dicompile.analysis import ModelStructure, Site, SiteKind, TokenWise
 from dicompile.plan.action import COMPUTE, HISTORIC, Action, Context, Score, ScoreBase, Selection, Slot, SlotKind, What
 from dicompile.plan.budget import fit_budget
 from dicompile.plan.cost import baseline_time, with_cost, with_predictor
-from dicompile.plan.fits import check_timesteps, choose_setting, reused_whole, score_source
+from dicompile.plan.fits import check_timesteps, choose_setting, reused_whole, score_source, unmatched_rules
 from dicompile.plan.memory import UNLIMITED, CacheOptions, slot_bytes, stored_value
 from dicompile.plan.plan import Plan, SiteStep, StepPlan, sites_by_block
 from dicompile.plan.rows import Row, make_rows
@@ -40,7 +40,7 @@ def make_plan(
         plan = plan_actions(structure, rows, schedule, policy.name, cache)
         whole = tuple((structure.everything[i].label, reason) for i, reason in reused_whole(structure, policy).items())
         steps = tuple(with_predictor(structure, step, policy.predictor_cost) for step in plan.steps)
-        return replace(plan, steps=steps, whole=whole)
+        return replace(plan, steps=steps, whole=whole, unmatched=unmatched_rules(structure, policy))
 
     return fit_budget(structure, plan_without, cache)
 
