@@ -11,6 +11,8 @@ from dicompile.api import restore as restore
 from dicompile.api import session as session
 from dicompile.api import structure_of as structure_of
 from dicompile.errors import DicompileError as DicompileError
+from dicompile.ops.registry import register_attention as register_attention
+from dicompile.ops.registry import register_operator as register_operator
 from dicompile.plan import Cadence as Cadence
 from dicompile.plan import Elsewhere as Elsewhere
 from dicompile.plan import Fitted as Fitted

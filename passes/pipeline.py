@@ -12,6 +12,7 @@ from torch import fx
 
 from dicompile.config import DebugFolder, Settings
 from dicompile.errors import IllegalGraph, InvalidSetting
+from dicompile.ops.registry import HeadsFirst
 from dicompile.passes.base import LocalStep, Pass, PassReport, Segment, Value
 
 LEGAL_FUNCTIONS = (operator.getitem, operator.add, operator.mul)
@@ -129,7 +130,7 @@ def _lint(graph: fx.Graph) -> str | None:
 
 
 def _is_legal(node: fx.Node) -> bool:
-    known = isinstance(node.target, torch._ops.OpOverload) or node.target in LEGAL_FUNCTIONS
+    known = isinstance(node.target, (torch._ops.OpOverload, HeadsFirst)) or node.target in LEGAL_FUNCTIONS
     return node.op == "call_function" and known
 
 

@@ -33,7 +33,7 @@ from dicompile.analysis import Dataflow
 from dicompile.analysis.tokens import Mixing, token_layouts
 from dicompile.nodes import node_argument, tensor_of
 from dicompile.ops import scores
-from dicompile.ops.kinds import ATTENTION
+from dicompile.ops.kinds import is_attention
 from dicompile.ops.layout import Layout
 from dicompile.ops.tokens import Carried, MixesTokens
 from dicompile.passes.base import (
@@ -180,11 +180,11 @@ class _SiteRefresh:
         found = self.carried(list(flow.members(flow.between(stream, self.fresh))))
         copies = {stream: narrow.gather(stream, found.pop(stream).layout)}
         for node, carried in found.items():
-            if node.target is ATTENTION and self.mixing is Mixing.STORED:
+            if is_attention(node) and self.mixing is Mixing.STORED:
                 copies[node] = narrow.gather(self.stored_attention(node), carried.layout)
                 continue
             given, what = dict(copies), carried
-            if node.target is ATTENTION and self.mixing is Mixing.QUERIES and self.step.context is Context.ALL:
+            if is_attention(node) and self.mixing is Mixing.QUERIES and self.step.context is Context.ALL:
                 for of_keys in (node_argument(node, 1), node_argument(node, 2)):
                     given.pop(of_keys, None)
                 per_query = {operand: own for operand, own in carried.operands.items() if not own.counts(-1)}

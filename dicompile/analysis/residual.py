@@ -17,7 +17,8 @@ from dicompile.analysis.dataflow import Dataflow
 from dicompile.analysis.structure import SiteKind
 from dicompile.analysis.transport import nearest_streams
 from dicompile.nodes import node_argument, walk
-from dicompile.ops.kinds import ADDS, ATTENTION, GATES, PRODUCTS, is_heavy, is_transport
+from dicompile.ops.kinds import ADDS, GATES, PRODUCTS, is_attention, is_heavy, is_transport
+from dicompile.ops.registry import REGISTERED, is_unknown
 from dicompile.text import block_path, module_path
 
 aten = torch.ops.aten
@@ -95,7 +96,7 @@ def find_branches(flow: Dataflow, latent: fx.Node, samples: int) -> list[Branch]
                 update=item.update,
                 region=item.region,
                 kind=_kind(flow, item, inside, streams, heavy),
-                attention=tuple(node for node in inside if node.target is ATTENTION),
+                attention=tuple(node for node in inside if is_attention(node)),
             )
         )
     return branches
@@ -133,8 +134,10 @@ def _only_serves(flow: Dataflow, inner: _Candidate, outer: _Candidate) -> bool:
 
 def _mixed_operands(flow: Dataflow, node: fx.Node, samples: int) -> tuple[fx.Node, ...]:
     """What a node lets tokens see of each other: keys of attention, or both factors of a product of two activations."""
-    if node.target is ATTENTION:
+    if is_attention(node):
         return (node_argument(node, 1),)
+    if node.target in REGISTERED and REGISTERED[node.target].tokens == "mixes":
+        return tuple(parent for parent in node.all_input_nodes if flow.ancestors[parent] & samples)
     if node.target not in PRODUCTS:
         return ()
     factors = [parent for parent in node.all_input_nodes if parent.meta["val"].ndim >= 2][-2:]
@@ -191,6 +194,8 @@ def _source_behind(
 def _kind(
     flow: Dataflow, branch: _Candidate, mixers: Mapping[fx.Node, Sequence[fx.Node]], streams: int, heavy: int
 ) -> SiteKind:
+    if any(is_unknown(node) for node in flow.members(branch.region)):
+        return SiteKind.UNKNOWN
     if not mixers:
         return SiteKind.MLP
     source = branch.source

@@ -18,7 +18,7 @@ from dicompile.analysis.transport import carried
 from dicompile.analysis.work import owned_work
 from dicompile.nodes import tensor_of, walk
 from dicompile.ops.cost import node_flops
-from dicompile.ops.kinds import ATTENTION
+from dicompile.ops.kinds import is_attention
 
 
 def make_spans(
@@ -69,7 +69,7 @@ def _span(
         flops=round(work[0]),
         token_flops=tokens.flops,
         bytes=round(work[1]),
-        attention_flops=sum(node_flops(node) for node in region if node.target is ATTENTION),
+        attention_flops=sum(node_flops(node) for node in region if is_attention(node)),
         update_itemsize=value.element_size(),
         key_flops=tokens.key_flops,
         inside=tuple(site.id for site in inside),

@@ -22,6 +22,9 @@ class SiteKind(enum.Enum):
     JOINT_ATTENTION = "joint-attention"
     MLP = "mlp"
     PARALLEL = "parallel"
+    UNKNOWN = "unknown"
+    """It has an operator of another library of which nobody said what it does; see `dicompile.register_operator`."""
+
     BLOCK = "block"
     """A span: everything one block adds to a stream."""
 

@@ -12,7 +12,7 @@ from dicompile.analysis.structure import TokenFact, TokenWise
 from dicompile.analysis.tokens import Mixing, token_layouts
 from dicompile.nodes import node_argument
 from dicompile.ops.cost import node_flops
-from dicompile.ops.kinds import ATTENTION
+from dicompile.ops.kinds import is_attention
 from dicompile.ops.layout import Layout
 from dicompile.ops.tokens import Carried, MixesTokens
 
@@ -49,7 +49,7 @@ def token_work(flow: Dataflow, stream: fx.Node, end: fx.Node, region: Sequence[f
         return TokenWork(TokenFact(TokenWise.NO, axis, count, f"the stream has {has}"))
     to_end = [node for node in region if flow.is_ancestor(node, end)]
     found, refusals = _layouts(to_end, stream, end, Layout.of_stream(shape, [axis]))
-    stored = Mixing.STORED in found and any(node.target is ATTENTION for node in to_end)
+    stored = Mixing.STORED in found and any(is_attention(node) for node in to_end)
     for_keys = _key_nodes(flow, to_end)
     if Mixing.FORBIDDEN in found:
         fact, shrinking = TokenFact(TokenWise.YES, axis, count, stored=stored), found[Mixing.FORBIDDEN]
@@ -60,7 +60,7 @@ def token_work(flow: Dataflow, stream: fx.Node, end: fx.Node, region: Sequence[f
     else:
         fact = TokenFact(TokenWise.NO, axis, count, refusals[Mixing.QUERIES], stored)
         behind = found.get(Mixing.STORED, {})
-        shrinking = {node: carried for node, carried in behind.items() if node.target is not ATTENTION}
+        shrinking = {node: carried for node, carried in behind.items() if not is_attention(node)}
         for_keys = for_keys if stored else set()
     flops = sum(
         node_flops(node) * carried.layout.token_share
@@ -91,5 +91,5 @@ def _layouts(
 
 def _key_nodes(flow: Dataflow, region: Sequence[fx.Node]) -> set[fx.Node]:
     """Nodes that keys and values of the branch's attention are computed with."""
-    keys = [node_argument(node, i) for node in region if node.target is ATTENTION for i in (1, 2)]
+    keys = [node_argument(node, i) for node in region if is_attention(node) for i in (1, 2)]
     return {node for node in region if any(flow.is_ancestor(node, key) for key in keys)}

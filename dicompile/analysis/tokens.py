@@ -16,7 +16,7 @@ from torch import fx
 
 from dicompile.nodes import node_argument, walk
 from dicompile.ops.attention import open_attention, stored_output
-from dicompile.ops.kinds import ATTENTION
+from dicompile.ops.kinds import is_attention
 from dicompile.ops.layout import Layout
 from dicompile.ops.operators import carry
 from dicompile.ops.rows import taken_rows
@@ -54,7 +54,7 @@ def token_layouts(
         return carried | _from_stored_attention(region, layouts)
     for node in region:
         if any(parent in layouts for parent in node.all_input_nodes):
-            opened = node.target is ATTENTION and mixing is Mixing.QUERIES
+            opened = is_attention(node) and mixing is Mixing.QUERIES
             if _is_beside_tokens(node, layouts):
                 continue
             carried[node] = open_attention(node, layouts) if opened else carry(node, layouts)
@@ -71,7 +71,7 @@ def _is_beside_tokens(node: fx.Node, layouts: Layouts) -> bool:
     if part is None or not (taken[2] <= part.before or taken[1] >= part.size - part.after):
         return False
     behind = walk([node_argument(node, 0)], lambda node: (p for p in node.all_input_nodes if p in layouts))
-    return all(parent.target is not ATTENTION for parent in behind)
+    return all(not is_attention(parent) for parent in behind)
 
 
 def _from_stored_attention(region: Collection[fx.Node], layouts: dict[fx.Node, Layout]) -> dict[fx.Node, Carried]:
@@ -84,7 +84,7 @@ def _from_stored_attention(region: Collection[fx.Node], layouts: dict[fx.Node, L
         if not any(parent in layouts or parent in mixed for parent in parents) or _is_beside_tokens(node, layouts):
             continue
         try:
-            if node.target is ATTENTION:
+            if is_attention(node):
                 carried[node] = Carried(stored_output(node, layouts, layout))
             elif any(parent in mixed for parent in parents):
                 mixed.add(node)
@@ -103,6 +103,6 @@ def _behind_stored(region: Collection[fx.Node]) -> set[fx.Node]:
     inside = set(region)
 
     def parents(node: fx.Node) -> list[fx.Node]:
-        return [] if node.target is ATTENTION else [parent for parent in node.all_input_nodes if parent in inside]
+        return [] if is_attention(node) else [parent for parent in node.all_input_nodes if parent in inside]
 
     return set(walk([*region][-1:], parents))

@@ -11,8 +11,10 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._ops import OpOverload
 
 from dicompile.nodes import list_argument, node_argument
+from dicompile.ops.registry import REGISTERED, HeadsFirst
 
 aten = torch.ops.aten
 
@@ -31,7 +33,8 @@ def make_canonical(graph: fx.Graph) -> None:
         node.target = _SYNONYMS.get(node.target, node.target)
         if node.target is aten.add.Tensor:
             _spread_over_batch(node)
-        rule = _RULES.get(node.target)
+        said = REGISTERED.get(node.target)
+        rule = _heads_first if said is not None and said.layout == "bnhd" else _RULES.get(node.target)
         if rule is not None:
             node.replace_all_uses_with(rule(node))
             graph.erase_node(node)
@@ -98,6 +101,14 @@ def _cat(node: fx.Node) -> fx.Node:
     given: Sequence[fx.Node] = list_argument(node, 0)
     parts = [part for part in given if part.meta["val"].numel()] or list(given)
     return parts[0] if len(parts) == 1 else call_before(node, aten.cat.default, (parts, *node.args[1:]), {})
+
+
+def _heads_first(node: fx.Node) -> fx.Node:
+    """A registered attention that wants heads after tokens, with heads first."""
+    assert isinstance(node.target, OpOverload)
+    turned = [call_before(node, aten.transpose.int, (argument, 1, 2), {}) for argument in node.args[:3]]
+    made = call_before(node, HeadsFirst(node.target), (*turned, *node.args[3:]), dict(node.kwargs))
+    return call_before(node, aten.transpose.int, (made, 1, 2), {})
 
 
 def _lerp(node: fx.Node) -> fx.Node:

@@ -24,6 +24,13 @@ def _norm(node: fx.Node, layouts: Layouts) -> Layout:
     return layout
 
 
+def by_rows(node: fx.Node, layouts: Layouts) -> Layout:
+    """Every row of the last axis by itself; the result may be of another width."""
+    layout = source_layout(node, layouts)
+    check_apart(node, layout, len(layout.axes) - 1, "works on rows of tokens", "works on rows of samples")
+    return sized_as(node, layout)
+
+
 def _group_norm(node: fx.Node, layouts: Layouts) -> Layout:
     layout = source_layout(node, layouts)
     for axis in range(1, len(layout.axes)):

@@ -12,7 +12,8 @@ from torch import fx
 from torch.utils.flop_counter import flop_registry
 
 from dicompile.nodes import tensor_of
-from dicompile.ops.kinds import ADDED_PRODUCTS, ATTENTION, CONVOLUTIONS, VIEWS, is_heavy
+from dicompile.ops.kinds import ADDED_PRODUCTS, CONVOLUTIONS, HEAVY, VIEWS, is_attention, is_heavy
+from dicompile.ops.registry import REGISTERED
 
 aten = torch.ops.aten
 
@@ -28,13 +29,26 @@ def node_flops(node: fx.Node) -> int:
     """Floating-point operations of one node, by torch's formulas."""
     if not is_heavy(node):
         return 0
+    if not (node.target in HEAVY or is_attention(node)):
+        return _registered_flops(node)
     output = tuple(tensor_of(node).shape)
     operands = [tuple(tensor_of(operand).shape) for operand in node.args if isinstance(operand, fx.Node)]
-    if node.target is ATTENTION:
+    if is_attention(node):
         return _attention_flops(operands[0], operands[1], operands[2])
     if node.target in CONVOLUTIONS:
         return _convolution_flops(operands[0], operands[1], output)
     return _product_flops(operands[1 if node.target in ADDED_PRODUCTS else 0], output)
+
+
+def _registered_flops(node: fx.Node) -> int:
+    """By what a user told dicompile, or torch, of an operator of another library; 0 where nobody said anything."""
+    said = REGISTERED.get(node.target)
+    formula = said.flops if said is not None and said.flops else None
+    formula = formula or flop_registry.get(getattr(node.target, "overloadpacket", None))
+    if formula is None:
+        return 0
+    args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), lambda parent: parent.meta["val"])
+    return int(formula(*args, **kwargs, out_val=node.meta["val"]))
 
 
 def _attention_flops(query: Shape, key: Shape, value: Shape) -> int:

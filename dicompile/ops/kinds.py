@@ -7,6 +7,8 @@ import operator
 import torch
 from torch import fx
 
+from dicompile.ops.registry import REGISTERED, HeadsFirst, is_unknown
+
 aten = torch.ops.aten
 
 ATTENTION = aten.scaled_dot_product_attention.default
@@ -92,9 +94,17 @@ TRANSPORT = (
 )
 
 
+def is_attention(node: fx.Node) -> bool:
+    """True for attention as one operator: torch's, or a registered one."""
+    target = node.target.operator if isinstance(node.target, HeadsFirst) else node.target
+    return target is ATTENTION or (target in REGISTERED and REGISTERED[target].tokens == "attention")
+
+
 def is_heavy(node: fx.Node) -> bool:
-    """True if the node multiplies matrices."""
-    return node.target in HEAVY
+    """True if the node multiplies matrices, or is not known not to."""
+    if node.target in HEAVY or is_attention(node) or is_unknown(node):
+        return True
+    return node.target in REGISTERED and REGISTERED[node.target].flops is not None
 
 
 def is_transport(node: fx.Node) -> bool:

@@ -10,8 +10,9 @@ from torch import fx
 
 from dicompile.nodes import tensor_of
 from dicompile.ops import attention, axes, products, rows
-from dicompile.ops.kinds import ELEMENTWISE
+from dicompile.ops.kinds import ATTENTION, ELEMENTWISE, is_attention
 from dicompile.ops.layout import Layout
+from dicompile.ops.registry import REGISTERED
 from dicompile.ops.rules import combine
 from dicompile.ops.tokens import Carried, ChosenTokens, Layouts, MixesTokens, Operator, mixes
 
@@ -31,6 +32,19 @@ OPERATORS: Mapping[object, Operator] = {
     **attention.OPERATORS,
 }
 _UNKNOWN = mixes("is not known to keep tokens apart")
+_SAID: Mapping[str, Operator] = {
+    "elementwise": Operator(_elementwise),
+    "rows": Operator(axes.by_rows),
+    "mixes": mixes("mixes tokens, as was said of it"),
+}
+
+
+def _known(node: fx.Node) -> Operator:
+    if is_attention(node):
+        return OPERATORS[ATTENTION]
+    if node.target in REGISTERED:
+        return _SAID[REGISTERED[node.target].tokens]
+    return OPERATORS.get(node.target, _UNKNOWN)
 
 
 def carry(node: fx.Node, layouts: Layouts) -> Carried:
@@ -43,7 +57,7 @@ def carry(node: fx.Node, layouts: Layouts) -> Carried:
     Raises:
         MixesTokens: it mixes tokens, or is not known not to.
     """
-    result = OPERATORS.get(node.target, _UNKNOWN).carry(node, layouts)
+    result = _known(node).carry(node, layouts)
     return result if isinstance(result, Carried) else Carried(result)
 
 
@@ -59,5 +73,5 @@ def narrowed(
         layout: of its result for all tokens.
         chosen: the tokens.
     """
-    narrow = OPERATORS[node.target].narrow
+    narrow = _known(node).narrow
     return narrow(node, args, layout, chosen) if narrow else chosen.call(node.target, *args, **kwargs)

@@ -140,7 +140,9 @@ class TokenTable(Frozen):
     origin: Origin | None = None
 
 
-SiteName = Literal["self-attention", "cross-attention", "joint-attention", "mlp", "parallel", "block", "stack"]
+SiteName = Literal[
+    "self-attention", "cross-attention", "joint-attention", "mlp", "parallel", "unknown", "block", "stack"
+]  # fmt: skip
 
 
 class Rule(Frozen):
