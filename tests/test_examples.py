@@ -52,7 +52,13 @@ def test_every_script_is_run_here() -> None:
     assert sorted(path.name for path in FOLDER.glob("*.py")) == sorted(EXAMPLES)
 
 
-@pytest.mark.parametrize("name", EXAMPLES)
+NIGHTLY = ("train_demo_predictor.py", "train_demo_router.py")
+"""Minutes of training, of which tests/learn and tests/cli test the parts."""
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.nightly) if name in NIGHTLY else name for name in EXAMPLES]
+)
 def test_it_prints_and_writes_what_it_says(name: str, tmp_path: Path) -> None:
     example = EXAMPLES[name]
     done = subprocess.run(

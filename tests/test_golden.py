@@ -26,8 +26,8 @@ CASES = (
     "pixart_baseline",
     "pixart_toca_attention",
 )
-COMPILED = ("dit_duca_attention", "flux_toca_attention")
-"""Compiled always: chosen tokens, scores, skipped stacks and three streams. The other cases are compiled nightly."""
+COMPILED = ("dit_duca_attention",)
+"""Compiled always: chosen tokens, scores and skipped stacks. The other cases are compiled nightly."""
 
 
 @pytest.fixture(scope="module")

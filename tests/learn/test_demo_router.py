@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 import torch
 
 import dicompile
@@ -14,6 +15,7 @@ from dicompile.policies import LearningToCache, Router, load_router
 FILE = Path(dicompile.__file__).parent / "demo" / "assets" / "l2c_router.safetensors"
 
 
+@pytest.mark.nightly
 def test_it_beats_a_table_that_caches_as_many_sites_of_every_step() -> None:
     model, labels = load_model(), balanced_labels(4)
     router = load_router(FILE)
