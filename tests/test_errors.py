@@ -115,6 +115,17 @@ def refresh_of_attention() -> dicompile.Policy:
     return dicompile.Policy(name="mine", cadence=dicompile.Cadence(interval=2), rules=(rule,))
 
 
+class NoTime(nn.Module):
+    """Its noise level has a name and a place that tell nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor, level: torch.Tensor) -> torch.Tensor:
+        return x + self.linear(x) * level[:, None, None]
+
+
 CASES: list[tuple[type[errors.DicompileError], Callable[[], Any], str]] = [
     (
         errors.UnknownPolicy,
@@ -345,9 +356,24 @@ CASES: list[tuple[type[errors.DicompileError], Callable[[], Any], str]] = [
         errors.UnsupportedModel,
         lambda: dicompile.optimize(Pipeline(vae=nn.Linear(2, 2)), "fora"),
         "Pipeline has no denoiser\n"
-        "  where: dicompile\n"
-        "  why:   no component's forward takes one of timestep, timesteps, t, sigma, sigmas\n"
-        "  fix:   give the denoiser itself: optimize(model, policy, schedule=scheduler)",
+        "  where: components vae\n"
+        "  why:   none takes an argument that is called after a timestep, other than ControlNets and encoders\n"
+        '  fix:   optimize(pipe, policy, components=["its name"]), or give the denoiser itself and schedule=scheduler',
+    ),
+    (
+        errors.TimestepNotFound,
+        lambda: dicompile.optimize(NoTime(), "fora", schedule=4, mode="eager")(torch.randn(2, 8, 4), torch.ones(2)),
+        "which input of NoTime is the timestep cannot be told\n"
+        "  where: inputs x, level\n"
+        "  why:   none is called after time, and none alone goes into a sinusoidal embedding\n"
+        '  fix:   optimize(..., timestep="its name"), or timestep="none" where every call is a step',
+    ),
+    (
+        errors.InvalidSetting,
+        lambda: dicompile.optimize(plain_dit(), timestep="noise"),
+        "PlainDiT has no argument 'noise' that could be its timestep\n"
+        "  where: timestep='noise'\n"
+        "  fix:   its arguments are: x, t, y",
     ),
     (
         errors.InvalidSetting,

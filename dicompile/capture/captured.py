@@ -7,9 +7,7 @@ from dataclasses import dataclass
 from operator import itemgetter
 from typing import Any
 
-import torch
 from torch import Tensor, fx
-from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
 from torch.utils import _pytree as pytree
 
 from dicompile.capture.guards import PLAIN, Guards, is_same_value, meta_of
@@ -112,7 +110,7 @@ class Changes:
                 yield f"{self._path}.{key}", now.get(key)
 
     def put_back_equals(self) -> None:
-        """Put back the entries in whose place lies something equal (``self.tables = [t.to(device) for t in ...]``)."""
+        """Put back entries in whose place the same lies in another container (``self.f = [t.to() for t in f]``)."""
         now = _items(self._container)
         for key in self._before.keys() & now.keys():
             if now[key] is not self._before[key] and is_equal_to(now[key], self._before[key]):
@@ -129,7 +127,10 @@ class Changes:
 
 
 def is_equal_to(first: Any, second: Any) -> bool:
-    """True for containers of equal tensors, bit by bit and alike in everything else."""
+    """True for containers of the same tensors, or of others with the same memory, and alike in everything else.
+
+    Equal values would not do: what a forward keeps of its arguments is equal as long as these are.
+    """
     (ours, spec), (others, other_spec) = pytree.tree_flatten(first), pytree.tree_flatten(second)
     return spec == other_spec and all(map(_are_equal, ours, others))
 
@@ -137,10 +138,7 @@ def is_equal_to(first: Any, second: Any) -> bool:
 def _are_equal(first: Any, second: Any) -> bool:
     if not (isinstance(first, Tensor) and isinstance(second, Tensor)):
         return first is second or (isinstance(first, PLAIN) and is_same_value(first, second))
-    if first is second:
-        return True
-    with disable_proxy_modes_tracing():
-        return meta_of(first) == meta_of(second) and torch.equal(first, second)
+    return first is second or (meta_of(first) == meta_of(second) and first.data_ptr() == second.data_ptr() != 0)
 
 
 def _items(container: dict[Any, Any] | list[Any]) -> dict[Any, Any]:

@@ -34,6 +34,8 @@ _TORCH = str(File(torch.__file__).parent)
 _PYTHON = str(File(dis.__file__).parent)
 _OWN = str(File(__file__).parent.parent)
 _CACHED = functools._lru_cache_wrapper
+_ACCESS = frozenset({nn.Module.__getattr__.__code__, nn.Module.__setattr__.__code__, nn.Module.__delattr__.__code__})
+"""How modules find one attribute in their dictionaries."""
 _FINALIZERS = frozenset({weakref.finalize.__call__.__code__})
 _MOST = 4096
 """Entries of a container that are compared; a larger one is refused."""
@@ -42,14 +44,20 @@ _MOST = 4096
 class Reads:
     """Notes what is read below a module.
 
+    Args:
+        module: the module.
+        own: its parameters and buffers. One that the forward puts another in the place of before it reads that is no
+            input of it.
+
     Attributes:
         facts: everything that was read, as it was then.
         tensors: tensors that were read, by their paths.
         modules: paths of the modules that were read.
     """
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, own: Mapping[Path, Tensor]) -> None:
         self.tensors: dict[Path, Tensor] = {}
+        self._own = own
         self.modules: list[Path] = [Path()]
         self.facts: dict[Path, Fact] = {}
         self._module = module
@@ -74,7 +82,7 @@ class Reads:
         return [text for text, value in found if any(isinstance(leaf, Tensor) for leaf in tree_leaves(value))]
 
     def replaced(self) -> list[str]:
-        """Tensors that were read and are others now; one that is equal is put back (``self.f = self.f.to(device)``)."""
+        """Tensors that were read and are others now; one of the same memory is put back (``self.f = self.f.to()``)."""
         walk, replaced = Walk(self._module), []
         for path, tensor in self.tensors.items():
             now = walk.find(path)
@@ -126,7 +134,9 @@ class Reads:
         def look_up(obj: Any, name: str) -> Any:
             value = original(obj, name)
             if threading.get_ident() == self._thread and not self._is_busy:
-                self._note_attribute(obj, name, value)
+                is_torch = name == "__dict__" and sys._getframe(1).f_code in _ACCESS
+                if not is_torch:
+                    self._note_attribute(obj, name, value)
             return value
 
         cls.__getattribute__ = look_up  # type: ignore[method-assign,assignment]
@@ -214,7 +224,8 @@ class Reads:
         if path in self.facts or path in self.tensors:
             return
         if isinstance(value, Tensor):
-            self.tensors[path] = value
+            if self._own.get(path, value) is value:
+                self.tensors[path] = value
             return
         value = self._stands_for.get(id(value), value)
         if isinstance(value, types.FunctionType) and value.__code__.co_filename.startswith(_OWN):

@@ -56,7 +56,7 @@ def capture_by_running(module: nn.Module, arguments: Arguments) -> Captured:
     """
     own = module_tensors(module)
     copied = arguments.copied()
-    reads, reading = Reads(module), _Reading()
+    reads, reading = Reads(module, own), _Reading()
     returned: list[Any] = []
 
     def run(*_: Tensor) -> list[Tensor]:
@@ -71,6 +71,7 @@ def capture_by_running(module: nn.Module, arguments: Arguments) -> Captured:
         try:
             with fx.traceback.preserve_node_meta(), _module_paths(module):
                 graph = make_fx(run, tracing_mode="real", pre_dispatch=True)(*own.values(), *copied.tensors)
+            changed = [*reads.kept(), *reads.replaced()]
         except DicompileError:
             raise
         except Exception as error:
@@ -83,6 +84,8 @@ def capture_by_running(module: nn.Module, arguments: Arguments) -> Captured:
                 fix="move data-dependent Python out of its forward",
             ) from error
     drop_switches(graph.graph)
+    if changed:
+        raise Unsettled(changed)
     return _captured(module, arguments, copied, graph, own, reads, reading, returned[-1])
 
 
@@ -103,9 +106,8 @@ def _captured(
     paths = list(dict.fromkeys([*used, *reads.tensors]))
     guards = Guards.of(module, reads.facts, paths, reads.modules)
     pins = guards.pin(module)
-    changed = [*reads.kept(), *reads.replaced(), *([pins] if isinstance(pins, str) else [])]
-    if changed:
-        raise Unsettled(changed)
+    if isinstance(pins, str):
+        raise Unsettled([pins])
     values = [*(own.get(path, reads.tensors.get(path)) for path in paths), *copied.tensors]
     place = {id(value): i for i, value in reversed(list(enumerate(values)))}
     lifted = [*_lift_constants(graph), *_lift_read(graph, reading)]
@@ -175,13 +177,13 @@ def check_reads(captured: Captured, roles: Sequence[Role], model: str) -> None:
 
 @contextlib.contextmanager
 def _buffers_put_back(module: nn.Module) -> Iterator[None]:
-    """Put back what the run writes to buffers."""
-    buffers = list(module.buffers())
-    kept = [buffer.clone() for buffer in buffers]
+    """Put back what the run writes to buffers, and buffers in whose place it puts others."""
+    kept = [(child, name, b, b.clone()) for child in module.modules() for name, b in child.named_buffers(recurse=False)]
     try:
         yield
     finally:
-        for buffer, value in zip(buffers, kept, strict=True):
+        for child, name, buffer, value in kept:
+            child._buffers[name] = buffer
             if buffer.shape != value.shape or not torch.equal(buffer, value):
                 buffer.data = value
 

@@ -192,6 +192,25 @@ def test_what_a_forward_computes_and_keeps_is_refused(way: str) -> None:
 
 
 @pytest.mark.parametrize("way", WAYS)
+def test_a_buffer_that_a_forward_replaces_is_refused_if_it_was_read_before(way: str) -> None:
+    class Keeps(Model):
+        def __init__(self, way: str) -> None:
+            super().__init__(way)
+            self.register_buffer("last", torch.zeros(()))
+
+        def extra(self, x: Tensor) -> Tensor:
+            result = x + self.last
+            self.last = x.mean()
+            return result
+
+    module, inputs = Keeps(way), given()
+    before = module.last
+    with pytest.raises(CannotCapture, match="last"):
+        optimized(module)(**inputs)
+    assert way == "dynamo" or module.last is before
+
+
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("what", ["x", "buffer"])
 def test_a_write_is_refused_and_leaves_everything_as_it_was(what: str, way: str) -> None:
     class Writes(Model):
