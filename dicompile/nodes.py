@@ -81,3 +81,9 @@ def walk(
             if neighbour not in seen:
                 seen.add(neighbour)
                 queue.append(neighbour)
+
+
+def results_of(graph: fx.Graph) -> list[Any]:
+    """What a graph returns: nodes, and constants."""
+    returned: Any = graph.output_node().args[0]
+    return list(returned) if isinstance(returned, (list, tuple)) else [returned]

@@ -14,6 +14,7 @@ import torch
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from dicompile.nodes import results_of
 from dicompile.plan import Action, Context, Score, SiteStep, SlotKind, What
 from dicompile.text import graph_text
 
@@ -220,7 +221,7 @@ class Segment:
     @property
     def results(self) -> list[fx.Node]:
         """Nodes that leave the segment, aligned with `outputs`."""
-        return list(self.graph.output_node().args[0])
+        return results_of(self.graph)
 
     def copy(self, steps: Sequence[LocalStep]) -> Segment:
         """An independent copy that is to be rewritten for `steps`."""

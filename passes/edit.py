@@ -11,6 +11,7 @@ from torch import fx
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import DimDynamic, StatelessSymbolicContext
 
+from dicompile.nodes import results_of
 from dicompile.passes.base import InputRef, OutputRef, Segment
 
 aten = torch.ops.aten
@@ -130,6 +131,5 @@ class Editor:
 
     def output(self, reference: OutputRef, node: fx.Node) -> None:
         """Let `node` leave the segment as `reference`."""
-        end = self.graph.output_node()
-        end.args = ([*end.args[0], node],)
+        self.graph.output_node().args = ([*results_of(self.graph), node],)
         self.segment.outputs.append(reference)

@@ -17,6 +17,8 @@ from torch._dynamo import convert_frame
 from torch._dynamo.eval_frame import skip_code
 from torch._dynamo.utils import dynamo_timed, get_metrics_context
 
+from dicompile.nodes import results_of
+
 
 def tensor_check(tensors: Sequence[Tensor]) -> Callable[..., bool]:
     """A function that is true for tensors of the same types, shapes, strides, dtypes and devices as these.
@@ -80,7 +82,7 @@ def dynamo_capture(function: Callable[..., Any], args: tuple[Any, ...]) -> Dynam
         )
         return inputs, around(*args)
 
-    returned = backend.graph_module.graph.output_node().args[0]
+    returned = results_of(backend.graph_module.graph)
     decided = tuple(str(guard.expr) for guard in output.output_graph.shape_env.guards)
     return DynamoCapture(backend.graph_module, tuple(guards), decided, dict(output.import_sources), len(returned), run)
 

@@ -26,6 +26,7 @@ from torch._ops import HigherOrderOperator, OpOverload
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from dicompile.errors import CannotCapture
+from dicompile.nodes import results_of
 from dicompile.text import module_path, operator_text
 
 aten = torch.ops.aten
@@ -78,7 +79,8 @@ def _refused(node: fx.Node) -> CannotCapture:
 def _inline(graph_module: fx.GraphModule, call: fx.Node) -> None:
     """Put the graph that a region runs in the place of the call."""
     position = next(i for i, argument in enumerate(call.args) if _is_graph(graph_module, argument))
-    region = getattr(graph_module, call.args[position].target)  # type: ignore[union-attr]
+    held: Any = call.args[position]
+    region = getattr(graph_module, held.target)
     operands = [a for a in call.args[position + 1 :] if not isinstance(a, str) and a is not None]
     results = _copied(region, operands, call)
     for user in list(call.users):
@@ -110,9 +112,7 @@ def _copied(part: fx.GraphModule, operands: Sequence[Any], before: fx.Node) -> l
                 known[node] = before.graph.node_copy(node, known.__getitem__)
             if "nn_module_stack" in before.meta and not node.meta.get("nn_module_stack"):
                 known[node].meta["nn_module_stack"] = before.meta["nn_module_stack"]
-    returned = part.graph.output_node().args[0]
-    results = returned if isinstance(returned, (list, tuple)) else [returned]
-    return [known[result] if isinstance(result, fx.Node) else result for result in results]
+    return [known[result] if isinstance(result, fx.Node) else result for result in results_of(part.graph)]
 
 
 def write_out_composites(graph_module: fx.GraphModule) -> None:

@@ -13,7 +13,7 @@ from torch import fx, nn
 
 from dicompile.errors import InvalidSetting
 from dicompile.names import sounds_like_another, sounds_like_latent, sounds_like_time
-from dicompile.nodes import tensor_of, walk
+from dicompile.nodes import results_of, tensor_of, walk
 from dicompile.ops.kinds import CARRIERS, CONTRACTIONS, SINUSOIDS
 from dicompile.text import clean_path
 
@@ -189,8 +189,7 @@ def _named(name: str | None, inputs: Sequence[fx.Node], label: dict[fx.Node, str
 
 def _find_latent(graph: fx.Graph, arguments: Sequence[fx.Node], label: dict[fx.Node, str]) -> fx.Node | None:
     """The input that is called like a latent, and then the one that is shaped most like the output."""
-    results = graph.output_node().args[0]
-    shapes = [tuple(node.meta["val"].shape) for node in results if isinstance(node, fx.Node)]
+    shapes = [tuple(node.meta["val"].shape) for node in results_of(graph) if isinstance(node, fx.Node)]
     target = next((shape for shape in shapes if len(shape) >= 2), ())
 
     def likeness(node: fx.Node) -> tuple[bool, bool, int, bool]:

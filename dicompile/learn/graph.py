@@ -22,6 +22,7 @@ from dicompile.analysis import ModelStructure, Site, SiteKind, analyse
 from dicompile.capture import Arguments, Capture, Role, capture_by_dynamo, normalised, values_of
 from dicompile.config import DebugFolder, Settings
 from dicompile.errors import CannotCapture, NoSitesFound
+from dicompile.nodes import results_of
 from dicompile.passes import PASSES, InputRef, LocalStep, OutputRef, SlotRef, Value, Weights, outline_until, rewrite
 from dicompile.plan import SlotKind, What
 
@@ -236,8 +237,7 @@ def _rewritten(
 
 def _output(capture: Capture) -> str:
     """Name of the first tensor that the model returns."""
-    results: Sequence[object] = capture.graph.output_node().args[0]
-    return next(result.name for result in results if isinstance(result, fx.Node))
+    return next(result.name for result in results_of(capture.graph) if isinstance(result, fx.Node))
 
 
 def _last_add(structure: ModelStructure) -> str:

@@ -18,6 +18,7 @@ from dicompile.analysis import ModelStructure, Site, SiteId, SiteKind
 from dicompile.analysis.blocks import structure_key
 from dicompile.capture import Capture
 from dicompile.lower.variants import Variant, VariantCache
+from dicompile.nodes import results_of
 from dicompile.passes import (
     Chosen,
     LocalStep,
@@ -250,7 +251,7 @@ class ProgramBuilder:
         return result[::-1]
 
     def _results(self) -> list[Any]:
-        return list(self.capture.graph.output_node().args[0])
+        return results_of(self.capture.graph)
 
 
 class _Assembly:
