@@ -95,9 +95,8 @@ def sample_steps(policy: Policy, mode: str, dtype: torch.dtype) -> list[Step]:
     for timestep, latent in zip(schedule.timesteps, latents(dtype), strict=True):
         inputs |= {"hidden_states": latent, "timestep": timestep.expand(4)}
         output = optimized(**inputs)[0]
-        state = state_of(optimized)
-        (context,) = state.contexts.values()
-        steps.append(Step(output.clone(), dict(context.chosen)))
+        contexts = state_of(optimized).contexts.values()  # none where nothing is remembered
+        steps.append(Step(output.clone(), {site: chosen for c in contexts for site, chosen in c.chosen.items()}))
     return steps
 
 
