@@ -133,7 +133,7 @@ def _signature(
         geometry=Same((shapes, sites)),
         way=way,
         remembers=bool(options.policy.rules),
-        counts_calls=options.said.timestep == NO_TIMESTEP,
+        counts_calls=options.said.timestep == NO_TIMESTEP or not structure.sites,
     )
 
 

@@ -207,6 +207,8 @@ class ModelCalls:
         if is_given or self.options.said.timestep == NO_TIMESTEP or self.options.link.schedule.steps == 1:
             return
         names = [item.name for item in capture.inputs if item.role.is_given]
+        if all(item.role is Role.LATENT for item in capture.inputs if item.role.is_given):
+            return  # nothing that could be one: every call is a step
         raise TimestepNotFound(
             f"which input of {type(self.module).__name__} is the timestep cannot be told",
             where=f"inputs {', '.join(names)}",

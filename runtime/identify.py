@@ -121,7 +121,8 @@ def _step(
     time = None if signature.timestep is None else inputs[signature.timestep]
     step = find_step(state, link, time, call.name, call.latent, ahead)
     if signature.timestep is None:
-        if signature.remembers and not (owner.constant or owner.has_time or signature.counts_calls):
+        may_have_one = signature.remembers and signature.conditioning and not signature.counts_calls
+        if may_have_one and not (owner.constant or owner.has_time):
             log.warning("no input of this graph is known to be its timestep: every call counts as a step")
         owner.constant[signature] = step
     else:

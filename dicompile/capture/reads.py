@@ -58,6 +58,7 @@ class Reads:
     def __init__(self, module: nn.Module, own: Mapping[Path, Tensor]) -> None:
         self.tensors: dict[Path, Tensor] = {}
         self._own = own
+        self._looked_up: set[Path] = set()  # one by one; whoever lists all buffers does not compute with them
         self.modules: list[Path] = [Path()]
         self.facts: dict[Path, Fact] = {}
         self._module = module
@@ -84,8 +85,8 @@ class Reads:
     def replaced(self) -> list[str]:
         """Tensors that were read and are others now; one of the same memory is put back (``self.f = self.f.to()``)."""
         walk, replaced = Walk(self._module), []
-        for path, tensor in self.tensors.items():
-            now = walk.find(path)
+        for path in self._looked_up & self.tensors.keys():
+            tensor, now = self.tensors[path], walk.find(path)
             if now is not tensor and not (is_equal_to(now, tensor) and walk.put(path, tensor)):
                 replaced.append(str(path))
         return replaced
@@ -187,6 +188,7 @@ class Reads:
             self.facts[path] = Fact.of(path, lies_there)
             return
         self._note(path, value)
+        self._looked_up.add(path)
         if place is None and path in self.facts:  # it may be made at every look-up
             self.facts[path] = Fact.of(path, value)
 

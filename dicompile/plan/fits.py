@@ -237,6 +237,8 @@ def refreshed(structure: ModelStructure, policy: Policy) -> Sequence[tuple[Site,
 
 def unmatched_rules(structure: ModelStructure, policy: Policy) -> tuple[str, ...]:
     """Kinds of site that a rule is for, of every rule that is for no site of a model."""
+    if not structure.sites:
+        return ()
     unmatched = (rule for rule in policy.rules if not any(map(rule.names, structure.everything)))
     return tuple(", ".join(rule.sites) or "any" for rule in unmatched)
 
