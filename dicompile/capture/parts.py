@@ -62,7 +62,9 @@ def inline_regions(graph_module: fx.GraphModule) -> fx.GraphModule:
             if node.target.name() not in _REGIONS:
                 raise _refused(node)
             _inline(made, node)
-        made.graph.eliminate_dead_code(is_impure_node=lambda node: node.op in ("placeholder", "output"))
+        for node in made.graph.find_nodes(op="get_attr"):
+            if not node.users:
+                made.graph.erase_node(node)
         made.recompile()
 
 

@@ -188,7 +188,8 @@ class Reads:
             self.facts[path] = Fact.of(path, lies_there)
             return
         self._note(path, value)
-        self._looked_up.add(path)
+        if self._own.get(path, value) is value:
+            self._looked_up.add(path)
         if place is None and path in self.facts:  # it may be made at every look-up
             self.facts[path] = Fact.of(path, value)
 
