@@ -34,8 +34,14 @@ _TORCH = str(File(torch.__file__).parent)
 _PYTHON = str(File(dis.__file__).parent)
 _OWN = str(File(__file__).parent.parent)
 _CACHED = functools._lru_cache_wrapper
-_ACCESS = frozenset({nn.Module.__getattr__.__code__, nn.Module.__setattr__.__code__, nn.Module.__delattr__.__code__})
-"""How modules find one attribute in their dictionaries."""
+_ACCESS = frozenset(
+    method.__code__
+    for method in (
+        nn.Module.__getattr__, nn.Module.__setattr__, nn.Module.__delattr__, nn.Module.register_buffer,
+        nn.Module.register_parameter, nn.Module.add_module,
+    )
+)  # fmt: skip
+"""How modules find, and check, one attribute in their dictionaries."""
 _FINALIZERS = frozenset({weakref.finalize.__call__.__code__})
 _MOST = 4096
 """Entries of a container that are compared; a larger one is refused."""
@@ -134,10 +140,9 @@ class Reads:
 
         def look_up(obj: Any, name: str) -> Any:
             value = original(obj, name)
-            if threading.get_ident() == self._thread and not self._is_busy:
-                is_torch = name == "__dict__" and sys._getframe(1).f_code in _ACCESS
-                if not is_torch:
-                    self._note_attribute(obj, name, value)
+            is_ours = threading.get_ident() == self._thread and not self._is_busy
+            if is_ours and sys._getframe(1).f_code not in _ACCESS:
+                self._note_attribute(obj, name, value)
             return value
 
         cls.__getattribute__ = look_up  # type: ignore[method-assign,assignment]
@@ -147,7 +152,8 @@ class Reads:
         """``nn.Module.__getattr__``: where parameters, buffers and children are found."""
 
         def look_up(obj: Any, name: str) -> Any:
-            if threading.get_ident() != self._thread or self._is_busy:
+            is_other = threading.get_ident() != self._thread or self._is_busy
+            if is_other or sys._getframe(1).f_code in _ACCESS:
                 return original(obj, name)
             self._is_busy = True
             try:

@@ -78,8 +78,9 @@ def foreign_code() -> Iterator[None]:
     def work() -> None:
         double = torch.compile(lambda x: (x * 2).sin(), backend="eager", fullgraph=True)
         while not is_over.wait(0.01):
-            double(torch.randn(3 + DONE["foreign calls"] % 5))
-            DONE["foreign calls"] += 1
+            with contextlib.suppress(RuntimeError):  # torch's own check: another thread traces
+                double(torch.randn(3 + DONE["foreign calls"] % 5))
+                DONE["foreign calls"] += 1
 
     thread = threading.Thread(target=work)
     sys.setswitchinterval(SWITCH_INTERVAL)
@@ -204,7 +205,9 @@ class Machine(RuleBasedStateMachine):
     @rule(numbers=st.lists(st.integers(0, 99), min_size=1, max_size=3))
     def sample_in_threads(self, numbers: list[int]) -> None:
         """Whole runs in threads at once, some of them the same, while those of this thread wait."""
-        runs = [self._fixed(n) for n in numbers]
+        # What torch.compile made raises while another thread traces anything (torch's own check, per process).
+        fixed = [run for run in self.runs if not (SETUPS[run.model].live or SETUPS[run.model].bare)]
+        runs = [fixed[n % len(fixed)] for n in numbers]
         together = threading.Barrier(len(runs))
 
         def work(run: Run) -> list[str]:
