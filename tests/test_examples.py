@@ -52,7 +52,7 @@ def test_every_script_is_run_here() -> None:
     assert sorted(path.name for path in FOLDER.glob("*.py")) == sorted(EXAMPLES)
 
 
-NIGHTLY = ("train_demo_predictor.py", "train_demo_router.py")
+NIGHTLY = ("fit_demo_forecast.py", "train_demo_predictor.py", "train_demo_router.py")
 """Minutes of training, of which tests/learn and tests/cli test the parts."""
 
 

@@ -53,7 +53,15 @@ def one_thread() -> Iterator[None]:
 @pytest.mark.parametrize(
     ("case", "make_model"),
     [
-        *(pytest.param(case, make_eager, id=f"{case}-rewritten graphs") for case in CASES),
+        *(
+            pytest.param(
+                case,
+                make_eager,
+                id=f"{case}-rewritten graphs",
+                marks=[pytest.mark.nightly] if "baseline" in case else [],
+            )
+            for case in CASES
+        ),
         *(pytest.param(case, make, id=f"{case}-compiled") for case in COMPILED),
         *(
             pytest.param(case, make, id=f"{case}-compiled", marks=pytest.mark.nightly)
