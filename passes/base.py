@@ -223,6 +223,12 @@ class Segment:
         """Nodes that leave the segment, aligned with `outputs`."""
         return results_of(self.graph)
 
+    def redirect(self, old: fx.Node, new: fx.Node, users: Sequence[fx.Node]) -> None:
+        """Let users of a value, and the sites that begin with it, take another one."""
+        for user in users:
+            user.replace_input_with(old, new)
+        self.sites = tuple(replace(site, stream=new) if site.stream is old else site for site in self.sites)
+
     def copy(self, steps: Sequence[LocalStep]) -> Segment:
         """An independent copy that is to be rewritten for `steps`."""
         graph = fx.Graph()

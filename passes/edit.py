@@ -12,6 +12,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import DimDynamic, StatelessSymbolicContext
 
 from dicompile.nodes import results_of
+from dicompile.ops.kinds import RESHAPES
 from dicompile.passes.base import InputRef, OutputRef, Segment
 
 aten = torch.ops.aten
@@ -122,12 +123,19 @@ class Editor:
         return self.call(aten.permute.default, copied, [order.index(axis) for axis in range(len(order))])
 
     def propagate(self) -> None:
-        """Compute the values of all nodes anew: an edit upstream may have changed their layouts."""
+        """Compute the values of all nodes anew: an edit upstream may have changed their layouts.
+
+        A view of a value that lies otherwise in memory now may be none any more, so it becomes a reshape.
+        """
+        before = {node: node.meta["val"] for node in self.graph.nodes if node.op != "output"}
         with torch.no_grad(), self.segment.fake_mode:
             for node in self.graph.nodes:
-                if node.op == "call_function":
-                    args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda parent: parent.meta["val"])
-                    node.meta["val"] = node.target(*args, **kwargs)
+                if node.op != "call_function":
+                    continue
+                if node.target in RESHAPES and before[node.args[0]].stride() != node.args[0].meta["val"].stride():
+                    node.target = aten.reshape.default
+                args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda parent: parent.meta["val"])
+                node.meta["val"] = node.target(*args, **kwargs)
 
     def output(self, reference: OutputRef, node: fx.Node) -> None:
         """Let `node` leave the segment as `reference`."""

@@ -53,7 +53,6 @@ def _open(segment: Segment, position: int, step: LocalStep) -> None:
         update = editor.call(aten.sub.Tensor, end, span.stream)
         after = editor.call(aten.add.Tensor, span.stream, update) if step.weights != (1.0,) else end
     if after is not end:
-        for user in users:
-            user.replace_input_with(end, after)
+        segment.redirect(end, after, users)
     opened = replace(span, core=update, update=update, add=after)
     segment.sites = tuple(opened if i == position else site for i, site in enumerate(segment.sites))

@@ -67,8 +67,7 @@ def _combine(segment: Segment, position: int, step: LocalStep) -> None:
             result = own if stored is None else editor.call(aten.add.Tensor, own, stored)
         assert result is not None
         result = result if step.weights[0] else editor.in_layout_of(fresh, result)
-    for user in users:
-        user.replace_input_with(fresh, result)
+    segment.redirect(fresh, result, users)
 
 
 def recalled(editor: Editor, position: int, step: LocalStep, like: fx.Node) -> fx.Node | None:

@@ -91,7 +91,9 @@ def _at_hand(site: Site, *, elsewhere: bool) -> Site:
 
 
 def own_keys(flow: Dataflow, branch: Branch, streams: int) -> tuple[int, int]:
-    """First of the attention's keys that belong to the branch's own stream, and their number; (0, 0) if none do.
+    """First of the attention's keys that belong to the branch's own tokens, and their number; (0, 0) if none do.
+
+    None do, either, where the attention is over some of the samples, or where its own tokens are not all among the keys.
 
     Args:
         flow: of the graph.
@@ -100,11 +102,12 @@ def own_keys(flow: Dataflow, branch: Branch, streams: int) -> tuple[int, int]:
     """
     if len(branch.attention) != 1 or branch.kind in (SiteKind.MLP, SiteKind.CROSS_ATTENTION):
         return 0, 0
-    node = node_argument(branch.attention[0], 1)
+    attended, node = branch.attention[0].meta["val"], node_argument(branch.attention[0], 1)
     value, stream = node.meta["val"], branch.source.meta["val"]
     total = int(value.shape[-2])
+    samples, tokens = (1, stream.shape[0]) if stream.ndim == 2 else (stream.shape[0], math.prod(stream.shape[1:-1]))
     # Attention along one axis of a film folds the other into the batch.
-    if value.shape[0] * total == math.prod(stream.shape[:-1]):
+    if attended.shape[-2] == total and value.shape[0] * total == samples * tokens:
         return 0, total
     own = flow.bits([branch.source])
     while node.target is not aten.cat.default or total not in node.meta["val"].shape:
@@ -118,6 +121,6 @@ def own_keys(flow: Dataflow, branch: Branch, streams: int) -> tuple[int, int]:
     for part in parts:
         size = int(part.meta["val"].shape[dim])
         if nearest_streams(flow, part, streams) & own:
-            return first, size
+            return (first, size) if (value.shape[0], size) == (samples, tokens) else (0, 0)
         first += size
     return 0, 0

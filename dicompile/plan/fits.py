@@ -268,8 +268,9 @@ def score_source(structure: ModelStructure, site: Site, base: ScoreBase) -> Site
     if not base.needs_attention or site.kind.is_span:
         return None
     wanted = (SiteKind.CROSS_ATTENTION,) if base is ScoreBase.ENTROPY else OVER_OWN_TOKENS
-    block = structure.blocks[site.block]
-    return next((s for s in structure.sites_of(block) if s.kind in wanted and s.stream == site.stream), None)
+    in_block = structure.sites_of(structure.blocks[site.block])
+    rows = site.stream, site.shape[:-1]
+    return next((s for s in in_block if s.kind in wanted and (s.stream, s.shape[:-1]) == rows), None)
 
 
 def first_span(structure: ModelStructure) -> Site:
@@ -376,7 +377,7 @@ def _check_source(policy: Policy, structure: ModelStructure, site: Site, base: S
         raise PolicyDoesNotFit(
             f"policy {policy.name!r} ranks tokens by {base.value}, but the attention is not over the same tokens",
             where=_where(site),
-            why=source.tokens.reason,
+            why=f"{source.name} attends with {_rows(source.attention_shape)}, the stream has {_rows(source.shape)}",
             fix="choose another score, for example score='random'",
         )
 
@@ -452,6 +453,11 @@ def _largest(structure: ModelStructure, plan: Plan) -> str:
     )
     largest = sorted(alike.items(), key=lambda item: (-item[1] * item[0][2], item[0]))[:3]
     return ", ".join(f"{count} x {kind} of {site} ({size_text(size)} each)" for (site, kind, size), count in largest)
+
+
+def _rows(shape: Sequence[int]) -> str:
+    """Samples and tokens of a value, [b, ..., n, d]."""
+    return f"{shape[0]} x {shape[-2]} tokens" if len(shape) > 2 else f"{shape[0]} tokens"
 
 
 def _where(site: Site) -> str:

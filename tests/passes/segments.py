@@ -194,15 +194,16 @@ class Cut:
         return values[wanted]
 
 
-def cut(sample: Sample, block: int = 0, *, with_span: bool = False) -> Cut:
-    """Outline one block of a sample's model; with the span of the whole block as its last site."""
+def cut(sample: Sample, block: int = 0, *, count: int = 1, with_span: bool = False) -> Cut:
+    """Outline blocks of a sample's model as one segment; with the spans of whole blocks as its last sites."""
     captured = capture(sample)
     structure = analyse(captured)
     nodes = {node.name: node for node in captured.graph.nodes}
-    found = structure.blocks[block]
-    spans = tuple(span for span in structure.spans if span.kind is SiteKind.BLOCK and span.block == found.id)
-    sites = structure.sites_of(found) + (spans if with_span else ())
-    made = outline(captured, structure, [nodes[name] for name in found.nodes], sites)
+    found = structure.blocks[block : block + count]
+    numbers = [block.id for block in found]
+    spans = tuple(span for span in structure.spans if span.kind is SiteKind.BLOCK and span.block in numbers)
+    sites = tuple(site for block in found for site in structure.sites_of(block)) + (spans if with_span else ())
+    made = outline(captured, structure, [nodes[name] for block in found for name in block.nodes], sites)
     given = {**dict(sample.model.named_parameters()), **dict(sample.model.named_buffers()), **sample.inputs}
     inputs = [node for node in captured.graph.nodes if node.op == "placeholder"]
     values = {node: given[item.name] for node, item in zip(inputs, captured.inputs, strict=True)}

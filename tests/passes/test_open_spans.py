@@ -81,6 +81,16 @@ def test_what_was_stored_gives_back_what_was_computed(block: Cut) -> None:
     torch.testing.assert_close(results[Value(0)], block.output(), rtol=FLOAT32, atol=FLOAT32)
 
 
+def test_of_two_blocks_in_one_segment_the_second_adds_to_what_the_first_gave() -> None:
+    two = cut(chain(Both(), Both()), count=2, with_span=True)
+    segment = rewritten(two.segment, [SKIP] * 4 + [REUSED] * 2, OpenSpans(), ReuseSites(), DropDead())
+    stream = two.arguments[Value(0)]
+    first, second = torch.randn_like(stream), torch.randn_like(stream)
+    stored = {SlotRef(4, SlotKind.VALUE): first, SlotRef(5, SlotKind.VALUE): second}
+    results = run_segment(segment, {Value(0): stream, **stored})
+    assert torch.equal(results[Value(0)], stream + first + second)
+
+
 def test_a_reused_stream_needs_no_update(block: Cut) -> None:
     step = LocalStep(weights=(0.0, 1.0), what=What.STREAM)
     segment, (opened, *_) = reported(block.segment, [SKIP, SKIP, step], OpenSpans(), ReuseSites(), DropDead())
