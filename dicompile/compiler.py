@@ -16,10 +16,12 @@ import torch
 from torch import Tensor
 
 from dicompile.analysis import ModelStructure, analyse
-from dicompile.capture import NO_TIMESTEP, NOTHING_SAID, Capture, Role, Said
+from dicompile.capture import CAPTURES, MOST_CAPTURES, NO_TIMESTEP, NOTHING_SAID, Capture, Role, Said
 from dicompile.config import DebugFolder, Settings
 from dicompile.errors import CallOutsideSchedule
 from dicompile.lower import (
+    VARIANTS,
+    Pieces,
     ProgramBuilder,
     VariantCache,
     network_predictor,
@@ -98,9 +100,10 @@ def compile_capture(capture: Capture, arguments: Sequence[Any], options: Options
     if options.mode != "eager":
         check_can_compile(options.cache, [value.device for value in arguments if isinstance(value, Tensor)])
     options.debug.write("captured", capture)
-    structure = analyse(capture)
+    pieces = pieces_of(capture)
+    structure = pieces.structure
     options.debug.write("structure", structure)
-    programs = Programs(capture, structure, options)
+    programs = Programs(pieces, options)
     if options.cache.max_bytes is not None:
         programs.plan(options.link.schedule)  # refuses before anything is compiled, a predictor included
     executor = Executor(
@@ -113,6 +116,23 @@ def compile_capture(capture: Capture, arguments: Sequence[Any], options: Options
         check=options.settings.check,
     )
     return CompiledFrame(structure, programs, executor)
+
+
+@functools.lru_cache(maxsize=MOST_CAPTURES)
+def pieces_of(capture: Capture) -> Pieces:
+    """What is known of a captured model whatever the policy: its structure, and the pieces that steps cut it into."""
+    return Pieces(capture, analyse(capture))
+
+
+def reset() -> None:
+    """Forget everything that models share in this process: captures, and compiled code that no model uses.
+
+    Models that are optimized already keep theirs.
+    """
+    with ONE_AT_A_TIME:
+        CAPTURES.clear()
+        VARIANTS.clear()
+        pieces_of.cache_clear()
 
 
 def _signature(
@@ -180,10 +200,11 @@ class CompiledFrame:
 class Programs:
     """Plans and steps of one captured model, by schedule; made on demand, and the latest ones kept."""
 
-    def __init__(self, capture: Capture, structure: ModelStructure, options: Options) -> None:
-        self.structure, self.policy, self.cache, self.debug = structure, options.policy, options.cache, options.debug
+    def __init__(self, pieces: Pieces, options: Options) -> None:
+        self.structure, self.policy = pieces.structure, options.policy
+        self.cache, self.debug = options.cache, options.debug
         self.variants = VariantCache(options.mode, options.settings, options.debug)
-        self._builder = ProgramBuilder(capture, structure, self.variants, options.cache.torch_dtype)
+        self._builder = ProgramBuilder(pieces, self.variants, options.cache.torch_dtype)
         self._plans: dict[TimestepSchedule, tuple[Plan, dict[int, Step]]] = {}
 
     def plan(self, schedule: TimestepSchedule) -> Plan:

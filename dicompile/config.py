@@ -65,6 +65,11 @@ class DebugFolder:
     def __init__(self, folder: Path | None) -> None:
         self.folder = folder
 
+    @property
+    def is_open(self) -> bool:
+        """True if stages are written to a folder, so that every one has to be made."""
+        return self.folder is not None
+
     def write(self, name: str, content: object) -> None:
         """Write the text of `content` as the next file, ``NNN-name.txt``, and as artifact ``dicompile-name``.
 

@@ -10,17 +10,17 @@ import inspect
 import itertools
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from dicompile.capture import (
+    CAPTURES,
     NO_TIMESTEP,
     Arguments,
     Capture,
-    Captured,
+    Known,
     Pins,
     Role,
     Said,
@@ -49,19 +49,19 @@ class Frame:
     """Compiled code for calls like one, and what it depends on.
 
     Attributes:
-        captured: the graph, and what it depends on.
+        known: the graph, and what it depends on.
         compiled: what runs.
         pins: what its guards found.
         used: number of the last call that it served.
     """
 
-    captured: Captured
+    known: Known
     compiled: CompiledFrame
     pins: Pins
     used: int = 0
-    read: dict[int, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        self.captured = self.known.captured
         self._pick = self.captured.picker()
 
     def inputs_if_valid(
@@ -72,7 +72,7 @@ class Frame:
             return None
         tensors = [*own, *arguments.tensors, *self.captured.constants]
         inputs = self._pick(tensors)
-        if self.read and not all(_is_equal(value, inputs[i]) for i, value in self.read.items()):
+        if self.known.read and not self.known.was_read(inputs):
             return None
         return tensors, inputs
 
@@ -147,26 +147,36 @@ class ModelCalls:
     def _capture(self, key: tuple[object, ...], arguments: Arguments) -> tuple[Frame, Sequence[Tensor], Sequence[Any]]:
         check_weights_are_whole(self.module)
         try:
-            captured, capture = capture_functional(
-                self.module, arguments, self.options.said, by_running=self._by_running
-            )
-            pins = captured.guards.pin(self.module)
-            assert isinstance(pins, Pins), pins
-            tensors = [*pins.tensors, *arguments.tensors, *captured.constants]
-            inputs = captured.pick(tensors)
-            way = Same((arguments.key, str(captured.guards)))
-            self._require_timestep(capture, arguments)
-            compiled = compile_capture(capture, inputs, self.options, way)
+            known, pins = self._known(key, arguments)
+            tensors = known.tensors(pins, arguments)
+            inputs = known.captured.pick(tensors)
+            way = Same((arguments.key, str(known.captured.guards)))
+            self._require_timestep(known.capture, arguments)
+            compiled = compile_capture(known.capture, inputs, self.options, way)
         except CannotCapture:
             if not arguments.numbers:
                 raise
             return self._capture_number(arguments)
         self._require_sites(compiled)
-        self._by_running = self._by_running or captured.is_run
-        read = {i: inputs[i].clone() for i in captured.reads}
-        frame = Frame(captured, compiled, pins, next(_CALLS), read)
+        self._by_running = self._by_running or known.captured.is_run
+        frame = Frame(known, compiled, pins, next(_CALLS))
         self._keep(key, frame)
         return frame, tensors, inputs
+
+    def _known(self, key: tuple[object, ...], arguments: Arguments) -> tuple[Known, Pins]:
+        """The capture for a call, one that another model or policy has led to or a new one; what its guards found."""
+        key = (type(self.module), self.options.said.timestep, self.options.said.latent, *key)
+        found = CAPTURES.find(key, self.module, arguments)
+        if found is not None:
+            return found
+        captured, capture = capture_functional(self.module, arguments, self.options.said, by_running=self._by_running)
+        pins = captured.guards.pin(self.module)
+        assert isinstance(pins, Pins), pins
+        known = Known(captured, capture)
+        inputs = captured.pick(known.tensors(pins, arguments))
+        known = replace(known, read={i: inputs[i].clone() for i in captured.reads})
+        CAPTURES.keep(key, known)
+        return known, pins
 
     def _capture_number(self, arguments: Arguments) -> tuple[Frame, Sequence[Tensor], Sequence[Any]]:
         """The code for one value of a timestep that is a number which Python decides on."""
@@ -236,7 +246,3 @@ def _names_of_time(module: nn.Module, said: Said) -> tuple[str, ...]:
     if said.timestep is not None:
         return () if said.timestep == NO_TIMESTEP else (said.timestep,)
     return tuple(name for name in inspect.signature(module.forward).parameters if sounds_like_time(name))
-
-
-def _is_equal(first: Tensor, second: Tensor) -> bool:
-    return first.shape == second.shape and first.device == second.device and torch.equal(first, second)

@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 import torch
 
+import dicompile
+
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 SPREAD = {
     "tests/passes/test_refresh_zoo.py",
@@ -19,6 +21,8 @@ SPREAD = {
     "tests/test_golden.py",
 }
 """Modules of long tests that share nothing: whichever worker is free takes the next one, after all other modules."""
+
+SHARING = {*SPREAD, "tests/fuzz/test_fuzz.py"} - {"tests/test_examples.py"}
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -60,6 +64,17 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 @pytest.fixture(autouse=True)
 def seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_shared(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Tests share no captures and no compiled code, but for long ones that count neither."""
+    if request.path.relative_to(request.config.rootpath).as_posix() in SHARING:
+        yield
+        return
+    dicompile.reset()
+    yield
+    dicompile.reset()
 
 
 @pytest.fixture(autouse=True)

@@ -93,7 +93,7 @@ def _at_hand(site: Site, *, elsewhere: bool) -> Site:
 def own_keys(flow: Dataflow, branch: Branch, streams: int) -> tuple[int, int]:
     """First of the attention's keys that belong to the branch's own tokens, and their number; (0, 0) if none do.
 
-    None do, either, where the attention is over some of the samples, or where its own tokens are not all among the keys.
+    None do, either, where the attention is over some of the samples, or its own tokens are not all among the keys.
 
     Args:
         flow: of the graph.

@@ -9,8 +9,11 @@ from dicompile.capture.guards import Guards, Pins
 from dicompile.capture.normalise import Capture, capture_graph, read_inputs
 from dicompile.capture.numbers import open_numbers
 from dicompile.capture.roles import NO_TIMESTEP, NOTHING_SAID, Input, Role, Said, check_names, input_names
+from dicompile.capture.shared import CAPTURES, MOST_CAPTURES, Known
 
 __all__ = [
+    "CAPTURES",
+    "MOST_CAPTURES",
     "NOTHING_SAID",
     "NO_TIMESTEP",
     "Arguments",
@@ -18,6 +21,7 @@ __all__ = [
     "Captured",
     "Guards",
     "Input",
+    "Known",
     "Pins",
     "Role",
     "Said",

@@ -81,7 +81,7 @@ class Arguments:
 
     def names(self, module: nn.Module) -> list[str]:
         """Dotted name of each tensor (``added_cond_kwargs.resolution``), by the forward's own argument names."""
-        parameters = list(inspect.signature(module.forward).parameters)
+        parameters = list(inspect.signature(module.forward).parameters.values())
         paths, _ = pytree.tree_flatten_with_path(_opened((self.args, dict(self.kwargs))))
         found = {id(leaf): _dotted(path, parameters) for path, leaf in reversed(paths) if isinstance(leaf, Tensor)}
         return [*(found[id(tensor)] for tensor in self.given), *self.numbers]
@@ -247,8 +247,16 @@ def _opened(value: Any, depth: int = 0) -> Any:
     return pytree.tree_map(opened, value)
 
 
-def _dotted(path: Sequence[Any], parameters: Sequence[str]) -> str:
+def _dotted(path: Sequence[Any], parameters: Sequence[inspect.Parameter]) -> str:
     """Name of a leaf of ``(args, kwargs)``."""
     first, *inner = path[1:]
-    head = parameters[first.idx] if hasattr(first, "idx") else str(first.key)
+    head = _name_at(first.idx, parameters) if hasattr(first, "idx") else str(first.key)
     return ".".join([head, *(str(getattr(part, "key", getattr(part, "idx", part))) for part in inner)])
+
+
+def _name_at(position: int, parameters: Sequence[inspect.Parameter]) -> str:
+    """Name of a positional argument; ``args.0`` where the forward takes any number of them."""
+    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    named = [parameter.name for parameter in parameters if parameter.kind in positional]
+    rest = [parameter.name for parameter in parameters if parameter.kind is inspect.Parameter.VAR_POSITIONAL]
+    return named[position] if position < len(named) else f"{rest[0]}.{position - len(named)}"

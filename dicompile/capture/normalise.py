@@ -28,9 +28,9 @@ from dicompile.text import graph_text, module_path, operator_text
 aten = torch.ops.aten
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Capture:
-    """One captured graph.
+    """One captured graph, equal to itself alone.
 
     Attributes:
         graph_module: functional ATen; every parameter and buffer is a placeholder; values in ``meta["val"]``.

@@ -1,16 +1,20 @@
 """Lower: rewritten segments -> compiled functions, deduplicated, and programs that call them in order."""
 
 from dicompile.lower.inductor import MODES, check_mode, compile_plainly, compile_segment
+from dicompile.lower.pieces import Piece, Pieces
 from dicompile.lower.predictor import network_predictor, table_predictor
 from dicompile.lower.program import Call, Constant, IntRef, NoiseRead, Program, ProgramBuilder
-from dicompile.lower.variants import Variant, VariantCache
+from dicompile.lower.variants import VARIANTS, Variant, VariantCache
 
 __all__ = [
     "MODES",
+    "VARIANTS",
     "Call",
     "Constant",
     "IntRef",
     "NoiseRead",
+    "Piece",
+    "Pieces",
     "Program",
     "ProgramBuilder",
     "Variant",

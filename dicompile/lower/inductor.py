@@ -40,6 +40,16 @@ def compile_plainly(graph: fx.GraphModule, arguments: Sequence[Any], mode: str) 
     return function
 
 
+def settings_of_inductor() -> tuple[object, ...]:
+    """Everything besides a graph that decides what Inductor makes of it."""
+    return (
+        torch._inductor.config.get_hash(),
+        torch.get_float32_matmul_precision(),
+        torch.are_deterministic_algorithms_enabled(),
+        torch.get_num_threads(),
+    )
+
+
 def compile_segment(segment: Segment, mode: str) -> Compiled:
     """Compile a rewritten segment.
 

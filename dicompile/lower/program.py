@@ -14,27 +14,23 @@ from typing import Any
 import torch
 from torch import fx
 
-from dicompile.analysis import ModelStructure, Site, SiteId, SiteKind
-from dicompile.analysis.blocks import structure_key
+from dicompile.analysis import SiteId
 from dicompile.capture import Capture
+from dicompile.lower.pieces import Piece, Pieces
 from dicompile.lower.variants import Variant, VariantCache
 from dicompile.nodes import results_of
 from dicompile.passes import (
     Chosen,
     LocalStep,
     Noise,
-    Outline,
     Predicted,
     ReuseClock,
     SlotRef,
     TokenCount,
     Value,
     Weights,
-    outline,
 )
-from dicompile.plan import SiteStep, Slot, SlotKind, StepPlan, attention_owner
-
-LONGEST_RUN = 8
+from dicompile.plan import Slot, SlotKind, StepPlan, attention_owner
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,38 +138,23 @@ class Program:
         return "\n".join([*loads, *calls, *stores, f"return {self.results}"])
 
 
-@dataclass(frozen=True)
-class _Piece:
-    """A segment of the unmodified model, with the key under which it shares variants."""
-
-    name: str
-    key: object
-    outline: Outline
-    sites: tuple[Site, ...]
-
-
 class ProgramBuilder:
     """Builds programs for one captured model.
 
     Args:
-        capture: the model.
-        structure: its structure.
+        pieces: of the model.
         variants: where compiled segments come from.
         cache_dtype: dtype that values are stored in where they are wider, or None.
     """
 
     def __init__(
         self,
-        capture: Capture,
-        structure: ModelStructure,
+        pieces: Pieces,
         variants: VariantCache,
         cache_dtype: torch.dtype | None = None,
     ) -> None:
-        self.capture, self.structure, self.variants, self.cache_dtype = capture, structure, variants, cache_dtype
-        self._nodes = {node.name: node for node in capture.graph.nodes}
-        self._order = {node: i for i, node in enumerate(capture.graph.nodes)}
-        self._pieces: dict[object, _Piece] = {}
-        self._segments: dict[object, Outline] = {}
+        self.pieces, self.variants, self.cache_dtype = pieces, variants, cache_dtype
+        self.capture, self.structure = pieces.capture, pieces.structure
         self._programs: dict[object, Program] = {}
 
     def program(self, step: StepPlan) -> Program:
@@ -183,57 +164,14 @@ class ProgramBuilder:
         return self._programs[step.signature]
 
     def _build(self, step: StepPlan) -> Program:
-        pieces = self._cut(step)
+        pieces = self.pieces.of_step(step)
         chosen = self._choose_variants(step, pieces)
         assembly = _Assembly(self.capture, step)
         for piece, variant in chosen:
             assembly.add(piece, variant)
         return assembly.finish(self._results())
 
-    def _cut(self, step: StepPlan) -> list[_Piece]:
-        structure = self.structure
-        active = [span for span in structure.spans if not _is_idle(step.sites[span.id])]
-        runs: list[list[int]] = []
-        open_run = False
-        for block in structure.blocks:
-            spans = [span.id for span in active if span.kind is SiteKind.BLOCK and span.block == block.id]
-            reuses = not any(step.sites[i].action.computes for i in (*block.sites, *spans))
-            if reuses and open_run and len(runs[-1]) < LONGEST_RUN:
-                runs[-1].append(int(block.id))
-            else:
-                runs.append([int(block.id)])
-            open_run = reuses
-        pieces = [self._piece("prologue", structure.prologue, ())]
-        for run in runs:
-            blocks = [structure.blocks[i] for i in run]
-            name = f"block{run[0]}" if len(run) == 1 else f"blocks{run[0]}-{run[-1]}"
-            sites = tuple(site for block in blocks for site in structure.sites_of(block))
-            sites += tuple(span for span in active if span.block in run)
-            pieces.append(self._piece(name, tuple(node for block in blocks for node in block.nodes), sites))
-        pieces.append(self._piece("epilogue", structure.epilogue, ()))
-        return [piece for piece in pieces if piece.outline.outputs]
-
-    def _piece(self, name: str, nodes: tuple[str, ...], sites: tuple[Site, ...]) -> _Piece:
-        cut = (nodes, tuple(site.id for site in sites))
-        if cut not in self._pieces:
-            members = sorted((self._nodes[n] for n in nodes), key=self._order.__getitem__)
-            made = outline(self.capture, self.structure, members, sites)
-            number = {node.name: i for i, node in enumerate(members)}
-            entry = {name: ~i for i, name in enumerate(made.inputs)}
-            key = (
-                structure_key(members),
-                tuple(number[name] for name in made.outputs),
-                tuple(
-                    (site.kind, entry.get(site.source, 0), number[site.core], number[site.update], number[site.add])
-                    for site in sites
-                ),
-            )
-            shared = self._segments.setdefault(key, made)
-            made = Outline(shared.segment, made.inputs, made.outputs)
-            self._pieces[cut] = _Piece(name, key, made, sites)
-        return self._pieces[cut]
-
-    def _choose_variants(self, step: StepPlan, pieces: Sequence[_Piece]) -> list[tuple[_Piece, Variant]]:
+    def _choose_variants(self, step: StepPlan, pieces: Sequence[Piece]) -> list[tuple[Piece, Variant]]:
         """Walk backwards with the values that are still needed, so that every variant computes no more than that."""
         needed = {node.name for node in self._results() if isinstance(node, fx.Node)}
         result = []
@@ -273,7 +211,7 @@ class _Assembly:
         self.calls: list[Call] = []
         self.memory: dict[int, object] = {i: ("input", i) for i in range(self.inputs)}
 
-    def add(self, piece: _Piece, variant: Variant) -> None:
+    def add(self, piece: Piece, variant: Variant) -> None:
         inputs = tuple(self._input(piece, variant, i) for i in range(len(variant.inputs)))
         outputs = tuple(self._output(piece, ref) for ref in variant.outputs)
         call = len(self.calls)
@@ -306,7 +244,7 @@ class _Assembly:
         self.count += 1
         return self.count - 1
 
-    def _input(self, piece: _Piece, variant: Variant, index: int) -> int:
+    def _input(self, piece: Piece, variant: Variant, index: int) -> int:
         ref = variant.inputs[index]
         if isinstance(ref, Value):
             return self.values[piece.outline.inputs[ref.index]]
@@ -332,7 +270,7 @@ class _Assembly:
             self.reads.append((slot, self.slots[slot]))
         return self.slots[slot]
 
-    def _output(self, piece: _Piece, ref: object) -> int:
+    def _output(self, piece: Piece, ref: object) -> int:
         register = self._new()
         if isinstance(ref, Value):
             self.values[piece.outline.outputs[ref.index]] = register
@@ -344,11 +282,6 @@ class _Assembly:
         elif isinstance(ref, Chosen):
             self.chosen.append((piece.sites[ref.position].id, register))
         return register
-
-
-def _is_idle(step: SiteStep) -> bool:
-    """True for a span of which nothing is reused or stored: its sites say it all."""
-    return (step.action.is_full or step.action.is_skip) and not step.writes
 
 
 def _with_frees(calls: Sequence[Call], kept: set[int]) -> tuple[Call, ...]:

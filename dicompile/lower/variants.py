@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Hashable
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import fx
 
 from dicompile.config import DebugFolder, Settings
-from dicompile.lower.inductor import Compiled, compile_segment
+from dicompile.latest import Latest
+from dicompile.lower.inductor import Compiled, compile_segment, settings_of_inductor
+from dicompile.ops.registry import registered
 from dicompile.passes import PASSES, InputRef, LocalStep, OutputRef, PassRun, Segment, rewrite
 
 
@@ -37,10 +40,11 @@ class Variant:
 
 
 class VariantCache:
-    """Rewrites and compiles a segment the first time it is asked for.
+    """Rewrites and compiles a segment the first time that anybody in the process asks for it.
 
     The key is the segment's structure, what its sites do, and which values must leave it. Names, parameters, token
-    counts and step numbers are not part of it, so that the number of compilations does not grow with depth or steps.
+    counts and step numbers are not part of it, so that the number of compilations does not grow with depth or steps,
+    and models, policies and front ends share what they have in common. What writes text for debugging shares nothing.
     """
 
     def __init__(self, mode: str, settings: Settings, debug: DebugFolder) -> None:
@@ -48,13 +52,21 @@ class VariantCache:
         self._variants: dict[object, Variant] = {}
 
     def get(
-        self, key: object, name: str, segment: Segment, steps: tuple[LocalStep, ...], live: frozenset[int]
+        self, key: Hashable, name: str, segment: Segment, steps: tuple[LocalStep, ...], live: frozenset[int]
     ) -> Variant:
         """The variant of `segment`; `key` stands for its structure."""
         full_key = (key, steps, live)
         if full_key not in self._variants:
-            self._variants[full_key] = self._make(f"{name}-{_spelled(steps)}", segment, steps, live)
+            self._variants[full_key] = self._shared(full_key, f"{name}-{_spelled(steps)}", segment, steps, live)
         return self._variants[full_key]
+
+    def _shared(
+        self, key: Hashable, name: str, segment: Segment, steps: tuple[LocalStep, ...], live: frozenset[int]
+    ) -> Variant:
+        if self.debug.is_open:
+            return self._make(name, segment, steps, live)
+        how = self.settings.disabled_passes, registered(), None if self.mode == "eager" else settings_of_inductor()
+        return VARIANTS.get((key, how)) or VARIANTS.put((key, how), self._make(name, segment, steps, live))
 
     def _make(self, name: str, segment: Segment, steps: tuple[LocalStep, ...], live: frozenset[int]) -> Variant:
         rewritten, runs = rewrite(segment, steps, live, PASSES, settings=self.settings, debug=self.debug, name=name)
@@ -65,8 +77,13 @@ class VariantCache:
 
     @property
     def variants(self) -> tuple[Variant, ...]:
-        """Everything compiled so far."""
+        """Everything that was asked for so far."""
         return tuple(self._variants.values())
+
+
+MOST_VARIANTS = 1024
+VARIANTS: Latest[Variant] = Latest(MOST_VARIANTS)
+"""Variants of all models of the process."""
 
 
 def _memory_of(graph: fx.Graph, node: fx.Node) -> int | str:

@@ -92,6 +92,11 @@ def register_operator(
     REGISTERED.update(dict.fromkeys(_overloads(operator), Registered(tokens, flops=flops and shape_wrapper(flops))))
 
 
+def registered() -> tuple[tuple[object, Registered], ...]:
+    """All that was said so far: what was made under another state of it need not hold."""
+    return tuple(REGISTERED.items())
+
+
 def is_unknown(node: fx.Node) -> bool:
     """True for an operator of another library of which nobody said what it does."""
     target = node.target

@@ -70,6 +70,15 @@ def test_names_are_those_of_the_forward() -> None:
     assert found.names(Takes()) == ["x", "inner.a.0", "more.value"]
 
 
+def test_arguments_of_a_forward_that_takes_any_have_numbers() -> None:
+    class Around(nn.Module):
+        def forward(self, x: Tensor, *args: Tensor, **kwargs: Tensor) -> Tensor:
+            return x + args[0] + kwargs["more"]
+
+    x, y, z = (torch.ones(2) for _ in range(3))
+    assert Arguments.of((x, y), {"more": z}).names(Around()) == ["x", "args.0", "more"]
+
+
 def test_copies_are_other_tensors_of_the_same_form() -> None:
     x, cache = torch.ones(3, 2).T, Cache(ONE)
     found = Arguments.of((x,), {"cache": cache, "scale": 2.0, "twice": [ONE]})

@@ -63,8 +63,9 @@ def recalls(what: str) -> st.SearchStrategy[Reuse | Forecast]:
     return st.one_of(st.just(Reuse(what=what)), st.builds(Forecast, order=st.integers(0, 2), what=st.just(what)))
 
 
+BASES = ["attention", "value-norm", "entropy", "norm", "similarity", "random", "key-norm"]
 scores = st.builds(
-    TokenScore, base=st.sampled_from(["attention", "value-norm", "entropy", "norm", "similarity", "random", "key-norm"]),
+    TokenScore, base=st.sampled_from(BASES),
     age_weight=st.sampled_from([0.0, 0.25]), grid_cell=st.sampled_from([0, 0, 0, 2]), grid_bonus=st.just(0.4),
     share_guidance=st.sampled_from([False, False, True]),
 )  # fmt: skip

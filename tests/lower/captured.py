@@ -10,6 +10,7 @@ from typing import Any
 from dicompile.analysis import ModelStructure, analyse
 from dicompile.capture import Capture
 from dicompile.compiler import Options, Programs
+from dicompile.lower import Pieces
 from dicompile.policies import get_policy
 from dicompile.runtime import SchedulerLink
 from tests.models import Sample, capture
@@ -25,7 +26,9 @@ class Captured:
 
     def programs(self, policy: Any) -> Programs:
         """Plans and programs of variants that run operator by operator."""
-        return Programs(self.capture, self.structure, Options(get_policy(policy), SchedulerLink(1), mode="eager"))
+        return Programs(
+            Pieces(self.capture, self.structure), Options(get_policy(policy), SchedulerLink(1), mode="eager")
+        )
 
     def arguments(self, **inputs: Any) -> list[Any]:
         """A value for every input of the captured graph; `inputs` replace those of the sample."""

@@ -40,7 +40,7 @@ from torch.utils import _triton
 from dicompile.analysis import ModelStructure, analyse
 from dicompile.capture import Capture, capture_model
 from dicompile.config import DebugFolder, Settings
-from dicompile.lower import Program, ProgramBuilder, Variant, VariantCache, compile_segment
+from dicompile.lower import Pieces, Program, ProgramBuilder, Variant, VariantCache, compile_segment
 from dicompile.passes import ReuseClock, TokenCount
 from dicompile.plan import COMPUTE, REUSE, Plan, TimestepSchedule, make_plan, plan_actions
 from dicompile.policies import FORA, NoCache, ToCa
@@ -224,7 +224,7 @@ def find_variants(capture: Capture) -> dict[str, Variant]:
     """Every variant of a block in the middle that the policies need, not compiled yet."""
     structure = analyse(capture)
     cache = VariantCache("eager", Settings(), DebugFolder(None))
-    builder = ProgramBuilder(capture, structure, cache)
+    builder = ProgramBuilder(Pieces(capture, structure), cache)
 
     def find(plan: Plan, step: int, piece: str) -> Variant:
         return _variant_of(builder.program(plan.steps[step]), piece, cache.variants)

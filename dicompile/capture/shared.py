@@ -1,0 +1,137 @@
+"""Captures that models of one class share: a second model, or a second policy on the same one, is captured no more.
+
+A capture holds for whatever module its guards hold for. They are paths and facts, so they can be held against any
+module of the class; parameters are inputs.
+"""
+
+from __future__ import annotations
+
+import sys
+import types
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dicompile.capture.arguments import Arguments
+from dicompile.capture.captured import Captured
+from dicompile.capture.guards import PLAIN, By, Fact, Guards, Path, Pins
+from dicompile.capture.normalise import Capture
+from dicompile.latest import Latest
+from dicompile.ops.registry import registered
+
+MOST_CAPTURES = 8
+"""Captures that are kept for models to come."""
+
+
+@dataclass(frozen=True)
+class Known:
+    """A capture, and what it holds for besides its guards.
+
+    Attributes:
+        captured: the graph as it was captured, with its guards.
+        capture: the functional graph.
+        read: values of the inputs that Python read, by position.
+    """
+
+    captured: Captured
+    capture: Capture
+    read: Mapping[int, Tensor] = field(default_factory=dict)
+
+    def tensors(self, pins: Pins, arguments: Arguments) -> list[Tensor]:
+        """All tensors of a call, see `Captured.order`."""
+        return [*pins.tensors, *arguments.tensors, *self.captured.constants]
+
+    def was_read(self, inputs: Sequence[Any]) -> bool:
+        """True if the inputs that Python read have the values that it read."""
+        return all(is_equal(value, inputs[i]) for i, value in self.read.items())
+
+
+class Captures:
+    """The latest captures of the process, by what they are captures of.
+
+    Args:
+        most: number of classes and arguments whose captures are kept, and of captures of each.
+    """
+
+    def __init__(self, most: int = MOST_CAPTURES) -> None:
+        self._most = most
+        self._known: Latest[tuple[Known, ...]] = Latest(most)
+
+    def find(self, key: Hashable, module: nn.Module, arguments: Arguments) -> tuple[Known, Pins] | None:
+        """A capture that holds for a module and the arguments of a call, and what its guards found."""
+        for known in self._known.get((key, registered())) or ():
+            pins = known.captured.guards.pin(module)
+            if isinstance(pins, Pins) and known.was_read(known.captured.pick(known.tensors(pins, arguments))):
+                return known, pins
+        return None
+
+    def keep(self, key: Hashable, known: Known) -> None:
+        """Keep a capture, if it holds nothing of the module that it was made of."""
+        if is_portable(known.captured.guards) and _is_plain(key):
+            full = key, registered()
+            self._known.put(full, (known, *(self._known.get(full) or ()))[: self._most])
+
+    def clear(self) -> None:
+        """Forget all of them."""
+        self._known.clear()
+
+
+CAPTURES = Captures()
+BUILT_IN = (types.ModuleType, types.MethodDescriptorType, types.WrapperDescriptorType, types.GetSetDescriptorType)
+
+
+def is_equal(first: Tensor, second: Tensor) -> bool:
+    """True for equal values of one shape on one device."""
+    return first.shape == second.shape and first.device == second.device and torch.equal(first, second)
+
+
+def is_portable(guards: Guards) -> bool:
+    """True if guards name nothing but what every module of the class has: no closures, no objects of one module."""
+    paths = (*guards.tensors, *guards.modules, *(fact.path for fact in guards.facts))
+    return all(map(_is_portable_path, paths)) and all(map(_is_portable_fact, guards.facts))
+
+
+def _is_portable_path(path: Path) -> bool:
+    return all(_is_plain(key.contents() if by is By.CELL else key) for by, key in path.links)
+
+
+def _is_portable_fact(fact: Fact) -> bool:
+    if fact.kind == "same":
+        return _is_portable_path(fact.expected)
+    return _is_plain(fact.expected)
+
+
+def _is_plain(value: Any) -> bool:
+    """True for numbers, names, and what can be imported by its name; and for tuples and sets of such."""
+    if isinstance(value, (tuple, frozenset)):
+        return all(map(_is_plain, value))
+    if isinstance(value, types.BuiltinFunctionType):
+        bound: Any = value.__self__
+        return isinstance(bound, (type, types.ModuleType, types.NoneType)) or _is_of_pybind(bound)
+    if isinstance(value, types.MethodType):
+        return _is_plain((value.__self__, value.__func__))
+    if isinstance(value, (classmethod, staticmethod)):
+        return _is_plain(value.__func__)
+    if isinstance(value, property):
+        return _is_plain((value.fget, value.fset, value.fdel))
+    return isinstance(value, (PLAIN, *BUILT_IN)) or _is_imported(value)
+
+
+def _is_of_pybind(value: Any) -> bool:
+    return type(value).__module__.startswith("pybind11")
+
+
+def _is_imported(value: Any) -> bool:
+    """True for a class or function that lies where its name says, or behind a decorator there."""
+    if isinstance(value, type) and value.__module__ == "builtins":
+        return True
+    found: Any = sys.modules.get(getattr(value, "__module__", None) or "")
+    for part in getattr(value, "__qualname__", "").split("."):
+        found = getattr(found, part, None)
+    found = found.fget if isinstance(found, property) else getattr(found, "__func__", found)
+    while found is not value and hasattr(found, "__wrapped__"):
+        found = found.__wrapped__
+    return found is value

@@ -1,0 +1,94 @@
+"""Pieces: where the steps of a plan cut a captured model into segments."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from dicompile.analysis import ModelStructure, Site, SiteKind
+from dicompile.analysis.blocks import layout_text, structure_key
+from dicompile.capture import Capture
+from dicompile.passes import Outline, outline
+from dicompile.plan import SiteStep, StepPlan
+
+LONGEST_RUN = 8
+"""Blocks that only reuse, and run as one segment."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A segment of the unmodified model, with the key under which it shares variants."""
+
+    name: str
+    key: tuple[object, ...]
+    outline: Outline
+    sites: tuple[Site, ...]
+
+
+class Pieces:
+    """Pieces of one captured model, whatever the policy; made when a step asks for them.
+
+    Args:
+        capture: the model.
+        structure: its structure.
+    """
+
+    def __init__(self, capture: Capture, structure: ModelStructure) -> None:
+        self.capture, self.structure = capture, structure
+        self._nodes = {node.name: node for node in capture.graph.nodes}
+        self._order = {node: i for i, node in enumerate(capture.graph.nodes)}
+        self._pieces: dict[object, Piece] = {}
+        self._segments: dict[object, Outline] = {}
+
+    def of_step(self, step: StepPlan) -> list[Piece]:
+        """Pieces that a step runs, in order: prologue, blocks, epilogue."""
+        structure = self.structure
+        active = [span for span in structure.spans if not _is_idle(step.sites[span.id])]
+        runs: list[list[int]] = []
+        open_run = False
+        for block in structure.blocks:
+            spans = [span.id for span in active if span.kind is SiteKind.BLOCK and span.block == block.id]
+            reuses = not any(step.sites[i].action.computes for i in (*block.sites, *spans))
+            if reuses and open_run and len(runs[-1]) < LONGEST_RUN:
+                runs[-1].append(int(block.id))
+            else:
+                runs.append([int(block.id)])
+            open_run = reuses
+        pieces = [self._piece("prologue", structure.prologue, ())]
+        for run in runs:
+            blocks = [structure.blocks[i] for i in run]
+            name = f"block{run[0]}" if len(run) == 1 else f"blocks{run[0]}-{run[-1]}"
+            sites = tuple(site for block in blocks for site in structure.sites_of(block))
+            sites += tuple(span for span in active if span.block in run)
+            pieces.append(self._piece(name, tuple(node for block in blocks for node in block.nodes), sites))
+        pieces.append(self._piece("epilogue", structure.epilogue, ()))
+        return [piece for piece in pieces if piece.outline.outputs]
+
+    def _piece(self, name: str, nodes: tuple[str, ...], sites: tuple[Site, ...]) -> Piece:
+        cut = (nodes, tuple(site.id for site in sites))
+        if cut not in self._pieces:
+            members = sorted((self._nodes[n] for n in nodes), key=self._order.__getitem__)
+            made = outline(self.capture, self.structure, members, sites)
+            number = {node.name: i for i, node in enumerate(members)}
+            entry = number | {name: ~i for i, name in enumerate(made.inputs)}
+            key = (
+                structure_key(members),
+                tuple(layout_text(self._nodes[name].meta["val"]) for name in made.inputs),
+                tuple(number[name] for name in made.outputs),
+                tuple(
+                    (
+                        site.kind, entry[site.source], number[site.core], number[site.update], number[site.add],
+                        *(number[name] for name in site.attention), site.keys, site.tokens.axis, site.tokens.count,
+                    )
+                    for site in sites
+                ),
+                self.structure.grid,
+            )  # fmt: skip
+            shared = self._segments.setdefault(key, made)
+            made = Outline(shared.segment, made.inputs, made.outputs)
+            self._pieces[cut] = Piece(name, key, made, sites)
+        return self._pieces[cut]
+
+
+def _is_idle(step: SiteStep) -> bool:
+    """True for a span of which nothing is reused or stored: its sites say it all."""
+    return (step.action.is_full or step.action.is_skip) and not step.writes
