@@ -119,7 +119,15 @@ def _restore(training: Training, path: Path) -> None:
             why=f"it says {state['key']}, this one {training.key}",
             fix="resume with the same options (but for the number of iterations), or remove the file",
         )
-    training.restore(state)
+    try:
+        training.restore(state)
+    except Exception as error:  # whatever a state that lacks something, or has another shape, makes torch raise
+        raise training.invalid(
+            "the checkpoint is damaged",
+            where=str(path),
+            why=f"{type(error).__name__}: {str(error).partition(chr(10))[0]}",
+            fix="remove it and train from the start",
+        ) from None
 
 
 def _bar(*, disable: bool) -> Progress:

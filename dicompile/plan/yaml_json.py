@@ -44,7 +44,7 @@ class YamlJson(Frozen):
             raise InvalidPolicy("an option's name is not text", where=source, why=str(error)) from None
 
     @classmethod
-    def from_yaml(cls, text: str, source: str = "YAML") -> Self:
+    def from_yaml(cls, text: str | bytes, source: str = "YAML") -> Self:
         """Read YAML text.
 
         Raises:
@@ -60,7 +60,7 @@ class YamlJson(Frozen):
         return cls.from_dict(data, source)
 
     @classmethod
-    def from_json(cls, text: str, source: str = "JSON") -> Self:
+    def from_json(cls, text: str | bytes, source: str = "JSON") -> Self:
         """Read JSON text; YAML would read its escapes of characters beyond the basic plane as two.
 
         Raises:
@@ -68,6 +68,6 @@ class YamlJson(Frozen):
         """
         try:
             data = json.loads(text)
-        except json.JSONDecodeError as error:
+        except ValueError as error:  # also bytes that are no text
             raise InvalidPolicy("this is not valid JSON", where=source, why=str(error)) from None
         return cls.from_dict(data, source)

@@ -95,7 +95,7 @@ def get_policy(source: Policy | str | dict[str, Any], **options: Any) -> Policy:
     path = Path(source)
     if path.suffix in (".yaml", ".yml", ".json") and path.is_file():
         read = Policy.from_json if path.suffix == ".json" else Policy.from_yaml
-        return read(path.read_text(encoding="utf-8"), source)
+        return read(path.read_bytes(), source)
     raise UnknownPolicy(
         f"no policy is called {source!r}",
         why="it is neither a published name nor an existing .yaml or .json file",

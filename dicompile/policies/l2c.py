@@ -52,6 +52,6 @@ def _read_schedule(path: Path, threshold: float | None) -> tuple[Tensor, Origin]
             where=str(path),
             fix="leave the threshold out, or give the router itself",
         )
-    text = path.read_text(encoding="utf-8") if path.is_file() else ""
+    text = path.read_bytes() if path.is_file() else b""
     compute, sites = schedule_from_json(text, str(path))
     return compute, Origin(file=str(path), sites=sites)

@@ -55,7 +55,7 @@ def schedule_to_json(compute: Tensor, sites: Sequence[str]) -> str:
     return "{\n" + ",\n".join(lines) + "\n}\n"
 
 
-def schedule_from_json(text: str, source: str = "JSON") -> tuple[Tensor, tuple[str, ...]]:
+def schedule_from_json(text: str | bytes, source: str = "JSON") -> tuple[Tensor, tuple[str, ...]]:
     """A schedule and the labels of its sites from JSON text.
 
     Returns:
@@ -66,7 +66,7 @@ def schedule_from_json(text: str, source: str = "JSON") -> tuple[Tensor, tuple[s
     """
     try:
         data = json.loads(text)
-    except json.JSONDecodeError as error:
+    except ValueError as error:  # also bytes that are no text
         raise _no_schedule(source, str(error)) from None
     if not isinstance(data, dict) or not data:
         raise _no_schedule(source, "it is not an object with one list per branch")

@@ -12,6 +12,7 @@ from torch import Tensor
 
 import dicompile
 from dicompile.errors import InvalidPredictor
+from dicompile.learn.checkpoint import save_checkpoint
 from dicompile.learn.graph import learnable
 from dicompile.learn.latents import LATENTS
 from dicompile.learn.predictor import PredictorOptions, PredictorTraining, train_predictor
@@ -91,6 +92,22 @@ def test_a_resumed_training_ends_where_an_uninterrupted_one_does(tmp_path: Path)
     assert len((tmp_path / "p.jsonl").read_text().splitlines()) == 4
     with pytest.raises(InvalidPredictor, match="belongs to another training"):
         train_predictor(training(iterations=4, penalty=7.0), files, resume=True, progress=False)
+
+
+@pytest.mark.parametrize("damage", ["junk", "lacking", "shorter"])
+def test_a_damaged_checkpoint_is_one_of_a_predictor(damage: str, tmp_path: Path) -> None:
+    made, path = training(kind="table"), tmp_path / "p.ckpt"
+    if damage == "junk":
+        path.write_bytes(b"junk")
+    elif damage == "lacking":
+        save_checkpoint({"key": made.key}, path)
+    else:
+        network = {name: value[:1] for name, value in made.network.state_dict().items()}
+        save_checkpoint({"key": made.key, **made.state(), "network": network}, path)
+    with pytest.raises(InvalidPredictor, match=r"is not a checkpoint|is damaged") as caught:
+        train_predictor(made, Files(checkpoint=path), resume=True, progress=False)
+    assert caught.value.where == str(path)
+    assert caught.value.fix == "remove it and train from the start"
 
 
 def test_what_was_trained_samples(tmp_path: Path) -> None:

@@ -87,6 +87,12 @@ def test_a_missing_schedule_is_named(tmp_path: Path) -> None:
         LearningToCache(tmp_path / "gone.json")
 
 
+def test_a_damaged_schedule_is_named(tmp_path: Path) -> None:
+    (tmp_path / "s.json").write_bytes(b"\xff\xfe")
+    with pytest.raises(InvalidRouter, match=re.escape(str(tmp_path / "s.json"))):
+        LearningToCache(tmp_path / "s.json")
+
+
 MISFITS: list[tuple[Router, list[float] | int, str]] = [
     (router(steps=8), 6, "has 8 steps, the schedule 6"),
     (router(sites=SITES[:4]), 6, "is for 4 sites, the model has 6"),

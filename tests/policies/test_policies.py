@@ -261,6 +261,15 @@ def test_a_mistake_in_a_file_names_the_file(tmp_path: Path) -> None:
     assert error.value.where == str(file)
 
 
+@pytest.mark.parametrize("ending", ["yaml", "json"])
+def test_a_file_that_is_no_text_is_an_invalid_policy(tmp_path: Path, ending: str) -> None:
+    file = tmp_path / f"mine.{ending}"
+    file.write_bytes(bytes(range(256)))
+    with pytest.raises(InvalidPolicy) as error:
+        get_policy(str(file))
+    assert error.value.where == str(file)
+
+
 @pytest.mark.parametrize("name", ["forra", "missing.yaml", ""])
 def test_an_unknown_name_lists_the_published_ones(name: str) -> None:
     with pytest.raises(UnknownPolicy) as error:
