@@ -32,13 +32,14 @@ from dicompile.plan import (
     CacheOptions,
     Plan,
     Policy,
+    Predictor,
     TimestepSchedule,
     check_can_compile,
     check_predictor,
     first_span,
+    load_predictor,
     make_plan,
 )
-from dicompile.policies.predictor import load_predictor
 from dicompile.runtime import Executor, Owners, SchedulerLink, Signature, Step
 
 log = logging.getLogger("dicompile")
@@ -179,9 +180,10 @@ class Same:
 def _predictor(
     capture: Capture, structure: ModelStructure, options: Options
 ) -> Callable[[Sequence[Any], int], Tensor] | None:
-    if options.policy.predictor is None:
+    given = options.policy.predictor
+    if given is None:
         return None
-    trained = load_predictor(options.policy.predictor)
+    trained = given if isinstance(given, Predictor) else load_predictor(given)
     check_predictor(structure, trained.blocks, trained.tokens, trained.source)
     if trained.facts.kind == "table":
         return table_predictor(trained.importance, first_span(structure).shape[0])

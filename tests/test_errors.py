@@ -20,8 +20,7 @@ import dicompile
 from dicompile import errors
 from dicompile.learn.latents import Latents
 from dicompile.passes import PASSES
-from dicompile.policies import POLICIES
-from dicompile.policies.predictor import load_predictor
+from dicompile.policies import POLICIES, load_predictor
 from tests import models
 from tests.models import optimized, run
 

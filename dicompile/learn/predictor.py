@@ -21,7 +21,7 @@ from dicompile.learn.latents import Data, draw_batch
 from dicompile.learn.samplers import Ddim
 from dicompile.learn.training import NOWHERE, Entry, Files, run_to_end
 from dicompile.lower.predictor import HEAD_BIAS, HEAD_WEIGHT, FirstBlock, importance_of
-from dicompile.policies.predictor import Predictor, PredictorFacts
+from dicompile.plan import Predictor, PredictorFacts
 
 START = 2.0
 """Logit of all importance before training: most tokens are computed."""

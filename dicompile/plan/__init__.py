@@ -26,6 +26,7 @@ from dicompile.plan.fits import (
 from dicompile.plan.memory import DTYPES, UNLIMITED, CacheOptions, check_can_compile, needs_scale
 from dicompile.plan.plan import Dropped, Plan, SiteStep, StepPlan
 from dicompile.plan.planner import attention_owner, make_plan, plan_actions
+from dicompile.plan.predictor import Predictor, PredictorFacts, load_predictor
 from dicompile.plan.recall import Fitted, Forecast, Reuse
 from dicompile.plan.rows import make_rows
 from dicompile.plan.schedule import TimestepSchedule
@@ -62,6 +63,8 @@ __all__ = [
     "Origin",
     "Plan",
     "Policy",
+    "Predictor",
+    "PredictorFacts",
     "Refresh",
     "Reuse",
     "Rule",
@@ -86,6 +89,7 @@ __all__ = [
     "check_predictor",
     "choose_setting",
     "first_span",
+    "load_predictor",
     "make_plan",
     "make_rows",
     "needs_scale",

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
-from pydantic import Field, NonNegativeInt, PositiveInt
+from pydantic import Field, InstanceOf, NonNegativeInt, PositiveInt
 
 from dicompile.analysis import Site
+from dicompile.errors import InvalidPolicy
 from dicompile.plan.cadence import Cadence, Moment
 from dicompile.plan.frozen import Frozen
+from dicompile.plan.predictor import Predictor
 from dicompile.plan.recall import Fitted, Forecast, Recall, Reuse, WhatName
 from dicompile.plan.yaml_json import YamlJson
 
@@ -197,7 +199,7 @@ class Policy(YamlJson):
         cadence: which steps compute everything.
         rules: what happens on the other steps; a site that no rule names is computed.
         seed: of random scores.
-        predictor: file of the network that predicts importance, where a rule ranks tokens by it.
+        predictor: what predicts importance, where a rule ranks tokens by it: its file, or the predictor itself.
         predictor_cost: what one prediction costs, in blocks of the model.
         where_mixed: what becomes of a branch whose tokens a rule refreshes, but which mixes them: "refuse" the policy
             or "reuse" the branch whole, which the plan then says.
@@ -208,10 +210,26 @@ class Policy(YamlJson):
     cadence: Cadence = Cadence()
     rules: tuple[Rule, ...] = ()
     seed: int = 0
-    predictor: str | None = None
+    predictor: str | InstanceOf[Predictor] | None = None
     predictor_cost: Annotated[float, Field(ge=0)] = 0.0
     where_mixed: Literal["refuse", "reuse"] = "refuse"
     elsewhere: tuple[Elsewhere, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data: what JSON and YAML hold.
+
+        Raises:
+            InvalidPolicy: its predictor is an object, of which no file is known.
+        """
+        try:
+            return super().to_dict()
+        except ValueError:  # as pydantic reports an object that is no plain data
+            raise InvalidPolicy(
+                f"policy {self.name!r} cannot be written",
+                where="predictor",
+                why="its predictor is an object, and plain data can only name the file of one",
+                fix="predictor.save('predictor.safetensors'), then TokenCache('predictor.safetensors')",
+            ) from None
 
 
 Elsewhere.model_rebuild()

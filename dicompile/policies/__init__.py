@@ -8,13 +8,12 @@ from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 from dicompile.errors import InvalidPolicy, UnknownPolicy
-from dicompile.plan import Policy
+from dicompile.plan import Policy, Predictor, load_predictor
 from dicompile.policies.anywhere import duca_anywhere, toca_anywhere
 from dicompile.policies.duca import DuCa, DuCaFlux, DuCaOpenSora, DuCaPixArt
 from dicompile.policies.fora import FORA
 from dicompile.policies.l2c import LearningToCache
 from dicompile.policies.none import NoCache
-from dicompile.policies.predictor import Predictor, load_predictor
 from dicompile.policies.router import Router, RouterFacts
 from dicompile.policies.router_file import load_router, save_router
 from dicompile.policies.schedule_json import schedule_from_json, schedule_to_json

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from dicompile.errors import InvalidPolicy
-from dicompile.plan import Origin, Policy, Rule, TokenScore, TokenTable
-from dicompile.policies.predictor import Predictor, load_predictor
+from dicompile.plan import Origin, Policy, Predictor, Rule, TokenScore, TokenTable, load_predictor
 
 Steps = tuple[int, ...]
 """Numbers of the steps that compute everything, in calling order."""
@@ -35,7 +34,8 @@ def TokenCache(
     others the block's last update (what it added to the stream) is added again.
 
     Args:
-        predictor: the file that ``dicompile train-predictor`` wrote, or what it holds.
+        predictor: the file that ``dicompile train-predictor`` wrote, or what it holds; only a policy that names a file
+            can be written to one.
         ratio: share of (block, token) pairs that are cached at a prediction step. How many tokens each block keeps
             follows from the importance on calibration runs, fixed per step.
         schedule: "round-robin": two phases with intervals of their own (version 1 of the paper); "percentile":
@@ -79,7 +79,7 @@ def TokenCache(
     return Policy(
         name="tokencache",
         rules=(Rule(sites=("block",), do=table),),
-        predictor=known.source,
+        predictor=predictor if isinstance(predictor, Predictor) else str(predictor),
         predictor_cost=1.0 if known.facts.kind == "network" else 0.0,
     )
 

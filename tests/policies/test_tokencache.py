@@ -15,8 +15,8 @@ from dicompile.analysis import SiteKind, analyse
 from dicompile.capture import capture_model
 from dicompile.errors import InvalidPolicy, InvalidPredictor, PolicyDoesNotFit
 from dicompile.lower.predictor import FirstBlock
+from dicompile.plan import Policy, PredictorFacts
 from dicompile.policies import POLICIES, Predictor, get_policy, load_predictor
-from dicompile.policies.predictor import PredictorFacts
 from dicompile.policies.tokencache import keep_counts, keep_counts_of_blocks, percentiles, round_robin
 from tests.models import Sample, optimized, plain_dit, run, timesteps
 
@@ -183,13 +183,54 @@ def test_files_that_hold_no_predictor(tmp_path: Path) -> None:
     save_file({"x": torch.zeros(1)}, tmp_path / "other.safetensors")
     with pytest.raises(InvalidPredictor, match="does not say what its predictor was trained for"):
         load_predictor(tmp_path / "other.safetensors")
-    broken = Predictor(torch.full((STEPS, LAYERS, TOKENS), torch.nan), facts())
-    broken.save(tmp_path / "nan.safetensors")
-    with pytest.raises(InvalidPredictor, match="not finite"):
-        load_predictor(tmp_path / "nan.safetensors")
-    Predictor(torch.rand(STEPS + 1, LAYERS, TOKENS), facts()).save(tmp_path / "shape.safetensors")
-    with pytest.raises(InvalidPredictor, match=r"has shape .* say 6 steps and 3 blocks"):
-        load_predictor(tmp_path / "shape.safetensors")
+    save_file({"x": torch.zeros(1)}, tmp_path / "bare.safetensors", {"facts": facts().model_dump_json()})
+    with pytest.raises(InvalidPredictor, match="holds no importance"):
+        load_predictor(tmp_path / "bare.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("importance", "what"),
+    [
+        (torch.full((STEPS, LAYERS, TOKENS), torch.nan), "not finite"),
+        (torch.rand(STEPS + 1, LAYERS, TOKENS), r"has shape .* say 6 steps and 3 blocks"),
+        (torch.rand(STEPS, LAYERS, TOKENS).double(), "is float64, not float32"),
+    ],
+)
+def test_importance_that_its_facts_do_not_describe(importance: Tensor, what: str, tmp_path: Path) -> None:
+    with pytest.raises(InvalidPredictor, match=what):
+        Predictor(importance, facts())
+    path = tmp_path / "wrong.safetensors"
+    save_file({"importance": importance}, path, {"facts": facts().model_dump_json()})
+    if importance.dtype == torch.float32:  # a file is read as float32
+        with pytest.raises(InvalidPredictor, match=what) as caught:
+            load_predictor(path)
+        assert caught.value.where == str(path)
+
+
+@pytest.mark.parametrize("made", [table, lambda path: network(path, plain_dit(LAYERS))], ids=["table", "network"])
+def test_a_predictor_is_as_good_as_its_file(made: Any, tmp_path: Path) -> None:
+    path = made(tmp_path)
+    runs = []
+    for predictor in (path, load_predictor(path)):
+        sample = plain_dit(LAYERS)
+        fast = optimized(sample, get_policy("tokencache", predictor=predictor, ratio=0.6), STEPS)
+        runs.append(run(fast, sample.inputs, timesteps(STEPS)))
+        assert "partial" in dicompile.report(fast).kinds
+    assert all(torch.equal(one, other) for one, other in zip(*runs, strict=True))
+
+
+def test_a_policy_with_a_predictor_itself_is_data_that_cannot_be_written(tmp_path: Path) -> None:
+    path = table(tmp_path)
+    known = load_predictor(path)
+    policy = dicompile.TokenCache(known)
+    assert policy == dicompile.TokenCache(known)
+    assert hash(policy) == hash(dicompile.TokenCache(known))
+    assert policy != dicompile.TokenCache(load_predictor(path))
+    holder = Policy(name="other", elsewhere=(dicompile.Elsewhere(policy=policy),))
+    for write in (policy.to_yaml, policy.to_json, policy.to_dict, holder.to_json):
+        with pytest.raises(InvalidPolicy, match=r"cannot be written\n.*predictor"):
+            write()
+    assert Policy.from_yaml(dicompile.TokenCache(path).to_yaml()).predictor == str(path)
 
 
 def test_it_needs_a_file_and_shares_within_range(tmp_path: Path) -> None:

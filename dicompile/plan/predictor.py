@@ -1,4 +1,4 @@
-"""Files of trained cache predictors: a small network, and the importance that it gave to tokens on calibration runs."""
+"""Trained cache predictors and their files: a small network, and the importance that it gave on calibration runs."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class PredictorFacts(BaseModel):
     iterations: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Predictor:
     """A trained cache predictor.
 
@@ -54,6 +54,9 @@ class Predictor:
         parameters: of the network, by the model's own names, and of its head; empty for a table.
         source: what messages call it.
 
+    Raises:
+        InvalidPredictor: the importance is not what the facts say.
+
     Reference:
         Lou et al., Token Caching for Diffusion Transformer Acceleration, arXiv 2409.18523, section 3.
     """
@@ -62,6 +65,18 @@ class Predictor:
     facts: PredictorFacts
     parameters: dict[str, Tensor] = field(repr=False, default_factory=dict)
     source: str = "predictor"
+
+    def __post_init__(self) -> None:
+        expected = (len(self.facts.timesteps), len(self.facts.blocks))
+        shape, what = tuple(self.importance.shape), ""
+        if len(shape) != 3 or shape[:2] != expected:
+            what = f"the importance has shape {shape}, its facts say {expected[0]} steps and {expected[1]} blocks"
+        elif self.importance.dtype != torch.float32:
+            what = f"the importance is {str(self.importance.dtype).removeprefix('torch.')}, not float32"
+        elif not self.importance.isfinite().all():
+            what = "the importance is not finite"
+        if what:
+            raise InvalidPredictor(what, where=self.source, fix="train the predictor again")
 
     @property
     def steps(self) -> int:
@@ -112,15 +127,7 @@ def load_predictor(path: Path | str) -> Predictor:
             fix="give the file that `dicompile train-predictor` wrote",
         ) from None
     importance = tensors.pop(IMPORTANCE, None)
-    expected = (len(facts.timesteps), len(facts.blocks))
-    if importance is None or importance.ndim != 3 or tuple(importance.shape[:2]) != expected:
-        shape = None if importance is None else tuple(importance.shape)
-        raise InvalidPredictor(
-            f"the importance has shape {shape}, its facts say {expected[0]} steps and {expected[1]} blocks",
-            where=str(path),
-            fix="train the predictor again",
-        )
-    if not torch.isfinite(importance).all():
-        raise InvalidPredictor("the importance is not finite", where=str(path), fix="train the predictor again")
+    if importance is None:
+        raise InvalidPredictor("this file holds no importance", where=str(path), fix="train the predictor again")
     parameters = {name.removeprefix(PARAMETER): tensor for name, tensor in tensors.items()}
     return Predictor(importance, facts, parameters, str(path))
