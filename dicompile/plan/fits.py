@@ -53,7 +53,7 @@ def check_fits(policy: Policy, structure: ModelStructure) -> None:
     Raises:
         PolicyDoesNotFit: a site to be refreshed mixes tokens, has no attention to be scored by, or shares it with a
             site that wants another score; the token grid or batch does not allow the score; a rule names spans that the
-            model does not have, or a value that a site does not have.
+            model does not have, or a value that a site does not have, or that has no place for single tokens.
     """
     for rule in policy.rules:
         _check_named(policy, structure, rule)
@@ -61,6 +61,7 @@ def check_fits(policy: Policy, structure: ModelStructure) -> None:
         _check_one_value(policy, site)
     for site, do in refreshed(structure, policy):
         _check_tokens(policy, site, do)
+        _check_placed(policy, site, do)
         _check_score(policy, structure, site, do.score)
     _check_one_score(policy, structure)
 
@@ -337,6 +338,19 @@ def _check_tokens(policy: Policy, site: Site, do: Refresh | TokenTable) -> None:
         where=_where(site),
         why=reason,
         fix="set context='all' or 'kept'" if reason is STORES_NO_ATTENTION else fix,
+    )
+
+
+def _check_placed(policy: Policy, site: Site, do: Refresh | TokenTable) -> None:
+    """Chosen tokens of a branch have a place in its stored value only where that is the branch's own output."""
+    recall = do.otherwise if isinstance(do, Refresh) else do
+    if recall.what != "attention":
+        return
+    raise PolicyDoesNotFit(
+        f"policy {policy.name!r} refreshes single tokens of a branch of which it stores the output of attention",
+        where=_where(site),
+        why=f"from that, {site.attention[0]}, every token of the branch is computed anew: none is left to choose",
+        fix="store 'core' or 'update' beside Refresh, or recall the attention without it: Reuse(what='attention')",
     )
 
 

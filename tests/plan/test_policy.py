@@ -269,6 +269,24 @@ def test_a_value_that_a_site_does_not_have_cannot_be_stored(structure: ModelStru
     assert text in refusal(structure, rule)
 
 
+@pytest.mark.parametrize(
+    ("structure", "kind", "number"), [(MIXED, "parallel", 2), (PIXART, "cross-attention", 1)], ids=["parallel", "cross"]
+)
+@pytest.mark.parametrize("recall", [Reuse(what="attention"), Forecast(what="attention")])
+def test_single_tokens_have_no_place_in_a_stored_attention(
+    structure: ModelStructure, kind: str, number: int, recall: Reuse | Forecast
+) -> None:
+    score = TokenScore(base="random", age_weight=0.0)
+    site = structure.sites[number]
+    assert refusal(structure, of(kind, Refresh(ratio=0.5, score=score, context="all", otherwise=recall))) == (
+        "policy 'mine' refreshes single tokens of a branch of which it stores the output of attention\n"
+        f"  where: site {number}, {site.name} ({kind})\n"
+        f"  why:   from that, {site.attention[0]}, every token of the branch is computed anew: none is left to choose\n"
+        "  fix:   store 'core' or 'update' beside Refresh, or recall the attention without it: Reuse(what='attention')"
+    )
+    assert make_plan(structure, policy(of(kind, recall)), TimestepSchedule(4))
+
+
 def test_a_span_has_no_attention_to_store_and_a_stack_mixes_tokens() -> None:
     random = TokenScore(base="random", age_weight=0.0)
     stored = of("block", Refresh(ratio=0.5, score=random, otherwise=Reuse(what="update")))
