@@ -169,6 +169,8 @@ def as_data(
                 "flop_speedup": plan.flop_speedup,
                 "predicted_speedup": plan.predicted_speedup,
                 "cache_bytes": plan.cache_bytes,
+                "setting_for": plan.meant_for,
+                "notes": plan.notes(),
                 "dropped": [label for item in plan.dropped for label in item.labels],
                 "steps": [
                     {"kind": step.kind, "actions": "".join(site.action.symbol for site in step.sites)}

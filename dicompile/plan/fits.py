@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 from dicompile.analysis import ModelStructure, Site, SiteId, SiteKind, TokenWise
 from dicompile.errors import CacheTooLarge, PolicyDoesNotFit
@@ -27,7 +28,21 @@ OVER_OWN_TOKENS = (SiteKind.SELF_ATTENTION, SiteKind.JOINT_ATTENTION, SiteKind.P
 STORES_NO_ATTENTION = "a span stores no attention"
 
 
-def choose_setting(policy: Policy, structure: ModelStructure) -> Policy:
+class Setting(NamedTuple):
+    """What a policy is on one model.
+
+    Attributes:
+        policy: itself, or one of its `elsewhere`.
+        meant_for: the kind of model that an `elsewhere` is for; empty for the policy itself, and for a last resort.
+        note: one line about the settings that come before it, and do not fit; empty if it is the first.
+    """
+
+    policy: Policy
+    meant_for: str = ""
+    note: str = ""
+
+
+def choose_setting(policy: Policy, structure: ModelStructure) -> Setting:
     """The setting of a policy that is meant for a model of this kind: itself, or one of its `elsewhere`.
 
     Raises:
@@ -36,15 +51,21 @@ def choose_setting(policy: Policy, structure: ModelStructure) -> Policy:
     kinds = {site.kind.value for site in structure.sites}
     axes = len(structure.grid or ())
     meant = [e for e in policy.elsewhere if kinds.issuperset(e.sites) and e.grid_axes in (None, axes)]
-    candidates = [*(e.policy for e in meant if e.sites), policy, *(e.policy for e in meant if not e.sites)]
+    candidates = [
+        *(Setting(e.policy, e.kind_of_model) for e in meant if e.sites),
+        Setting(policy),
+        *(Setting(e.policy) for e in meant if not e.sites),
+    ]
+    refusals: list[str] = []
     for candidate in candidates:
         try:
-            check_fits(candidate, structure)
-        except PolicyDoesNotFit:
+            check_fits(candidate.policy, structure)
+        except PolicyDoesNotFit as refusal:
+            refusals.append(refusal.what.removeprefix("policy "))
             continue
-        return candidate
+        return candidate._replace(note=_first_that_fits(candidate.policy, refusals)) if refusals else candidate
     check_fits(policy, structure)
-    return policy
+    return Setting(policy)
 
 
 def check_fits(policy: Policy, structure: ModelStructure) -> None:
@@ -431,6 +452,12 @@ def _check_one_score(policy: Policy, structure: ModelStructure) -> None:
                 f"{do.score.base} for this one",
                 fix="rank both kinds of site by the same base, with the same share_guidance",
             )
+
+
+def _first_that_fits(policy: Policy, refusals: Sequence[str]) -> str:
+    bases = {rule.do.score.base for rule in policy.rules if isinstance(rule.do, (Refresh, TokenTable))}
+    scores = ", its scores are random" if bases == {"random"} else ""
+    return f"this is the first published setting that fits{scores}; refused: {'; '.join(refusals)}"
 
 
 def _asked_to_refresh(structure: ModelStructure, policy: Policy) -> Sequence[tuple[Site, Refresh | TokenTable]]:

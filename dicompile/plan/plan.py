@@ -115,6 +115,8 @@ class Plan:
         whole: labels of the sites that the policy would refresh token by token, but which mix tokens and are reused
             whole instead, with the operator that forbids more.
         unmatched: kinds of site for which the policy has a rule, and the model no site.
+        meant_for: kind of model that the policy is the published setting for, where that was asked for by name.
+        first_that_fits: of a published name: which settings come before the policy, and do not fit.
         wanted_bytes: where something was dropped, what the policy would have held at most without it.
         wanted_flops: and the operations it would have taken.
     """
@@ -132,6 +134,8 @@ class Plan:
     dropped: tuple[Dropped, ...] = ()
     whole: tuple[tuple[str, str], ...] = ()
     unmatched: tuple[str, ...] = ()
+    meant_for: str = ""
+    first_that_fits: str = ""
     wanted_bytes: int = 0
     wanted_flops: int = 0
 
@@ -187,9 +191,10 @@ class Plan:
 
     def summary(self) -> str:
         """One line of figures."""
-        kinds = Counter(step.kind for step in self.steps)
+        kinds = ", ".join(f"{n} {kind}" for kind, n in Counter(step.kind for step in self.steps).items())
+        meant_for = f" (setting for {self.meant_for})" if self.meant_for else ""
         return (
-            f"{self.policy}: {len(self.steps)} steps ({', '.join(f'{n} {kind}' for kind, n in kinds.items())}), "
+            f"{self.policy}{meant_for}: {len(self.steps)} steps ({kinds}), "
             f"{self.flops / 1e9:.3f} GFLOP ({self.flop_speedup:.2f}x fewer), predicted {self.predicted_speedup:.2f}x, "
             f"cache {self.cache_bytes / 2**20:.2f} MiB in {len(self.slots)} slots"
             + (f" ({self.cache})" if str(self.cache) else "")
@@ -206,7 +211,7 @@ class Plan:
         )
 
     def notes(self) -> list[str]:
-        """Where the plan is not what the policy asked for: what it dropped, reuses whole, and did not find."""
+        """Where the plan is not what was asked for: the setting, what it dropped, reuses whole, and did not find."""
         by_reason: dict[str, list[str]] = {}
         for label, reason in self.whole:
             by_reason.setdefault(_NUMBER.sub(".*", reason), []).append(label)
@@ -214,7 +219,7 @@ class Plan:
             f"reused whole instead of refreshed: {_by_kind(labels)}: {reason}" for reason, labels in by_reason.items()
         ]
         unmatched = [f"a rule for {kinds} sites: the model has none" for kinds in self.unmatched]
-        return [*([self.drops()] if self.dropped else []), *whole, *unmatched]
+        return [*filter(None, (self.first_that_fits, self.drops())), *whole, *unmatched]
 
     def __str__(self) -> str:
         legend = "F computed   t some tokens   . reused   f forecast   b blended   - skipped, a span is reused"

@@ -32,7 +32,7 @@ def make_plan(
         PolicyDoesNotFit: see `choose_setting`, `check_timesteps` and `make_rows`.
         CacheTooLarge: the plan needs more than `cache` allows, and is not to be degraded.
     """
-    policy = choose_setting(policy, structure)
+    policy, meant_for, note = choose_setting(policy, structure)
     check_timesteps(policy, schedule)
 
     def plan_without(dropped: frozenset[int], cache: CacheOptions) -> Plan:
@@ -40,7 +40,8 @@ def make_plan(
         plan = plan_actions(structure, rows, schedule, policy.name, cache)
         whole = tuple((structure.everything[i].label, reason) for i, reason in reused_whole(structure, policy).items())
         steps = tuple(with_predictor(structure, step, policy.predictor_cost) for step in plan.steps)
-        return replace(plan, steps=steps, whole=whole, unmatched=unmatched_rules(structure, policy))
+        unmatched = unmatched_rules(structure, policy)
+        return replace(plan, steps=steps, whole=whole, unmatched=unmatched, meant_for=meant_for, first_that_fits=note)
 
     return fit_budget(structure, plan_without, cache)
 

@@ -190,6 +190,11 @@ class Elsewhere(Frozen):
     grid_axes: PositiveInt | None = None
     policy: Policy
 
+    @property
+    def kind_of_model(self) -> str:
+        """One line about the models that it is for; empty for any."""
+        return ", ".join(self.sites) + (f" on {self.grid_axes} axes" if self.grid_axes else "")
+
 
 class Policy(YamlJson):
     """A caching policy.

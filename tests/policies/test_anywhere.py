@@ -36,6 +36,9 @@ def test_a_name_means_the_setting_for_the_kind_of_model(name: str, build: str, c
     plan = make_plan(structure(build), get_policy(name), TimestepSchedule(20))
     assert plan.policy == chosen
     assert plan.flop_speedup > 1.2
+    assert not plan.first_that_fits
+    assert plan.summary().startswith(f"{chosen} (setting for " if plan.meant_for else f"{chosen}: 20 steps")
+    assert bool(plan.meant_for) == (build in ("pixart", "flux", "sd3"))
 
 
 def test_films_have_settings_of_their_own() -> None:
@@ -44,14 +47,20 @@ def test_films_have_settings_of_their_own() -> None:
     assert make_plan(found, get_policy("duca"), TimestepSchedule(20)).policy == "duca-opensora-3"
 
 
-def test_where_no_setting_fits_tokens_are_chosen_at_random() -> None:
+def test_a_setting_that_does_not_fit_is_named_beside_the_one_that_does() -> None:
     """An odd batch cannot share guidance, and 6 x 6 tokens have no 4 x 4 cells: PixArt's setting is for neither."""
     sample = pixart()
     sample.inputs["hidden_states"] = torch.randn(1, 4, 12, 12)
     sample.inputs["encoder_hidden_states"] = torch.randn(1, 12, 24)
     sample.inputs["timestep"] = torch.full((1,), 500)
     plan = make_plan(models.structure(sample), get_policy("toca"), TimestepSchedule(20))
-    assert plan.policy in ("toca-3", "toca-3-random")
+    assert plan.policy == "toca-3"
+    assert plan.notes() == [
+        "this is the first published setting that fits; refused: 'toca-pixart-3' gives a bonus per 4x4 cell of tokens"
+    ]
+    assert plan.notes()[0] in str(plan)
+    named = get_policy("toca").elsewhere[-1].policy
+    assert not make_plan(models.structure(sample), named, TimestepSchedule(20)).first_that_fits
 
 
 def test_with_options_a_name_is_the_function_that_takes_them() -> None:
@@ -86,7 +95,7 @@ def test_attention_scores_do_need_the_map() -> None:
     assert any("softmax" in str(node.target) for variant in variants for node in variant.segment.graph.nodes)
 
 
-def test_a_branch_that_mixes_tokens_is_reused_whole_and_plan_and_log_name_the_operator(
+def test_a_branch_that_mixes_tokens_is_reused_whole_and_plan_and_log_name_operator_and_random_scores(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     case = next(case for case in images.CASES if case.name == "SanaTransformer2DModel")
@@ -95,10 +104,16 @@ def test_a_branch_that_mixes_tokens_is_reused_whole_and_plan_and_log_name_the_op
         for step in range(6):
             model(**case.at(step))
     why = "aten.conv2d.default in transformer_blocks.*.ff.conv_depth mixes neighbouring tokens"
-    note = f"reused whole instead of refreshed: mlp of blocks 0-2: {why}"
+    mixes = "refreshes single tokens, which this branch does not allow"
+    notes = [
+        "this is the first published setting that fits, its scores are random; "
+        f"refused: 'duca-pixart-3' {mixes}; 'duca-3' {mixes}",
+        f"reused whole instead of refreshed: mlp of blocks 0-2: {why}",
+    ]
     plan = dicompile.plan_of(model)
-    assert plan.notes() == [note] and note in str(plan)
-    assert [record.getMessage() for record in caplog.records] == [f"policy {plan.policy}: {note}"]
+    assert plan.notes() == notes
+    assert all(note in str(plan) for note in notes)
+    assert [record.getMessage() for record in caplog.records] == [f"policy {plan.policy}: {note}" for note in notes]
     convolved = [site.id for site in dicompile.structure_of(model).sites if site.kind is SiteKind.MLP]
     assert all(step.sites[i].action.tokens is None for step in plan.steps for i in convolved)
     assert any(step.sites[i].action.symbol == "." for step in plan.steps for i in convolved)
