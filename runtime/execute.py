@@ -6,6 +6,7 @@ The code is a pure function of inputs and slots; everything that is remembered l
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -20,6 +21,8 @@ from dicompile.runtime.identify import Place, Signature, identify
 from dicompile.runtime.owner import Owner
 from dicompile.runtime.session import ModelState, current_session
 from dicompile.runtime.storage import Lane, lane_for, run_calls
+
+log = logging.getLogger("dicompile")
 
 
 @dataclass(frozen=True)
@@ -165,6 +168,8 @@ class Executor:
                 self._keep(state, place, context, step, registers)
                 context.chosen = {int(site): registers[r] for site, r in program.chosen} if keep_chosen else {}
             state.report.count(step.planned.kind, state.cache_bytes)
+            if self.signature.remembers and place.is_last and step.planned.sites:
+                _end(state, step.plan.policy)
             return results
         finally:
             registers.clear()  # the traceback of an error may hold on to this frame
@@ -195,11 +200,9 @@ class Executor:
         context.held = step.held
         if self.check:
             context.stamps.advance(step, context.store, state.generation)
-        if place.step - context.schedule.before + 1 >= len(step.plan.steps):
-            context.follow(place.call, place.step)
-            context.forget()  # the last step: nothing goes on from here
-        else:
-            context.follow(place.call, place.step)
+        context.follow(place.call, place.step)
+        if place.is_last:
+            context.forget()  # nothing goes on from here
 
     def _load(self, registers: list[Any], step: Step, inputs: Sequence[Any], number: int) -> None:
         """Fill the registers of everything that no call computes and no slot holds."""
@@ -228,6 +231,14 @@ class Executor:
         batch, tokens = shape
         drawn = torch.rand(batch // 2 if share else batch, tokens, generator=generator, device=device)
         return torch.cat([drawn, drawn]) if share else drawn
+
+
+def _end(state: ModelState, policy: str) -> None:
+    """A call of the last step is done: if nothing of the run could be reused, that is said, once."""
+    was_told = bool(state.report.unapplied)
+    state.report.end(policy)
+    if state.report.unapplied and not was_told:
+        log.warning("nothing was reused in a whole run: %s", state.report)
 
 
 def _not_written(slot: Slot) -> StaleRead:

@@ -62,11 +62,13 @@ class Place:
         call: what tells it apart.
         step: of the whole schedule.
         context: that it continues or opens; None where nothing may be remembered of it.
+        is_last: it is at the last step of the schedule.
     """
 
     call: Call
     step: int
     context: ContextState | None
+    is_last: bool = False
 
 
 def identify(signature: Signature, owner: Owner, session: Session, inputs: Sequence[Any]) -> Place:
@@ -94,16 +96,17 @@ def identify(signature: Signature, owner: Owner, session: Session, inputs: Seque
             log.warning("computed whole, and nothing is remembered: %s", outside)
         state.report.outside += signature.remembers
         return Place(call, 0 if state.step is None else state.step, None)
+    is_last = step + 1 >= owner.link.schedule.steps
     if step != state.step:
         _advance(state, session, owner.link, step)
     if not signature.remembers:
-        return Place(call, step, None)
+        return Place(call, step, None, is_last)
     state.calls.add(call.name)
     context = state.contexts.find(call, step) or _opened(state, owner.link, call, step)
     if signature.timestep is not None and context is not None:
         label = state.contexts.label_of(context)
         session.leads[owner.link] = Lead(weakref.ref(owner), state.generation, step, label, state.schedule_token)
-    return Place(call, step, context)
+    return Place(call, step, context, is_last)
 
 
 def _step(
@@ -153,7 +156,7 @@ def _follow(state: ModelState, session: Session, owner: Owner, call: Call, lead:
             context.forget()
         context = ContextState(call.name, call.geometry, owner.link.schedule.rest(lead.step))
         state.contexts[label] = context
-    return Place(call, lead.step, context)
+    return Place(call, lead.step, context, lead.step + 1 >= owner.link.schedule.steps)
 
 
 def _advance(state: ModelState, session: Session, link: SchedulerLink | None, step: int) -> None:

@@ -17,6 +17,7 @@ class RunReport:
         began: step of the schedule at which the generation began; above 0 where a pipeline leaves the first ones out.
         cold_starts: calls that computed everything because nothing was remembered, with the step.
         outside: calls that belong to no step, and computed everything.
+        unapplied: name of the policy, where the generation reached its last step and every call computed everything.
         cache_bytes: bytes of the slots held now.
         peak_cache_bytes: the most that was held between two calls.
     """
@@ -25,6 +26,7 @@ class RunReport:
     began: int = 0
     cold_starts: list[int] = field(default_factory=list)
     outside: int = 0
+    unapplied: str = ""
     cache_bytes: int = 0
     peak_cache_bytes: int = 0
 
@@ -32,6 +34,10 @@ class RunReport:
         """Note a call, and how many bytes are held after it."""
         self.kinds[kind] += 1
         self.hold(cache_bytes)
+
+    def end(self, policy: str) -> None:
+        """Note a call of the last step, and whether the policy did anything until then."""
+        self.unapplied = policy if set(self.kinds) <= {"full"} else ""
 
     def hold(self, cache_bytes: int) -> None:
         """Note how many bytes are held after a call."""
@@ -47,6 +53,7 @@ class RunReport:
         self.began = min(self.began, other.began)
         self.cold_starts = sorted(self.cold_starts + other.cold_starts)
         self.outside += other.outside
+        self.unapplied = (self.unapplied or other.unapplied) if set(self.kinds) <= {"full"} else ""
         self.cache_bytes += other.cache_bytes
         self.peak_cache_bytes += other.peak_cache_bytes
 
@@ -55,6 +62,7 @@ class RunReport:
         began = f"; began at step {self.began}" if self.began else ""
         cold = f"; computed for want of stored values at steps {self.cold_starts}" if self.cold_starts else ""
         cold += f"; {self.outside} calls outside of the schedule computed whole" if self.outside else ""
+        cold += f"; policy {self.unapplied} was never applied" if self.unapplied else ""
         peak, now = size_text(self.peak_cache_bytes), size_text(self.cache_bytes)
         cache = f"; cache {peak} at most, {now} now" if self.peak_cache_bytes else ""
         return f"{self.kinds.total()} calls: {kinds}{began}{cold}{cache}"

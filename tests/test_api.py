@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 from typing import Any, NamedTuple
 
 import pytest
@@ -371,6 +372,24 @@ def test_structure_plan_and_report_print_themselves() -> None:
     assert [line.split()[-2:] for line in plan[2:]] == [["FF", "FF"], ["FF", "FF"], ["..", ".."], ["FF", "FF"]]
     report = str(dicompile.report(model))
     assert report == "4 calls: 3 full, 1 reuse; cache 128.00 KiB at most, 0 bytes now"
+
+
+def test_a_run_in_which_the_policy_did_nothing_says_so_at_its_end(caplog: pytest.LogCaptureFixture) -> None:
+    sample = models.plain_dit(1)
+    model = optimized(sample, dicompile.FORA(interval=2), STEPS)
+    every = timesteps(STEPS)
+    with caplog.at_level(logging.WARNING, logger="dicompile"):
+        run(model, sample.inputs, every)
+        assert not dicompile.report(model).unapplied
+        run(model, sample.inputs, [every[0], every[2]])
+        assert not dicompile.report(model).unapplied, "it may still be applied"
+        assert not caplog.records
+        run(model, sample.inputs, [every[0], every[2], every[5]])  # somebody skips steps: none continues another
+    report = dicompile.report(model)
+    assert str(report) == (
+        "3 calls: 3 full; computed for want of stored values at steps [2, 5]; policy fora-2 was never applied"
+    )
+    assert [record.getMessage() for record in caplog.records] == [f"nothing was reused in a whole run: {report}"]
 
 
 def test_questions_are_about_the_shapes_that_ran_last() -> None:
