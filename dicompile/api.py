@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,11 +22,13 @@ from dicompile.pipelines import (
     replace_components,
     restore_components,
 )
-from dicompile.plan import CacheOptions, Plan, Policy
+from dicompile.plan import CacheOptions, Plan, Policy, TimestepSchedule
 from dicompile.policies import get_policy
 from dicompile.runtime import RunReport, SchedulerLink, Session, current_session
 from dicompile.runtime import session as open_session
-from dicompile.wrapper import CachedModel, record_of, released
+from dicompile.wrapper import CachedModel, Record, record_of, released
+
+log = logging.getLogger("dicompile")
 
 
 def optimize(
@@ -193,22 +196,31 @@ def plan_of(model: Any) -> Plan:
         NotOptimized, NotYetRun: nothing was captured yet.
     """
     frame, record = _frame_of(model), record_of(_cached_in(model)[0])
-    state = current_session().state_of(record.calls.owner)
-    link = record.options.link
-    is_its_own = state.schedule_token is link.token
-    return frame.programs.plan(link.schedule.rest(state.first_step or 0) if is_its_own else link.schedule)
+    return frame.programs.plan(_schedule_of(record))
 
 
-def prepare(model: Any) -> None:
-    """Compile every step of the schedule ahead, so that no later call has to; call the model once before.
+def prepare(model: Any, *, late: bool = True) -> None:
+    """Compile every step of the schedule ahead, so that no later call has to; run the model once before.
+
+    Everything that was optimized in a pipeline is prepared, for all shapes that it ran with. What has not run yet, such
+    as the second denoiser of a run that ended early, cannot be: a log line names it.
+
+    Args:
+        model: what `optimize` returned.
+        late: also for runs, and contexts of one, that begin at any later step: a guidance partner that joins, image to
+            image of another strength. They need next to no code of their own, but are planned: seconds for 50 steps.
 
     Raises:
         NotOptimized, NotYetRun: nothing was captured yet.
     """
-    frame = _frame_of(model)
-    schedule = record_of(_cached_in(model)[0]).options.link.schedule
-    for step in range(schedule.steps):
-        frame.programs.step(schedule, step)
+    records = [record_of(cached) for cached in _cached_in(model)]
+    if not any(record.frames for record in records):
+        _frame_of(model)  # raises
+    for record in records:
+        if not record.frames:
+            log.warning("%s has not run yet, and is not prepared", type(record.module).__name__)
+        for frame in record.frames:
+            frame.programs.prepare(record.options.link.schedule if late else _schedule_of(record), late=late)
 
 
 def report(model: Any) -> RunReport:
@@ -256,6 +268,13 @@ def _cached_in(model: Any) -> list[CachedModel]:
     if not cached:
         raise NotOptimized(f"this {type(model).__name__} was not optimized", fix="dicompile.optimize(model, policy)")
     return cached
+
+
+def _schedule_of(record: Record) -> TimestepSchedule:
+    """The schedule as it is now, from the step at which this session's run began."""
+    state, link = current_session().state_of(record.calls.owner), record.options.link
+    is_its_own = state.schedule_token is link.token
+    return link.schedule.rest(state.first_step or 0) if is_its_own else link.schedule
 
 
 def _frame_of(model: Any) -> CompiledFrame:

@@ -22,6 +22,7 @@ from dicompile.errors import CallOutsideSchedule
 from dicompile.lower import (
     VARIANTS,
     Pieces,
+    Program,
     ProgramBuilder,
     VariantCache,
     network_predictor,
@@ -33,6 +34,7 @@ from dicompile.plan import (
     Plan,
     Policy,
     Predictor,
+    StepPlan,
     TimestepSchedule,
     check_can_compile,
     check_predictor,
@@ -229,6 +231,20 @@ class Programs:
                 steps[index] = self._make(plan, index)
             return steps[index]
 
+    def prepare(self, schedule: TimestepSchedule, *, late: bool) -> None:
+        """Make every step of a run ahead.
+
+        Args:
+            schedule: of the run.
+            late: compile what runs need, too, that begin at any later step of it; their plans are not kept.
+        """
+        for index in range(schedule.steps):
+            self.step(schedule, index)
+        for first in range(1, schedule.steps) if late else ():
+            with ONE_AT_A_TIME:
+                for planned in make_plan(self.structure, self.policy, schedule.rest(first), self.cache).steps:
+                    self._program(planned)
+
     def _planned(self, schedule: TimestepSchedule) -> tuple[Plan, dict[int, Step]]:
         known = self._plans.get(schedule)
         if known is not None:
@@ -251,7 +267,10 @@ class Programs:
                 fix="set the scheduler's timesteps before sampling",
             )
         planned = plan.steps[index]
-        with torch.inference_mode(mode=False), torch.no_grad():
-            program = self._builder.program(planned)
+        program = self._program(planned)
         self.debug.write(f"step{index}-{planned.kind}", program)
         return Step.of(plan, index, program)
+
+    def _program(self, planned: StepPlan) -> Program:
+        with torch.inference_mode(mode=False), torch.no_grad():
+            return self._builder.program(planned)

@@ -242,6 +242,33 @@ def test_no_gradients_are_recorded() -> None:
     assert not dicompile.optimize(sample.model, mode="eager")(**sample.inputs).requires_grad
 
 
+def test_after_preparing_no_call_compiles_whenever_its_context_joins() -> None:
+    """A run with a table of its own for every step, so that joining late needs other code."""
+    sample = models.plain_dit(2)
+    rows = tuple(tuple((site + step) % 3 == 0 for site in range(4)) for step in range(STEPS))
+    table = dicompile.Table(compute=((True,) * 4, *rows[1:]), otherwise=dicompile.Forecast(order=1))
+    policy = Policy(name="table", rules=(dicompile.Rule(do=table),))
+    model = optimized(sample, policy, STEPS)
+    model(**sample.inputs | {"t": torch.full((4,), timesteps(STEPS)[0])})
+    variants = model.frames[0].programs.variants
+    dicompile.prepare(model, late=False)
+    of_the_run = len(variants.variants)
+    dicompile.prepare(model)
+    prepared = len(variants.variants)
+    assert prepared > of_the_run
+    for late in range(1, STEPS):
+        dicompile.free(model)
+        run(model, sample.inputs, timesteps(STEPS)[late:])
+        assert dicompile.report(model).began == late
+    run(model, sample.inputs, timesteps(STEPS))
+    assert len(variants.variants) == prepared
+
+
+def test_only_what_has_run_can_be_prepared() -> None:
+    with pytest.raises(NotYetRun, match="PlainDiT has not run yet"):
+        dicompile.prepare(optimized(models.plain_dit(1), "none", 1))
+
+
 # The wrapper and the module in it.
 
 

@@ -69,6 +69,31 @@ def test_two_denoisers_of_one_schedule_are_planned_for_their_part() -> None:
     assert held[began + 1 :] == [0] * (8 - began - 1)  # nobody comes back for what the first one stored
 
 
+def test_both_denoisers_of_a_pipeline_are_prepared_once_they_have_run(caplog: pytest.LogCaptureFixture) -> None:
+    sampler = optimized(pipes.wan22())
+    high, low = sampler.denoisers
+
+    def leave_when(has_run: Any) -> Any:
+        def interrupt(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+            pipe._interrupt = bool(has_run.frames)
+            return tensors
+
+        return interrupt
+
+    with caplog.at_level("WARNING", logger="dicompile"):
+        sampler(8, callback_on_step_end=leave_when(high))
+        dicompile.prepare(sampler.pipe)
+        sampler(8, callback_on_step_end=leave_when(low))
+        dicompile.prepare(sampler.pipe)
+    assert [record.getMessage() for record in caplog.records] == [
+        "WanTransformer3DModel has not run yet, and is not prepared"
+    ]
+    prepared = [one.frames[0].programs.variants.variants for one in (high, low)]
+    sampler(8)
+    assert [one.frames[0].programs.variants.variants for one in (high, low)] == prepared
+    assert set(dicompile.report(low).kinds) == {"full", "reuse"}
+
+
 def test_a_time_per_token_is_a_step_of_the_schedule() -> None:
     sampler = optimized(pipes.wan(expand_timesteps=True))
     sampler()
