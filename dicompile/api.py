@@ -179,7 +179,9 @@ def session(model: Any = None) -> contextlib.AbstractContextManager[Session]:
 
 
 def structure_of(model: Any) -> ModelStructure:
-    """Structure of an optimized model for the shapes that ran last.
+    """Structure of an optimized model as it was called last: its shapes, and the way through its forward.
+
+    Of a pipeline with several denoisers this is that of the first one; ask for ``pipe.transformer_2`` by itself.
 
     Raises:
         NotOptimized, NotYetRun: nothing was captured yet.

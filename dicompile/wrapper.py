@@ -5,12 +5,12 @@ from __future__ import annotations
 import contextlib
 import copy
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch._dynamo.eval_frame import OptimizedModule
 
 from dicompile.capture.compat import never_traced, without_dynamo
@@ -20,6 +20,9 @@ from dicompile.offload import HOOK_ATTRIBUTES, check_weights_are_whole, move_hoo
 from dicompile.runtime import cache_context
 
 log = logging.getLogger("dicompile")
+
+CHILD = "_orig_mod."
+"""What the names of an ``OptimizedModule`` begin with."""
 
 _SHOWN = ("frames",)
 """Attributes of `Record` that can be asked for on the wrapper, where the module has none of that name."""
@@ -52,7 +55,9 @@ class Record:
 class CachedModel(OptimizedModule):
     """An optimized module: called like the original, with every attribute of the original where it was.
 
-    It is a ``torch._dynamo.OptimizedModule``, which diffusers, accelerate and peft know how to unwrap.
+    It is a ``torch._dynamo.OptimizedModule``, which diffusers, accelerate and peft know how to unwrap. Other than with
+    ``torch.compile``, weights have the names of the original: in `state_dict`, `named_parameters` and `named_buffers`,
+    and in the `state_dict` of a module around it. Modules are walked as they are, the original as child ``_orig_mod``.
     """
 
     _dicompile: Record
@@ -63,6 +68,7 @@ class CachedModel(OptimizedModule):
         super().__init__(module, None)  # type: ignore[arg-type]
         object.__setattr__(self, "_dicompile", Record(given, module, options, ModelCalls(module, options)))
         move_hook(module, self)
+        self.register_load_state_dict_pre_hook(_name_for_child)  # type: ignore[no-untyped-call]
 
     def _initialize(self) -> None:
         """Nothing of Dynamo's."""
@@ -102,6 +108,24 @@ class CachedModel(OptimizedModule):
         else:
             super().__delattr__(name)
 
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """Weights and buffers by the original's names."""
+        return self._orig_mod.state_dict(*args, **kwargs)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """Take weights by the original's names, or by those of an ``OptimizedModule``, ``_orig_mod.`` and the name."""
+        if any(name.startswith(CHILD) for name in state_dict):
+            state_dict = {name.removeprefix(CHILD): value for name, value in state_dict.items()}
+        return self._orig_mod.load_state_dict(state_dict, *args, **kwargs)
+
+    def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
+        """Parameters by the original's names."""
+        yield from self._orig_mod.named_parameters(*args, **kwargs)
+
+    def named_buffers(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, Tensor]]:
+        """Buffers by the original's names."""
+        yield from self._orig_mod.named_buffers(*args, **kwargs)
+
     @property  # type: ignore[misc]
     def __class__(self) -> type:
         """That of the original: pipelines ask whether a component is a model of theirs."""
@@ -129,6 +153,12 @@ class CachedModel(OptimizedModule):
         """Guidance context, as diffusers pipelines open it on their denoiser."""
         with cache_context(name):
             yield
+
+
+def _name_for_child(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Among the weights of a module around it are those of the original by its names; torch looks for the child's."""
+    for name in [name for name in state_dict if name.startswith(prefix)]:
+        state_dict[prefix + CHILD + name.removeprefix(prefix).removeprefix(CHILD)] = state_dict.pop(name)
 
 
 def record_of(model: CachedModel) -> Record:

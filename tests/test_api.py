@@ -280,9 +280,42 @@ def test_the_module_stays_reachable_through_the_wrapper() -> None:
     assert model.transformer_blocks is sample.model.transformer_blocks
     assert record_of(model).module is sample.model
     assert all(a is b for a, b in zip(model.parameters(), sample.model.parameters(), strict=True))
-    weights = {name.removeprefix("_orig_mod."): tensor for name, tensor in model.state_dict().items()}
-    assert weights.keys() == sample.model.state_dict().keys()
-    assert all(weights[name].data_ptr() == tensor.data_ptr() for name, tensor in sample.model.state_dict().items())
+
+
+def same_tensors(first: Any, second: Any) -> bool:
+    """True if two mappings have the same names in the same order, and the very tensors."""
+    first, second = dict(first), dict(second)
+    return [*first] == [*second] and all(first[name].data_ptr() == second[name].data_ptr() for name in first)
+
+
+def test_weights_have_the_names_of_the_module() -> None:
+    module = models.pixart(1).model
+    model = dicompile.optimize(module, mode="eager")
+    around = nn.ModuleDict({"denoiser": model})
+    assert same_tensors(model.state_dict(), module.state_dict())
+    assert model.state_dict()._metadata == module.state_dict()._metadata
+    assert same_tensors(around.state_dict(), nn.ModuleDict({"denoiser": module}).state_dict())
+    assert same_tensors(model.named_parameters(), module.named_parameters())
+    assert same_tensors(model.named_buffers(), module.named_buffers())
+    assert dict(model.named_buffers())
+    assert dict(model.named_parameters(recurse=False)).keys() == dict(module.named_parameters(recurse=False)).keys()
+
+
+@pytest.mark.parametrize("prefix", ["", "_orig_mod."])
+@pytest.mark.parametrize("around", [False, True])
+def test_weights_are_loaded_by_the_names_of_the_module_or_those_of_torch_compile(prefix: str, around: bool) -> None:
+    module = models.plain_dit(1).model
+    model = dicompile.optimize(module, mode="eager")
+    other = models.redraw(models.PlainDiT(1), seed=5).state_dict()
+    given = {f"{'denoiser.' if around else ''}{prefix}{name}": tensor for name, tensor in other.items()}
+    target = nn.ModuleDict({"denoiser": model}) if around else model
+    target.load_state_dict(given)
+    assert all(torch.equal(tensor, other[name]) for name, tensor in module.state_dict().items())
+    name, lost = given.popitem()
+    with pytest.raises(RuntimeError, match="Missing key"):
+        target.load_state_dict(given)
+    result = target.load_state_dict({**given, f"{name}_stray": lost}, strict=False)
+    assert len(result.missing_keys) == len(result.unexpected_keys) == 1
 
 
 def test_attributes_set_on_the_wrapper_land_on_the_module() -> None:
@@ -428,3 +461,22 @@ def test_questions_are_about_the_shapes_that_ran_last() -> None:
         assert dicompile.structure_of(model).sites[0].shape[0] == len(inputs["x"])
         assert dicompile.report(model).kinds.total() == steps
     assert len(model.frames) == 2
+
+
+class OfAnyDepth(models.PlainDiT):
+    """Leaves out blocks, as layer-skip guidance does."""
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor, depth: int = 2) -> Tensor:
+        h, c = self.tokens(x), self.condition(t, y)
+        for block in self.blocks[:depth]:
+            h = block(h, c)
+        return self.picture(h, c, *x.shape[2:])
+
+
+def test_questions_are_about_the_last_call_however_many_sites_it_has() -> None:
+    sample = Sample(models.redraw(OfAnyDepth(2)), models.plain_dit(1).inputs)
+    model = optimized(sample, dicompile.FORA(interval=2), 4)
+    for depth in (2, 1, 2, 1):
+        run(model, {**sample.inputs, "depth": depth}, timesteps(4))
+        assert len(dicompile.structure_of(model).sites) == 2 * depth
+        assert len(dicompile.plan_of(model).steps[0].sites) == len(dicompile.structure_of(model).everything)
