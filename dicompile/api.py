@@ -75,7 +75,8 @@ def optimize(
         UnknownPolicy, InvalidPolicy: the policy does not exist or has an option that does not.
         InvalidSetting: a mode or a cache option that does not exist.
         InvalidSchedule: a caching policy for a module without a schedule.
-        AlreadyOptimized: restore it first.
+        AlreadyOptimized: restore it first. A pipeline that shares a denoiser with an optimized one, and has a scheduler
+            of its own, is optimized by itself: each has a wrapper around the same weights.
         UnsupportedModel: neither a module nor a pipeline with a denoiser.
     """
     chosen = get_policy(policy)

@@ -60,6 +60,9 @@ def is_denoiser_of(pipeline: Any, module: nn.Module) -> bool:
 def replace_components(pipeline: Any, names: Sequence[str] | None, wrap: Callable[[nn.Module], CachedModel]) -> None:
     """Put a wrapper in the place of every denoiser; where one of them cannot be wrapped, all stay as they were.
 
+    A denoiser that was optimized in another pipeline, whose scheduler this one does not share, gets a second wrapper;
+    the other pipeline keeps its own.
+
     Args:
         pipeline: the pipeline.
         names: of the components to wrap, if not of the denoisers.
@@ -70,10 +73,13 @@ def replace_components(pipeline: Any, names: Sequence[str] | None, wrap: Callabl
         AlreadyOptimized: one of them is.
     """
     found = denoisers(pipeline) if names is None else _components_named(pipeline, names)
-    done = next((name for name, module in found.items() if isinstance(module, CachedModel)), None)
+    done = next((name for name, module in found.items() if _is_optimized_for(pipeline, module)), None)
     if done is not None:
         raise AlreadyOptimized(f"the pipeline's {done} is optimized already", fix="dicompile.restore(pipe) first")
-    wrapped = {id(module): wrap(module) for module in found.values()}
+    wrapped = {
+        id(module): wrap(record_of(module).given if isinstance(module, CachedModel) else module)
+        for module in found.values()
+    }
     for holder, name, module in list(_places(pipeline)):
         if id(module) in wrapped:
             setattr(holder, name, wrapped[id(module)])
@@ -108,6 +114,10 @@ def _components_named(pipeline: Any, names: Sequence[str]) -> dict[str, nn.Modul
             fix=f"a list of some of: {', '.join(modules)}",
         )
     return {name: modules[name] for name in names}
+
+
+def _is_optimized_for(pipeline: Any, module: nn.Module) -> bool:
+    return isinstance(module, CachedModel) and record_of(module).options.link.follows(pipeline)
 
 
 def _is_denoiser(name: str, module: nn.Module) -> bool:

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from dicompile.errors import CallOutsideSchedule
+from dicompile.errors import CallOutsideSchedule, InvalidSchedule
 from dicompile.plan import TimestepSchedule
 from dicompile.runtime.contexts import is_near, is_same_latent
 from dicompile.runtime.session import Count, ModelState
@@ -61,10 +61,29 @@ class SchedulerLink:
             InvalidSchedule: the scheduler has no timesteps yet.
         """
         if self.is_live and self._token is not self.source.timesteps:
-            self._schedule = TimestepSchedule.of(self.source)
+            try:
+                self._schedule = TimestepSchedule.of(self.source)
+            except InvalidSchedule as error:
+                if self.is_pipeline:
+                    raise InvalidSchedule(error.what, where=error.where, why=error.why, fix=self.remedy) from None
+                raise
             self._token = self.source.timesteps
         assert self._schedule is not None
         return self._schedule
+
+    @property
+    def remedy(self) -> str:
+        """What to do where calls do not follow the scheduler."""
+        if not self.is_pipeline:
+            return "optimize with the scheduler that drives the sampling, after its set_timesteps"
+        return (
+            f"sample with the {type(self._source).__name__} that was optimized, or its scheduler; another pipeline "
+            "around the same model with a scheduler of its own is optimized, too: dicompile.optimize(other, policy)"
+        )
+
+    def follows(self, pipeline: Any) -> bool:
+        """True unless this is the scheduler of another pipeline, and `pipeline` has one of its own."""
+        return not self.is_pipeline or self.source is pipeline.scheduler
 
     @property
     def position(self) -> int | None:
@@ -206,7 +225,7 @@ class _Call:
                 f"the model was called at timestep {value:g}, which is not on the schedule",
                 where=f"{schedule.steps} steps from {first:g} to {last:g}",
                 why="the policy's plan has no step for it",
-                fix="optimize with the scheduler that drives the sampling, after its set_timesteps",
+                fix=self.link.remedy,
             )
         return step
 

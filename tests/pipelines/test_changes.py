@@ -12,10 +12,10 @@ import accelerate
 import pytest
 import torch
 from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
-from diffusers import DiTTransformer2DModel, FluxImg2ImgPipeline
+from diffusers import DiTTransformer2DModel, FlowMatchEulerDiscreteScheduler, FluxImg2ImgPipeline, FluxPipeline
 
 import dicompile
-from dicompile.errors import AlreadyOptimized, NotOptimized, UnsupportedModel
+from dicompile.errors import AlreadyOptimized, CallOutsideSchedule, InvalidSchedule, NotOptimized, UnsupportedModel
 from dicompile.wrapper import record_of
 from tests.pipelines import pipes
 from tests.pipelines.pipes import Sampler, kinds
@@ -131,6 +131,46 @@ def test_a_pipeline_made_of_an_optimized_one_follows_its_own_scheduler() -> None
     report = dicompile.report(pipe)
     assert (report.began, report.cold_starts) == (1, [])
     assert report.kinds == kinds(dicompile.plan_of(pipe))
+
+
+def beside(sampler: Sampler) -> Sampler:
+    """A second pipeline around the same components, but for a scheduler of its own."""
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=5.0)
+    pipe = FluxPipeline(**{**sampler.pipe.components, "scheduler": scheduler})
+    pipe.set_progress_bar_config(disable=True)
+    return Sampler(pipe, sampler.options)
+
+
+@pytest.mark.parametrize("has_run", [False, True])
+def test_a_pipeline_with_another_scheduler_is_told_what_to_do(has_run: bool) -> None:
+    sampler = optimized(pipes.flux())
+    if has_run:
+        sampler(STEPS)
+    with pytest.raises(CallOutsideSchedule if has_run else InvalidSchedule) as caught:
+        beside(sampler)(STEPS)
+    assert "another pipeline around the same model" in caught.value.fix
+    assert "dicompile.optimize(other, policy)" in caught.value.fix
+    assert torch.isfinite(sampler(STEPS)).all()
+
+
+def test_two_pipelines_with_schedulers_of_their_own_are_optimized_each_by_itself() -> None:
+    sampler = optimized(pipes.flux())
+    original = record_of(sampler.pipe.transformer).module
+    wanted = sampler(STEPS)
+    other = beside(sampler)
+    dicompile.optimize(other.pipe, dicompile.FORA(interval=3), mode="eager")
+    assert record_of(other.pipe.transformer).module is original
+    with pytest.raises(AlreadyOptimized, match="the pipeline's transformer is optimized already"):
+        dicompile.optimize(other.pipe, FORA)
+    for one in (other, sampler, other):
+        one(STEPS)
+        plan = dicompile.plan_of(one.pipe)
+        assert plan.schedule.timesteps == tuple(one.scheduler.timesteps.tolist())
+        assert dicompile.report(one.pipe).kinds == kinds(plan)
+        assert dicompile.report(one.pipe).cold_starts == []
+    assert torch.equal(sampler(STEPS), wanted)
+    assert dicompile.restore(other.pipe).transformer is original
+    assert torch.equal(sampler(STEPS), wanted)
 
 
 def test_an_optimized_pipeline_saves_its_denoiser(tmp_path: Path) -> None:
