@@ -412,7 +412,7 @@ def _check_source(policy: Policy, structure: ModelStructure, site: Site, base: S
         raise PolicyDoesNotFit(
             f"policy {policy.name!r} ranks tokens by {base.value}, but the attention is not over the same tokens",
             where=_where(site),
-            why=f"{source.name} attends with {_rows(source.attention_shape)}, the stream has {_rows(source.shape)}",
+            why=_why_not_read(source),
             fix="choose another score, for example score='random'",
         )
 
@@ -494,6 +494,14 @@ def _largest(structure: ModelStructure, plan: Plan) -> str:
     )
     largest = sorted(alike.items(), key=lambda item: (-item[1] * item[0][2], item[0]))[:3]
     return ", ".join(f"{count} x {kind} of {site} ({size_text(size)} each)" for (site, kind, size), count in largest)
+
+
+def _why_not_read(source: Site) -> str:
+    """What forbids to read scores off an attention."""
+    attending, streaming = _rows(source.attention_shape), _rows(source.shape)
+    if not source.attention or attending == streaming:
+        return source.tokens.reason
+    return f"{source.name} attends with {attending}, the stream has {streaming}"
 
 
 def _rows(shape: Sequence[int]) -> str:
