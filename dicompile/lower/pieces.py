@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
-from dicompile.analysis import ModelStructure, Site, SiteKind
+from dicompile.analysis import Block, ModelStructure, Site, SiteKind
 from dicompile.analysis.blocks import layout_text, structure_key
 from dicompile.capture import Capture
 from dicompile.passes import Outline, outline
 from dicompile.plan import SiteStep, StepPlan
 
-LONGEST_RUN = 8
-"""Blocks that only reuse, and run as one segment."""
+RUNS = (8, 4, 2, 1)
+"""Numbers of blocks that only reuse and run as one segment."""
 
 
 @dataclass(frozen=True)
@@ -43,16 +44,15 @@ class Pieces:
         """Pieces that a step runs, in order: prologue, blocks, epilogue."""
         structure = self.structure
         active = [span for span in structure.spans if not _is_idle(step.sites[span.id])]
-        runs: list[list[int]] = []
-        open_run = False
-        for block in structure.blocks:
+
+        def reuses(block: Block) -> bool:
             spans = [span.id for span in active if span.kind is SiteKind.BLOCK and span.block == block.id]
-            reuses = not any(step.sites[i].action.computes for i in (*block.sites, *spans))
-            if reuses and open_run and len(runs[-1]) < LONGEST_RUN:
-                runs[-1].append(int(block.id))
-            else:
-                runs.append([int(block.id)])
-            open_run = reuses
+            return not any(step.sites[i].action.computes for i in (*block.sites, *spans))
+
+        runs: list[list[int]] = []
+        for is_reused, blocks in itertools.groupby(structure.blocks, reuses):
+            numbers = [int(block.id) for block in blocks]
+            runs += _in_powers(numbers) if is_reused else [[number] for number in numbers]
         pieces = [self._piece("prologue", structure.prologue, ())]
         for run in runs:
             blocks = [structure.blocks[i] for i in run]
@@ -87,6 +87,16 @@ class Pieces:
             made = Outline(shared.segment, made.inputs, made.outputs)
             self._pieces[cut] = Piece(name, key, made, sites)
         return self._pieces[cut]
+
+
+def _in_powers(numbers: list[int]) -> list[list[int]]:
+    """Cut a run into runs of 8, 4, 2 and 1, so that runs of any length share a few variants."""
+    runs = []
+    while numbers:
+        length = next(length for length in RUNS if length <= len(numbers))
+        runs.append(numbers[:length])
+        numbers = numbers[length:]
+    return runs
 
 
 def _is_idle(step: SiteStep) -> bool:

@@ -1,8 +1,7 @@
 """Programs: what one step executes, as a straight line of calls on numbered registers.
 
-A step is cut into prologue, blocks and epilogue. Adjacent blocks that only reuse become one segment (up to
-`LONGEST_RUN` blocks), so that a run of reused blocks is a single fused kernel and compile time still does not grow with
-depth.
+A step is cut into prologue, blocks and epilogue. Adjacent blocks that only reuse become segments of 8, 4, 2 or 1 blocks
+(`RUNS`), so that a run of reused blocks is few fused kernels and compile time still does not grow with depth.
 """
 
 from __future__ import annotations

@@ -44,7 +44,7 @@ def kinds(made: Programs) -> list[str]:
 
 @pytest.mark.parametrize("policy", ["none", "fora", "toca"])
 def test_the_number_of_variants_does_not_grow_with_depth(policy: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dicompile.lower.pieces.LONGEST_RUN", 2)  # first run, runs between, shorter last one
+    monkeypatch.setattr("dicompile.lower.pieces.RUNS", (2, 1))  # first run, runs between, shorter last one
     assert kinds(programs(plain_dit, 7, policy=policy)) == kinds(programs(plain_dit, 5, policy=policy))
 
 
