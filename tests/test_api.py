@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 import dicompile
 from dicompile.errors import AlreadyOptimized, InvalidSchedule, InvalidSetting, NotOptimized, NotYetRun
+from dicompile.lower import compile_segment
+from dicompile.passes import Segment
 from dicompile.plan import Policy
 from dicompile.wrapper import record_of
 from tests import models
@@ -480,3 +482,24 @@ def test_questions_are_about_the_last_call_however_many_sites_it_has() -> None:
         run(model, {**sample.inputs, "depth": depth}, timesteps(4))
         assert len(dicompile.structure_of(model).sites) == 2 * depth
         assert len(dicompile.plan_of(model).steps[0].sites) == len(dicompile.structure_of(model).everything)
+
+
+def test_a_second_policy_compiles_only_what_no_earlier_one_had(monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled: list[object] = []
+
+    def counted(segment: Segment, mode: str) -> Any:
+        compiled.append(segment)
+        return compile_segment(segment, mode)
+
+    monkeypatch.setattr("dicompile.lower.variants.compile_segment", counted)
+    counts = []
+    for policy in ("none", "fora", "fora", dicompile.ToCa(ratio=0.3)):
+        sample = models.plain_dit(4)  # another module of the same class each time
+        made = dicompile.optimize(sample.model, policy, schedule=timesteps(6), mode="eager")
+        run(made, sample.inputs, timesteps(6))
+        counts.append(len(compiled))
+        compiled.clear()
+    assert counts[0] == 3  # prologue, block, epilogue
+    assert 0 < counts[1] <= 3  # storing, reused
+    assert counts[2] == 0
+    assert counts[3] > 0
