@@ -1,4 +1,4 @@
-"""Hooks by which accelerate moves weights run around an optimized module, never inside of what is compiled."""
+"""Hooks by which accelerate and diffusers move weights run around an optimized module, never inside compiled code."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from torch import nn
 
 from dicompile.errors import UnsupportedModel
 
-HOOK_ATTRIBUTES = frozenset({"_hf_hook", "_old_forward"})
-"""Where accelerate keeps the hook of a module, and the forward that it wraps."""
+HOOK_ATTRIBUTES = frozenset({"_hf_hook", "_old_forward", "_diffusers_hook"})
+"""Where accelerate keeps the hook of a module, and the forward that it wraps, and diffusers its hooks."""
 
 
 def move_hook(source: nn.Module, target: nn.Module) -> None:
@@ -25,16 +25,31 @@ def check_weights_are_whole(module: nn.Module) -> None:
     """Check that the weights are there for a whole call.
 
     Raises:
-        UnsupportedModel: hooks bring the weights of every part when it runs, as sequential offloading does.
+        UnsupportedModel: hooks bring the weights of every part when it runs, as sequential offloading and diffusers'
+            group offloading do.
     """
-    hooked = next((name for name, part in module.named_modules() if name and "_hf_hook" in vars(part)), None)
+    root, *parts = module.named_modules()
+    for name, part in (*parts, root):
+        if name and "_hf_hook" in vars(part):
+            raise _not_whole(module, f"{name} loads its weights when it runs", "enable_sequential_cpu_offload()")
+        if _is_in_a_group(part):
+            where = name or type(module).__name__
+            raise _not_whole(module, f"group offloading loads the weights of {where} when it runs", "group offloading")
     absent = next((name for name, tensor in module.named_parameters() if tensor.is_meta), None)
-    if hooked is None and absent is None:
-        return
-    why = f"{hooked} loads its weights when it runs" if hooked else f"{absent} is on the meta device"
-    raise UnsupportedModel(
+    if absent is not None:
+        raise _not_whole(module, f"{absent} is on the meta device", "enable_sequential_cpu_offload()")
+
+
+def _is_in_a_group(part: nn.Module) -> bool:
+    """True for a module under diffusers' group offloading; what was put on a wrapper of it runs around that."""
+    hooks = vars(part).get("_diffusers_hook")
+    return hooks is not None and hooks._module_ref is part and hooks.get_hook("group_offloading") is not None
+
+
+def _not_whole(module: nn.Module, why: str, instead_of: str) -> UnsupportedModel:
+    return UnsupportedModel(
         f"the weights of {type(module).__name__} are not there for a whole call",
         where="dicompile.optimize",
         why=f"{why}, and compiled code runs several parts as one",
-        fix="offload whole models: pipe.enable_model_cpu_offload() instead of enable_sequential_cpu_offload()",
+        fix=f"offload whole models: pipe.enable_model_cpu_offload() instead of {instead_of}",
     )

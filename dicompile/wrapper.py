@@ -89,6 +89,8 @@ class CachedModel(OptimizedModule):
         self._dicompile.is_enabled = state["is_enabled"]
 
     def __getattr__(self, name: str) -> Any:
+        if name in HOOK_ATTRIBUTES:
+            raise AttributeError(name)  # hooks of the original run inside of it
         try:
             return super().__getattr__(name)
         except AttributeError:

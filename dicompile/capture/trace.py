@@ -25,6 +25,7 @@ from dicompile.capture.arguments import Arguments, flatten_arguments, refuse_wri
 from dicompile.capture.canonical import drop_switches
 from dicompile.capture.captured import Captured, Unsettled, packer
 from dicompile.capture.compat import transforms_undone
+from dicompile.capture.data import FollowedData
 from dicompile.capture.flex import written_out
 from dicompile.capture.guards import Guards, Path
 from dicompile.capture.reads import Reads
@@ -56,14 +57,15 @@ def capture_by_running(module: nn.Module, arguments: Arguments) -> Captured:
     """
     own = module_tensors(module)
     copied = arguments.copied()
-    reads, reading = Reads(module, own), _Reading()
+    reads, reading, data = Reads(module, own), _Reading(), FollowedData()
     returned: list[Any] = []
 
     def run(*_: Tensor) -> list[Tensor]:
         before = flatten_arguments((copied.args, dict(copied.kwargs)))
-        with reading, reads.noted():
+        with data, reading, reads.noted():
             result = module._call_impl(*copied.args, **copied.kwargs)
         refuse_writes(before, flatten_arguments((copied.args, dict(copied.kwargs))), type(module).__name__)
+        _refuse_data(data, copied, module)
         returned.append(result)
         return [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor)]
 
@@ -71,10 +73,12 @@ def capture_by_running(module: nn.Module, arguments: Arguments) -> Captured:
         try:
             with fx.traceback.preserve_node_meta(), _module_paths(module):
                 graph = make_fx(run, tracing_mode="real", pre_dispatch=True)(*own.values(), *copied.tensors)
-            changed = [*reads.kept(), *reads.replaced()]
+            changed = [*reads.kept(), *reads.replaced(), *(f"{p}.data" for p, t in own.items() if data.is_changed(t))]
         except DicompileError:
+            data.undo()
             raise
         except Exception as error:
+            data.undo()
             where = _current_path()
             module._call_impl(*arguments.copied().args, **arguments.copied().kwargs)  # the caller's own mistake raises
             raise CannotCapture(
@@ -141,6 +145,22 @@ def _captured(
         reads=_read_inputs(graph.graph, reading.nodes),
         is_run=True,
     )
+
+
+def _refuse_data(data: FollowedData, arguments: Arguments, module: nn.Module) -> None:
+    """Refuse a forward that assigned to the ``data`` of an argument.
+
+    Raises:
+        CannotCapture: it did.
+    """
+    written = [n for n, t in zip(arguments.names(module), arguments.tensors, strict=True) if data.is_changed(t)]
+    if written:
+        raise CannotCapture(
+            f"the model writes to its inputs: {', '.join(written)}",
+            where="capture",
+            why="a step that is skipped could not repeat the write",
+            fix="copy the tensor inside the model before writing to it",
+        )
 
 
 def module_tensors(module: nn.Module) -> dict[Path, Tensor]:

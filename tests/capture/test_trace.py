@@ -101,6 +101,50 @@ def test_values_are_compared_anew_in_inference_mode_where_writes_are_not_counted
             torch.testing.assert_close(model(**inputs), module(**inputs))
 
 
+class StoredInHalf(nn.Module):
+    """Puts weights into the dtype of the computation and back, and reads the mask in Python."""
+
+    def __init__(self, kept: float = 1.0) -> None:
+        super().__init__()
+        self.linear, self.kept = nn.Linear(WIDTH, WIDTH).bfloat16(), kept
+
+    def forward(self, x: Tensor, t: Tensor, mask: Tensor) -> Tensor:
+        for weight in self.linear.parameters():
+            weight.data = weight.data.to(x.dtype)
+        x = self.linear(x[:, : mask[0].sum()]) * torch.cos(t)[:, None, None]
+        for weight in self.linear.parameters():
+            weight.data = (weight.data * self.kept).to(torch.bfloat16)
+        return x + self.linear.bias.data
+
+
+def test_the_data_of_weights_is_followed_and_given_back() -> None:
+    module, inputs = StoredInHalf().eval(), given(4)
+    memory = [weight.data_ptr() for weight in module.parameters()]
+    captured, values = run(module, **inputs)
+    assert [weight.data_ptr() for weight in module.parameters()] == memory
+    capture = capture_graph(captured.graph, captured.names, values)
+    with torch.no_grad():
+        torch.testing.assert_close(result(captured, capture.graph_module, values), module(**inputs))
+
+
+def test_weights_that_differ_after_every_call_are_refused() -> None:
+    module = dicompile.optimize(StoredInHalf(kept=0.5).eval(), "none", mode="eager")
+    with pytest.raises(CannotCapture, match=r"changes what it keeps at every call\n(.*\n)*.*self.linear.weight.data"):
+        module(**given(4))
+
+
+class WritesData(nn.Module):
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        x.data = x.data[:, : mask[0].sum()]
+        return x * 2
+
+
+def test_data_of_an_argument_that_is_written_is_refused() -> None:
+    inputs = given(4)
+    with pytest.raises(CannotCapture, match="the model writes to its inputs: x"):
+        run(WritesData(), x=inputs["x"], mask=inputs["mask"])
+
+
 class Constants(nn.Module):
     """Tensors that are neither parameters nor buffers, used in turns."""
 

@@ -13,10 +13,12 @@ import pytest
 import torch
 from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
 from diffusers import DiTTransformer2DModel, FlowMatchEulerDiscreteScheduler, FluxImg2ImgPipeline, FluxPipeline
+from diffusers.hooks import apply_group_offloading
 
 import dicompile
 from dicompile.errors import AlreadyOptimized, CallOutsideSchedule, InvalidSchedule, NotOptimized, UnsupportedModel
 from dicompile.wrapper import record_of
+from tests.models import pixart
 from tests.pipelines import pipes
 from tests.pipelines.pipes import Sampler, kinds
 
@@ -340,3 +342,58 @@ def test_weights_that_come_part_by_part_are_refused(first: str) -> None:
             sampler(STEPS)
         else:
             optimized(sampler, "none")
+
+
+GROUPS: dict[str, dict[str, Any]] = {
+    "blocks": {"offload_type": "block_level", "num_blocks_per_group": 1},
+    "leaves": {"offload_type": "leaf_level"},
+}
+
+
+@pytest.mark.parametrize("groups", GROUPS)
+@pytest.mark.parametrize("when", ["before optimize", "after optimize", "after a run"])
+def test_weights_that_come_group_by_group_are_refused(when: str, groups: str) -> None:
+    sampler = pipes.flux()
+    if when != "before optimize":
+        optimized(sampler, "none")
+    if when == "after a run":
+        sampler(1)
+    sampler.pipe.enable_group_offload("cpu", "cpu", **GROUPS[groups])
+    part = "transformer_blocks.0" if groups == "blocks" else "time_text_embed.timestep_embedder.linear_1"
+    with pytest.raises(UnsupportedModel, match=f"group offloading loads the weights of {part} when it runs"):
+        sampler(1) if when != "before optimize" else optimized(sampler, "none")
+
+
+def test_a_group_of_the_whole_model_is_loaded_around_its_calls() -> None:
+    sampler = pipes.flux()
+    original, wanted = sampler.pipe.transformer, sampler(1)
+    optimized(sampler, "none")
+    apply_group_offloading(sampler.pipe.transformer, "cpu", "cpu", **GROUPS["blocks"])
+    assert torch.equal(sampler(1), wanted)
+    assert dicompile.restore(sampler.pipe).transformer is original
+    assert "forward" not in vars(original)
+
+
+# Weights in another dtype than they compute in.
+
+
+@pytest.mark.parametrize("when", ["before optimize", "after optimize", "after a run"])
+def test_weights_cast_layer_by_layer_compute_as_they_do_untouched(when: str) -> None:
+    sample = pixart(1)
+    untouched = sample.model.bfloat16()
+    halves = {name: sample.inputs[name].bfloat16() for name in ("hidden_states", "encoder_hidden_states")}
+    inputs = sample.inputs | halves
+    model, casts = copy.deepcopy(untouched), {"storage_dtype": torch.float8_e4m3fn, "compute_dtype": torch.bfloat16}
+    untouched.enable_layerwise_casting(**casts)
+    if when == "before optimize":
+        model.enable_layerwise_casting(**casts)
+    model = dicompile.optimize(model, "none", mode="eager")
+    if when == "after a run":
+        model(**inputs)
+    if when != "before optimize":
+        model.enable_layerwise_casting(**casts)
+    stored = {name: (weight.data_ptr(), weight.dtype) for name, weight in model.named_parameters()}
+    with torch.no_grad():
+        assert torch.equal(model(**inputs)[0], untouched(**inputs)[0])
+    assert stored == {name: (weight.data_ptr(), weight.dtype) for name, weight in model.named_parameters()}
+    assert torch.float8_e4m3fn in {dtype for _, dtype in stored.values()}
