@@ -156,7 +156,7 @@ def _fake(value: torch.Tensor, mode: FakeTensorMode, *, is_read: bool) -> torch.
             return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device)
     if is_read:
         return mode.fake_tensor_converter.from_real_tensor(mode, value, make_constant=True)
-    return mode.from_tensor(value, static_shapes=True)
+    return mode.from_tensor(value.detach(), static_shapes=True)  # weights of inference mode may not want gradients here
 
 
 def _drop_inference_noise(graph: fx.Graph) -> None:

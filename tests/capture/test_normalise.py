@@ -5,7 +5,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from dicompile.capture import Capture
+import dicompile
+from dicompile.capture import Capture, capture_model
 from dicompile.errors import CannotCapture
 from tests.capture.captured import captured, one_block, operators, run_graph, sample, tiny
 from tests.models import MODELS, Sample, capture
@@ -153,3 +154,40 @@ def test_capture_under_inference_mode_makes_the_same_graph() -> None:
     with torch.inference_mode():
         found = capture(Sample(model, {key: value.clone() for key, value in inputs.items()}))
     assert str(found) == str(expected)
+
+
+class Halves(nn.Module):
+    def __init__(self, *, reads: bool) -> None:
+        super().__init__()
+        self.linear, self.reads = nn.Linear(8, 8), reads
+
+    def forward(self, x: Tensor, timestep: Tensor, mask: Tensor) -> Tensor:
+        kept = x[mask] if self.reads else x[:4]  # Dynamo does not take the first
+        return self.linear(kept) * torch.cos(timestep)
+
+
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode, torch.enable_grad])
+@pytest.mark.parametrize("reads", [False, True], ids=["Dynamo", "by running"])
+def test_weights_of_inference_mode_that_want_gradients_are_taken(reads: bool, context: type[torch.no_grad]) -> None:
+    with torch.inference_mode():
+        module = Halves(reads=reads).eval()
+        inputs = {"x": torch.randn(6, 8), "timestep": torch.rand(1), "mask": torch.arange(6) < 4}
+        expected = module(**inputs)
+    assert module.linear.weight.is_inference() and module.linear.weight.requires_grad
+    with context():
+        assert torch.equal(dicompile.optimize(module, "none", mode="eager")(**inputs), expected)
+
+
+class TakesTheTypeOf(nn.Module):
+    def forward(self, x: Tensor, timestep: Tensor, table: Tensor) -> Tensor:
+        room = torch.empty_like(x)
+        room.copy_(table)
+        return x * torch.cos(timestep) + table.type_as(x) + room
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_taking_the_type_of_another_tensor_moves_to_its_device(dtype: torch.dtype) -> None:
+    x, timestep = torch.empty(4, 8, dtype=dtype, device="meta"), torch.empty(1, dtype=dtype, device="meta")
+    found = capture_model(TakesTheTypeOf(), {"x": x, "timestep": timestep, "table": torch.randn(4, 8)})
+    moves = [node for node in found.graph.nodes if node.target is torch.ops.aten._to_copy.default]
+    assert [(node.meta["val"].dtype, node.meta["val"].device.type) for node in moves] == [(dtype, "meta")] * 2
