@@ -1,7 +1,8 @@
 """One spelling for operators that have several, and no edges but dataflow.
 
-``q.type_as(x)``, ``torch.empty_like(x)`` and the writes to slices of it (rotary embeddings) take a tensor for its dtype
-or shape only; left alone, their result would seem to depend on it. Fused spellings (``addcmul``, ``lerp``) hide sums.
+``q.type_as(x)``, ``torch.empty_like(x)`` and the writes to slices of it (rotary embeddings) take a tensor for its
+dtype, device or shape only; left alone, their result would seem to depend on it. Fused spellings (``addcmul``,
+``lerp``) hide sums.
 """
 
 from __future__ import annotations
@@ -81,10 +82,10 @@ def _copy(node: fx.Node) -> fx.Node:
 
 
 def _cast(node: fx.Node, source: fx.Node) -> fx.Node:
-    dtype = node.meta["val"].dtype
-    if source.meta["val"].dtype == dtype:
-        return source
-    return call_before(node, aten._to_copy.default, (source,), {"dtype": dtype})
+    given, wanted = source.meta["val"], node.meta["val"]
+    pairs = {"dtype": (given.dtype, wanted.dtype), "device": (given.device, wanted.device)}
+    changed = {name: new for name, (old, new) in pairs.items() if old != new}
+    return call_before(node, aten._to_copy.default, (source,), changed) if changed else source
 
 
 def _addcmul(node: fx.Node) -> fx.Node:
