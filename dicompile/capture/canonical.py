@@ -24,6 +24,7 @@ _SYNONYMS = {
     aten.concat.default: aten.cat.default,
     aten.concatenate.default: aten.cat.default,
     aten.clip.default: aten.clamp.default,
+    aten.linalg_matmul.default: aten.matmul.default,
 }
 
 

@@ -12,8 +12,16 @@ from torch import fx
 from torch.utils.flop_counter import flop_registry
 
 from dicompile.nodes import tensor_of
-from dicompile.ops.kinds import ADDED_PRODUCTS, CONVOLUTIONS, HEAVY, VIEWS, is_attention, is_heavy
-from dicompile.ops.registry import REGISTERED
+from dicompile.ops.kinds import (
+    ADDED_PRODUCTS,
+    CONVOLUTIONS,
+    HEAVY,
+    PADDED_CONVOLUTIONS,
+    TRANSPOSED_CONVOLUTIONS,
+    VIEWS,
+    flop_formula,
+    is_attention,
+)
 
 aten = torch.ops.aten
 
@@ -26,25 +34,20 @@ Shape = tuple[int, ...]
 
 
 def node_flops(node: fx.Node) -> int:
-    """Floating-point operations of one node, by torch's formulas."""
-    if not is_heavy(node):
-        return 0
+    """Floating-point operations of one node, by torch's formulas; 0 where there is none."""
     if not (node.target in HEAVY or is_attention(node)):
-        return _registered_flops(node)
+        return _told_flops(node)
     output = tuple(tensor_of(node).shape)
     operands = [tuple(tensor_of(operand).shape) for operand in node.args if isinstance(operand, fx.Node)]
     if is_attention(node):
         return _attention_flops(operands[0], operands[1], operands[2])
-    if node.target in CONVOLUTIONS:
-        return _convolution_flops(operands[0], operands[1], output)
+    if node.target in (*CONVOLUTIONS, *PADDED_CONVOLUTIONS, *TRANSPOSED_CONVOLUTIONS):
+        return _convolution_flops(operands[0], operands[1], output, transposed=node.target in TRANSPOSED_CONVOLUTIONS)
     return _product_flops(operands[1 if node.target in ADDED_PRODUCTS else 0], output)
 
 
-def _registered_flops(node: fx.Node) -> int:
-    """By what a user told dicompile, or torch, of an operator of another library; 0 where nobody said anything."""
-    said = REGISTERED.get(node.target)
-    formula = said.flops if said is not None and said.flops else None
-    formula = formula or flop_registry.get(getattr(node.target, "overloadpacket", None))
+def _told_flops(node: fx.Node) -> int:
+    formula = flop_formula(node)
     if formula is None:
         return 0
     args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), lambda parent: parent.meta["val"])
@@ -58,11 +61,11 @@ def _attention_flops(query: Shape, key: Shape, value: Shape) -> int:
     return flops
 
 
-def _convolution_flops(image: Shape, kernel: Shape, output: Shape) -> int:
+def _convolution_flops(image: Shape, kernel: Shape, output: Shape, *, transposed: bool) -> int:
     """The axis of samples may be missing."""
     samples = (1,) * (len(kernel) - len(image))
     flops: int = _CONVOLUTION(
-        (*samples, *image), kernel, None, None, None, None, transposed=False, out_val=(*samples, *output)
+        (*samples, *image), kernel, None, None, None, None, transposed=transposed, out_val=(*samples, *output)
     )
     return flops
 

@@ -6,17 +6,20 @@ import operator
 
 import torch
 from torch import fx
+from torch.utils.flop_counter import flop_registry
 
-from dicompile.ops.registry import REGISTERED, HeadsFirst, is_unknown
+from dicompile.ops.registry import REGISTERED, Flops, HeadsFirst, is_unknown
 
 aten = torch.ops.aten
 
 ATTENTION = aten.scaled_dot_product_attention.default
 LINEAR = aten.linear.default
 CONVOLUTIONS = (aten.conv1d.default, aten.conv2d.default, aten.conv3d.default)
+PADDED_CONVOLUTIONS = (aten.conv1d.padding, aten.conv2d.padding, aten.conv3d.padding)
+TRANSPOSED_CONVOLUTIONS = (aten.conv_transpose1d.default, aten.conv_transpose2d.input, aten.conv_transpose3d.input)
 ADDED_PRODUCTS = (aten.addmm.default, aten.baddbmm.default)
 PRODUCTS = (aten.matmul.default, aten.mm.default, aten.bmm.default, *ADDED_PRODUCTS)
-HEAVY = (ATTENTION, LINEAR, *CONVOLUTIONS, *PRODUCTS)
+HEAVY = (ATTENTION, LINEAR, *CONVOLUTIONS, *PADDED_CONVOLUTIONS, *TRANSPOSED_CONVOLUTIONS, *PRODUCTS)
 # Picking rows of a table is a product with rows of zeros and a one.
 CONTRACTIONS = (ATTENTION, LINEAR, aten.conv2d.default, aten.embedding.default)
 
@@ -102,9 +105,15 @@ def is_attention(node: fx.Node) -> bool:
 
 def is_heavy(node: fx.Node) -> bool:
     """True if the node multiplies matrices, or is not known not to."""
-    if node.target in HEAVY or is_attention(node) or is_unknown(node):
-        return True
-    return node.target in REGISTERED and REGISTERED[node.target].flops is not None
+    return node.target in HEAVY or is_attention(node) or is_unknown(node) or flop_formula(node) is not None
+
+
+def flop_formula(node: fx.Node) -> Flops | None:
+    """What a user told dicompile of an operator's cost, and else what torch knows of it, or was told."""
+    said = REGISTERED.get(node.target)
+    if said is not None and said.flops is not None:
+        return said.flops
+    return flop_registry.get(getattr(node.target, "overloadpacket", None))
 
 
 def is_transport(node: fx.Node) -> bool:

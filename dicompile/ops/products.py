@@ -8,7 +8,7 @@ import torch
 from torch import fx
 
 from dicompile.nodes import list_argument, node_argument, tensor_of
-from dicompile.ops.kinds import CONVOLUTIONS, LINEAR
+from dicompile.ops.kinds import CONVOLUTIONS, LINEAR, PADDED_CONVOLUTIONS, TRANSPOSED_CONVOLUTIONS
 from dicompile.ops.layout import Layout
 from dicompile.ops.rules import check_apart, combine, sized_as, source_layout
 from dicompile.ops.tokens import Carried, Layouts, MixesTokens, Operator, mixes
@@ -61,6 +61,6 @@ OPERATORS: Mapping[object, Operator] = {
     aten.einsum.default: mixes(_PRODUCT),
     aten.baddbmm.default: mixes(_PRODUCT),
     **dict.fromkeys(CONVOLUTIONS, Operator(_convolution)),
-    aten.conv_transpose1d.default: mixes("mixes neighbouring tokens"),
+    **dict.fromkeys((*PADDED_CONVOLUTIONS, *TRANSPOSED_CONVOLUTIONS), mixes("mixes neighbouring tokens")),
     aten.avg_pool3d.default: mixes("mixes neighbouring tokens"),
 }

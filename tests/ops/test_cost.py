@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import operator
+
 import pytest
 import torch
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -7,10 +9,12 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from dicompile.ops.cost import node_bytes, node_flops
 from dicompile.ops.kinds import is_heavy
 
+AROUND = (operator.getitem, torch.ops.aten.t.default)
+
 
 def only_node(function: object, *arguments: torch.Tensor) -> torch.fx.Node:
     graph = make_fx(function, tracing_mode="fake", pre_dispatch=True)(*arguments).graph
-    (node,) = [node for node in graph.nodes if node.op == "call_function"]
+    (node,) = [node for node in graph.nodes if node.op == "call_function" and node.target not in AROUND]
     return node
 
 
@@ -42,6 +46,31 @@ QUERY, KEY, VALUE = torch.zeros(2, 3, 6, 4), torch.zeros(2, 3, 10, 4), torch.zer
         (torch.nn.functional.scaled_dot_product_attention, (X, X, X), 2 * (2 * (2 * 6 * 6 * 8))),
         (torch.nn.functional.conv2d, (torch.zeros(4, 6, 6), torch.zeros(5, 4, 3, 3)), 2 * (5 * 4 * 4) * 4 * 9),
         (torch.matmul, (torch.zeros(3, 1, 6, 8), torch.zeros(2, 8, 5)), 2 * (3 * 2 * 6 * 5) * 8),
+        (
+            lambda x, w: torch.nn.functional.conv2d(x, w, padding="same"),
+            (torch.zeros(2, 4, 6, 6), torch.zeros(5, 4, 3, 3)),
+            2 * (2 * 5 * 6 * 6) * 4 * 9,
+        ),
+        (
+            torch.nn.functional.conv_transpose2d,
+            (torch.zeros(2, 4, 6, 6), torch.zeros(4, 5, 3, 3)),
+            2 * (2 * 4 * 6 * 6) * 5 * 9,
+        ),
+        (
+            lambda x, w: torch.convolution(x, w, None, [1, 1], [0, 0], [1, 1], False, [0, 0], 1),
+            (torch.zeros(2, 4, 6, 6), torch.zeros(5, 4, 3, 3)),
+            2 * (2 * 5 * 4 * 4) * 4 * 9,
+        ),
+        (
+            lambda a, b, one: torch._scaled_mm(a, b.t(), one, one, out_dtype=torch.bfloat16),
+            (torch.zeros(32, 16).to(torch.float8_e4m3fn), torch.zeros(48, 16).to(torch.float8_e4m3fn), torch.ones(())),
+            2 * 32 * 16 * 48,
+        ),
+        (
+            torch.ops.aten._scaled_dot_product_flash_attention,
+            (torch.zeros(2, 3, 6, 8, device="meta"), *(torch.zeros(2, 3, 10, 8, device="meta"),) * 2),
+            2 * (2 * (2 * 3 * 6 * 10 * 8)),
+        ),
         (torch.mul, (X, X), 0),
         (torch.softmax, (X, -1), 0),
     ],

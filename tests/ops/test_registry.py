@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.flop_counter import flop_registry, register_flop_formula
 
 import dicompile
 from dicompile.analysis import TokenWise
@@ -114,6 +115,16 @@ def test_an_operator_is_what_was_said_of_it(tokens: str) -> None:
     wise = TokenWise.NO if tokens == "mixes" else TokenWise.QUERIES
     assert {site.tokens.wise for site in found.sites[::2]} == {wise}
     assert found.flops == structure(plain_dit(2)).flops + 2 * 7 * 4
+
+
+def test_an_operator_that_torch_was_told_of_costs_what_torch_says() -> None:
+    packet = torch.ops.dicompile_tests.scaled
+    dicompile.register_operator(scaled, tokens="rows")
+    try:
+        register_flop_formula(packet)(lambda x, factor, *, out_shape: 5 * x[0])
+        assert structure(sample(Scaled)).flops == structure(plain_dit(2)).flops + 2 * 5 * 4
+    finally:
+        flop_registry.pop(packet, None)
 
 
 def test_compiled_code_calls_the_operator() -> None:
