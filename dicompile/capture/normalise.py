@@ -6,6 +6,7 @@ pre-dispatch, because attention, linear and normalisation stay single nodes ther
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -20,7 +21,7 @@ from dicompile.capture.canonical import make_canonical
 from dicompile.capture.compat import transforms_undone
 from dicompile.capture.constants import lift_constants, spell_out_constants
 from dicompile.capture.numbers import numbers_in
-from dicompile.capture.parts import inline_regions, write_out_composites
+from dicompile.capture.parts import inline_regions, write_out_composites, write_out_diagonals
 from dicompile.capture.roles import NOTHING_SAID, Input, Role, Said, assign_roles
 from dicompile.errors import CannotCapture, DicompileError
 from dicompile.text import graph_text, module_path, operator_text
@@ -76,7 +77,7 @@ def capture_graph(
     Raises:
         CannotCapture: the graph writes to its inputs, or has sizes that depend on values.
     """
-    dynamo_graph = inline_regions(dynamo_graph)
+    dynamo_graph = write_out_diagonals(inline_regions(dynamo_graph))
     fake_mode = FakeTensorMode(shape_env=ShapeEnv())
     read = read_inputs(dynamo_graph.graph)
     fakes = [
@@ -97,12 +98,7 @@ def capture_graph(
         except DicompileError:
             raise
         except (RuntimeError, AssertionError) as error:
-            raise CannotCapture(
-                "the graph cannot be made functional",
-                where="capture",
-                why=str(error).splitlines()[0] if str(error) else type(error).__name__,
-                fix="see DICOMPILE_DEBUG=folder for the graph, and report it",
-            ) from error
+            raise _not_functional(dynamo_graph.graph, error) from error
     assert isinstance(graph_module, fx.GraphModule)
     written = signature.user_inputs_to_mutate.values()
     mutated = [name for (name, _), argument in zip(names, signature.user_inputs, strict=True) if argument in written]
@@ -129,6 +125,20 @@ def capture_graph(
     inputs = assign_roles(graph_module.graph, [*names, *((f"constant_{i}", True) for i in range(len(constants)))], said)
     held = tuple(replace(item, role=Role.CONSTANT) for item in inputs[len(names) :])
     return Capture(graph_module, (*inputs[: len(names)], *held), fake_mode, constants)
+
+
+def _not_functional(graph: fx.Graph, error: Exception) -> CannotCapture:
+    """Names the operator, if torch says at which node it stopped."""
+    stopped = re.search(r"While executing %(\w+)", str(error))
+    node = next((node for node in graph.nodes if stopped and node.name == stopped[1]), None)
+    path = module_path(node) if node is not None else ""
+    what = "the graph" if node is None else f"{operator_text(node.target)}{f' in {path}' if path else ''}"
+    return CannotCapture(
+        f"{what} cannot be made functional",
+        where="capture",
+        why=str(error).splitlines()[0] if str(error) else type(error).__name__,
+        fix="see DICOMPILE_DEBUG=folder for the graph, and report it",
+    )
 
 
 def _refuse_open_sizes(graph: fx.Graph) -> None:

@@ -16,12 +16,13 @@ Everything after the capture then meets operators that it knows.
 from __future__ import annotations
 
 import copy
+import math
 import operator
 from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 from torch._ops import HigherOrderOperator, OpOverload
 from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -36,6 +37,8 @@ COMPOSITES = frozenset({
     aten.linalg_vecdot.default, aten.chain_matmul.default, aten.linalg_multi_dot.default, aten.kron.default,
 })  # fmt: skip
 """Products under other names, which torch itself computes by the operators that analysis knows."""
+
+_FILLS_DIAGONAL = ("fill_diagonal_", aten.fill_diagonal_.default)
 
 _REGIONS = ("invoke_subgraph", "tag_activation_checkpoint", "wrap", "wrap_activation_checkpoint")
 """Higher-order operators that run a graph as it is: ``nested_compile_region``, ``checkpoint``."""
@@ -115,6 +118,31 @@ def _copied(part: fx.GraphModule, operands: Sequence[Any], before: fx.Node) -> l
             if "nn_module_stack" in before.meta and not node.meta.get("nn_module_stack"):
                 known[node].meta["nn_module_stack"] = before.meta["nn_module_stack"]
     return [known[result] if isinstance(result, fx.Node) else result for result in results_of(part.graph)]
+
+
+def write_out_diagonals(graph_module: fx.GraphModule) -> fx.GraphModule:
+    """The same graph with writes to diagonals as writes under a mask: torch cannot make the former functional.
+
+    Args:
+        graph_module: as Dynamo made it, or a run; it is not changed.
+    """
+    if not any(node.target in _FILLS_DIAGONAL for node in graph_module.graph.nodes):
+        return graph_module
+    made = copy.deepcopy(graph_module)
+    for node in made.graph.nodes:
+        if node.target in _FILLS_DIAGONAL:
+            node.op, node.target = "call_function", fill_diagonal
+    made.recompile()
+    return made
+
+
+def fill_diagonal(tensor: Tensor, fill_value: float, wrap: bool = False) -> Tensor:
+    """What ``tensor.fill_diagonal_(fill_value, wrap)`` does."""
+    place = torch.arange(tensor.numel(), device=tensor.device).view(tensor.shape)
+    is_filled = place % sum(math.prod(tensor.shape[axis + 1 :]) for axis in range(tensor.ndim)) == 0
+    if tensor.ndim == 2 and not wrap:
+        is_filled = is_filled & (place < tensor.shape[1] ** 2)
+    return tensor.masked_fill_(is_filled, fill_value)
 
 
 def write_out_composites(graph_module: fx.GraphModule) -> None:

@@ -191,3 +191,25 @@ def test_taking_the_type_of_another_tensor_moves_to_its_device(dtype: torch.dtyp
     found = capture_model(TakesTheTypeOf(), {"x": x, "timestep": timestep, "table": torch.randn(4, 8)})
     moves = [node for node in found.graph.nodes if node.target is torch.ops.aten._to_copy.default]
     assert [(node.meta["val"].dtype, node.meta["val"].device.type) for node in moves] == [(dtype, "meta")] * 2
+
+
+class WritesToWindows(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.windows = Windows()
+
+    def forward(self, x: Tensor, timestep: Tensor) -> Tensor:
+        return self.windows(x * torch.cos(timestep))
+
+
+class Windows(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        x[:, 1:].as_strided((2, 2), (8, 1)).mul_(2)
+        return x
+
+
+def test_a_write_that_cannot_be_made_functional_is_named_with_its_module() -> None:
+    with pytest.raises(
+        CannotCapture, match=r"aten.mul_.Tensor in windows cannot be made functional\n(.*\n)*.*as_strided"
+    ):
+        capture_model(WritesToWindows(), {"x": torch.randn(2, 8), "timestep": torch.rand(1)})

@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 import dicompile
 from dicompile.capture import Role, capture_model
+from dicompile.capture.parts import fill_diagonal
 from dicompile.errors import CannotCapture
 from tests.models import PlainBlock, PlainDiT, Sample, plain_dit, redraw, run, structure, timesteps
 
@@ -134,3 +135,29 @@ def test_layers_that_torch_fuses_have_their_branches(norm_first: bool) -> None:
     torch.testing.assert_close(got[0], run(model, inputs, T)[0], rtol=1e-4, atol=1e-5)
     assert torch.backends.mha.get_fastpath_enabled()
     assert len(cached.frames) == 1
+
+
+@pytest.mark.parametrize("wrap", [False, True])
+@pytest.mark.parametrize("shape", [(4, 4), (3, 7), (9, 3), (3, 3, 3)])
+def test_a_diagonal_is_filled_as_torch_fills_it(shape: tuple[int, ...], wrap: bool) -> None:
+    given = torch.randn(shape)
+    assert torch.equal(fill_diagonal(given.clone(), 2.0, wrap), given.clone().fill_diagonal_(2.0, wrap))
+
+
+class SeesItself(PlainBlock):
+    """Attention of which a half of the tokens sees itself only, as perturbed attention guidance has it."""
+
+    def attended(self, x: Tensor) -> Tensor:
+        b, n, c = x.shape
+        q, k, v = self.qkv(x).reshape(b, n, 3, self.heads, c // self.heads).permute(2, 0, 3, 1, 4).unbind(0)
+        mask = torch.zeros(n, n)
+        mask[: n // 2, : n // 2] = float("-inf")
+        mask[: n // 2, : n // 2].fill_diagonal_(0)
+        return F.scaled_dot_product_attention(q, k, v, mask).transpose(1, 2).reshape(b, n, c)
+
+
+def test_a_diagonal_of_a_part_is_filled() -> None:
+    model, plain = of_blocks(SeesItself), plain_dit(2)
+    wanted = run(model, plain.inputs, T)
+    got = run(dicompile.optimize(model, "none", mode="eager"), plain.inputs, T)
+    assert all(map(torch.equal, got, wanted))
