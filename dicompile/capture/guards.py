@@ -169,7 +169,9 @@ class Fact:
             kind, keys = self.expected
             return f"{self.path} is a {kind.__name__} of {keys if isinstance(keys, int) else list(keys)}"
         if self.kind == "fixed":
-            return f"{self.path} is {getattr(self.expected, '__qualname__', None) or self.expected.__class__.__name__}"
+            is_module = isinstance(self.expected, types.ModuleType)  # torch.classes answers to any attribute
+            name = self.expected.__name__ if is_module else getattr(self.expected, "__qualname__", None)
+            return f"{self.path} is {name or self.expected.__class__.__name__}"
         return f"{self.path} is a {self.expected.__qualname__}"
 
 
