@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
-from dicompile.analysis import ModelStructure, Site, SiteKind, TokenWise
+from dicompile.analysis import ModelStructure, Site, SiteId, SiteKind, TokenWise
 from dicompile.plan.action import COMPUTE, HISTORIC, Action, Context, Score, ScoreBase, Selection, Slot, SlotKind, What
 from dicompile.plan.budget import fit_budget
 from dicompile.plan.cost import baseline_time, with_cost, with_predictor
@@ -120,7 +120,9 @@ def _with_reads(structure: ModelStructure, rows: Sequence[Row]) -> list[tuple[Si
         for site, action in zip(structure.everything, row, strict=True):
             clocks[site.id] = 0 if action.is_full else clocks[site.id]
             source = sources.get(int(site.id))
-            steps.append(_site_step(structure, site, action, clocks[site.id], source[0] if source else None))
+            owner = attention_owner(structure, site)
+            runs = owner is not None and row[owner].is_full  # then its fresh attention is at hand
+            steps.append(_site_step(site, action, clocks[site.id], source[0] if source else None, owner, runs))
             clocks[site.id] += not action.is_full and not action.is_skip
         result.append((tuple(steps), wanted))
     return _with_score_bases(result)
@@ -141,10 +143,12 @@ def _score_sources(structure: ModelStructure, row: Row) -> dict[int, tuple[Site,
     return sources
 
 
-def _site_step(structure: ModelStructure, site: Site, action: Action, clock: int, source: Site | None) -> SiteStep:
-    value, stamp = Slot.of(site.id, SlotKind.VALUE), Slot.of(site.id, SlotKind.STAMP)
-    score, attention = Slot.of(site.id, SlotKind.SCORE), Slot.of(site.id, SlotKind.ATTENTION)
-    owns = attention_owner(structure, site) == site.id
+def _site_step(
+    site: Site, action: Action, clock: int, source: Site | None, owner: SiteId | None, owner_runs: bool
+) -> SiteStep:
+    value, stamp, score = (Slot.of(site.id, kind) for kind in (SlotKind.VALUE, SlotKind.STAMP, SlotKind.SCORE))
+    attention = Slot.of(site.id if owner is None else owner, SlotKind.ATTENTION)
+    owns = owner == site.id
     kind = SlotKind.ATTENTION if action.what is What.ATTENTION else SlotKind.VALUE
     reads = [Slot.of(site.id, kind, age) for age, weight in enumerate(action.weights[1:]) if weight]
     if action.is_full:
@@ -152,7 +156,7 @@ def _site_step(structure: ModelStructure, site: Site, action: Action, clock: int
     elif action.tokens is not None:
         reads += [stamp] if action.tokens.score.age_weight else []
         reads += [Slot.of(source.id, SlotKind.SCORE)] if source else []
-        reads += [attention] if _reads_attention(site, action.tokens) else []
+        reads += [attention] if _reads_attention(site, action.tokens) and not owner_runs else []
         own_rows = source is not None and source.id == site.id and action.tokens.score.base is ScoreBase.ENTROPY
         writes = [*([value] if action.refreshes_store else []), stamp, *([score] if own_rows else [])]
     else:
@@ -161,11 +165,11 @@ def _site_step(structure: ModelStructure, site: Site, action: Action, clock: int
     return SiteStep(action, clock, tuple(reads), tuple(writes), source=source.id if source else None)
 
 
-def attention_owner(structure: ModelStructure, site: Site) -> int | None:
+def attention_owner(structure: ModelStructure, site: Site) -> SiteId | None:
     """The first site with the same attention, which keeps its output for all of them; None without attention."""
     if len(site.attention) != 1:
         return None
-    return next(int(s.id) for s in structure.sites_of(structure.blocks[site.block]) if s.attention == site.attention)
+    return next(s.id for s in structure.sites_of(structure.blocks[site.block]) if s.attention == site.attention)
 
 
 def _reads_attention(site: Site, tokens: Selection) -> bool:

@@ -27,6 +27,7 @@ def duca_anywhere() -> Policy:
 def _anywhere(main: Policy, joint: Policy, film: Policy, text: Policy, plain: Policy) -> Policy:
     others = (
         Elsewhere(sites=("joint-attention",), policy=joint),
+        Elsewhere(sites=("parallel",), policy=joint),  # attention and MLP of one add, as in the second half of FLUX
         Elsewhere(sites=("self-attention", "cross-attention"), grid_axes=3, policy=film),
         Elsewhere(sites=("self-attention", "cross-attention"), policy=text),
         Elsewhere(policy=plain.model_copy(update={"name": f"{plain.name}-random", "where_mixed": "reuse"})),

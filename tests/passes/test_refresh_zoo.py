@@ -70,3 +70,19 @@ def test_chosen_tokens_of_a_real_branch_come_out_as_if_all_were_computed(name: s
         torch.testing.assert_close(results[value], core, rtol=FEWER_ROWS, atol=FEWER_ROWS)
         kept = torch.ones_like(core, dtype=torch.bool).scatter(1, rows, False)
         assert torch.equal(results[value][kept], core[kept])
+
+
+def test_a_branch_reads_the_attention_that_another_one_runs_at_the_same_step() -> None:
+    """The two streams of a joint attention, one computed whole, of the other a few tokens."""
+    case = next(case for case in CASES if case.name == "AuraFlowTransformer2DModel")
+    captured = capture_model(case.model(), case.at(0))
+    structure = analyse(captured)
+    block = cut_of(captured, structure, structure.sites[:2])
+    score, value = Score(ScoreBase.RANDOM), SlotRef(1, SlotKind.VALUE)
+    step = LocalStep((1.0, 1.0), refresh=score, writes=(SlotKind.VALUE,), attention=0)
+    segment = rewritten(block.segment, [LocalStep(), step], RefreshTokens(), DropDead())
+    assert not [ref for ref in segment.inputs if isinstance(ref, SlotRef) and ref.kind is SlotKind.ATTENTION]
+    samples, tokens, _ = block.core(1).shape
+    noise = {Noise(1, share_guidance=False): torch.rand(samples, tokens)}
+    results = run_segment(segment, {**block.arguments, value: block.core(1) * 0, TokenCount(1): tokens, **noise})
+    torch.testing.assert_close(results[value], block.core(1), rtol=FEWER_ROWS, atol=FEWER_ROWS)

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dicompile.analysis import ModelStructure, SiteKind
+from dicompile.analysis import ModelStructure, SiteId, SiteKind
 from dicompile.plan import (
     COMPUTE,
     REUSE,
@@ -127,7 +127,7 @@ def needed(structure: ModelStructure, site: int, step: SiteStep) -> set[Slot]:
     if action.tokens.score.age_weight or Slot.of(own, STAMP) in step.writes:
         slots.add(Slot.of(own, STAMP))
     if structure.everything[site].kind is SiteKind.PARALLEL and action.tokens.context is Context.STORED:
-        slots.add(Slot.of(own, ATTENTION))
+        slots.add(Slot.of(SiteId(owner(structure, site)), ATTENTION))
     source = attention_of(structure, site, action.tokens.score.base)
     return slots if source is None else slots | {Slot.of(structure.sites[source].id, SCORE)}
 
@@ -306,6 +306,20 @@ def test_a_blend_does_not_lose_the_attention_that_a_later_refresh_reads() -> Non
     plan = planned(structure, [(COMPUTE,), (BLEND,), (refresh(ScoreBase.RANDOM),)])
     attention = Slot.of(structure.sites[0].id, ATTENTION)
     assert [attention in step.live for step in plan.steps] == [True, True, False]
+
+
+def test_branches_of_one_attention_are_refreshed_with_what_the_first_of_them_stored() -> None:
+    structure = toy([("parallel", "parallel")])
+    first, second = structure.sites
+    structure = replace(structure, sites=(first, replace(second, attention=first.attention)))
+    tokens = refresh(ScoreBase.RANDOM, age_weight=0.0)
+    plan = planned(structure, [(COMPUTE, COMPUTE), (tokens, tokens), (REUSE, tokens), (COMPUTE, tokens)])
+    kept = Slot.of(first.id, ATTENTION)
+    assert [[kept in site.reads for site in step.sites] for step in plan.steps] == [
+        [False, False], [True, True], [False, True], [False, False],  # at last the attention runs itself
+    ]  # fmt: skip
+    assert [kept in step.live for step in plan.steps] == [True, True, False, False]
+    assert Slot.of(second.id, ATTENTION) not in plan.slots
 
 
 def test_toca_for_pixart_reads_only_what_is_there() -> None:

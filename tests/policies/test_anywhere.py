@@ -47,6 +47,22 @@ def test_films_have_settings_of_their_own() -> None:
     assert make_plan(found, get_policy("duca"), TimestepSchedule(20)).policy == "duca-opensora-3"
 
 
+@pytest.mark.parametrize(
+    ("name", "chosen"), [pytest.param("toca", "toca-flux-4", marks=pytest.mark.nightly), ("duca", "duca-flux-5")]
+)
+def test_attention_and_mlp_of_one_add_are_refreshed_as_single_stream_blocks_are(name: str, chosen: str) -> None:
+    """AuraFlow adds both at once, in text and picture, which share an attention: there is no branch of another kind."""
+    case = next(case for case in images.CASES if case.name == "AuraFlowTransformer2DModel")
+    model, eager = dicompile.optimize(case.model(), name, schedule=list(case.timesteps[:6]), mode="eager"), case.model()
+    for step in range(6):
+        got, wanted = model(**case.at(step))[0], eager(**case.at(step))[0]
+        assert (got - wanted).norm() < 0.1 * wanted.norm()
+    plan = dicompile.plan_of(model)
+    assert plan.policy == chosen
+    assert {action.symbol for action in (site.action for site in plan.steps[3].sites[:6])} == {"t"}
+    assert dicompile.report(model).cold_starts == []
+
+
 def test_a_setting_that_does_not_fit_is_named_beside_the_one_that_does() -> None:
     """An odd batch cannot share guidance, and 6 x 6 tokens have no 4 x 4 cells: PixArt's setting is for neither."""
     sample = pixart()
