@@ -88,7 +88,7 @@ class ModelCalls:
     def __init__(self, module: nn.Module, options: Options) -> None:
         self.module, self.options = module, options
         self.owner = Owner(options.link)
-        self._frames: dict[tuple[object, ...], tuple[Frame, ...]] = {}
+        self._frames: dict[tuple[Any, ...], tuple[Frame, ...]] = {}
         self._times = _names_of_time(module, options.said)
         self._takes_any_number = True
         self._by_running = False
@@ -113,17 +113,31 @@ class ModelCalls:
             arguments = Arguments.of(args, with_python_numbers(kwargs, self._times))
         frame, tensors, inputs = self._frame(arguments)
         frame.used = next(_CALLS)
-        return frame.captured.pack(frame.compiled.run.run(self.owner, inputs), tensors)
+        results = frame.compiled.run.run(self.owner, inputs)
+        for taken in frame.captured.taken_out:
+            taken.repeat(arguments)
+        return frame.captured.pack(results, tensors)
 
     def _frame(self, arguments: Arguments) -> tuple[Frame, Sequence[Tensor], Sequence[Any]]:
         """The code for a call, with all tensors and with its inputs."""
         key = (arguments.key, ambient())
-        found = self._find(key, arguments)
+        found = self._find(key, arguments) or self._find_alike(key, arguments)
         if found is not None:
             return found
         with ONE_AT_A_TIME:
-            found = self._find(key, arguments)
+            found = self._find(key, arguments) or self._find_alike(key, arguments)
             return found if found is not None else self._capture(key, arguments)
+
+    def _find_alike(
+        self, key: tuple[Any, ...], arguments: Arguments
+    ) -> tuple[Frame, Sequence[Tensor], Sequence[Any]] | None:
+        """The code for calls whose tensors only lie in memory in another way."""
+        for known in list(self._frames):
+            laid_out = arguments.laid_out_as(known[0]) if known[1:] == key[1:] else None
+            found = None if laid_out is None else self._find(known, laid_out)
+            if found is not None:
+                return found
+        return None
 
     def _find(
         self, key: tuple[object, ...], arguments: Arguments

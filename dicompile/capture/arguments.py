@@ -8,9 +8,10 @@ from __future__ import annotations
 import copy
 import inspect
 import numbers
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from operator import is_not
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,33 @@ from dicompile.errors import CannotCapture
 PLAIN = (bool, int, float, complex, str, type(None), torch.dtype, torch.device)
 _SIMPLE = frozenset(PLAIN)
 _DEEPEST = 8
+
+
+class Like(NamedTuple):
+    """What a tensor is like, besides its values."""
+
+    kind: type
+    shape: torch.Size
+    strides: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+    requires_grad: bool
+
+    def is_laid_out(self, *, densely: bool) -> bool:
+        """True if no two elements share memory; `densely`, and nothing else lies between them."""
+        extent = 1
+        for stride, size in sorted(zip(self.strides, self.shape, strict=True)):
+            if size > 1 and (stride < extent or (densely and stride != extent)):
+                return False
+            extent = stride * size if size > 1 else extent
+        return True
+
+    def can_lie_as(self, other: object) -> bool:
+        """True for a view of longer memory that differs from another tensor in nothing but its strides."""
+        if not isinstance(other, Like) or self._replace(strides=other.strides) != other:
+            return False
+        is_view = self.is_laid_out(densely=False) and not self.is_laid_out(densely=True)
+        return is_view and other.is_laid_out(densely=False)
 
 
 @dataclass(frozen=True)
@@ -66,7 +94,7 @@ class Arguments:
                 *(None if isinstance(leaf, Tensor) else (type(leaf), _comparable(leaf)) for leaf in leaves),
                 *open_,
             ]
-        kinds = [(type(t), t.shape, t.stride(), t.dtype, t.device, t.requires_grad) for t in tensors]
+        kinds = [Like(type(t), t.shape, t.stride(), t.dtype, t.device, t.requires_grad) for t in tensors]
         unique = {id(tensor): tensor for tensor in tensors}
         if len(unique) < len(tensors):
             places = list(unique)
@@ -92,6 +120,31 @@ class Arguments:
         other = dict(zip(map(id, self.given), tensors, strict=True))
         args, kwargs = pytree.tree_unflatten([other.get(id(leaf), leaf) for leaf in leaves], spec)
         return tuple(args), dict(kwargs)
+
+    def laid_out_as(self, key: tuple[object, ...]) -> Arguments | None:
+        """The same with copies of tensors, in the layout of those of other arguments; None if more than that differs.
+
+        Only views of longer memory are copied: they have other strides with every length of the whole, such as a
+        history that grows from window to window.
+
+        Args:
+            key: of the other arguments, which is that of the result.
+        """
+        if len(key) != len(self.key):
+            return None
+        pairs = list(zip(self.key, key, strict=True))
+        if not all(own == other or (isinstance(own, Like) and own.can_lie_as(other)) for own, other in pairs):
+            return None
+        likes = [(own, other) for own, other in pairs if isinstance(other, Like)]
+        if len(likes) != len(self.given):
+            return None  # a tensor that is given twice
+        laid_out = [
+            tensor if own == other else torch.empty_strided(
+                other.shape, other.strides, dtype=other.dtype, device=other.device
+            ).copy_(tensor)
+            for tensor, (own, other) in zip(self.given, likes, strict=True)
+        ]  # fmt: skip
+        return replace(self, tensors=[*laid_out, *self.tensors[len(laid_out) :]], key=key)
 
     def copied(self) -> Arguments:
         """The same arguments with copies of the tensors: what a forward writes to them does not reach the caller."""
@@ -165,22 +218,86 @@ def flatten_arguments(arguments: Any) -> tuple[list[Any], pytree.TreeSpec]:
     return pytree.tree_flatten(_opened(arguments))
 
 
-def refuse_writes(
-    before: tuple[list[Any], pytree.TreeSpec], after: tuple[list[Any], pytree.TreeSpec], model: str
-) -> None:
-    """Refuse a forward that changed its (flattened) arguments.
+@dataclass(frozen=True)
+class TakenOut:
+    """A list or dictionary of the caller out of which a forward takes items, as ``residuals.pop()`` does.
 
-    Raises:
-        CannotCapture: it did.
+    Attributes:
+        path: indices and keys that lead from ``(args, kwargs)`` to it.
+        kept: indices or keys of what stays.
     """
-    if before[1] == after[1] and all(old is new for old, new in zip(before[0], after[0], strict=True)):
+
+    path: tuple[Any, ...]
+    kept: tuple[Any, ...]
+
+    def repeat(self, arguments: Arguments) -> None:
+        """Take the same items out at another call."""
+        container: Any = (arguments.args, arguments.kwargs)
+        for key in self.path:
+            container = container[key]
+        if isinstance(container, list):
+            container[:] = [container[i] for i in self.kept]
+            return
+        for key in container.keys() - set(self.kept):
+            del container[key]
+
+
+class Watched:
+    """Arguments of a forward that may write to the lists, dictionaries and objects among them.
+
+    Args:
+        args: positional arguments.
+        kwargs: keyword arguments.
+    """
+
+    def __init__(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        self._arguments = (args, dict(kwargs))
+        self._before = flatten_arguments(self._arguments)
+        self._containers = [(path, held, copy.copy(held)) for path, held in _containers(self._arguments)]
+
+    def taken_out(self, model: str) -> tuple[TakenOut, ...]:
+        """What the forward took out of them, which is put back.
+
+        Raises:
+            CannotCapture: it wrote to them in another way.
+        """
+        found = []
+        for path, now, before in self._containers:
+            kept = _kept_in_list(before, now) if isinstance(before, list) else _kept_in_dict(before, now)
+            if kept is not None and len(kept) < len(before):
+                found.append(TakenOut(path, kept))
+                now.clear()
+                now.extend(before) if isinstance(before, list) else now.update(before)
+        after = flatten_arguments(self._arguments)
+        if self._before[1] != after[1] or any(map(is_not, self._before[0], after[0])):
+            raise CannotCapture(
+                f"{model} writes to a list, dictionary or object among its arguments",
+                where="capture",
+                why="a step that is skipped could not repeat the write",
+                fix="return what is written instead",
+            )
+        return tuple(found)
+
+
+def _containers(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], Any]]:
+    """Every plain list and dictionary among ``(args, kwargs)``, with its path."""
+    if type(value) not in (list, dict, tuple):
         return
-    raise CannotCapture(
-        f"{model} writes to a list, dictionary or object among its arguments",
-        where="capture",
-        why="a step that is skipped could not repeat the write",
-        fix="return what is written instead",
-    )
+    if len(path) > 1 and type(value) is not tuple:
+        yield path, value
+    for key, item in value.items() if type(value) is dict else enumerate(value):
+        yield from _containers(item, (*path, key))
+
+
+def _kept_in_list(before: list[Any], now: list[Any]) -> tuple[int, ...] | None:
+    """Indices of what stayed, in order; None if there is anything else."""
+    rest = iter(enumerate(before))
+    kept = [next((i for i, item in rest if item is wanted), None) for wanted in now]
+    return None if None in kept else tuple(i for i in kept if i is not None)
+
+
+def _kept_in_dict(before: dict[Any, Any], now: dict[Any, Any]) -> tuple[Any, ...] | None:
+    return tuple(now) if all(key in before and before[key] is item for key, item in now.items()) else None
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
+from dicompile.capture.arguments import TakenOut
 from dicompile.capture.guards import PLAIN, Guards, is_same_value, meta_of
 from dicompile.errors import CannotCapture
 
@@ -29,6 +30,7 @@ class Captured:
         guards: what the graph depends on besides the arguments of the call.
         pack: the module's result, made of the graph's results and all tensors (see `order`).
         reads: positions of the placeholders whose values Python read, with the operator that did and its module.
+        taken_out: what the forward takes out of lists and dictionaries of its caller; every call has to repeat it.
         is_run: the module was run to capture it, since Dynamo could not take it whole.
         refused: what Dynamo said then, if it was asked.
     """
@@ -40,6 +42,7 @@ class Captured:
     guards: Guards
     pack: Pack
     reads: dict[int, str]
+    taken_out: tuple[TakenOut, ...] = ()
     is_run: bool = False
     refused: CannotCapture | None = None
 

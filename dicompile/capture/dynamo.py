@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.utils._pytree import tree_leaves
 
-from dicompile.capture.arguments import Arguments, flatten_arguments, refuse_writes
+from dicompile.capture.arguments import Arguments, Watched
 from dicompile.capture.captured import Captured, Changes, Unsettled, packer
 from dicompile.capture.compat import DynamoCapture, dynamo_capture
 from dicompile.capture.guards import PARTS, By, Fact, Guards, Path, below, find_place, python_module
@@ -45,7 +45,7 @@ def capture_by_dynamo(module: nn.Module, arguments: Arguments) -> Captured:
     """
     numbers = dict(zip(arguments.numbers, arguments.tensors[len(arguments.given) :], strict=True))
     args, kwargs = arguments.filled(arguments.given)  # lists and dictionaries of our own: the caller's stay as they are
-    before = flatten_arguments((args, kwargs))
+    watched = Watched(args, kwargs)
     with _clean_dynamo(capture_scalar_outputs=bool(numbers)), _errors_of(module):
         made = dynamo_capture(_traced(arguments.numbers), (module, args, kwargs, numbers))
     if numbers and made.decided:
@@ -62,7 +62,7 @@ def capture_by_dynamo(module: nn.Module, arguments: Arguments) -> Captured:
     guards = Guards.of(module, read.facts, read.tensors, read.modules)
     changes = [Changes(path, container) for path, container in read.containers.items()]
     inputs, result = made.run(results)
-    refuse_writes(before, flatten_arguments((args, kwargs)), type(module).__name__)
+    taken_out = watched.taken_out(type(module).__name__)
     _check_settled(module, guards, changes)
     own = [read.value(path) for path in read.tensors]
     tensors = [*own, *arguments.tensors]
@@ -87,6 +87,7 @@ def capture_by_dynamo(module: nn.Module, arguments: Arguments) -> Captured:
         guards=guards,
         pack=pack,
         reads={},
+        taken_out=taken_out,
     )
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing, get_
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from dicompile.capture.arguments import Arguments, flatten_arguments, refuse_writes
+from dicompile.capture.arguments import Arguments, TakenOut, Watched
 from dicompile.capture.canonical import drop_switches
 from dicompile.capture.captured import Captured, Unsettled, packer
 from dicompile.capture.compat import transforms_undone
@@ -59,12 +60,13 @@ def capture_by_running(module: nn.Module, arguments: Arguments) -> Captured:
     copied = arguments.copied()
     reads, reading, data = Reads(module, own), _Reading(), FollowedData()
     returned: list[Any] = []
+    taken_out: list[tuple[TakenOut, ...]] = []
 
     def run(*_: Tensor) -> list[Tensor]:
-        before = flatten_arguments((copied.args, dict(copied.kwargs)))
+        watched = Watched(copied.args, copied.kwargs)
         with data, reading, reads.noted():
             result = module._call_impl(*copied.args, **copied.kwargs)
-        refuse_writes(before, flatten_arguments((copied.args, dict(copied.kwargs))), type(module).__name__)
+        taken_out.append(watched.taken_out(type(module).__name__))
         _refuse_data(data, copied, module)
         returned.append(result)
         return [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor)]
@@ -90,7 +92,8 @@ def capture_by_running(module: nn.Module, arguments: Arguments) -> Captured:
     drop_switches(graph.graph)
     if changed:
         raise Unsettled(changed)
-    return _captured(module, arguments, copied, graph, own, reads, reading, returned[-1])
+    captured = _captured(module, arguments, copied, graph, own, reads, reading, returned[-1])
+    return replace(captured, taken_out=taken_out[-1])
 
 
 def _captured(

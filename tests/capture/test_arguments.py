@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from operator import is_
 from types import SimpleNamespace
 from typing import Any
 
@@ -216,3 +217,90 @@ def test_values_with_nan_that_python_reads_capture_once_more_at_most() -> None:
     x = torch.randn(2, WIDTH)
     for sizes in (torch.tensor([1.0]), torch.tensor([float("nan")]), torch.tensor([float("nan")])):
         same(model, module, x=x, sizes=sizes)
+
+
+# What a forward does to containers of its caller ----------------------------------------------------------------------
+
+
+class TakesOut(nn.Module):
+    """Takes items out of containers that it is given, as a DiT does with the residuals of its ControlNet."""
+
+    def __init__(self, way: str, *, puts_in: bool = False) -> None:
+        super().__init__()
+        self.is_read, self.puts_in = way == "running", puts_in
+        self.linear = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor, mask: Tensor, given: dict[str, Any]) -> Tensor:
+        if self.is_read and mask.any():
+            x = x + 1
+        scale = given.pop("scale")
+        for _ in range(2):
+            x = self.linear(x) * scale + given["residuals"].pop()
+        del given["residuals"][0]
+        if self.puts_in:
+            given["residuals"].append(x)
+        return x
+
+
+def residuals() -> tuple[list[Tensor], dict[str, Any]]:
+    tensors = [torch.randn(2, WIDTH) for _ in range(4)]
+    return tensors, {"scale": 2.0, "residuals": list(tensors), "other": tensors[0]}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_what_a_forward_takes_out_of_containers_is_taken_out_at_every_call(way: str) -> None:
+    module = TakesOut(way)
+    model = optimized(module)
+    for _ in range(3):
+        tensors, given = residuals()
+        x, mask, held = torch.randn(2, WIDTH), torch.ones(2, dtype=torch.bool), given["residuals"]
+        got = model(x, mask, given)
+        assert given == {"residuals": held, "other": tensors[0]}
+        assert len(held) == 1 and held[0] is tensors[1]
+        with torch.no_grad():
+            wanted = module(x, mask, {"scale": 2.0, "residuals": list(tensors)})
+        torch.testing.assert_close(got, wanted)
+    assert counted(model) == 1
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_forward_that_puts_something_in_is_refused_and_leaves_all_as_it_was(way: str) -> None:
+    tensors, given = residuals()
+    with pytest.raises(CannotCapture, match="writes to a list, dictionary or object among its arguments"):
+        optimized(TakesOut(way, puts_in=True))(torch.randn(2, WIDTH), torch.ones(2, dtype=torch.bool), given)
+    assert list(given) == ["scale", "residuals", "other"]
+    assert all(map(is_, given["residuals"], tensors)) and len(given["residuals"]) == 4
+
+
+# Where tensors lie in memory ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_parts_of_longer_and_longer_histories_share_a_graph(way: str) -> None:
+    module = Takes(way)
+    model = optimized(module)
+    mask = torch.ones(WIDTH, dtype=torch.bool)
+    for length in (3, 4, 6, 9):
+        history = torch.randn(2, length, WIDTH)
+        same(model, module, x=torch.randn(2, 2, WIDTH), mask=mask, other=history[:, -2:])
+    assert counted(model) == 1
+    transposed, repeated = torch.randn(2, WIDTH, 2).transpose(1, 2), torch.randn(1, 1, WIDTH).expand(2, 2, WIDTH)
+    for other in (transposed, repeated):  # other layouts are computed as they are
+        same(model, module, x=torch.randn(2, 2, WIDTH), mask=mask, other=other)
+    assert counted(model) == 3
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"x": ONE.expand(2, 2)}, {"x": torch.ones(3, 2, 4)[:, :, :1]}, {"x": torch.ones(2, 2, 4)[:, :, :2].double()},
+        {"x": torch.ones(2, 2, 4)[:, :, :2], "y": 1}, {"x": torch.ones(2, 2, 2).transpose(0, 1)},
+    ],
+)  # fmt: skip
+def test_only_views_that_differ_in_strides_are_laid_out_anew(other: dict[str, Any]) -> None:
+    known = key(x=torch.ones(2, 2, 3)[:, :, :2])
+    given = torch.randn(2, 2, 5)
+    laid_out = Arguments.of((), {"x": given[:, :, :2]}).laid_out_as(known)
+    assert laid_out is not None and laid_out.key == known
+    assert laid_out.tensors[0].stride() == (6, 3, 1) and torch.equal(laid_out.tensors[0], given[:, :, :2])
+    assert Arguments.of((), other).laid_out_as(known) is None
