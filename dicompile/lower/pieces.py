@@ -50,8 +50,8 @@ class Pieces:
             return not any(step.sites[i].action.computes for i in (*block.sites, *spans))
 
         runs: list[list[int]] = []
-        for is_reused, blocks in itertools.groupby(structure.blocks, reuses):
-            numbers = [int(block.id) for block in blocks]
+        for is_reused, alike in itertools.groupby(structure.blocks, reuses):
+            numbers = [int(block.id) for block in alike]
             runs += _in_powers(numbers) if is_reused else [[number] for number in numbers]
         pieces = [self._piece("prologue", structure.prologue, ())]
         for run in runs:
