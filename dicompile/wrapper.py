@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import logging
+import types
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -92,11 +93,12 @@ class CachedModel(OptimizedModule):
         if name in HOOK_ATTRIBUTES:
             raise AttributeError(name)  # hooks of the original run inside of it
         try:
-            return super().__getattr__(name)
+            value = super().__getattr__(name)
         except AttributeError:
             if name in _SHOWN:
                 return getattr(self._dicompile, name)
             raise
+        return types.MethodType(value.__func__, self) if _calls_forward(value) else value
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in HOOK_ATTRIBUTES:
@@ -161,6 +163,12 @@ def _name_for_child(module: nn.Module, state_dict: dict[str, Any], prefix: str, 
     """Among the weights of a module around it are those of the original by its names; torch looks for the child's."""
     for name in [name for name in state_dict if name.startswith(prefix)]:
         state_dict[prefix + CHILD + name.removeprefix(prefix).removeprefix(CHILD)] = state_dict.pop(name)
+
+
+def _calls_forward(value: Any) -> bool:
+    """True for a method that calls ``self.forward``, such as ``forward_with_cfg``: it has to call the wrapper's."""
+    code = getattr(getattr(value, "__func__", None), "__code__", None)
+    return code is not None and isinstance(value.__self__, nn.Module) and "forward" in code.co_names
 
 
 def record_of(model: CachedModel) -> Record:

@@ -17,7 +17,7 @@ from dicompile.passes import Segment
 from dicompile.plan import Policy
 from dicompile.wrapper import record_of
 from tests import models
-from tests.models import MODELS, Sample, optimized, run, timesteps
+from tests.models import MODELS, PlainDiT, Sample, optimized, run, timesteps
 
 STEPS = 6
 INDUCTOR_TOLERANCE = 1e-5
@@ -503,3 +503,26 @@ def test_a_second_policy_compiles_only_what_no_earlier_one_had(monkeypatch: pyte
     assert 0 < counts[1] <= 3  # storing, reused
     assert counts[2] == 0
     assert counts[3] > 0
+
+
+class Guided(PlainDiT):
+    """Guidance in a method of the model, as the repositories of DiT and PixArt have it."""
+
+    def forward_with_cfg(self, x: Tensor, t: Tensor, y: Tensor, scale: float) -> Tensor:
+        half = x[: len(x) // 2]
+        cond, uncond = self.forward(torch.cat([half, half]), t, y).chunk(2)
+        guided = uncond + scale * (cond - uncond)
+        return torch.cat([guided, guided])
+
+
+def test_methods_that_call_the_forward_are_cached_too() -> None:
+    module = models.redraw(Guided(2))
+    optimized = dicompile.optimize(module, dicompile.FORA(interval=3), schedule=timesteps(STEPS), mode="eager")
+    for number, time in enumerate(timesteps(STEPS)):
+        inputs = torch.randn(4, 4, 16, 16), torch.full((4,), float(time)), torch.tensor([1, 2, 10, 10]), 3.0
+        result = optimized.forward_with_cfg(*inputs)
+        if not number:
+            torch.testing.assert_close(result, module.forward_with_cfg(*inputs), rtol=1e-4, atol=1e-4)
+    assert dicompile.report(optimized).kinds == {"full": 3, "reuse": 3}
+    dicompile.disable(optimized)
+    assert torch.equal(optimized.forward_with_cfg(*inputs), module.forward_with_cfg(*inputs))
