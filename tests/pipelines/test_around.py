@@ -9,10 +9,16 @@ import pytest
 import torch
 from diffusers import (
     AutoencoderKL,
+    DDPMScheduler,
     FlowMatchEulerDiscreteScheduler,
     FluxControlNetModel,
     FluxControlNetPipeline,
+    FluxMultiControlNetModel,
+    HunyuanDiT2DControlNetModel,
+    HunyuanDiT2DModel,
+    HunyuanDiTControlNetPipeline,
     SD3ControlNetModel,
+    SD3MultiControlNetModel,
     StableDiffusion3ControlNetPipeline,
 )
 from torch import nn
@@ -37,10 +43,11 @@ class Seeded(Sampler):
         return super().__call__(*args, **kwargs)
 
 
-def vae(channels: int) -> nn.Module:
+def vae(channels: int, blocks: int = 2) -> nn.Module:
     return AutoencoderKL(
-        block_out_channels=(8, 8), norm_num_groups=4, latent_channels=channels, sample_size=16, shift_factor=0.1,
-        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(8,) * blocks, norm_num_groups=4, latent_channels=channels, sample_size=16,
+        down_block_types=("DownEncoderBlock2D",) * blocks, up_block_types=("UpDecoderBlock2D",) * blocks,
+        shift_factor=0.1,
     ).eval()  # fmt: skip
 
 
@@ -48,33 +55,64 @@ def image(seed: int) -> torch.Tensor:
     return torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(seed))
 
 
-def flux_controlnet() -> Sampler:
-    controlnet = FluxControlNetModel(
-        **HEADS, patch_size=1, in_channels=16, num_layers=1, num_single_layers=1, joint_attention_dim=TEXT,
-        pooled_projection_dim=40, axes_dims_rope=[4, 4, 8], guidance_embeds=True,
-    )  # fmt: skip
+def flux_controlnet(layers: int = 1, *, nets: int = 1) -> Sampler:
+    controlnets = [
+        lively(FluxControlNetModel(
+            **HEADS, patch_size=1, in_channels=16, num_layers=layers, num_single_layers=layers,
+            joint_attention_dim=TEXT, pooled_projection_dim=40, axes_dims_rope=[4, 4, 8], guidance_embeds=True,
+        ))
+        for _ in range(nets)
+    ]  # fmt: skip
     pipe = assembled(
-        FluxControlNetPipeline, transformer=pipes.flux_transformer(), controlnet=lively(controlnet), vae=vae(4),
+        FluxControlNetPipeline, transformer=pipes.flux_transformer(), vae=vae(4),
+        controlnet=FluxMultiControlNetModel(controlnets) if nets > 1 else controlnets[0],
         scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
     )  # fmt: skip
+    several = {
+        "control_image": [image(i) for i in range(nets)], "control_mode": [None] * nets,
+        "controlnet_conditioning_scale": [0.5] * nets,
+    }  # fmt: skip
     options = dict(FLUX_PROMPTS[0]) | {"control_image": image(0), "height": 32, "width": 32}
-    return Seeded(pipe, options)
+    return Seeded(pipe, options | (several if nets > 1 else {}))
 
 
-def sd3_controlnet() -> Sampler:
+def sd3_controlnet(layers: int = 1, *, nets: int = 1) -> Sampler:
     settings = {
         **HEADS, "sample_size": 16, "patch_size": 2, "in_channels": 4, "caption_projection_dim": 32,
         "joint_attention_dim": TEXT, "pooled_projection_dim": 40, "out_channels": 4,
     }  # fmt: skip
     sampler = pipes.sd3()
+    controlnets = [lively(SD3ControlNetModel(**settings, num_layers=layers)) for _ in range(nets)]
     pipe = assembled(
         StableDiffusion3ControlNetPipeline, transformer=sampler.pipe.transformer, vae=vae(4),
-        controlnet=lively(SD3ControlNetModel(**settings, num_layers=1)),
+        controlnet=SD3MultiControlNetModel(controlnets) if nets > 1 else controlnets[0],
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
     )  # fmt: skip
     prompts = [text(seed=seed, pooled_prompt_embeds=(1, 40)) for seed in (0, 1)]
+    several = {"control_image": [image(i) for i in range(nets)], "controlnet_conditioning_scale": [0.5] * nets}
     options = pipes.both(*prompts) | {"control_image": image(0), "height": 32, "width": 32}
-    return Seeded(pipe, options)
+    return Seeded(pipe, options | (several if nets > 1 else {}))
+
+
+def hunyuan_controlnet() -> Sampler:
+    settings = {
+        "num_attention_heads": 2, "attention_head_dim": 16, "in_channels": 4, "patch_size": 2, "sample_size": 16,
+        "hidden_size": 32, "cross_attention_dim": TEXT, "cross_attention_dim_t5": 16, "pooled_projection_dim": TEXT,
+        "text_len": 6, "text_len_t5": 8,
+    }  # fmt: skip
+    pipe = assembled(
+        HunyuanDiTControlNetPipeline, transformer=lively(HunyuanDiT2DModel(**settings, num_layers=4)),
+        controlnet=lively(HunyuanDiT2DControlNetModel(**settings, transformer_num_layers=4)),
+        vae=vae(4, blocks=4),  # the pipeline counts on latents an eighth as wide
+        scheduler=DDPMScheduler(), requires_safety_checker=False,
+    )  # fmt: skip
+    prompts = [
+        text(seed=seed, prompt_embeds_2=(1, 8, 16))
+        | {"prompt_attention_mask": pipes.mask(length), "prompt_attention_mask_2": pipes.mask(length, size=8)}
+        for seed, length in ((0, 4), (1, 6))
+    ]
+    size = {"height": 128, "width": 128, "use_resolution_binning": False}
+    return Seeded(pipe, pipes.both(*prompts) | size | {"control_image": image(0)})
 
 
 CONTROLLED = {"flux": flux_controlnet, "sd3": sd3_controlnet}
@@ -130,6 +168,41 @@ def test_a_component_that_is_not_there_is_refused() -> None:
             dicompile.optimize(sampler.pipe, FORA, components=names)
     with pytest.raises(InvalidSetting, match="no argument 'noise' that could be its timestep"):
         dicompile.optimize(sampler.pipe, FORA, timestep="noise")
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("policy", [FORA, "duca"])
+@pytest.mark.parametrize("make", [flux_controlnet, sd3_controlnet])
+def test_two_controlnets_steer_together_and_may_be_cached_as_one(make: Any, policy: Any) -> None:
+    sampler = make(2, nets=2)
+    wanted = sampler(STEPS)
+    both = ["transformer", "controlnet"]
+    dicompile.optimize(sampler.pipe, mode="eager", components=both)
+    assert torch.equal(sampler(STEPS), wanted)
+    for components in (None, both):
+        pipe = dicompile.optimize(dicompile.restore(sampler.pipe), policy, mode="eager", components=components)
+        got = sampler(STEPS)
+        assert (got - wanted).norm() < 0.1 * wanted.norm()
+        for model in (pipe, pipe.controlnet) if components else (pipe,):
+            assert dicompile.report(model).kinds == kinds(dicompile.plan_of(model))
+            assert dicompile.report(model).cold_starts == []
+        assert torch.equal(sampler(STEPS), got)
+
+
+@pytest.mark.parametrize("policy", [FORA, pytest.param("duca", marks=pytest.mark.nightly)])
+def test_residuals_that_a_denoiser_takes_out_of_their_list_are_heard(policy: Any) -> None:
+    """HunyuanDiT empties the list that its ControlNet returns."""
+    sampler = hunyuan_controlnet()
+    wanted = sampler(STEPS)
+    dicompile.optimize(sampler.pipe, mode="eager")
+    assert torch.equal(sampler(STEPS), wanted)
+    assert not torch.equal(sampler(STEPS, controlnet_conditioning_scale=0.5), wanted)
+    dicompile.optimize(dicompile.restore(sampler.pipe), policy, mode="eager")
+    got = sampler(STEPS)
+    assert dicompile.report(sampler.pipe).kinds == kinds(dicompile.plan_of(sampler.pipe))
+    assert dicompile.report(sampler.pipe).cold_starts == []
+    assert len(sampler.pipe.transformer.frames) == 1
+    assert torch.equal(sampler(STEPS), got)
 
 
 class Outer:

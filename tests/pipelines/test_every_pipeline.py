@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import dicompile
+from tests.pipelines.conditioned import CONDITIONED
 from tests.pipelines.pipes import PIPELINES, Sampler, kinds
 
 # diffusers gives torch tensors to numpy.array, and torch 2.13 does not know numpy 2's keyword `copy` yet.
@@ -16,10 +17,13 @@ pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't
 
 STEPS = 6
 FORA = dicompile.FORA(interval=2)
-STEPS_RUN = {"flux img2img true CFG": 5}
+EVERY = {**PIPELINES, **CONDITIONED}
+STEPS_RUN = {"flux img2img true CFG": 5, "visual cloze": 4}
 """Calls of a pipeline that leaves steps out."""
 REFRESHED = ("pixart", "flux true CFG", "wan 2.2")
 """Pipelines that refresh tokens in every test run, one per kind of guidance: one batch, two calls, two models."""
+OFTEN = ("vace", "flux kontext", "visual cloze", "cosmos 3", "latte one frame")
+"""Pipelines with conditions that are in every test run; the others are checked at night."""
 
 
 def planned_calls(sampler: Sampler) -> Counter[str]:
@@ -33,16 +37,24 @@ def planned_calls(sampler: Sampler) -> Counter[str]:
 @pytest.mark.parametrize(
     ("name", "policies"),
     [
-        *(pytest.param(name, (FORA, "duca") if name in REFRESHED else (FORA,), id=name) for name in PIPELINES),
+        *(
+            pytest.param(
+                name,
+                (FORA, "duca") if name in REFRESHED else (FORA,),
+                id=name,
+                marks=[] if name in PIPELINES or name in OFTEN else [pytest.mark.nightly],
+            )
+            for name in EVERY
+        ),
         *(
             pytest.param(name, ("duca",), id=f"{name}-duca", marks=pytest.mark.nightly)
-            for name in PIPELINES
+            for name in EVERY
             if name not in REFRESHED
         ),
     ],
 )
 def test_a_pipeline_follows_its_plan_and_is_restored(name: str, policies: tuple[Any, ...]) -> None:
-    sampler = PIPELINES[name]()
+    sampler = EVERY[name]()
     originals, config = sampler.denoisers, dict(sampler.pipe.config)
     wanted = sampler(STEPS)
 
