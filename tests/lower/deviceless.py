@@ -237,7 +237,7 @@ def find_variants(capture: Capture) -> dict[str, Variant]:
         "compute": find(none, 0, "block1"),
         "compute and store": find(fora, 0, "block1"),
         "reuse": find(_reusing_one_block(structure), 1, "block1"),
-        "reuse three blocks": find(fora, 1, "blocks0-2"),
+        "reuse two blocks": find(fora, 1, "blocks0-1"),
         "compute, store and score": find(toca, partial[0] - 1, "block1"),
         "refresh": find(toca, partial[0], "block1"),
         "last refresh": find(toca, partial[-1], "block1"),
