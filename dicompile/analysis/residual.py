@@ -17,7 +17,7 @@ from dicompile.analysis.dataflow import Dataflow
 from dicompile.analysis.structure import SiteKind
 from dicompile.analysis.transport import nearest_streams
 from dicompile.nodes import node_argument, walk
-from dicompile.ops.kinds import ADDS, GATES, PRODUCTS, RESHAPES, is_attention, is_heavy, is_transport
+from dicompile.ops.kinds import ADDS, GATES, PRODUCTS, is_attention, is_heavy, is_transport
 from dicompile.ops.registry import REGISTERED, is_unknown
 from dicompile.text import block_path, module_path
 
@@ -145,23 +145,14 @@ def _mixed_operands(flow: Dataflow, node: fx.Node, samples: int) -> tuple[fx.Nod
 
 
 def branch_core(flow: Dataflow, stream: fx.Node, update: fx.Node) -> fx.Node:
-    """Walk back from the update over gates: element-wise, with exactly one operand from the stream.
-
-    A gate that differs between tokens is chosen (``where(mask, gate * core, other * core)``), in whatever shape tells
-    them apart: the core is what all ways back meet in, shaped as the update is.
-    """
-    core, open_ = update, {update}
-    while True:
-        node = max(open_, key=flow.position.__getitem__)
-        if len(open_) == 1 and node.meta["val"].shape == update.meta["val"].shape:
-            core = node
-        operands = [parent for parent in node.all_input_nodes if flow.is_ancestor(stream, parent)]
-        is_choice = node.target is aten.where.self and not flow.is_ancestor(stream, node_argument(node, 0))
-        is_gate = node.target in (*GATES, *RESHAPES) and len(operands) == 1
-        is_whole = all(parent.meta["val"].numel() == node.meta["val"].numel() for parent in operands)
-        if not (is_choice or is_gate) or not is_whole or stream in operands:
-            return core
-        open_ = open_ - {node} | {*operands}
+    """Walk back from the update while the node is a gate: element-wise with exactly one operand from the stream."""
+    node = update
+    while node.target in GATES:
+        from_stream = [parent for parent in node.all_input_nodes if flow.is_ancestor(stream, parent)]
+        if len(from_stream) != 1 or from_stream[0].meta["val"].shape != update.meta["val"].shape:
+            break
+        node = from_stream[0]
+    return node
 
 
 def _residual_operands(

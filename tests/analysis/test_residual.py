@@ -294,17 +294,3 @@ def test_one_text_for_a_batch_of_pictures_is_a_stream_like_any_other() -> None:
     model = dicompile.optimize(sample.model, dicompile.FORA(interval=2), schedule=4, mode="eager")
     with torch.no_grad():
         torch.testing.assert_close(model(**batch)[0], sample.model(**batch)[0])
-
-
-class GatedByFrame(Block):
-    """Frames have gates of their own, chosen where tokens lie as [b, frames, places, d]."""
-
-    def forward(self, x: Tensor, text: Tensor, gate: Tensor) -> Tensor:
-        update = self.mlp(self.norm(x))
-        ours, others = (part.reshape(2, 2, TOKENS // 2, WIDTH) for part in (gate * update, (1 - gate) * update))
-        return x + torch.where(torch.tensor([True, False])[None, :, None, None], ours, others).reshape(x.shape)
-
-
-def test_the_core_lies_before_a_choice_of_gates() -> None:
-    graph, found = found_in(GatedByFrame)
-    assert [str(node_of(graph, site.core).target) for site in found.sites] == ["aten.linear.default"] * 2
