@@ -18,6 +18,7 @@ from tests import repositories
 from tests.models import Sample, frames_of, plain_dit, redraw, timesteps
 from tests.repositories import CAPTION, DiT, Guided, STDiT3, UViT
 
+pytestmark = pytest.mark.nightly
 STEPS = 8
 T = timesteps(STEPS)
 LATENT, TIME = "x", ("t", "timestep", "timesteps")
