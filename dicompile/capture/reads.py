@@ -119,8 +119,8 @@ class Reads:
         self._patch(nn.Module)
         fallback = nn.Module.__getattr__
         nn.Module.__getattr__ = self._fallback(fallback)  # type: ignore[method-assign]
+        gc.callbacks.append(self._end_collection)  # first: a collection that ended unseen would leave us busy for good
         gc.callbacks.insert(0, self._begin_collection)
-        gc.callbacks.append(self._end_collection)
         sys.setprofile(self._profile)
         try:
             yield

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import gc
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from dicompile.capture import Arguments, capture_call
 from dicompile.capture.guards import Path, Walk
+from dicompile.capture.reads import Reads
 from dicompile.errors import CannotCapture
 from dicompile.wrapper import record_of
 from tests.capture.follow import WAYS, WIDTH, Model, counted, follow, given, optimized, same
@@ -365,3 +367,18 @@ def test_a_model_that_was_run_once_is_not_shown_to_dynamo_again(monkeypatch: pyt
     inputs["mask"][:] = False
     same(model, module, **inputs)
     assert counted(model) == 2 and record_of(model).calls.is_run
+
+
+@pytest.mark.parametrize("allocations", range(1, 20))
+def test_a_collection_at_any_moment_hides_no_read(allocations: int) -> None:
+    """Python may collect garbage while the callbacks that tell of it are registered, one by one."""
+    module = Model("running")
+    reads, thresholds = Reads(module, {}), gc.get_threshold()
+    gc.collect()
+    gc.set_threshold(allocations, 1000, 1000)
+    try:
+        with reads.noted():
+            assert module.is_read
+    finally:
+        gc.set_threshold(*thresholds)
+    assert Path().attribute("is_read") in reads.facts
