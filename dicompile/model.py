@@ -10,7 +10,7 @@ import inspect
 import itertools
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
@@ -70,7 +70,7 @@ class Frame:
         """All tensors, and those that the code takes, if the values that Python read are as they were."""
         if own is None:
             return None
-        tensors = [*own, *arguments.tensors, *self.captured.constants]
+        tensors = self.captured.tensors(own, arguments)
         inputs = self._pick(tensors)
         if self.known.read and not self.known.was_read(inputs):
             return None
@@ -133,7 +133,7 @@ class ModelCalls:
     ) -> tuple[Frame, Sequence[Tensor], Sequence[Any]] | None:
         """The code for calls whose tensors only lie in memory in another way."""
         for known in list(self._frames):
-            laid_out = arguments.laid_out_as(known[0]) if known[1:] == key[1:] else None
+            laid_out = arguments.laid_out_as(known[0]) if known != key and known[1:] == key[1:] else None
             found = None if laid_out is None else self._find(known, laid_out)
             if found is not None:
                 return found
@@ -162,7 +162,7 @@ class ModelCalls:
         check_weights_are_whole(self.module)
         try:
             known, pins = self._known(key, arguments)
-            tensors = known.tensors(pins, arguments)
+            tensors = known.captured.tensors(pins.tensors, arguments)
             inputs = known.captured.pick(tensors)
             way = Same((arguments.key, str(known.captured.guards)))
             self._require_timestep(known.capture, arguments)
@@ -186,9 +186,8 @@ class ModelCalls:
         captured, capture = capture_functional(self.module, arguments, self.options.said, by_running=self._by_running)
         pins = captured.guards.pin(self.module)
         assert isinstance(pins, Pins), pins
-        known = Known(captured, capture)
-        inputs = captured.pick(known.tensors(pins, arguments))
-        known = replace(known, read={i: inputs[i].clone() for i in captured.reads})
+        inputs = captured.pick(captured.tensors(pins.tensors, arguments))
+        known = Known(captured, capture, {i: inputs[i].clone() for i in captured.reads})
         CAPTURES.keep(key, known)
         return known, pins
 

@@ -181,4 +181,4 @@ def values_of(module: nn.Module, captured: Captured, arguments: Arguments) -> Se
     """Values of the placeholders of a graph that was captured just now."""
     pins = captured.guards.pin(module)
     assert not isinstance(pins, str), pins
-    return captured.pick([*pins.tensors, *arguments.tensors, *captured.constants])
+    return captured.pick(captured.tensors(pins.tensors, arguments))

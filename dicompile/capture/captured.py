@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
-from dicompile.capture.arguments import TakenOut
+from dicompile.capture.arguments import Arguments, TakenOut
 from dicompile.capture.guards import PLAIN, Guards, is_same_value, meta_of
 from dicompile.errors import CannotCapture
 
@@ -45,6 +45,15 @@ class Captured:
     taken_out: tuple[TakenOut, ...] = ()
     is_run: bool = False
     refused: CannotCapture | None = None
+
+    def tensors(self, own: Sequence[Tensor], arguments: Arguments) -> list[Tensor]:
+        """All tensors of a call, as `order` counts them.
+
+        Args:
+            own: of the module, by the guards' paths.
+            arguments: of the call.
+        """
+        return [*own, *arguments.tensors, *self.constants]
 
     def pick(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
         """Values of the placeholders, out of all tensors."""

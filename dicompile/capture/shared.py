@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 import types
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -38,11 +38,7 @@ class Known:
 
     captured: Captured
     capture: Capture
-    read: Mapping[int, Tensor] = field(default_factory=dict)
-
-    def tensors(self, pins: Pins, arguments: Arguments) -> list[Tensor]:
-        """All tensors of a call, see `Captured.order`."""
-        return [*pins.tensors, *arguments.tensors, *self.captured.constants]
+    read: Mapping[int, Tensor]
 
     def was_read(self, inputs: Sequence[Any]) -> bool:
         """True if the inputs that Python read have the values that it read."""
@@ -63,8 +59,8 @@ class Captures:
     def find(self, key: Hashable, module: nn.Module, arguments: Arguments) -> tuple[Known, Pins] | None:
         """A capture that holds for a module and the arguments of a call, and what its guards found."""
         for known in self._known.get((key, registered())) or ():
-            pins = known.captured.guards.pin(module)
-            if isinstance(pins, Pins) and known.was_read(known.captured.pick(known.tensors(pins, arguments))):
+            captured, pins = known.captured, known.captured.guards.pin(module)
+            if isinstance(pins, Pins) and known.was_read(captured.pick(captured.tensors(pins.tensors, arguments))):
                 return known, pins
         return None
 
