@@ -245,6 +245,9 @@ class Reads:
         self.facts[path] = Fact.of(path, value)
         if isinstance(value, (*PLAIN, *FIXED)):
             return
+        if value is sys.modules:  # every import adds to it; libraries ask it which frameworks are there (einops)
+            self.facts[path] = Fact(path, "fixed", value)
+            return
         self._alive.append(value)
         self._path_of.setdefault(id(value), path)
         if isinstance(value, nn.Module):

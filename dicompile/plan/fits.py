@@ -498,8 +498,10 @@ def _largest(structure: ModelStructure, plan: Plan) -> str:
 
 def _why_not_read(source: Site) -> str:
     """What forbids to read scores off an attention."""
+    if not source.attention:
+        return source.tokens.reason
     attending, streaming = _rows(source.attention_shape), _rows(source.shape)
-    if not source.attention or attending == streaming:
+    if attending == streaming:
         return source.tokens.reason
     return f"{source.name} attends with {attending}, the stream has {streaming}"
 

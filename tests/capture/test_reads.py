@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import gc
 import sys
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -382,3 +383,17 @@ def test_a_collection_at_any_moment_hides_no_read(allocations: int) -> None:
     finally:
         gc.set_threshold(*thresholds)
     assert Path().attribute("is_read") in reads.facts
+
+
+class AsksForFrameworks(Model):
+    def extra(self, x: Tensor) -> Tensor:
+        return x * 2 if "torch" in sys.modules else x
+
+
+def test_an_import_changes_nothing_for_who_asks_which_modules_are_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    def load() -> None:
+        monkeypatch.setitem(sys.modules, "just_loaded", types.ModuleType("just_loaded"))
+
+    for number in range(5000):  # more than are compared of any other dictionary
+        monkeypatch.setitem(sys.modules, f"loaded_{number}", types.ModuleType(f"loaded_{number}"))
+    assert follow(AsksForFrameworks("running"), load) == [0]

@@ -6,15 +6,17 @@ import logging
 
 import pytest
 import torch
+from torch import Tensor
 
 import dicompile
 from dicompile.analysis import SiteKind
+from dicompile.errors import PolicyDoesNotFit
 from dicompile.plan import Policy, TimestepSchedule, make_plan
 from dicompile.policies import DuCa, get_policy
 from tests import models
 from tests.capture.captured import structure
 from tests.lower.captured import captured
-from tests.models import MODELS, optimized, pixart, run, timesteps
+from tests.models import MODELS, PlainBlock, optimized, pixart, run, timesteps
 from tests.stdit import stdit
 from tests.zoo import images
 
@@ -133,3 +135,23 @@ def test_a_branch_that_mixes_tokens_is_reused_whole_and_plan_and_log_name_operat
     convolved = [site.id for site in dicompile.structure_of(model).sites if site.kind is SiteKind.MLP]
     assert all(step.sites[i].action.tokens is None for step in plan.steps for i in convolved)
     assert any(step.sites[i].action.symbol == "." for step in plan.steps for i in convolved)
+
+
+class ByMatmul(PlainBlock):
+    """Attention written out, as older repositories have it."""
+
+    def attended(self, x: Tensor) -> Tensor:
+        b, n, c = x.shape
+        q, k, v = self.qkv(x).reshape(b, n, 3, self.heads, c // self.heads).permute(2, 0, 3, 1, 4).unbind(0)
+        weights = (q @ k.transpose(-2, -1) * (c // self.heads) ** -0.5).softmax(-1)
+        return (weights @ v).transpose(1, 2).reshape(b, n, c)
+
+
+def test_attention_that_is_no_operator_tells_no_scores() -> None:
+    sample = models.plain_dit(2)
+    for number in range(2):
+        sample.model.blocks[number] = ByMatmul(32, 2)
+    found = models.structure(sample)
+    with pytest.raises(PolicyDoesNotFit, match="ranks tokens by attention, but the attention is not over the same"):
+        make_plan(found, dicompile.ToCa(), TimestepSchedule(20))
+    assert make_plan(found, get_policy("toca"), TimestepSchedule(20)).policy == "toca-3-random"
