@@ -32,6 +32,13 @@ def tensor_text(value: object) -> str:
     return "int" if isinstance(value, (int, torch.SymInt)) else type(value).__name__
 
 
+def layout_text(value: object) -> str:
+    """Dtype, shape, stride and device of a tensor."""
+    if not isinstance(value, torch.Tensor):
+        return tensor_text(value)
+    return f"{tensor_text(value)} stride {list(value.stride())} on {value.device}"
+
+
 def size_text(size: float) -> str:
     """Bytes with a fitting binary unit, ``1.50 MiB``."""
     unit, name = next(((u, n) for u, n in ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")) if size >= u), (1, "bytes"))

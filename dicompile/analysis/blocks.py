@@ -24,7 +24,7 @@ from dicompile.analysis.residual import Branch
 from dicompile.analysis.structure import Block, BlockId, SiteId, SiteKind
 from dicompile.nodes import walk
 from dicompile.ops.kinds import is_heavy
-from dicompile.text import block_path, module_path, operator_text, tensor_text
+from dicompile.text import block_path, layout_text, module_path, operator_text, tensor_text
 
 
 @dataclass(frozen=True)
@@ -198,10 +198,3 @@ def structure_key(nodes: Iterable[fx.Node]) -> str:
         arguments = fx.node.map_arg((node.args, node.kwargs), name)
         lines.append(f"{name(node)} = {operator_text(node.target)} {arguments}")
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
-
-
-def layout_text(value: object) -> str:
-    """Dtype, shape, stride and device of a tensor."""
-    if not isinstance(value, torch.Tensor):
-        return tensor_text(value)
-    return f"{tensor_text(value)} stride {list(value.stride())} on {value.device}"

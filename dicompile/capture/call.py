@@ -15,6 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from dicompile.capture.arguments import Arguments
 from dicompile.capture.captured import Captured, Unsettled
 from dicompile.capture.dynamo import capture_by_dynamo
+from dicompile.capture.members import capture_by_members
 from dicompile.capture.normalise import Capture, capture_graph
 from dicompile.capture.roles import NOTHING_SAID, Said
 from dicompile.capture.trace import capture_by_running, check_reads, module_tensors
@@ -59,6 +60,9 @@ def _capture(module: nn.Module, arguments: Arguments, *, by_running: bool) -> Ca
         arguments = arguments.copied()
     if by_running and not arguments.numbers:
         return _settled(capture_by_running, module, arguments)
+    captured = capture_by_members(module, arguments)
+    if captured is not None:
+        return captured
     try:
         return _settled(capture_by_dynamo, module, arguments)
     except CannotCapture as refused:

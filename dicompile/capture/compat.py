@@ -16,8 +16,11 @@ from torch._C._dynamo.guards import TensorGuards
 from torch._dynamo import convert_frame
 from torch._dynamo.eval_frame import skip_code
 from torch._dynamo.utils import dynamo_timed, get_metrics_context
+from torch._dynamo.variables.base import AttributeMutationNew, ValueMutationNew
 
 from dicompile.nodes import results_of
+
+_CallableT = TypeVar("_CallableT", bound=Callable[..., Any])
 
 
 def tensor_check(tensors: Sequence[Tensor]) -> Callable[..., bool]:
@@ -84,7 +87,36 @@ def dynamo_capture(function: Callable[..., Any], args: tuple[Any, ...]) -> Dynam
 
     returned = results_of(backend.graph_module.graph)
     decided = tuple(str(guard.expr) for guard in output.output_graph.shape_env.guards)
-    return DynamoCapture(backend.graph_module, tuple(guards), decided, dict(output.import_sources), len(returned), run)
+    return DynamoCapture(
+        graph=backend.graph_module,
+        guards=tuple(guards),
+        decided=decided,
+        aliases=dict(output.import_sources),
+        results=len(returned),
+        run=run,
+    )
+
+
+def noting_writes(noted: list[bool]) -> Callable[[Any], None]:
+    """What to hand to `comptime` in a function that Dynamo traces.
+
+    Args:
+        noted: gets whether the trace wrote, up to there, to an object that was there before.
+    """
+    new = (AttributeMutationNew, ValueMutationNew)
+
+    def note(context: Any) -> None:
+        effects = context._i_will_not_complain_if_bc_breaks_InstructionTranslator().output.side_effects
+        changed = filter(effects.is_modified, effects.id_to_variable.values())
+        noted.append(any(not isinstance(item.mutation_type, new) for item in changed))
+
+    return note
+
+
+def left_alone(function: _CallableT) -> _CallableT:
+    """Let Dynamo put calls of a function into its graph as they are, for as long as the function lives."""
+    torch.compiler.allow_in_graph(function)
+    return function
 
 
 def _facts(guard: Any) -> tuple[Any, str, Any]:
@@ -105,9 +137,6 @@ def transforms_undone() -> Iterator[None]:
         yield
     finally:
         torch._C._functorch.pop_dynamic_layer_stack_and_undo_to_depth(depth)
-
-
-_CallableT = TypeVar("_CallableT", bound=Callable[..., Any])
 
 
 def never_traced(why: str) -> Callable[[_CallableT], _CallableT]:

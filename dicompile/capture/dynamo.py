@@ -9,18 +9,20 @@ from __future__ import annotations
 import contextlib
 import types
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch._dynamo import source as sources
+from torch._dynamo.comptime import comptime
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.utils._pytree import tree_leaves
 
-from dicompile.capture.arguments import Arguments, Watched
+from dicompile.capture.arguments import Arguments, TakenOut, Watched
 from dicompile.capture.captured import Captured, Changes, Unsettled, packer
-from dicompile.capture.compat import DynamoCapture, dynamo_capture
+from dicompile.capture.compat import DynamoCapture, dynamo_capture, noting_writes
 from dicompile.capture.guards import PARTS, By, Fact, Guards, Path, below, find_place, python_module
 from dicompile.capture.numbers import open_numbers
 from dicompile.errors import CannotCapture
@@ -43,11 +45,91 @@ def capture_by_dynamo(module: nn.Module, arguments: Arguments) -> Captured:
         CannotCapture: Dynamo cannot take the forward as one graph.
         Unsettled: the forward changes what it keeps.
     """
+    return trace(module, arguments).captured(module, arguments)
+
+
+@dataclass
+class Traced:
+    """What Dynamo makes of a forward.
+
+    Attributes:
+        graph: torch-level graph.
+        guards: what Python read.
+        own: tensors of the module that it read, by the guards' paths.
+        inputs: values of the graph's placeholders.
+        result: what the module returned.
+        results: what the graph returned, as they lie in it.
+        changes: what may have been changed around the graph.
+        taken_out: what the forward takes out of lists and dictionaries of its caller.
+        writes: whether Python wrote to an object that was there before.
+    """
+
+    graph: fx.GraphModule
+    guards: Guards
+    own: list[Tensor]
+    inputs: list[Any]
+    result: Any
+    results: list[Tensor]
+    changes: list[Changes]
+    taken_out: tuple[TakenOut, ...]
+    writes: bool
+
+    def captured(self, module: nn.Module, arguments: Arguments) -> Captured:
+        """The same as a capture.
+
+        Args:
+            module: what was traced.
+            arguments: of the call.
+
+        Raises:
+            CannotCapture: it computes with a tensor of somebody else.
+            Unsettled: the forward changes what it keeps.
+        """
+        _check_settled(module, self.guards, self.changes)
+        tensors = [*self.own, *arguments.tensors]
+        place = {id(tensor): i for i, tensor in reversed(list(enumerate(tensors)))}
+        pack = packer(self.result, self.results, tensors)
+        unknown = [value for value in self.inputs if id(value) not in place]
+        if unknown or pack is None:
+            raise CannotCapture(
+                f"{type(module).__name__} computes with a {type(unknown[0] if unknown else self.result).__name__} that "
+                "is neither its own nor given",
+                where="capture",
+                why="whether it is the same at the next call cannot be told",
+                fix="make it a buffer, or pass it",
+            )
+        order = tuple(place[id(value)] for value in self.inputs)
+        names = [*((p.name, True) for p in self.guards.tensors), *((name, False) for name in arguments.names(module))]
+        return Captured(
+            graph=self.graph,
+            names=tuple(names[i] for i in order),
+            order=order,
+            constants=(),
+            guards=self.guards,
+            pack=pack,
+            reads={},
+            taken_out=self.taken_out,
+        )
+
+
+def trace(module: nn.Module, arguments: Arguments, stand_in: nn.Module | None = None) -> Traced:
+    """Let Dynamo trace a forward.
+
+    Args:
+        module: the module, of which facts are read.
+        arguments: of the call.
+        stand_in: what is traced in its place: the same but for members with a forward that is not looked into.
+
+    Raises:
+        CannotCapture: Dynamo cannot take the forward as one graph.
+    """
     numbers = dict(zip(arguments.numbers, arguments.tensors[len(arguments.given) :], strict=True))
     args, kwargs = arguments.filled(arguments.given)  # lists and dictionaries of our own: the caller's stay as they are
     watched = Watched(args, kwargs)
+    writes: list[bool] = []
+    traced = _traced(arguments.numbers, noting_writes(writes))
     with _clean_dynamo(capture_scalar_outputs=bool(numbers)), _errors_of(module):
-        made = dynamo_capture(_traced(arguments.numbers), (module, args, kwargs, numbers))
+        made = dynamo_capture(traced, (stand_in or module, args, kwargs, numbers))
     if numbers and made.decided:
         raise CannotCapture(
             f"{type(module).__name__} reads a number that differs at every step in Python",
@@ -60,50 +142,31 @@ def capture_by_dynamo(module: nn.Module, arguments: Arguments) -> Captured:
     read = _Read(module, made)
     results = [torch.empty((), device="meta") for _ in range(made.results)]
     guards = Guards.of(module, read.facts, read.tensors, read.modules)
+    own = [read.value(path) for path in read.tensors]
     changes = [Changes(path, container) for path, container in read.containers.items()]
     inputs, result = made.run(results)
     taken_out = watched.taken_out(type(module).__name__)
-    _check_settled(module, guards, changes)
-    own = [read.value(path) for path in read.tensors]
-    tensors = [*own, *arguments.tensors]
-    place = {id(tensor): i for i, tensor in reversed(list(enumerate(tensors)))}
-    pack = packer(result, results, tensors)
-    unknown = [value for value in inputs if id(value) not in place]
-    if unknown or pack is None:
-        raise CannotCapture(
-            f"{type(module).__name__} computes with a {type(unknown[0] if unknown else result).__name__} that is "
-            "neither its own nor given",
-            where="capture",
-            why="whether it is the same at the next call cannot be told",
-            fix="make it a buffer, or pass it",
-        )
-    order = tuple(place[id(value)] for value in inputs)
-    names = [*((path.name, True) for path in read.tensors), *((name, False) for name in arguments.names(module))]
-    return Captured(
-        graph=made.graph,
-        names=tuple(names[i] for i in order),
-        order=order,
-        constants=(),
-        guards=guards,
-        pack=pack,
-        reads={},
-        taken_out=taken_out,
-    )
+    return Traced(made.graph, guards, own, inputs, result, results, changes, taken_out, any(writes))
 
 
-def _traced(numbers: Sequence[str]) -> Callable[..., Any]:
+def _traced(numbers: Sequence[str], at_the_end: Callable[[Any], None]) -> Callable[..., Any]:
     """What Dynamo traces: a function with globals of its own, in which it may leave what it likes."""
     function = _call_with_numbers if numbers else _call
-    return types.FunctionType(function.__code__, {"__builtins__": __builtins__}, "call")
+    given = {"__builtins__": __builtins__, "comptime": comptime, "at_the_end": at_the_end}
+    return types.FunctionType(function.__code__, given, "call")
 
 
 def _call(self: Any, args: Any, kwargs: Any, numbers: Any) -> Any:  # Dynamo names modules by this name
-    return self._call_impl(*args, **kwargs)
+    result = self._call_impl(*args, **kwargs)
+    comptime(at_the_end)  # type: ignore[name-defined] # noqa: F821
+    return result
 
 
 def _call_with_numbers(self: Any, args: Any, kwargs: Any, numbers: Any) -> Any:
     values = {name: number.item() for name, number in numbers.items()}
-    return self._call_impl(*args, **{**kwargs, **values})
+    result = self._call_impl(*args, **{**kwargs, **values})
+    comptime(at_the_end)  # type: ignore[name-defined] # noqa: F821
+    return result
 
 
 @contextlib.contextmanager

@@ -19,7 +19,7 @@ import sys
 import types
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from operator import getitem, is_
 from typing import Any
 
@@ -75,6 +75,10 @@ class Path:
     def via(self, by: By) -> Path:
         """The path to the type, or to the attributes, of what lies at this one."""
         return Path(self.root, (*self.links, (by, None)))
+
+    def below(self, other: Path) -> Path:
+        """The path from a module to what this one finds from the module that lies at another path."""
+        return Path(other.root, (*other.links, *self.links)) if self.root == "self" else self
 
     @property
     def parent(self) -> Path:
@@ -232,6 +236,20 @@ class Guards:
             same=tuple((first[id(tensor)], i) for i, tensor in enumerate(found) if first[id(tensor)] != i),
             modules=tuple(modules),
             hooks=tuple(_hook_counts(walk.value(path)) for path in modules),
+        )
+
+    def below(self, path: Path) -> Guards:
+        """The same for a module that lies at a path from another one."""
+
+        def moved(fact: Fact) -> Fact:
+            expected = fact.expected.below(path) if fact.kind == "same" else fact.expected
+            return Fact(fact.path.below(path), fact.kind, expected)
+
+        return replace(
+            self,
+            facts=tuple(map(moved, self.facts)),
+            tensors=tuple(tensor.below(path) for tensor in self.tensors),
+            modules=tuple(module.below(path) for module in self.modules),
         )
 
     def pin(self, module: nn.Module) -> Pins | str:

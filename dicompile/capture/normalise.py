@@ -12,16 +12,15 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import fx
-from torch._functorch.aot_autograd import aot_export_module
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from dicompile.capture.autocast import drop_regions, make_autocast_explicit, share_casts
-from dicompile.capture.canonical import make_canonical
 from dicompile.capture.compat import transforms_undone
-from dicompile.capture.constants import lift_constants, spell_out_constants
+from dicompile.capture.constants import lift_constants
+from dicompile.capture.functional import make_functional
 from dicompile.capture.numbers import numbers_in
-from dicompile.capture.parts import inline_regions, write_out_composites, write_out_diagonals
+from dicompile.capture.parts import inline_regions, write_out_diagonals
 from dicompile.capture.roles import NOTHING_SAID, Input, Role, Said, assign_roles
 from dicompile.errors import CannotCapture, DicompileError
 from dicompile.text import graph_text, module_path, operator_text
@@ -94,32 +93,27 @@ def capture_graph(
         try:
             explicit = make_autocast_explicit(dynamo_graph, fakes)
             with torch._C._DisableAutocast():
-                graph_module, signature = aot_export_module(explicit, fakes, trace_joint=False, pre_dispatch=True)
+                functional = make_functional(explicit, fakes, fake_mode)
         except DicompileError:
             raise
         except (RuntimeError, AssertionError) as error:
             raise _not_functional(dynamo_graph.graph, error) from error
-    assert isinstance(graph_module, fx.GraphModule)
-    written = signature.user_inputs_to_mutate.values()
-    mutated = [name for (name, _), argument in zip(names, signature.user_inputs, strict=True) if argument in written]
-    if mutated:
-        raise CannotCapture(
-            f"the model writes to its inputs: {', '.join(mutated)}",
-            where="capture",
-            why="a step that is skipped could not repeat the write",
-            fix="copy the tensor inside the model before writing to it",
-        )
-    for placeholder, value in zip(graph_module.graph.find_nodes(op="placeholder"), arguments, strict=True):
-        placeholder.meta.setdefault("val", value)  # sizes of a dynamic graph, which nothing uses any more
-    _refuse_open_sizes(graph_module.graph)
-    drop_regions(graph_module.graph)
-    if explicit is not dynamo_graph:
-        share_casts(graph_module.graph)
-    with torch.no_grad(), torch._C._DisableAutocast(), fake_mode:
-        spell_out_constants(graph_module)
+        mutated = [names[i][0] for i in functional.mutated]
+        if mutated:
+            raise CannotCapture(
+                f"the model writes to its inputs: {', '.join(mutated)}",
+                where="capture",
+                why="a step that is skipped could not repeat the write",
+                fix="copy the tensor inside the model before writing to it",
+            )
+        graph_module = functional.graph_module
+        for placeholder, value in zip(graph_module.graph.find_nodes(op="placeholder"), arguments, strict=True):
+            placeholder.meta.setdefault("val", value)  # sizes of a dynamic graph, which nothing uses any more
+        _refuse_open_sizes(graph_module.graph)
+        drop_regions(graph_module.graph)
+        if explicit is not dynamo_graph:
+            share_casts(graph_module.graph)
         constants = lift_constants(graph_module, fake_mode)
-        write_out_composites(graph_module)
-        make_canonical(graph_module.graph)
     _drop_inference_noise(graph_module.graph)
     graph_module.recompile()
     inputs = assign_roles(graph_module.graph, [*names, *((f"constant_{i}", True) for i in range(len(constants)))], said)

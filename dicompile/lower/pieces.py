@@ -6,10 +6,11 @@ import itertools
 from dataclasses import dataclass
 
 from dicompile.analysis import Block, ModelStructure, Site, SiteKind
-from dicompile.analysis.blocks import layout_text, structure_key
+from dicompile.analysis.blocks import structure_key
 from dicompile.capture import Capture
 from dicompile.passes import Outline, outline
 from dicompile.plan import SiteStep, StepPlan
+from dicompile.text import layout_text
 
 RUNS = (8, 4, 2, 1)
 """Numbers of blocks that only reuse and run as one segment."""
