@@ -20,6 +20,7 @@ from dicompile.capture import CAPTURES, MOST_CAPTURES, NO_TIMESTEP, NOTHING_SAID
 from dicompile.config import DebugFolder, Settings
 from dicompile.errors import CallOutsideSchedule
 from dicompile.lower import (
+    SIZES,
     VARIANTS,
     Pieces,
     Program,
@@ -135,6 +136,7 @@ def reset() -> None:
     with ONE_AT_A_TIME:
         CAPTURES.clear()
         VARIANTS.clear()
+        SIZES.clear()
         pieces_of.cache_clear()
 
 

@@ -164,12 +164,12 @@ def test_a_weight_edited_in_place_is_used_by_the_next_compiled_run(compiled: Cac
 
 
 def test_another_timestep_does_not_recompile() -> None:
-    torch._dynamo.utils.counters.clear()
     sample = models.plain_dit(2)
     model = optimized(sample, dicompile.FORA(interval=2), STEPS)
     run(model, sample.inputs, timesteps(STEPS))
+    torch._dynamo.utils.counters.clear()
     run(model, sample.inputs, timesteps(STEPS), seed=1)
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    assert not torch._dynamo.utils.counters["stats"]["unique_graphs"]
     assert len(model.frames) == 1
 
 

@@ -1,6 +1,6 @@
 """Lower: rewritten segments -> compiled functions, deduplicated, and programs that call them in order."""
 
-from dicompile.lower.inductor import MODES, check_mode, compile_plainly, compile_segment
+from dicompile.lower.inductor import MODES, SIZES, check_mode, compile_plainly, compile_segment
 from dicompile.lower.pieces import Piece, Pieces
 from dicompile.lower.predictor import network_predictor, table_predictor
 from dicompile.lower.program import Call, Constant, IntRef, NoiseRead, Program, ProgramBuilder
@@ -8,6 +8,7 @@ from dicompile.lower.variants import VARIANTS, Variant, VariantCache
 
 __all__ = [
     "MODES",
+    "SIZES",
     "VARIANTS",
     "Call",
     "Constant",

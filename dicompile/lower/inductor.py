@@ -13,8 +13,10 @@ import torch
 from torch import fx
 from torch._inductor import standalone_compile
 from torch._inductor.compile_fx import compile_fx
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dicompile.errors import InvalidSetting
+from dicompile.lower.sizes import Sizes
 from dicompile.passes import Segment
 
 MODES = ("inductor", "eager")
@@ -67,24 +69,27 @@ def compile_segment(segment: Segment, mode: str) -> Compiled:
     placeholders: list[fx.Node] = graph.find_nodes(op="placeholder")
     places = [placeholders.index(node) if node.op == "placeholder" else None for node in segment.results]
     if all(place is None for place in places):
-        return _compiled(segment, segment.graph_module, placeholders)
+        return SIZES.code(segment.graph_module, segment.fake_mode, settings_of_inductor(), _compiled)
     made = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
     made.graph_copy(graph, copies)
     made.output([copies[node] for node in segment.results if node.op != "placeholder"])
+    computed = fx.GraphModule(segment.graph_module, made)
     function = (
-        _compiled(segment, fx.GraphModule(segment.graph_module, made), placeholders) if None in places else _nothing
+        SIZES.code(computed, segment.fake_mode, settings_of_inductor(), _compiled) if None in places else _nothing
     )
     return functools.partial(_pass_on, function, tuple(places))
 
 
-def _compiled(segment: Segment, graph_module: fx.GraphModule, placeholders: Sequence[fx.Node]) -> Compiled:
-    context = torch._guards.TracingContext(segment.fake_mode)
+def _compiled(graph_module: fx.GraphModule, arguments: Sequence[Any], mode: FakeTensorMode) -> Compiled:
+    context = torch._guards.TracingContext(mode)
     with torch.no_grad(), torch._C._DisableAutocast(), torch._guards.tracing(context):
-        compiled: Compiled = standalone_compile(
-            graph_module, [node.meta["val"] for node in placeholders], dynamic_shapes="from_tracing_context"
-        )
+        compiled: Compiled = standalone_compile(graph_module, list(arguments), dynamic_shapes="from_tracing_context")
     return compiled
+
+
+SIZES = Sizes()
+"""Compiled code of all models of the process, whatever their sizes."""
 
 
 def _pass_on(function: Compiled, places: Sequence[int | None], *arguments: Any) -> list[Any]:

@@ -1,0 +1,176 @@
+"""Code with symbols: which numbers become symbols, for which sizes it holds, and how often anything is compiled."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, fx
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+import dicompile
+from dicompile.lower import inductor
+from dicompile.lower.sizes import Form, Pattern, Sizes, Term
+from tests.models import dit, flux, run, timesteps
+
+T = timesteps(6)
+
+
+def graph_of(function: Callable[..., Any], *shapes: Sequence[int]) -> tuple[fx.GraphModule, FakeTensorMode]:
+    mode = FakeTensorMode(shape_env=ShapeEnv())
+    with mode:
+        made = make_fx(lambda *values: [function(*values)])(*map(torch.empty, shapes))
+    return made, mode
+
+
+def joined(text: Tensor, image: Tensor) -> Tensor:
+    b, _, c = image.shape
+    both = torch.cat([text.expand(b, -1, c), image], 1).view(b, -1, 2, c // 2)
+    return both.transpose(1, 2)[:, :, text.shape[1] :].sum(1, keepdim=True).expand(-1, 3, -1, -1) * 2
+
+
+def as_it_is(graph_module: fx.GraphModule, inputs: Sequence[Any], mode: FakeTensorMode) -> Any:
+    """Compile nothing."""
+    return graph_module.forward
+
+
+class Counted:
+    """Compiles by interpreting, and counts."""
+
+    def __init__(self) -> None:
+        self.calls: list[int] = []
+
+    def __call__(self, graph_module: fx.GraphModule, inputs: Sequence[Any], mode: FakeTensorMode) -> Any:
+        symbols = sum(isinstance(value, torch.SymInt) for value in inputs)
+        self.calls.append(symbols)
+        with mode:
+            graph_module(*inputs)  # what is taken for granted becomes guards
+        return graph_module.forward
+
+
+def test_graphs_that_differ_in_sizes_are_one_form() -> None:
+    first, second = (
+        Form.of(graph_of(joined, text, image)[0].graph)
+        for text, image in (((2, 3, 8), (2, 16, 8)), ((4, 5, 8), (4, 9, 8)))
+    )
+    assert first.key == second.key
+    assert first.numbers != second.numbers
+    assert len(first.numbers) == len(second.numbers)
+    other = Form.of(graph_of(lambda text, image: joined(text, image) * 3, (2, 3, 8), (2, 16, 8))[0].graph)
+    assert first.key != other.key  # another constant
+
+
+@pytest.mark.parametrize(
+    ("samples", "terms"),
+    [
+        ([(16, 3, 8), (36, 3, 8)], [Term(product=(0,)), Term(3), Term(8)]),
+        ([(16, 32, 128), (36, 72, 288)], [Term(product=(0,)), Term(2, (0,)), Term(8, (0,))]),
+        ([(6, 16, 22), (9, 36, 45)], [Term(product=(0,)), Term(product=(1,)), Term(product=(0,), plus=1)]),
+        ([(6, 16, 192), (9, 36, 648)], [Term(product=(0,)), Term(product=(1,)), Term(2, (0, 1))]),
+        ([(16, 20), (36, 40)], [Term(product=(0,)), Term(product=(0,), offset=4)]),
+        ([(5, 17), (11, 29)], [Term(product=(0,)), Term(product=(1,))]),
+    ],
+    ids=["constants", "multiples", "sum", "product", "offset", "unrelated"],
+)
+def test_what_varies_follows_from_few_symbols(samples: list[tuple[int, ...]], terms: list[Term]) -> None:
+    pattern = Pattern.of(samples, range(2))
+    assert list(pattern.terms) == terms
+    assert all(pattern.symbols(numbers) is not None for numbers in samples)
+
+
+def test_code_with_symbols_gives_what_code_for_the_sizes_gives() -> None:
+    sizes, counted = Sizes(), Counted()
+    for text, image in (
+        ((2, 3, 8), (2, 16, 8)),
+        ((2, 5, 8), (2, 9, 8)),
+        ((2, 7, 8), (2, 4, 8)),
+        ((3, 2, 8), (3, 5, 8)),
+    ):
+        graph, mode = graph_of(joined, text, image)
+        code = sizes.code(graph, mode, "how", counted)
+        given = torch.randn(text), torch.randn(image)
+        assert torch.equal(code(*given)[0], joined(*given))
+    assert len(counted.calls) == 3  # the first, any number of tokens, and any batch
+    assert counted.calls[0] == 0 < counted.calls[1] < counted.calls[2]
+
+
+def test_what_was_taken_for_granted_is_held_against_other_sizes() -> None:
+    def compile_(graph_module: fx.GraphModule, inputs: Sequence[Any], mode: FakeTensorMode) -> Any:
+        is_even = bool(inputs[0].shape[0] % 2 == 0)
+        return lambda x, *_: [x * 2 if is_even else x * 3]
+
+    sizes = Sizes()
+    for size, expected in ((4, 2), (6, 2), (8, 2), (9, 3), (11, 3), (10, 2)):
+        graph, mode = graph_of(lambda x: x * 2, (size,))
+        code = sizes.code(graph, mode, "how", compile_)
+        assert torch.equal(code(torch.ones(size))[0], torch.full((size,), float(expected)))
+
+
+def test_sizes_of_one_are_no_values_of_symbols() -> None:
+    sizes, counted = Sizes(), Counted()
+    for batch in (1, 4, 1, 2):
+        graph, mode = graph_of(lambda x: x * 2, (batch, 8))
+        sizes.code(graph, mode, "how", counted)
+    assert counted.calls == [0, 0, 1]
+
+
+def test_what_torch_cannot_compile_with_symbols_is_compiled_for_its_sizes() -> None:
+    def compile_(graph_module: fx.GraphModule, inputs: Sequence[Any], mode: FakeTensorMode) -> Any:
+        if any(isinstance(value, torch.SymInt) for value in inputs):
+            raise RuntimeError("no symbols")
+        return graph_module.forward
+
+    sizes = Sizes()
+    for size in (4, 6, 8):
+        graph, mode = graph_of(lambda x: x * 2, (size,))
+        assert torch.equal(sizes.code(graph, mode, "how", compile_)(torch.ones(size))[0], torch.full((size,), 2.0))
+
+
+def given(text: int, side: int, batch: int) -> dict[str, Any]:
+    """Inputs of a FLUX-like model."""
+    inputs, n = dict(flux().inputs), side * side
+    shapes = {
+        "hidden_states": (batch, n, 4), "encoder_hidden_states": (batch, text, 24), "pooled_projections": (batch, 40),
+        "txt_ids": (text, 3), "img_ids": (n, 3), "timestep": (batch,), "guidance": (batch,),
+    }  # fmt: skip
+    return {**inputs, **{name: torch.rand(shape) for name, shape in shapes.items()}}
+
+
+@pytest.mark.parametrize("policy", ["fora", pytest.param("toca", marks=pytest.mark.nightly)])
+def test_prompts_pictures_and_batches_of_any_size_are_compiled_a_few_times(
+    policy: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counted = Counted()
+    monkeypatch.setattr(inductor, "_compiled", counted)
+    model = flux(2).model
+    compiled = dicompile.optimize(model, policy, schedule=T)
+    seen = []
+    for sizes in ((20, 8, 2), (24, 10, 2), (33, 12, 3), (256, 14, 4)):
+        counted.calls.clear()
+        inputs = given(*sizes)
+        plain = dicompile.optimize(model, policy, schedule=T, mode="eager")
+        for a, b in zip(run(compiled, inputs, T), run(plain, inputs, T), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+        seen.append(len(counted.calls))
+    assert seen[0] > 0
+    assert seen[3] == 0
+
+
+def test_a_compiled_model_takes_other_sizes_without_compiling(monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled: list[int] = []
+    original = inductor._compiled
+    monkeypatch.setattr(inductor, "_compiled", lambda *a: (compiled.append(1), original(*a))[1])
+    model, inputs = dit(2)
+    optimized = dicompile.optimize(model, "fora", schedule=T)
+    for batch in (2, 3, 5, 8):
+        compiled.clear()
+        few = {name: value[:1].repeat(batch, *[1] * (value.ndim - 1)) if isinstance(value, Tensor) else value
+               for name, value in inputs.items()}  # fmt: skip
+        plain = dicompile.optimize(model, "fora", schedule=T, mode="eager")
+        for a, b in zip(run(optimized, few, T), run(plain, few, T), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+        assert bool(compiled) == (batch <= 3)
