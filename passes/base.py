@@ -201,6 +201,7 @@ class Segment:
         steps: what each site does; empty for the unmodified segment.
         scores: node of the current raw score of a site, where this segment made one.
         layouts: strides in which the model's own values leave the segment, by number; 0 for axes of one element.
+        owned: numbers of the values that are parameters and buffers, whose sizes are those of the model.
     """
 
     graph_module: fx.GraphModule
@@ -212,6 +213,7 @@ class Segment:
     steps: tuple[LocalStep, ...] = ()
     scores: dict[int, fx.Node] = field(default_factory=dict)
     layouts: dict[int, tuple[int, ...]] = field(default_factory=dict)
+    owned: frozenset[int] = frozenset()
 
     @property
     def graph(self) -> fx.Graph:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import fx
 
 from dicompile.analysis import Dataflow, ModelStructure, Site
-from dicompile.capture import Capture
+from dicompile.capture import Capture, Role
 from dicompile.passes.base import Segment, SiteNodes, Value, is_dense, strides_of
 
 
@@ -50,6 +50,8 @@ def outline(capture: Capture, structure: ModelStructure, nodes: Sequence[fx.Node
     entering += tuple(dict.fromkeys(s.source for s in sites if s.source not in inside and s.source not in entering))
     graph, copies = fx.Graph(), {}
     named = {node.name: node for node in capture.graph.nodes}
+    placeholders = zip(capture.graph.find_nodes(op="placeholder"), capture.inputs, strict=True)
+    owned = {node.name for node, item in placeholders if item.role is Role.PARAMETER}
     for i, name in enumerate(entering):
         copies[named[name]] = graph.placeholder(f"value_{i}")
         copies[named[name]].meta = dict(named[name].meta)
@@ -76,6 +78,7 @@ def outline(capture: Capture, structure: ModelStructure, nodes: Sequence[fx.Node
         ),
         grid=structure.grid,
         fake_mode=capture.fake_mode,
+        owned=frozenset(i for i, name in enumerate(entering) if name in owned),
         layouts={
             i: strides_of(named[name].meta["val"])
             for i, name in enumerate(leaving)

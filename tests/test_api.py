@@ -83,7 +83,7 @@ def owned(module: nn.Module) -> dict[str, Any]:
 
 # DiT and FLUX are compiled by tests/test_golden.py too, the plain DiT below.
 @pytest.mark.parametrize(
-    "name", [name if name in ("pixart", "sd3") else pytest.param(name, marks=pytest.mark.nightly) for name in MODELS]
+    "name", [name if name == "pixart" else pytest.param(name, marks=pytest.mark.nightly) for name in MODELS]
 )
 def test_compiled_without_caching_equals_the_model(name: str) -> None:
     sample = MODELS[name](2)

@@ -52,8 +52,8 @@ def test_every_script_is_run_here() -> None:
     assert sorted(path.name for path in FOLDER.glob("*.py")) == sorted(EXAMPLES)
 
 
-NIGHTLY = ("fit_demo_forecast.py", "train_demo_predictor.py", "train_demo_router.py")
-"""Minutes of training, of which tests/learn and tests/cli test the parts."""
+NIGHTLY = ("bench.py", "fit_demo_forecast.py", "overhead.py", "train_demo_predictor.py", "train_demo_router.py")
+"""Minutes of compiling, or of training, of which tests/learn and tests/cli test the parts."""
 
 
 @pytest.mark.parametrize(

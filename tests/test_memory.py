@@ -153,7 +153,7 @@ def test_inspect_shows_what_does_not_fit() -> None:
 CLOSE = {"bfloat16": 2e-3, "float16": 3e-4, "float8_e4m3fn": 4e-2}
 """Largest difference over the largest output: ten times the rounding of the stored values, or less."""
 METHODS = [
-    ("plain_dit", "fora"), ("flux", "duca"), ("pixart", "taylorseer"),
+    ("plain_dit", "fora"), ("pixart", "taylorseer"), pytest.param("flux", "duca", marks=pytest.mark.nightly),
     *(pytest.param(name, "toca", marks=pytest.mark.nightly) for name in ("plain_dit", "flux")),  # DuCa refreshes, too
 ]  # fmt: skip
 

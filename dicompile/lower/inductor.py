@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dicompile.errors import InvalidSetting
 from dicompile.lower.sizes import Sizes
-from dicompile.passes import Segment
+from dicompile.passes import Segment, Value
 
 MODES = ("inductor", "eager")
 Compiled = Callable[..., Sequence[Any]]
@@ -65,20 +65,20 @@ def compile_segment(segment: Segment, mode: str) -> Compiled:
         # Not by nn.Module.__call__, which tracing in another thread replaces for a while.
         function: Compiled = segment.graph_module.forward
         return function
-    graph = segment.graph
-    placeholders: list[fx.Node] = graph.find_nodes(op="placeholder")
+    placeholders: list[fx.Node] = segment.graph.find_nodes(op="placeholder")
     places = [placeholders.index(node) if node.op == "placeholder" else None for node in segment.results]
-    if all(place is None for place in places):
-        return SIZES.code(segment.graph_module, segment.fake_mode, settings_of_inductor(), _compiled)
-    made = fx.Graph()
-    copies: dict[fx.Node, fx.Node] = {}
-    made.graph_copy(graph, copies)
-    made.output([copies[node] for node in segment.results if node.op != "placeholder"])
-    computed = fx.GraphModule(segment.graph_module, made)
-    function = (
-        SIZES.code(computed, segment.fake_mode, settings_of_inductor(), _compiled) if None in places else _nothing
-    )
-    return functools.partial(_pass_on, function, tuple(places))
+    if None not in places:
+        return functools.partial(_pass_on, _nothing, tuple(places))
+    graph_module, copies = segment.graph_module, {node: node for node in placeholders}
+    if any(place is not None for place in places):
+        made, copies = fx.Graph(), {}
+        made.graph_copy(segment.graph, copies)
+        made.output([copies[node] for node in segment.results if node.op != "placeholder"])
+        graph_module = fx.GraphModule(segment.graph_module, made)
+    given = zip(placeholders, segment.inputs, strict=True)
+    own = {copies[node] for node, item in given if isinstance(item, Value) and item.index in segment.owned}
+    function = SIZES.code(graph_module, segment.fake_mode, settings_of_inductor(), _compiled, own)
+    return function if graph_module is segment.graph_module else functools.partial(_pass_on, function, tuple(places))
 
 
 def _compiled(graph_module: fx.GraphModule, arguments: Sequence[Any], mode: FakeTensorMode) -> Compiled:

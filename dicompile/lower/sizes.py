@@ -19,7 +19,7 @@ import itertools
 import logging
 import math
 import operator
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -31,6 +31,7 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, Stateles
 
 from dicompile.latest import Latest
 from dicompile.nodes import results_of
+from dicompile.text import layout_text
 
 log = logging.getLogger("dicompile")
 
@@ -53,7 +54,7 @@ class Form:
 
     Attributes:
         key: equal for graphs that differ in sizes only.
-        numbers: the sizes: of the inputs and their strides, and in the arguments of calls, in order.
+        numbers: the sizes: of inputs and their strides, and in the arguments of calls, in order.
         dims: positions of those that are a size of an input.
     """
 
@@ -62,8 +63,8 @@ class Form:
     dims: tuple[int, ...]
 
     @classmethod
-    def of(cls, graph: fx.Graph) -> Form:
-        """The form of a graph with ``meta["val"]``."""
+    def of(cls, graph: fx.Graph, fixed: Collection[fx.Node] = ()) -> Form:
+        """The form of a graph with ``meta["val"]``; the sizes of its `fixed` inputs are part of it."""
         numbers: list[int] = []
         dims: list[int] = []
         place = {node: i for i, node in enumerate(graph.nodes)}
@@ -75,7 +76,9 @@ class Form:
 
         for node in graph.nodes:
             value = node.meta.get("val")
-            if node.op == "placeholder" and isinstance(value, Tensor):
+            if node in fixed:
+                lines.append(layout_text(value))
+            elif node.op == "placeholder" and isinstance(value, Tensor):
                 dims += range(len(numbers), len(numbers) + value.ndim)
                 sizes = [_number(size, hole) for size in (*value.shape, *value.stride())]
                 lines.append((type(value).__name__, value.dtype, value.device, tuple(sizes)))
@@ -279,7 +282,14 @@ class Sizes:
     def __init__(self, most: int = MOST_FORMS) -> None:
         self._families: Latest[_Family] = Latest(most)
 
-    def code(self, graph_module: fx.GraphModule, mode: FakeTensorMode, how: Hashable, compile_: Compile) -> Code:
+    def code(
+        self,
+        graph_module: fx.GraphModule,
+        mode: FakeTensorMode,
+        how: Hashable,
+        compile_: Compile,
+        fixed: Collection[fx.Node] = (),
+    ) -> Code:
         """Compiled code for a graph, its sizes included.
 
         Args:
@@ -287,13 +297,14 @@ class Sizes:
             mode: of these values.
             how: whatever else decides what is made of a graph.
             compile_: compiles a graph for examples of its inputs, which are of the mode that it is given.
+            fixed: inputs whose sizes never vary: the parameters of the model.
         """
-        form = Form.of(graph_module.graph)
+        form = Form.of(graph_module.graph, fixed)
         family = self._families.get((form.key, how)) or self._families.put((form.key, how), _Family())
         found = family.find(form.numbers)
         if found is not None:
             return found
-        made = self._symbolic(family, form, graph_module, compile_)
+        made = self._symbolic(family, form, graph_module, compile_, fixed)
         if made is None:
             inputs = graph_module.graph.find_nodes(op="placeholder")
             made = compile_(graph_module, [node.meta["val"] for node in inputs], mode)
@@ -301,12 +312,19 @@ class Sizes:
         family.samples = [*family.samples[1 - _SAMPLES :], form.numbers]
         return made
 
-    def _symbolic(self, family: _Family, form: Form, graph_module: fx.GraphModule, compile_: Compile) -> Code | None:
+    def _symbolic(
+        self,
+        family: _Family,
+        form: Form,
+        graph_module: fx.GraphModule,
+        compile_: Compile,
+        fixed: Collection[fx.Node],
+    ) -> Code | None:
         pattern = family.pattern(form)
         if pattern is None:
             return None
         try:
-            symbolic = _compiled(pattern, form, graph_module, compile_)
+            symbolic = _compiled(pattern, form, graph_module, compile_, fixed)
         except Exception as error:  # torch refuses symbols in many ways; code for just these sizes it must take
             log.info("no code for other sizes, too: %s", next(iter(str(error).splitlines()), type(error).__name__))
             return None
@@ -318,11 +336,13 @@ class Sizes:
         self._families.clear()
 
 
-def _compiled(pattern: Pattern, form: Form, graph_module: fx.GraphModule, compile_: Compile) -> _Symbolic:
+def _compiled(
+    pattern: Pattern, form: Form, graph_module: fx.GraphModule, compile_: Compile, fixed: Collection[fx.Node]
+) -> _Symbolic:
     shapes = ShapeEnv(duck_shape=False)
     mode = FakeTensorMode(shape_env=shapes)
     values = [_symbol(mode, form.numbers[i]) for i in pattern.defined]
-    made = _Rewrite(graph_module.graph, pattern, values, mode).graph_module(graph_module)
+    made = _Rewrite(graph_module.graph, pattern, values, mode, fixed).graph_module(graph_module)
     inputs = made.graph.find_nodes(op="placeholder")
     code = compile_(made, [node.meta["val"] for node in inputs], mode)
     return _Symbolic(pattern, code, tuple(value.node.expr for value in values), shapes)
@@ -342,10 +362,18 @@ class _Rewrite:
         pattern: of its numbers.
         values: of the symbols.
         mode: of these.
+        fixed: inputs whose sizes stay.
     """
 
-    def __init__(self, graph: fx.Graph, pattern: Pattern, values: Sequence[torch.SymInt], mode: FakeTensorMode) -> None:
-        self._source, self._values, self._mode = graph, values, mode
+    def __init__(
+        self,
+        graph: fx.Graph,
+        pattern: Pattern,
+        values: Sequence[torch.SymInt],
+        mode: FakeTensorMode,
+        fixed: Collection[fx.Node],
+    ) -> None:
+        self._source, self._values, self._mode, self._fixed = graph, values, mode, fixed
         self._terms = iter(pattern.terms)
         self._graph = fx.Graph()
         self._copies: dict[fx.Node, fx.Node] = {}
@@ -356,7 +384,7 @@ class _Rewrite:
         """The copy."""
         for node in self._source.find_nodes(op="placeholder"):
             self._copies[node] = self._graph.placeholder(node.name)
-            self._copies[node].meta["val"] = self._input(node.meta["val"])
+            self._copies[node].meta["val"] = self._input(node)
         for i, value in enumerate(self._values):
             self._symbols.append(self._graph.placeholder(f"size_{i}"))
             self._symbols[-1].meta["val"] = value
@@ -370,10 +398,13 @@ class _Rewrite:
                 self._copies[node] = self._graph.call_function(node.target, args, kwargs)
         return fx.GraphModule(root, self._graph)
 
-    def _input(self, value: Any) -> Any:
+    def _input(self, node: fx.Node) -> Any:
+        value = node.meta["val"]
         if not isinstance(value, Tensor):
             return _symbol(self._mode, value.node.hint)
-        sizes = [next(self._terms).of(self._values) for _ in (*value.shape, *value.stride())]
+        sizes: list[Any] = [*value.shape, *value.stride()]
+        if node not in self._fixed:
+            sizes = [next(self._terms).of(self._values) for _ in sizes]
         with self._mode:
             return torch.empty_strided(sizes[: value.ndim], sizes[value.ndim :], dtype=value.dtype, device=value.device)
 

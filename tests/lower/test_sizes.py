@@ -110,6 +110,15 @@ def test_what_was_taken_for_granted_is_held_against_other_sizes() -> None:
         assert torch.equal(code(torch.ones(size))[0], torch.full((size,), float(expected)))
 
 
+def test_sizes_of_parameters_are_those_of_the_model() -> None:
+    sizes, counted = Sizes(), Counted()
+    for width, tokens in ((8, 4), (16, 4), (16, 6), (16, 7), (24, 7)):
+        graph, mode = graph_of(torch.nn.functional.linear, (tokens, width), (3, width))
+        own = graph.graph.find_nodes(op="placeholder")[1:]
+        sizes.code(graph, mode, "how", counted, own)
+    assert counted.calls == [0, 0, 1, 0]  # a model of another width gets code of its own
+
+
 def test_sizes_of_one_are_no_values_of_symbols() -> None:
     sizes, counted = Sizes(), Counted()
     for batch in (1, 4, 1, 2):
@@ -163,7 +172,7 @@ def test_prompts_pictures_and_batches_of_any_size_are_compiled_a_few_times(
 def test_a_compiled_model_takes_other_sizes_without_compiling(monkeypatch: pytest.MonkeyPatch) -> None:
     compiled: list[int] = []
     original = inductor._compiled
-    monkeypatch.setattr(inductor, "_compiled", lambda *a: (compiled.append(1), original(*a))[1])
+    monkeypatch.setattr(inductor, "_compiled", lambda *a: compiled.append(1) or original(*a))
     model, inputs = dit(2)
     optimized = dicompile.optimize(model, "fora", schedule=T)
     for batch in (2, 3, 5, 8):
