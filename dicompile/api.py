@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from dicompile.analysis import ModelStructure
 from dicompile.capture import Said, check_names
 from dicompile.compiler import CompiledFrame, Options
 from dicompile.errors import AlreadyOptimized, InvalidSchedule, NotOptimized, NotYetRun
-from dicompile.lower import check_mode
+from dicompile.lower import Backend
 from dicompile.pipelines import (
     is_denoiser_of,
     optimized_components,
@@ -36,7 +36,9 @@ def optimize(
     policy: Policy | str | dict[str, Any] = "none",
     *,
     schedule: Any = None,
-    mode: str = "inductor",
+    backend: str = "inductor",
+    options: Mapping[str, Any] | None = None,
+    compile_mode: str | None = None,
     max_cache_bytes: int | str | None = None,
     over_budget: str = "refuse",
     cache_dtype: str | torch.dtype | None = None,
@@ -44,6 +46,7 @@ def optimize(
     timestep: str | None = None,
     latent: str | None = None,
     components: Sequence[str] | None = None,
+    mode: str | None = None,
 ) -> Any:
     """Compile a diffusion transformer with feature caching.
 
@@ -53,7 +56,10 @@ def optimize(
         policy: a policy, the name of a published one, plain data, or the path of a YAML or JSON file.
         schedule: for a module: the diffusers scheduler that drives the sampling, a list of timesteps, or a number of
             steps.
-        mode: "inductor" compiles; "eager" runs the rewritten graphs operator by operator, for debugging.
+        backend: "inductor" compiles; "eager" runs the rewritten graphs operator by operator, for debugging.
+        options: of Inductor, as ``torch.compile`` takes them: ``{"max_autotune": True}``.
+        compile_mode: what ``torch.compile`` calls its mode: "max-autotune". CUDA graphs are never used, whatever it
+            says: they overwrite what they returned, and what a step stores is read steps later.
         max_cache_bytes: budget of what one guidance context remembers between two steps: bytes, or text such as "2GiB".
             A sampler that calls the model for the conditional and the unconditional half in turn has two contexts.
         over_budget: what becomes of a plan that needs more: "refuse" raises at the first call, before anything is
@@ -66,6 +72,7 @@ def optimize(
         latent: argument that is denoised, where that cannot be told.
         components: of a pipeline: names of those to optimize. By default its denoisers; a ControlNet is optimized only
             if it is named here.
+        mode: an older word for `backend`.
 
     Returns:
         The pipeline itself, or a wrapper of the module that is called like it and passes every attribute through. The
@@ -73,14 +80,14 @@ def optimize(
 
     Raises:
         UnknownPolicy, InvalidPolicy: the policy does not exist or has an option that does not.
-        InvalidSetting: a mode or a cache option that does not exist.
+        InvalidSetting: a backend, an option of Inductor or a cache option that does not exist.
         InvalidSchedule: a caching policy for a module without a schedule.
         AlreadyOptimized: restore it first. A pipeline that shares a denoiser with an optimized one, and has a scheduler
             of its own, is optimized by itself: each has a wrapper around the same weights.
         UnsupportedModel: neither a module nor a pipeline with a denoiser.
     """
     chosen = get_policy(policy)
-    check_mode(mode)
+    code = Backend.of(mode or backend, options, compile_mode)
     cache = CacheOptions.of(max_cache_bytes, over_budget, cache_dtype, cache_device)
     said = Said(timestep, latent)
     if isinstance(model, CachedModel):
@@ -90,11 +97,11 @@ def optimize(
         )
     if isinstance(model, nn.Module):
         check_names(model, said)
-        return CachedModel(model, Options(chosen, _link(schedule, chosen), mode, cache=cache, said=said))
+        return CachedModel(model, Options(chosen, _link(schedule, chosen), code, cache=cache, said=said))
 
     def wrap(module: nn.Module) -> CachedModel:
         check_names(module, said)
-        return CachedModel(module, Options(chosen, SchedulerLink(model), mode, cache=cache, said=said))
+        return CachedModel(module, Options(chosen, SchedulerLink(model), code, cache=cache, said=said))
 
     replace_components(model, components, wrap)
     return model

@@ -15,7 +15,7 @@ from torch import fx, nn
 from dicompile.capture import NO_TIMESTEP, Said, ambient, capture_graph, input_names, open_numbers, read_inputs
 from dicompile.compiler import ONE_AT_A_TIME, Options, Same, compile_capture
 from dicompile.errors import CannotCapture, InvalidSetting
-from dicompile.lower import check_mode, compile_plainly
+from dicompile.lower import Backend, compile_plainly
 from dicompile.model import MOST_FRAMES
 from dicompile.plan import CacheOptions
 from dicompile.policies import get_policy
@@ -24,7 +24,18 @@ from dicompile.runtime import SchedulerLink
 log = logging.getLogger("dicompile")
 
 CACHE_OPTIONS = ("max_cache_bytes", "over_budget", "cache_dtype", "cache_device")
-OPTIONS = ("policy", "steps", "schedule", "mode", "timestep", "latent", *CACHE_OPTIONS)
+OPTIONS = (
+    "policy",
+    "steps",
+    "schedule",
+    "backend",
+    "options",
+    "compile_mode",
+    "mode",
+    "timestep",
+    "latent",
+    *CACHE_OPTIONS,
+)
 
 
 def dicache(
@@ -36,8 +47,9 @@ def dicache(
         graph: what Dynamo captured.
         example_inputs: its inputs.
         options: "policy" (name, `Policy` or plain data; default "none"), "steps" (number of sampling steps) or
-            "schedule" (scheduler or timesteps), "mode", the names of the inputs "timestep" and "latent", and those of
-            the cache: "max_cache_bytes", "over_budget", "cache_dtype", "cache_device"; see `dicompile.optimize`.
+            "schedule" (scheduler or timesteps), the names of the inputs "timestep" and "latent", "backend", "options"
+            of Inductor and "compile_mode", and those of the cache: "max_cache_bytes", "over_budget", "cache_dtype",
+            "cache_device"; see `dicompile.optimize`.
 
     Raises:
         InvalidSetting: an option is unknown, or a caching policy comes without steps.
@@ -86,13 +98,13 @@ def read_options(options: dict[str, Any]) -> Options:
                 fix="options={'policy': ..., 'steps': 50}",
             )
         source = 1
-    mode = options.get("mode", "inductor")
-    check_mode(mode)
+    name = options.get("mode") or options.get("backend", "inductor")
+    code = Backend.of(name, options.get("options"), options.get("compile_mode"))
     cache = CacheOptions.of(
         **{name: options[name] for name in CACHE_OPTIONS if name in options}, where="torch.compile(backend='dicache')"
     )
     said = Said(options.get("timestep"), options.get("latent"))
-    return Options(policy, SchedulerLink(source), mode, cache=cache, said=said)
+    return Options(policy, SchedulerLink(source), code, cache=cache, said=said)
 
 
 @dataclass
@@ -144,7 +156,7 @@ class Specialiser:
                 capture = capture_graph(self.graph, self.names, arguments, self._said())
         except CannotCapture as refused:
             log.warning("compiled without caching: %s (%s)", refused.what, refused.why)
-            return compile_plainly(self.graph, arguments, self.options.mode)
+            return compile_plainly(self.graph, arguments, self.options.backend)
         compiled = compile_capture(capture, arguments, self.options, Same(key))
         if not compiled.structure.sites:
             log.info("no cacheable branch in this graph: compiled without caching")

@@ -20,8 +20,10 @@ from dicompile.capture import CAPTURES, MOST_CAPTURES, NO_TIMESTEP, NOTHING_SAID
 from dicompile.config import DebugFolder, Settings
 from dicompile.errors import CallOutsideSchedule
 from dicompile.lower import (
+    INDUCTOR,
     SIZES,
     VARIANTS,
+    Backend,
     Pieces,
     Program,
     ProgramBuilder,
@@ -64,7 +66,7 @@ class Options:
     Attributes:
         policy: the caching policy.
         link: where the schedule comes from.
-        mode: "inductor" or "eager".
+        backend: what makes code of it.
         settings: what the environment said.
         cache: how much may be remembered, in which numbers, and where.
         said: which inputs are what.
@@ -72,7 +74,7 @@ class Options:
 
     policy: Policy
     link: SchedulerLink
-    mode: str = "inductor"
+    backend: Backend = INDUCTOR
     settings: Settings = field(default_factory=Settings.from_environment)
     cache: CacheOptions = UNLIMITED
     said: Said = NOTHING_SAID
@@ -101,7 +103,7 @@ def compile_capture(capture: Capture, arguments: Sequence[Any], options: Options
         PolicyDoesNotFit: the model cannot do what the policy asks for.
         CacheTooLarge: the plan needs more memory than it may have.
     """
-    if options.mode != "eager":
+    if not options.backend.is_eager:
         check_can_compile(options.cache, [value.device for value in arguments if isinstance(value, Tensor)])
     options.debug.write("captured", capture)
     pieces = pieces_of(capture)
@@ -191,7 +193,7 @@ def _predictor(
     check_predictor(structure, trained.blocks, trained.tokens, trained.source)
     if trained.facts.kind == "table":
         return table_predictor(trained.importance, first_span(structure).shape[0])
-    return network_predictor(capture, structure, trained.parameters, options.mode, trained.source)
+    return network_predictor(capture, structure, trained.parameters, options.backend, trained.source)
 
 
 @dataclass(frozen=True)
@@ -209,7 +211,7 @@ class Programs:
     def __init__(self, pieces: Pieces, options: Options) -> None:
         self.structure, self.policy = pieces.structure, options.policy
         self.cache, self.debug = options.cache, options.debug
-        self.variants = VariantCache(options.mode, options.settings, options.debug)
+        self.variants = VariantCache(options.backend, options.settings, options.debug)
         self._builder = ProgramBuilder(pieces, self.variants, options.cache.torch_dtype)
         self._plans: dict[TimestepSchedule, tuple[Plan, dict[int, Step]]] = {}
 

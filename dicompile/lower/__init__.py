@@ -1,15 +1,16 @@
 """Lower: rewritten segments -> compiled functions, deduplicated, and programs that call them in order."""
 
-from dicompile.lower.inductor import MODES, SIZES, check_mode, compile_plainly, compile_segment
+from dicompile.lower.inductor import INDUCTOR, SIZES, Backend, compile_plainly, compile_segment
 from dicompile.lower.pieces import Piece, Pieces
 from dicompile.lower.predictor import network_predictor, table_predictor
 from dicompile.lower.program import Call, Constant, IntRef, NoiseRead, Program, ProgramBuilder
 from dicompile.lower.variants import VARIANTS, Variant, VariantCache
 
 __all__ = [
-    "MODES",
+    "INDUCTOR",
     "SIZES",
     "VARIANTS",
+    "Backend",
     "Call",
     "Constant",
     "IntRef",
@@ -20,7 +21,6 @@ __all__ = [
     "ProgramBuilder",
     "Variant",
     "VariantCache",
-    "check_mode",
     "compile_plainly",
     "compile_segment",
     "network_predictor",

@@ -17,7 +17,7 @@ from torch import Tensor
 from dicompile.analysis import ModelStructure
 from dicompile.capture import Capture, Role
 from dicompile.config import DebugFolder, Settings
-from dicompile.lower.inductor import compile_segment
+from dicompile.lower.inductor import Backend, compile_segment
 from dicompile.passes import PASSES, Segment, Value, outline_until, rewrite
 from dicompile.plan import check_parameters, first_span
 
@@ -73,7 +73,7 @@ def importance_of(stream: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 
 def network_predictor(
-    capture: Capture, structure: ModelStructure, parameters: Mapping[str, Tensor], mode: str, source: str
+    capture: Capture, structure: ModelStructure, parameters: Mapping[str, Tensor], backend: Backend, source: str
 ) -> Callable[[Sequence[Any], int], Tensor]:
     """Compile a predictor network for one captured model.
 
@@ -81,7 +81,7 @@ def network_predictor(
         capture: the captured model.
         structure: its structure.
         parameters: trained copies by the model's own names, and the head.
-        mode: see `compile_segment`.
+        backend: what compiles it.
         source: file that they come from.
 
     Returns:
@@ -98,7 +98,7 @@ def network_predictor(
         {name: expected[name].shape for name in first.parameters},
         source,
     )
-    function = compile_segment(first.segment, mode)
+    function = compile_segment(first.segment, backend)
     own = {name: parameters[name].to(expected[name].device, expected[name].dtype) for name in first.parameters}
     device = next(iter(own.values())).device
     weight, bias = (parameters[name].to(device) for name in (HEAD_WEIGHT, HEAD_BIAS))

@@ -11,7 +11,7 @@ from torch import fx
 
 from dicompile.config import DebugFolder, Settings
 from dicompile.latest import Latest
-from dicompile.lower.inductor import Compiled, compile_segment, settings_of_inductor
+from dicompile.lower.inductor import Backend, Compiled, compile_segment
 from dicompile.ops.registry import registered
 from dicompile.passes import PASSES, InputRef, LocalStep, OutputRef, PassRun, Segment, rewrite
 
@@ -47,8 +47,8 @@ class VariantCache:
     and models, policies and front ends share what they have in common. What writes text for debugging shares nothing.
     """
 
-    def __init__(self, mode: str, settings: Settings, debug: DebugFolder) -> None:
-        self.mode, self.settings, self.debug = mode, settings, debug
+    def __init__(self, backend: Backend, settings: Settings, debug: DebugFolder) -> None:
+        self.backend, self.settings, self.debug = backend, settings, debug
         self._variants: dict[object, Variant] = {}
 
     def get(
@@ -65,13 +65,13 @@ class VariantCache:
     ) -> Variant:
         if self.debug.is_open:
             return self._make(name, segment, steps, live)
-        how = self.settings.disabled_passes, registered(), None if self.mode == "eager" else settings_of_inductor()
+        how = self.settings.disabled_passes, registered(), self.backend.settings()
         return VARIANTS.get((key, how)) or VARIANTS.put((key, how), self._make(name, segment, steps, live))
 
     def _make(self, name: str, segment: Segment, steps: tuple[LocalStep, ...], live: frozenset[int]) -> Variant:
         rewritten, runs = rewrite(segment, steps, live, PASSES, settings=self.settings, debug=self.debug, name=name)
         self.debug.write(f"{name}-variant", rewritten)
-        function = compile_segment(rewritten, self.mode)
+        function = compile_segment(rewritten, self.backend)
         memory = tuple(_memory_of(rewritten.graph, node) for node in rewritten.results)
         return Variant(name, function, tuple(rewritten.inputs), tuple(rewritten.outputs), memory, rewritten, runs)
 

@@ -10,7 +10,7 @@ from typing import Any
 from dicompile.analysis import ModelStructure, analyse
 from dicompile.capture import Capture
 from dicompile.compiler import Options, Programs
-from dicompile.lower import Pieces
+from dicompile.lower import Backend, Pieces
 from dicompile.policies import get_policy
 from dicompile.runtime import SchedulerLink
 from tests.models import Sample, capture
@@ -27,7 +27,7 @@ class Captured:
     def programs(self, policy: Any) -> Programs:
         """Plans and programs of variants that run operator by operator."""
         return Programs(
-            Pieces(self.capture, self.structure), Options(get_policy(policy), SchedulerLink(1), mode="eager")
+            Pieces(self.capture, self.structure), Options(get_policy(policy), SchedulerLink(1), Backend("eager"))
         )
 
     def arguments(self, **inputs: Any) -> list[Any]:

@@ -40,7 +40,7 @@ from torch.utils import _triton
 from dicompile.analysis import ModelStructure, analyse
 from dicompile.capture import Capture, capture_model
 from dicompile.config import DebugFolder, Settings
-from dicompile.lower import Pieces, Program, ProgramBuilder, Variant, VariantCache, compile_segment
+from dicompile.lower import Backend, Pieces, Program, ProgramBuilder, Variant, VariantCache, compile_segment
 from dicompile.passes import ReuseClock, TokenCount
 from dicompile.plan import COMPUTE, REUSE, Plan, TimestepSchedule, make_plan, plan_actions
 from dicompile.policies import FORA, NoCache, ToCa
@@ -223,7 +223,7 @@ def move_to_cuda(capture: Capture) -> None:
 def find_variants(capture: Capture) -> dict[str, Variant]:
     """Every variant of a block in the middle that the policies need, not compiled yet."""
     structure = analyse(capture)
-    cache = VariantCache("eager", Settings(), DebugFolder(None))
+    cache = VariantCache(Backend("eager"), Settings(), DebugFolder(None))
     builder = ProgramBuilder(Pieces(capture, structure), cache)
 
     def find(plan: Plan, step: int, piece: str) -> Variant:
@@ -268,7 +268,7 @@ class Lowering:
             patch.object(GraphLowering, "save_output_code", self._keep_code),
             patch.object(AsyncCompile, "triton", self._keep_kernel),
         ):
-            compile_segment(variant.segment, "inductor")
+            compile_segment(variant.segment, Backend())
         functions = [node for node in ast.walk(ast.parse(self._code)) if isinstance(node, ast.FunctionDef)]
         body = next(function for function in functions if function.name == "call")
         calls = [node for node in ast.walk(body) if isinstance(node, ast.Call) and kind_of(node)]

@@ -14,8 +14,10 @@ import pytest
 import torch
 from torch import Tensor
 
+import dicompile
+from dicompile.backend import read_options
 from dicompile.errors import InvalidSetting
-from dicompile.lower import MODES, check_mode, compile_segment
+from dicompile.lower import Backend, compile_segment, inductor
 from dicompile.plan import Cadence, Line, Policy, Refresh, Reuse, Rule, TokenScore
 from dicompile.runtime import current_session
 from tests.models import call, optimized, plain_dit, state_of, timesteps
@@ -98,14 +100,60 @@ def test_compiled_variants_agree_with_their_graphs_and_refresh_the_same_tokens(p
 
 def test_eager_mode_runs_the_rewritten_graph_itself() -> None:
     segment = mlp_block().segment
-    assert compile_segment(segment, "eager").__self__ is segment.graph_module
+    assert compile_segment(segment, Backend("eager")).__self__ is segment.graph_module
 
 
-def test_an_unknown_mode_is_refused_with_the_modes_there_are() -> None:
+@pytest.mark.parametrize(
+    ("given", "text"),
+    [
+        (
+            {"backend": "triton"},
+            "backend 'triton' does not exist\n  where: dicompile\n  fix:   use one of: inductor, eager",
+        ),
+        (
+            {"compile_mode": "reduce-overhead"},
+            "mode 'reduce-overhead' cannot be had\n  where: compile_mode\n"
+            "  why:   CUDA graphs overwrite what an earlier step stored\n"
+            "  fix:   use one of: default, max-autotune, max-autotune-no-cudagraphs",
+        ),
+        (
+            {"options": {"max_autotone": True}},
+            "option 'max_autotone' of Inductor cannot be had\n  where: options\n"
+            "  why:   Inductor has none of this name\n  fix:   see torch._inductor.list_options()",
+        ),
+        (
+            {"options": {"triton.cudagraphs": True}},
+            "option 'triton.cudagraphs' of Inductor cannot be had\n  where: options\n"
+            "  why:   CUDA graphs overwrite what an earlier step stored\n  fix:   leave it out",
+        ),
+    ],
+    ids=["backend", "mode", "option", "CUDA graphs"],
+)
+def test_what_cannot_be_had_is_refused_by_both_front_ends(given: dict[str, Any], text: str) -> None:
     with pytest.raises(InvalidSetting) as caught:
-        check_mode("triton")
-    assert str(caught.value) == (
-        "mode 'triton' does not exist\n  where: dicompile\n  fix:   use one of: inductor, eager"
-    )
-    for mode in MODES:
-        check_mode(mode)
+        dicompile.optimize(plain_dit(1).model, **given)
+    assert str(caught.value) == text
+    with pytest.raises(InvalidSetting) as caught:
+        read_options(given)
+    assert str(caught.value) == text
+
+
+def test_options_of_inductor_are_in_effect_while_it_compiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+
+    def compiled(graph_module: Any, arguments: Any, mode: Any) -> Any:
+        seen.append((torch._inductor.config.max_autotune, torch._inductor.config.epilogue_fusion))
+        return graph_module.forward
+
+    monkeypatch.setattr(inductor, "_compiled", compiled)
+    model, inputs = plain_dit(1)
+    for given in ({}, {"options": {"epilogue_fusion": False}}, {"compile_mode": "max-autotune"}):
+        before = len(seen)
+        call(dicompile.optimize(model, "none", **given), inputs, 500, seed=0)
+        assert len(seen) > before, "compiled anew: other options are other code"
+    assert len(set(seen)) == 3
+    assert not torch._inductor.config.max_autotune
+
+
+def test_the_older_word_for_a_backend_is_still_taken() -> None:
+    assert read_options({"mode": "eager"}).backend == read_options({"backend": "eager"}).backend == Backend("eager")

@@ -8,7 +8,7 @@ import pytest
 
 import dicompile
 from dicompile.config import DebugFolder, Settings
-from dicompile.lower import Variant, VariantCache
+from dicompile.lower import Backend, Variant, VariantCache
 from dicompile.ops.registry import REGISTERED, Registered
 from dicompile.passes import LocalStep, SlotRef, Value
 from dicompile.plan import Score, ScoreBase, SlotKind
@@ -17,11 +17,12 @@ from tests.passes.segments import FULL, REUSE, mlp_block
 REFRESH = LocalStep((1.0, 1.0), refresh=Score(ScoreBase.RANDOM))
 LIVE = frozenset({0})
 PLAIN = Settings()
+EAGER = Backend("eager")
 
 
 @pytest.fixture
 def cache() -> VariantCache:
-    return VariantCache("eager", Settings(), DebugFolder(None))
+    return VariantCache(EAGER, Settings(), DebugFolder(None))
 
 
 def test_the_same_request_gets_the_same_variant(cache: VariantCache) -> None:
@@ -35,12 +36,13 @@ def test_the_same_request_gets_the_same_variant(cache: VariantCache) -> None:
 def test_models_share_variants_but_none_that_were_made_in_another_way(tmp_path: Path) -> None:
     segment = mlp_block().segment
 
-    def get(mode: str = "eager", settings: Settings = PLAIN, folder: Path | None = None) -> Variant:
-        return VariantCache(mode, settings, DebugFolder(folder)).get("key", "block0", segment, (FULL,), LIVE)
+    def get(backend: Backend = EAGER, settings: Settings = PLAIN, folder: Path | None = None) -> Variant:
+        return VariantCache(backend, settings, DebugFolder(folder)).get("key", "block0", segment, (FULL,), LIVE)
 
     first = get()
     assert get() is first
-    assert get("inductor") is not first
+    assert get(Backend()) is not get(Backend(options=(("max_autotune", True),)))
+    assert get(Backend()) is not first
     assert get(settings=Settings(disabled_passes=frozenset({"narrow-linear"}))) is not first
     assert get(folder=tmp_path) is not first, "what is to be written has to be made"
     assert list(tmp_path.iterdir())
@@ -52,7 +54,7 @@ def test_what_is_said_of_operators_is_part_of_the_key(cache: VariantCache, monke
     segment = mlp_block().segment
     first = cache.get("key", "block0", segment, (FULL,), LIVE)
     monkeypatch.setitem(REGISTERED, "operator", Registered("rows"))
-    other = VariantCache("eager", PLAIN, DebugFolder(None)).get("key", "block0", segment, (FULL,), LIVE)
+    other = VariantCache(EAGER, PLAIN, DebugFolder(None)).get("key", "block0", segment, (FULL,), LIVE)
     assert other is not first
 
 

@@ -14,7 +14,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from dicompile.analysis.tokens import token_layouts
-from dicompile.lower.inductor import compile_segment
+from dicompile.lower.inductor import Backend, compile_segment
 from dicompile.ops.layout import Layout
 from dicompile.passes import Segment, TokenCount, Value
 from dicompile.passes.edit import Editor
@@ -66,7 +66,7 @@ def check(function: Function, *others: Tensor, stream: Tensor | None = None, mod
     )
     segment = for_chosen(function, stream, *others)
     with torch.no_grad():
-        (result,) = compile_segment(segment, mode)(poisoned.view(stream.shape), *others, COUNT, chosen)
+        (result,) = compile_segment(segment, Backend(mode))(poisoned.view(stream.shape), *others, COUNT, chosen)
     expected = whole.reshape(len(chosen), TOKENS, -1)
     expected = expected.gather(1, rows.expand(-1, -1, expected.shape[-1]))
     torch.testing.assert_close(result.reshape(expected.shape), expected)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 import dicompile
 from dicompile.config import DebugFolder, Settings
 from dicompile.errors import StaleRead
-from dicompile.lower import Pieces, ProgramBuilder, VariantCache
+from dicompile.lower import Backend, Pieces, ProgramBuilder, VariantCache
 from dicompile.plan import (
     COMPUTE,
     REUSE,
@@ -43,7 +43,7 @@ BLEND, LINE, PARABOLA = (0.25, 0.75), (0.0, 2.0, -1.0), (0.0, 3.0, -3.0, 1.0)
 @pytest.fixture(scope="module")
 def builder() -> ProgramBuilder:
     """One builder for all tables, so that every variant is made once."""
-    variants = VariantCache("eager", Settings(), DebugFolder(None))
+    variants = VariantCache(Backend("eager"), Settings(), DebugFolder(None))
     return ProgramBuilder(Pieces(model().capture, model().structure), variants)
 
 
