@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from dataclasses import dataclass
 
 from dicompile.analysis import Block, ModelStructure, Site, SiteKind
@@ -13,7 +14,7 @@ from dicompile.plan import SiteStep, StepPlan
 from dicompile.text import layout_text
 
 RUNS = (8, 4, 2, 1)
-"""Numbers of blocks that only reuse and run as one segment."""
+"""Numbers of blocks of a short run that only reuse, and run as one segment; no segment is longer than the first."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ class Pieces:
         runs: list[list[int]] = []
         for is_reused, alike in itertools.groupby(structure.blocks, reuses):
             numbers = [int(block.id) for block in alike]
-            runs += _in_powers(numbers) if is_reused else [[number] for number in numbers]
+            runs += _cut(numbers) if is_reused else [[number] for number in numbers]
         pieces = [self._piece("prologue", structure.prologue, ())]
         for run in runs:
             blocks = [structure.blocks[i] for i in run]
@@ -90,14 +91,19 @@ class Pieces:
         return self._pieces[cut]
 
 
-def _in_powers(numbers: list[int]) -> list[list[int]]:
-    """Cut a run into runs of 8, 4, 2 and 1, so that runs of any length share a few variants."""
-    runs = []
-    while numbers:
-        length = next(length for length in RUNS if length <= len(numbers))
-        runs.append(numbers[:length])
-        numbers = numbers[length:]
-    return runs
+def _cut(numbers: list[int]) -> list[list[int]]:
+    """Cut a run so that runs of any length share a few variants: a long one evenly, a short one into `RUNS`."""
+    longest = RUNS[0]
+    if len(numbers) > longest:
+        count = math.ceil(len(numbers) / longest)
+        lengths = [len(numbers) // count + (i < len(numbers) % count) for i in range(count)]
+    else:
+        lengths, rest = [], len(numbers)
+        while rest:
+            lengths.append(next(length for length in RUNS if length <= rest))
+            rest -= lengths[-1]
+    ends = list(itertools.accumulate(lengths))
+    return [numbers[end - length : end] for end, length in zip(ends, lengths, strict=True)]
 
 
 def _is_idle(step: SiteStep) -> bool:

@@ -1,7 +1,7 @@
 """Programs: what one step executes, as a straight line of calls on numbered registers.
 
-A step is cut into prologue, blocks and epilogue. Adjacent blocks that only reuse become segments of 8, 4, 2 or 1 blocks
-(`RUNS`), so that a run of reused blocks is few fused kernels and compile time still does not grow with depth.
+A step is cut into prologue, blocks and epilogue. Adjacent blocks that only reuse become segments of at most eight
+blocks, of few lengths, so that a run of reused blocks is few fused kernels and compile time does not grow with depth.
 """
 
 from __future__ import annotations
@@ -275,6 +275,10 @@ class _Assembly:
             self.values[piece.outline.outputs[ref.index]] = register
         elif isinstance(ref, SlotRef):
             slot = Slot.of(piece.sites[ref.position].id, ref.kind, ref.age)
+            if not ref.kind.is_scale and all(
+                written.kind is not ref.kind for written in self.step.sites[slot.site].writes
+            ):
+                return register  # a variant of other steps, too: this one does not store it
             self.writes[slot] = register
             if ref.kind is SlotKind.SCORE:
                 self.slots[slot] = register

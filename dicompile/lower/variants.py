@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Hashable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import fx
@@ -14,6 +14,7 @@ from dicompile.latest import Latest
 from dicompile.lower.inductor import Backend, Compiled, compile_segment
 from dicompile.ops.registry import registered
 from dicompile.passes import PASSES, InputRef, LocalStep, OutputRef, PassRun, Segment, rewrite
+from dicompile.plan import SlotKind, What
 
 
 @dataclass(frozen=True)
@@ -49,16 +50,32 @@ class VariantCache:
 
     def __init__(self, backend: Backend, settings: Settings, debug: DebugFolder) -> None:
         self.backend, self.settings, self.debug = backend, settings, debug
-        self._variants: dict[object, Variant] = {}
+        self._variants: dict[tuple[Hashable, tuple[LocalStep, ...], frozenset[int]], Variant] = {}
 
     def get(
         self, key: Hashable, name: str, segment: Segment, steps: tuple[LocalStep, ...], live: frozenset[int]
     ) -> Variant:
-        """The variant of `segment`; `key` stands for its structure."""
+        """The variant of `segment`; `key` stands for its structure.
+
+        It may return more values to store than these steps do: they cost nothing, where the branch is computed anyway.
+        """
         full_key = (key, steps, live)
         if full_key not in self._variants:
-            self._variants[full_key] = self._shared(full_key, f"{name}-{_spelled(steps)}", segment, steps, live)
+            self._variants[full_key] = self._wider(key, segment, steps, live) or self._shared(
+                full_key, f"{name}-{_spelled(steps)}", segment, steps, live
+            )
         return self._variants[full_key]
+
+    def _wider(
+        self, key: Hashable, segment: Segment, steps: tuple[LocalStep, ...], live: frozenset[int]
+    ) -> Variant | None:
+        """A variant that was asked for before, and does the same but for values that it returns besides."""
+        for (other_key, others, other_live), variant in self._variants.items():
+            if (other_key, other_live) == (key, live) and len(others) == len(steps):
+                sites = zip(others, steps, segment.sites, strict=True)
+                if all(other == step or (_covers(other, step) and not site.is_span) for other, step, site in sites):
+                    return variant
+        return None
 
     def _shared(
         self, key: Hashable, name: str, segment: Segment, steps: tuple[LocalStep, ...], live: frozenset[int]
@@ -78,12 +95,18 @@ class VariantCache:
     @property
     def variants(self) -> tuple[Variant, ...]:
         """Everything that was asked for so far."""
-        return tuple(self._variants.values())
+        return tuple({id(variant): variant for variant in self._variants.values()}.values())
 
 
 MOST_VARIANTS = 1024
 VARIANTS: Latest[Variant] = Latest(MOST_VARIANTS)
 """Variants of all models of the process."""
+
+
+def _covers(other: LocalStep, step: LocalStep) -> bool:
+    """True if a site does the same at another step, and what is stored of it there is computed here anyway."""
+    is_core = step.weights == (1.0,) and step.what is What.CORE and step.dtype is None
+    return is_core and replace(other, writes=step.writes) == step and {*other.writes} == {*step.writes, SlotKind.VALUE}
 
 
 def _memory_of(graph: fx.Graph, node: fx.Node) -> int | str:

@@ -10,9 +10,9 @@ import torch
 
 from dicompile.capture import Role
 from dicompile.compiler import Programs
-from dicompile.lower import Call, Constant, Program
+from dicompile.lower import Call, Constant, Program, pieces
 from dicompile.passes import Segment
-from dicompile.plan import Cadence, Plan, Policy, Refresh, Reuse, Rule, TimestepSchedule, TokenScore
+from dicompile.plan import Cadence, Plan, Policy, Refresh, Reuse, Rule, Table, TimestepSchedule, TokenScore
 from dicompile.runtime import Executor, Owner, SchedulerLink, Signature, current_session
 from tests.lower.captured import captured
 from tests.models import MODELS, Sample, plain_dit, timesteps
@@ -72,9 +72,49 @@ def test_a_run_of_reused_blocks_is_one_call_of_at_most_eight_blocks() -> None:
     made = programs(plain_dit, 12, policy="fora")
     kind_of_step = {step.kind: i for i, step in enumerate(plan(made).steps)}
     assert names(made.step(SCHEDULE, kind_of_step["reuse"]).program) == [
-        "prologue", "blocks0-7", "blocks8-11", "epilogue",
+        "prologue", "blocks0-5", "blocks6-11", "epilogue",
     ]  # fmt: skip
     assert len(made.step(SCHEDULE, kind_of_step["full"]).program.calls) == 14
+
+
+@pytest.mark.parametrize(
+    ("length", "runs"),
+    [(3, [2, 1]), (7, [4, 2, 1]), (8, [8]), (9, [5, 4]), (12, [6, 6]), (19, [7, 6, 6]), (28, [7, 7, 7, 7])],
+)
+def test_runs_of_any_length_are_of_few_lengths(length: int, runs: list[int]) -> None:
+    made = pieces._cut(list(range(length)))
+    assert [len(run) for run in made] == runs
+    assert [number for run in made for number in run] == list(range(length))
+
+
+def test_the_variants_of_28_blocks_are_few() -> None:
+    def table(step: int, site: int) -> bool:
+        return step % 2 == 0 or (step * 7 + site * 5) % 3 == 0
+
+    learned = tuple(tuple(table(step, site) for site in range(56)) for step in range(20))
+    policies = {
+        "fora": 6, "taylorseer": 7, "toca": 9, "duca": 10,
+        Policy(name="l2c", rules=(Rule(do=Table(compute=learned)),)): 8,
+    }  # fmt: skip
+    schedule = TimestepSchedule.of(tuple(timesteps(20)))
+    for policy, most in policies.items():
+        made = programs(plain_dit, 28, policy=policy)
+        for i in range(schedule.steps):
+            made.step(schedule, i)
+        assert len([variant for variant in made.variants.variants if variant.outputs]) <= most, policy
+
+
+def test_code_that_returns_more_than_a_step_stores_is_taken_for_it_and_nothing_more_is_stored() -> None:
+    rows = ((True, True), (False, False), (True, False), (False, True), (True, True), (True, True))
+    policy = Policy(name="rows", rules=(Rule(do=Table(compute=tuple(row * 2 for row in rows))),))
+    schedule = TimestepSchedule.of(tuple(timesteps(len(rows))))
+    made = programs(plain_dit, 2, policy=policy)
+    all_programs(made, schedule)
+    for i, step in enumerate(made.plan(schedule).steps):
+        stored = {slot for slot, _ in made.step(schedule, i).program.writes}
+        assert stored == {written for site in step.sites for written in site.writes}
+    computing = {variant.name for variant in made.variants.variants if variant.name.endswith("-ff")}
+    assert len(computing) == 1
 
 
 def test_a_block_that_computes_anything_ends_a_run() -> None:
