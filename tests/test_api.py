@@ -248,7 +248,7 @@ def test_after_preparing_no_call_compiles_whenever_its_context_joins() -> None:
     """A run with a table of its own for every step, so that joining late needs other code."""
     sample = models.plain_dit(2)
     rows = tuple(tuple((site + step) % 3 == 0 for site in range(4)) for step in range(STEPS))
-    table = dicompile.Table(compute=((True,) * 4, *rows[1:]), otherwise=dicompile.Forecast(order=1))
+    table = dicompile.Table(compute=((True,) * 4, *rows[1:]), otherwise=dicompile.Forecast(order=1, what="update"))
     policy = Policy(name="table", rules=(dicompile.Rule(do=table),))
     model = optimized(sample, policy, STEPS)
     model(**sample.inputs | {"t": torch.full((4,), timesteps(STEPS)[0])})

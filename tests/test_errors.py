@@ -377,7 +377,7 @@ CASES: list[tuple[type[errors.DicompileError], Callable[[], Any], str]] = [
     (
         errors.InvalidSetting,
         lambda: dicompile.optimize(plain_dit(), mode="fast"),
-        "mode 'fast' does not exist\n  where: dicompile\n  fix:   use one of: inductor, eager",
+        "backend 'fast' does not exist\n  where: dicompile\n  fix:   use one of: inductor, eager",
     ),
     (
         errors.InvalidSetting,
