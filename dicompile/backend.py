@@ -24,18 +24,8 @@ from dicompile.runtime import SchedulerLink
 log = logging.getLogger("dicompile")
 
 CACHE_OPTIONS = ("max_cache_bytes", "over_budget", "cache_dtype", "cache_device")
-OPTIONS = (
-    "policy",
-    "steps",
-    "schedule",
-    "backend",
-    "options",
-    "compile_mode",
-    "mode",
-    "timestep",
-    "latent",
-    *CACHE_OPTIONS,
-)
+OPTIONS = ("policy", "steps", "schedule", "timestep", "latent", "backend", "options", "compile_mode", "mode",
+           *CACHE_OPTIONS)  # fmt: skip
 
 
 def dicache(
