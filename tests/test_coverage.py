@@ -1,8 +1,8 @@
 """Every class of transformer that diffusers exports, and three of other houses, through the whole of dicompile.
 
 The ground truth is the untouched model and what a reader of its source wrote into the zoo; docs/coverage.md is the
-table of what comes out. One configuration of every class runs always, under FORA; `make nightly` runs all of them, and
-DuCa besides.
+table of what comes out. One configuration of every class runs always, under FORA, but for the few that take longest;
+`make nightly` runs all of them, and DuCa besides.
 """
 
 from __future__ import annotations
@@ -43,9 +43,17 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
 ]
 
+SLOW = {
+    "BriaFibo2Transformer2DModel", "HunyuanVideo15Transformer3DModel", "HunyuanVideoFramepackTransformer3DModel",
+    "Kandinsky6SRTransformer3DModel", "Lumina2Transformer2DModel", "MochiTransformer3DModel",
+    "MotifVideoTransformer3DModel", "NucleusMoEImageTransformer2DModel", "SanaWMTransformer3DModel",
+}  # fmt: skip
+"""Classes of which one call takes longest: checked at night."""
 
-def cases(those: list[Case]) -> pytest.MarkDecorator:
-    return pytest.mark.parametrize("case", those, ids=str)
+
+def cases(those: list[Case], nightly: frozenset[str] | set[str] = frozenset()) -> pytest.MarkDecorator:
+    marked = [pytest.param(case, marks=[pytest.mark.nightly] if class_of(case) in nightly else []) for case in those]
+    return pytest.mark.parametrize("case", marked, ids=str)
 
 
 def test_the_zoo_has_every_class_that_diffusers_exports() -> None:
@@ -59,7 +67,7 @@ def test_the_table_has_a_line_for_every_case_and_its_heading_counts_them() -> No
     assert lines[:6] == list(table(rows))[:6]
 
 
-@cases(ONE_OF_EACH)
+@cases(ONE_OF_EACH, SLOW)
 def test_a_class_works(case: Case) -> None:
     check(case, facts_of(case))
 
@@ -129,7 +137,7 @@ def check_runs(facts: Facts) -> None:
             assert not torch.equal(fora.outputs[step], facts.eager[step])
 
 
-@cases(IMPOSSIBLE)
+@cases(IMPOSSIBLE, {"AnyFlowFARTransformer3DModel"})
 def test_a_class_that_cannot_work_is_refused_with_the_operator_that_forbids_it(case: Case) -> None:
     with pytest.raises(CannotCapture) as error:
         facts_of(case)

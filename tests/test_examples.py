@@ -52,7 +52,8 @@ def test_every_script_is_run_here() -> None:
     assert sorted(path.name for path in FOLDER.glob("*.py")) == sorted(EXAMPLES)
 
 
-NIGHTLY = ("bench.py", "fit_demo_forecast.py", "overhead.py", "train_demo_predictor.py", "train_demo_router.py")
+NIGHTLY = ("bench.py", "fit_demo_forecast.py", "overhead.py", "train_demo_classifier.py",
+           "train_demo_model.py", "train_demo_predictor.py", "train_demo_router.py")  # fmt: skip
 """Minutes of compiling, or of training, of which tests/learn and tests/cli test the parts."""
 
 

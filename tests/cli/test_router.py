@@ -72,6 +72,7 @@ def test_inspect_says_which_policies_it_left_out() -> None:
 SHORT = ("--steps", 4, "--iterations", 3, "--batch", 2)
 
 
+@pytest.mark.nightly
 def test_the_demo_trains_resumes_and_writes_its_files(tmp_path: Path) -> None:
     out = tmp_path / "r.safetensors"
     result = run("train-router", "demo", "--out", out, *SHORT, "--lambda", 1e-5, "--straight-through", 0.5)

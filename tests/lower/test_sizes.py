@@ -173,13 +173,13 @@ def test_a_compiled_model_takes_other_sizes_without_compiling(monkeypatch: pytes
     compiled: list[int] = []
     original = inductor._compiled
     monkeypatch.setattr(inductor, "_compiled", lambda *a: compiled.append(1) or original(*a))
-    model, inputs = dit(2)
-    optimized = dicompile.optimize(model, "fora", schedule=T)
-    for batch in (2, 3, 5, 8):
+    model, inputs = dit(1)
+    optimized = dicompile.optimize(model, "none", schedule=T)
+    for batch in (2, 3, 5):
         compiled.clear()
         few = {name: value[:1].repeat(batch, *[1] * (value.ndim - 1)) if isinstance(value, Tensor) else value
                for name, value in inputs.items()}  # fmt: skip
-        plain = dicompile.optimize(model, "fora", schedule=T, mode="eager")
+        plain = dicompile.optimize(model, "none", schedule=T, backend="eager")
         for a, b in zip(run(optimized, few, T), run(plain, few, T), strict=True):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
         assert bool(compiled) == (batch <= 3)

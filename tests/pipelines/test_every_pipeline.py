@@ -42,7 +42,7 @@ def planned_calls(sampler: Sampler) -> Counter[str]:
                 name,
                 (FORA, "duca") if name in REFRESHED else (FORA,),
                 id=name,
-                marks=[] if name in PIPELINES or name in OFTEN else [pytest.mark.nightly],
+                marks=[] if (name in PIPELINES and name != "lumina2") or name in OFTEN else [pytest.mark.nightly],
             )
             for name in EVERY
         ),
