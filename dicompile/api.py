@@ -87,7 +87,7 @@ def optimize(
         UnsupportedModel: neither a module nor a pipeline with a denoiser.
     """
     chosen = get_policy(policy)
-    code = Backend.of(mode or backend, options, compile_mode)
+    code = Backend.of(backend if mode is None else mode, options, compile_mode)
     cache = CacheOptions.of(max_cache_bytes, over_budget, cache_dtype, cache_device)
     said = Said(timestep, latent)
     if isinstance(model, CachedModel):

@@ -88,7 +88,7 @@ def read_options(options: dict[str, Any]) -> Options:
                 fix="options={'policy': ..., 'steps': 50}",
             )
         source = 1
-    name = options.get("mode") or options.get("backend", "inductor")
+    name = options.get("mode", options.get("backend", "inductor"))  # the older word first
     code = Backend.of(name, options.get("options"), options.get("compile_mode"))
     cache = CacheOptions.of(
         **{name: options[name] for name in CACHE_OPTIONS if name in options}, where="torch.compile(backend='dicache')"

@@ -2,7 +2,7 @@
 
 The blocks of a transformer differ in nothing but their parameters, which are inputs. So the graph is cut where a module
 of a list begins or ends, pieces of one kind are made functional once, and what came out is copied for each of them.
-Compiling then does not take longer for a deeper model.
+A deeper model then has more to copy, but no more to trace.
 
 A piece is a function of the values that enter it. That is all that it is as long as no piece writes to one of them; a
 model that does (``hidden_states += ...`` on what another block made) is traced as a whole.
