@@ -87,6 +87,13 @@ def _traced(graph_module: fx.GraphModule, inputs: Sequence[object], mode: FakeTe
     return Functional(made, tuple(i for i, name in enumerate(signature.user_inputs) if name in written))
 
 
+def laid_out_like(value: object) -> Tensor | None:
+    """A new tensor, of the mode that is active, in the layout of a fake one; None for what is more than its layout."""
+    if type(value) is not FakeTensor or value.layout is not torch.strided or value.is_conj() or value.is_neg():
+        return None
+    return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device)
+
+
 def cut(graph: fx.Graph) -> list[list[fx.Node]]:
     """Cut the calls of a graph where a member of a module list begins or ends, if that makes equal pieces.
 
@@ -208,9 +215,10 @@ class _Joined:
         value = self._values[node]
         if node.op == "placeholder" or not isinstance(value, Tensor):
             return value
-        if type(value) is not FakeTensor or value.layout is not torch.strided or value.is_conj() or value.is_neg():
+        made = laid_out_like(value)
+        if made is None:
             raise _Entangled
-        return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device)
+        return made
 
     def _key(
         self, piece: Sequence[fx.Node], entering: Sequence[fx.Node], leaving: Sequence[fx.Node]

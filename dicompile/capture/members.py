@@ -29,6 +29,7 @@ from dicompile.capture.arguments import Arguments
 from dicompile.capture.captured import Captured
 from dicompile.capture.compat import left_alone
 from dicompile.capture.dynamo import Traced, trace
+from dicompile.capture.functional import laid_out_like
 from dicompile.capture.guards import By, Guards, Path, Pins
 from dicompile.errors import CannotCapture
 from dicompile.nodes import results_of
@@ -62,7 +63,7 @@ def capture_by_members(module: nn.Module, arguments: Arguments) -> Captured | No
     """
     try:
         traced = _trace(module, arguments)
-        return None if traced is None or traced.writes else traced.captured(module, arguments)
+        return None if traced is None else traced.captured(module, arguments)
     except Exception as reason:  # the whole forward tells whether it is the model's
         log.debug("%s is traced as a whole: %r", type(module).__name__, reason)
         return None
@@ -83,7 +84,7 @@ def _trace(module: nn.Module, arguments: Arguments) -> Traced | None:
         else:
             # Dynamo may run the graph of a region again for another block, whose forward it was told not to look into.
             has_regions = any(isinstance(node.target, HigherOrderOperator) for node in outer.graph.graph.nodes)
-            return None if outer.writes or has_regions else _Inlined(module, outer, arguments, blocks).traced()
+            return None if outer.writes or has_regions else _Inlined(outer, blocks).traced()
         if len(kinds) > max(3, len(members) // 2):
             raise _Whole
         kinds.append(_capture_kind(*blocks.wanted))
@@ -162,13 +163,11 @@ class _Kind:
 
     def results(self) -> list[Tensor]:
         """What its graph returns, as new tensors of the mode that is active."""
-        made = []
-        for node in results_of(self.captured.graph.graph):
-            value = node.meta.get("example_value")
-            if type(value) is not FakeTensor or value.layout is not torch.strided or value.is_conj() or value.is_neg():
-                raise _Whole
-            made.append(torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device))
-        return made
+        made = [laid_out_like(_example(node)) for node in results_of(self.captured.graph.graph)]
+        results = [result for result in made if result is not None]
+        if len(results) < len(made):
+            raise _Whole
+        return results
 
     def packed(self, results: Sequence[Any], given: Sequence[Any]) -> Any:
         """What the block returns, made of what its graph returns and of the tensors among its arguments."""
@@ -256,15 +255,11 @@ class _Inlined:
     """A graph with the graphs of blocks in the place of their nodes.
 
     Args:
-        module: what was traced.
         outer: with blocks as nodes.
-        arguments: of the call.
         blocks: what they do.
     """
 
-    module: nn.Module
     outer: Traced
-    arguments: Arguments
     blocks: _Blocks
     _graph: fx.Graph = field(default_factory=fx.Graph)
     _own: dict[int, fx.Node] = field(default_factory=dict)
