@@ -142,6 +142,8 @@ class Reference(Net):
             fresh = gate * core if action.what is What.UPDATE else core
             value = self.refreshed(site, action, chosen, fresh)
         elif action.what is What.ATTENTION:
+            if action.is_full:
+                memory.seen = self.seen
             attended = self.mixed(site, action, attended if action.computes else None)
             return x + gate * project(attended, x, None)
         else:
