@@ -15,7 +15,7 @@ from dicompile.analysis import ModelStructure
 from dicompile.capture import Said, check_names
 from dicompile.compiler import CompiledFrame, Options
 from dicompile.errors import AlreadyOptimized, InvalidSchedule, NotOptimized, NotYetRun
-from dicompile.lower import Backend
+from dicompile.lower import Backend, Hoist
 from dicompile.pipelines import (
     is_denoiser_of,
     optimized_components,
@@ -46,6 +46,7 @@ def optimize(
     timestep: str | None = None,
     latent: str | None = None,
     components: Sequence[str] | None = None,
+    hoist: str | None = None,
     mode: str | None = None,
 ) -> Any:
     """Compile a diffusion transformer with feature caching.
@@ -72,6 +73,11 @@ def optimize(
         latent: argument that is denoised, where that cannot be told.
         components: of a pipeline: names of those to optimize. By default its denoisers; a ControlNet is optimized only
             if it is named here.
+        hoist: what is computed outside of the steps: "conditioning" (projections, keys and values of the text, tables
+            of positions: once per generation, the very same bits), "all" (modulation, too, for 16 steps of the schedule
+            at once; products of more rows may round in another way), or "off". By default "all" on a CPU and
+            "conditioning" elsewhere, where looking at a timestep waits for the device; "off" with
+            ``backend="eager"``, a budget, or a cache in host memory.
         mode: an older word for `backend`.
 
     Returns:
@@ -89,7 +95,7 @@ def optimize(
     chosen = get_policy(policy)
     code = Backend.of(backend if mode is None else mode, options, compile_mode)
     cache = CacheOptions.of(max_cache_bytes, over_budget, cache_dtype, cache_device)
-    said = Said(timestep, latent)
+    said, hoisted = Said(timestep, latent), Hoist.of(hoist)
     if isinstance(model, CachedModel):
         raise AlreadyOptimized(
             f"this {type(record_of(model).module).__name__} is optimized already",
@@ -97,11 +103,12 @@ def optimize(
         )
     if isinstance(model, nn.Module):
         check_names(model, said)
-        return CachedModel(model, Options(chosen, _link(schedule, chosen), code, cache=cache, said=said))
+        return CachedModel(model, Options(chosen, _link(schedule, chosen), code, cache=cache, said=said, hoist=hoisted))
 
     def wrap(module: nn.Module) -> CachedModel:
         check_names(module, said)
-        return CachedModel(module, Options(chosen, SchedulerLink(model), code, cache=cache, said=said))
+        link = SchedulerLink(model)
+        return CachedModel(module, Options(chosen, link, code, cache=cache, said=said, hoist=hoisted))
 
     replace_components(model, components, wrap)
     return model

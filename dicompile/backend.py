@@ -15,7 +15,7 @@ from torch import fx, nn
 from dicompile.capture import NO_TIMESTEP, Said, ambient, capture_graph, input_names, open_numbers, read_inputs
 from dicompile.compiler import ONE_AT_A_TIME, Options, Same, compile_capture
 from dicompile.errors import CannotCapture, InvalidSetting
-from dicompile.lower import Backend, compile_plainly
+from dicompile.lower import Backend, Hoist, compile_plainly
 from dicompile.model import MOST_FRAMES
 from dicompile.plan import CacheOptions
 from dicompile.policies import get_policy
@@ -24,7 +24,7 @@ from dicompile.runtime import SchedulerLink
 log = logging.getLogger("dicompile")
 
 CACHE_OPTIONS = ("max_cache_bytes", "over_budget", "cache_dtype", "cache_device")
-OPTIONS = ("policy", "steps", "schedule", "timestep", "latent", "backend", "options", "compile_mode", "mode",
+OPTIONS = ("policy", "steps", "schedule", "timestep", "latent", "hoist", "backend", "options", "compile_mode", "mode",
            *CACHE_OPTIONS)  # fmt: skip
 
 
@@ -37,9 +37,9 @@ def dicache(
         graph: what Dynamo captured.
         example_inputs: its inputs.
         options: "policy" (name, `Policy` or plain data; default "none"), "steps" (number of sampling steps) or
-            "schedule" (scheduler or timesteps), the names of the inputs "timestep" and "latent", "backend", "options"
-            of Inductor and "compile_mode", and those of the cache: "max_cache_bytes", "over_budget", "cache_dtype",
-            "cache_device"; see `dicompile.optimize`.
+            "schedule" (scheduler or timesteps), the names of the inputs "timestep" and "latent", "hoist", "backend",
+            "options" of Inductor and "compile_mode", and those of the cache: "max_cache_bytes", "over_budget",
+            "cache_dtype", "cache_device"; see `dicompile.optimize`.
 
     Raises:
         InvalidSetting: an option is unknown, or a caching policy comes without steps.
@@ -94,7 +94,8 @@ def read_options(options: dict[str, Any]) -> Options:
         **{name: options[name] for name in CACHE_OPTIONS if name in options}, where="torch.compile(backend='dicache')"
     )
     said = Said(options.get("timestep"), options.get("latent"))
-    return Options(policy, SchedulerLink(source), code, cache=cache, said=said)
+    hoist = Hoist.of(options.get("hoist"))
+    return Options(policy, SchedulerLink(source), code, cache=cache, said=said, hoist=hoist)
 
 
 @dataclass

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dicompile.analysis import ModelStructure, analyse
 from dicompile.capture import CAPTURES, MOST_CAPTURES, NO_TIMESTEP, NOTHING_SAID, Capture, Role, Said
@@ -24,6 +24,7 @@ from dicompile.lower import (
     SIZES,
     VARIANTS,
     Backend,
+    Hoist,
     Pieces,
     Program,
     ProgramBuilder,
@@ -45,7 +46,7 @@ from dicompile.plan import (
     load_predictor,
     make_plan,
 )
-from dicompile.runtime import Executor, Owners, SchedulerLink, Signature, Step
+from dicompile.runtime import Executor, Owners, SchedulerLink, Signature, Step, Tables
 
 log = logging.getLogger("dicompile")
 
@@ -54,6 +55,9 @@ ONE_AT_A_TIME = threading.RLock()
 
 torch.fx and Dynamo trace with global state; compiled code has none.
 """
+
+PLAIN_TENSORS = (Tensor, nn.Parameter, nn.Buffer)
+"""Tensors whose version and place in memory tell whether they have changed."""
 
 MOST_PLANS = 64
 """Plans of one captured model that are kept; a pipeline makes one for every number of steps that it is asked for."""
@@ -70,6 +74,7 @@ class Options:
         settings: what the environment said.
         cache: how much may be remembered, in which numbers, and where.
         said: which inputs are what.
+        hoist: what is computed outside of the steps, if the user said so.
     """
 
     policy: Policy
@@ -78,6 +83,7 @@ class Options:
     settings: Settings = field(default_factory=Settings.from_environment)
     cache: CacheOptions = UNLIMITED
     said: Said = NOTHING_SAID
+    hoist: Hoist | None = None
 
     @functools.cached_property
     def owners(self) -> Owners:
@@ -106,7 +112,7 @@ def compile_capture(capture: Capture, arguments: Sequence[Any], options: Options
     if not options.backend.is_eager:
         check_can_compile(options.cache, [value.device for value in arguments if isinstance(value, Tensor)])
     options.debug.write("captured", capture)
-    pieces = pieces_of(capture)
+    pieces = pieces_of(capture, _hoist(capture, arguments, options))
     structure = pieces.structure
     options.debug.write("structure", structure)
     programs = Programs(pieces, options)
@@ -118,6 +124,7 @@ def compile_capture(capture: Capture, arguments: Sequence[Any], options: Options
         seed=options.policy.seed,
         predictor=_predictor(capture, structure, options),
         constants=capture.constants,
+        tables=_tables(capture, pieces),
         offload=options.cache.device == "cpu",
         check=options.settings.check,
     )
@@ -125,9 +132,39 @@ def compile_capture(capture: Capture, arguments: Sequence[Any], options: Options
 
 
 @functools.lru_cache(maxsize=MOST_CAPTURES)
-def pieces_of(capture: Capture) -> Pieces:
+def pieces_of(capture: Capture, hoist: Hoist) -> Pieces:
     """What is known of a captured model whatever the policy: its structure, and the pieces that steps cut it into."""
-    return Pieces(capture, analyse(capture))
+    return Pieces(capture, _analysed(capture), hoist)
+
+
+@functools.lru_cache(maxsize=MOST_CAPTURES)
+def _analysed(capture: Capture) -> ModelStructure:
+    return analyse(capture)
+
+
+def _hoist(capture: Capture, arguments: Sequence[Any], options: Options) -> Hoist:
+    """What is computed outside of the steps: where a run has several, and its inputs tell whether they have changed.
+
+    Comparing a timestep waits for an accelerator. Where memory is short, nothing is kept that nobody asked for.
+    """
+    is_run = options.said.timestep != NO_TIMESTEP and capture.input_position(Role.TIMESTEP) is not None
+    if not is_run or not (options.link.is_live or options.link.schedule.steps > 1):
+        return Hoist.NOTHING
+    tensors = [value for value in (*arguments, *capture.constants) if isinstance(value, Tensor)]
+    if any(type(value) not in PLAIN_TENSORS for value in tensors):
+        return Hoist.NOTHING
+    if options.hoist is not None:
+        return options.hoist
+    if options.backend.is_eager or options.cache.max_bytes is not None or options.cache.device == "cpu":
+        return Hoist.NOTHING
+    return Hoist.ALL if all(value.device.type == "cpu" for value in tensors) else Hoist.CONDITIONING
+
+
+def _tables(capture: Capture, pieces: Pieces) -> Tables | None:
+    if not pieces.invariants.paces:
+        return None
+    given = frozenset(i for i, item in enumerate(capture.inputs) if item.role.is_given)
+    return Tables(pieces.invariants.functions, capture.input_position(Role.TIMESTEP), given)
 
 
 def reset() -> None:
@@ -140,6 +177,7 @@ def reset() -> None:
         VARIANTS.clear()
         SIZES.clear()
         pieces_of.cache_clear()
+        _analysed.cache_clear()
 
 
 def _signature(

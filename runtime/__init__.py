@@ -3,6 +3,7 @@
 from dicompile.runtime.clock import SchedulerLink
 from dicompile.runtime.execute import Executor, Step, StepSource
 from dicompile.runtime.identify import Signature
+from dicompile.runtime.invariants import Tables
 from dicompile.runtime.owner import Owner, Owners
 from dicompile.runtime.report import RunReport
 from dicompile.runtime.session import Session, cache_context, current_session, session
@@ -17,6 +18,7 @@ __all__ = [
     "Signature",
     "Step",
     "StepSource",
+    "Tables",
     "cache_context",
     "current_session",
     "session",

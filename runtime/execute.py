@@ -18,6 +18,7 @@ from dicompile.lower import Constant, Program
 from dicompile.plan import HISTORIC, Plan, Slot, StepPlan, TimestepSchedule
 from dicompile.runtime.contexts import ContextState
 from dicompile.runtime.identify import Place, Signature, identify
+from dicompile.runtime.invariants import Tables
 from dicompile.runtime.owner import Owner
 from dicompile.runtime.session import ModelState, current_session
 from dicompile.runtime.storage import Lane, lane_for, run_calls
@@ -106,6 +107,7 @@ class Executor:
         seed: of random scores.
         predictor: importance of the tokens in every block at a step, from the model's inputs; float32, [b, n, blocks].
         constants: values of the last inputs, the same for every call.
+        tables: of what is computed outside of the steps, or None.
         offload: whether slots are in host memory between the calls that use them.
         check: whether every read is held against the plan (see `dicompile.runtime.stamps`).
     """
@@ -118,12 +120,13 @@ class Executor:
         seed: int = 0,
         predictor: Callable[[Sequence[Any], int], torch.Tensor] | None = None,
         constants: Sequence[torch.Tensor] = (),
+        tables: Tables | None = None,
         offload: bool = False,
         check: bool = False,
     ) -> None:
         self.steps, self.signature = steps, signature
         self.seed, self.predictor, self.offload, self.check = seed, predictor, offload, check
-        self.constants = tuple(constants)
+        self.constants, self.tables = tuple(constants), tables
 
     def run(self, owner: Owner, inputs: Sequence[Any]) -> Sequence[Any]:
         """Run one call of a model; returns its outputs.
@@ -139,7 +142,8 @@ class Executor:
             with torch.no_grad(), torch._C._DisableAutocast():  # its casts are part of the code
                 place = identify(self.signature, owner, session, inputs)
                 step = self._step(owner, place)
-                return self._run(state, place, step, inputs, keep_chosen=session.keep_chosen)
+                whole = owner.link.schedule
+                return self._run(state, place, step, inputs, whole, keep_chosen=session.keep_chosen)
         except BaseException:
             state.begin(None)
             raise
@@ -151,7 +155,14 @@ class Executor:
         return self.steps.step(place.context.schedule, place.step - place.context.schedule.before)
 
     def _run(
-        self, state: ModelState, place: Place, step: Step, inputs: Sequence[Any], *, keep_chosen: bool
+        self,
+        state: ModelState,
+        place: Place,
+        step: Step,
+        inputs: Sequence[Any],
+        whole: TimestepSchedule,
+        *,
+        keep_chosen: bool,
     ) -> Sequence[Any]:
         program, context = step.program, place.context
         registers: list[Any] = [*inputs, *[None] * (program.registers - len(inputs))]
@@ -159,6 +170,10 @@ class Executor:
             if context is not None:
                 self._load_slots(state, place, context, step, registers)
             self._load(registers, step, inputs, place.step)
+            if program.invariants:
+                assert self.tables is not None
+                self.tables.load(program.invariants, registers, state.tables.setdefault(self, []), whole, place.step)
+                state.report.hoist(sum(table.bytes for tables in state.tables.values() for table in tables))
             run_calls(program, registers, self._lane(place.call.latent))
             results = [
                 r.value if isinstance(r, Constant) else registers[r[0]].clone() if r[1] else registers[r[0]]

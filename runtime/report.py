@@ -20,6 +20,7 @@ class RunReport:
         unapplied: name of the policy, where the generation reached its last step and every call computed everything.
         cache_bytes: bytes of the slots held now.
         peak_cache_bytes: the most that was held between two calls.
+        hoisted_bytes: the most that was held of what is computed outside of the steps.
     """
 
     kinds: Counter[str] = field(default_factory=Counter)
@@ -29,6 +30,7 @@ class RunReport:
     unapplied: str = ""
     cache_bytes: int = 0
     peak_cache_bytes: int = 0
+    hoisted_bytes: int = 0
 
     def count(self, kind: str, cache_bytes: int) -> None:
         """Note a call, and how many bytes are held after it."""
@@ -44,6 +46,10 @@ class RunReport:
         self.cache_bytes = cache_bytes
         self.peak_cache_bytes = max(self.peak_cache_bytes, cache_bytes)
 
+    def hoist(self, held: int) -> None:
+        """Note how many bytes are held of what is computed outside of the steps."""
+        self.hoisted_bytes = max(self.hoisted_bytes, held)
+
     def add(self, other: RunReport) -> None:
         """Add what another model, or the same one with other shapes, did in the same generation.
 
@@ -56,6 +62,7 @@ class RunReport:
         self.unapplied = (self.unapplied or other.unapplied) if set(self.kinds) <= {"full"} else ""
         self.cache_bytes += other.cache_bytes
         self.peak_cache_bytes += other.peak_cache_bytes
+        self.hoisted_bytes += other.hoisted_bytes
 
     def __str__(self) -> str:
         kinds = ", ".join(f"{count} {kind}" for kind, count in self.kinds.items())
@@ -65,4 +72,5 @@ class RunReport:
         cold += f"; policy {self.unapplied} was never applied" if self.unapplied else ""
         peak, now = size_text(self.peak_cache_bytes), size_text(self.cache_bytes)
         cache = f"; cache {peak} at most, {now} now" if self.peak_cache_bytes else ""
-        return f"{self.kinds.total()} calls: {kinds}{began}{cold}{cache}"
+        hoisted = f"; hoisted {size_text(self.hoisted_bytes)}" if self.hoisted_bytes else ""
+        return f"{self.kinds.total()} calls: {kinds}{began}{cold}{cache}{hoisted}"

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from dicompile.runtime.contexts import Contexts
+from dicompile.runtime.invariants import Table
 from dicompile.runtime.owner import Owner
 from dicompile.runtime.report import RunReport
 
@@ -45,6 +46,7 @@ class ModelState:
         calls: names of the contexts of the calls so far at this step.
         first_step: the step at which the generation began.
         contexts: of its calls.
+        tables: what does not depend on the latent, by compiled code.
         report: what happened.
     """
 
@@ -60,6 +62,7 @@ class ModelState:
     calls: set[str] = field(default_factory=set)
     first_step: int | None = None
     contexts: Contexts = field(default_factory=Contexts)
+    tables: dict[object, list[Table]] = field(default_factory=dict)
     report: RunReport = field(default_factory=RunReport)
 
     def begin(self, schedule_token: object) -> None:
@@ -68,6 +71,7 @@ class ModelState:
         Stores are emptied, not only dropped: the traceback of an error may hold on to them.
         """
         self.contexts.forget()
+        self.tables.clear()
         self.__init__()  # type: ignore[misc]
         self.generation, self.schedule_token = next(_GENERATIONS), schedule_token
 

@@ -9,11 +9,12 @@ from torch import fx
 
 from dicompile.analysis.blocks import group_branches, make_blocks, partition
 from dicompile.analysis.dataflow import Dataflow
+from dicompile.analysis.invariants import find_invariants
 from dicompile.analysis.residual import Branch, find_branches
 from dicompile.analysis.sites import make_sites
 from dicompile.analysis.spans import make_spans
 from dicompile.analysis.streams import chain_streams, make_streams
-from dicompile.analysis.structure import ModelStructure
+from dicompile.analysis.structure import ModelStructure, Pace
 from dicompile.capture import Capture, Role
 from dicompile.ops.cost import node_bytes, node_flops
 
@@ -38,6 +39,7 @@ def analyse(capture: Capture) -> ModelStructure:
         node.name: frozenset(role for role, bits in by_role.items() if flow.ancestors[node] & bits)
         for node in flow.nodes
     }
+    invariants = find_invariants(flow, capture, sites)
     return ModelStructure(
         inputs=capture.inputs,
         streams=make_streams(flow, branches, streams, dependence),
@@ -50,6 +52,10 @@ def analyse(capture: Capture) -> ModelStructure:
         bytes=sum(node_bytes(node) for node in flow.nodes),
         dependence=dependence,
         spans=make_spans(flow, branches, sites, groups),
+        invariants=invariants,
+        invariant_flops={
+            pace: sum(node_flops(node) for node in flow.nodes if invariants.get(node.name) is pace) for pace in Pace
+        },
     )
 
 

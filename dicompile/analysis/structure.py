@@ -42,6 +42,13 @@ class SiteKind(enum.Enum):
         return self in (SiteKind.BLOCK, SiteKind.STACK)
 
 
+class Pace(enum.Enum):
+    """How often a value that does not depend on the latent changes."""
+
+    GENERATION = "once per generation"
+    STEP = "once per step of the schedule"
+
+
 class TokenWise(enum.Enum):
     """Which part of a branch can be recomputed for a subset of its tokens."""
 
@@ -205,6 +212,8 @@ class ModelStructure:
         bytes: memory traffic of one call of the model, nothing fused.
         dependence: for each node, what it depends on.
         spans: runs of sites on one stream, per block and over the whole stack; their numbers follow those of the sites.
+        invariants: values that do not depend on the latent, and are worth computing outside of the steps; by node.
+        invariant_flops: the part of `flops` that leads to them, by how often they change.
     """
 
     inputs: tuple[Input, ...]
@@ -218,6 +227,8 @@ class ModelStructure:
     bytes: int
     dependence: dict[str, frozenset[Role]] = field(repr=False, compare=False)
     spans: tuple[Span, ...] = field(repr=False, default=())
+    invariants: dict[str, Pace] = field(repr=False, compare=False, default_factory=dict)
+    invariant_flops: dict[Pace, int] = field(default_factory=dict, compare=False)
 
     @property
     def everything(self) -> tuple[Site, ...]:

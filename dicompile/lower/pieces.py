@@ -6,9 +6,13 @@ import itertools
 import math
 from dataclasses import dataclass
 
+from torch import fx
+
 from dicompile.analysis import Block, ModelStructure, Site, SiteKind
 from dicompile.analysis.blocks import structure_key
 from dicompile.capture import Capture
+from dicompile.lower.hoist import Hoist, Invariants
+from dicompile.nodes import results_of
 from dicompile.passes import Outline, outline
 from dicompile.plan import SiteStep, StepPlan
 from dicompile.text import layout_text
@@ -33,12 +37,17 @@ class Pieces:
     Args:
         capture: the model.
         structure: its structure.
+        hoist: what is no part of them, since it is computed outside of the steps.
     """
 
-    def __init__(self, capture: Capture, structure: ModelStructure) -> None:
+    def __init__(self, capture: Capture, structure: ModelStructure, hoist: Hoist = Hoist.NOTHING) -> None:
         self.capture, self.structure = capture, structure
+        self.invariants = Invariants(capture, structure, hoist)
         self._nodes = {node.name: node for node in capture.graph.nodes}
         self._order = {node: i for i, node in enumerate(capture.graph.nodes)}
+        sites = (name for s in structure.everything for name in (s.source, s.core, s.update, s.add, *s.attention))
+        results = [node for node in results_of(capture.graph) if isinstance(node, fx.Node)]
+        self._steps = self.invariants.left([*results, *(self._nodes[name] for name in sites)])
         self._pieces: dict[object, Piece] = {}
         self._segments: dict[object, Outline] = {}
 
@@ -68,7 +77,7 @@ class Pieces:
     def _piece(self, name: str, nodes: tuple[str, ...], sites: tuple[Site, ...]) -> Piece:
         cut = (nodes, tuple(site.id for site in sites))
         if cut not in self._pieces:
-            members = sorted((self._nodes[n] for n in nodes), key=self._order.__getitem__)
+            members = sorted((self._nodes[n] for n in nodes if n in self._steps), key=self._order.__getitem__)
             made = outline(self.capture, self.structure, members, sites)
             number = {node.name: i for i, node in enumerate(members)}
             entry = number | {name: ~i for i, name in enumerate(made.inputs)}

@@ -108,6 +108,7 @@ class Program:
         noise: random scores to load.
         predicted: predicted scores to load.
         weights: weights to load, taken from the step's plan.
+        invariants: values that are computed outside of the steps, by name, and their registers.
         chosen: register of the tokens that a site refreshed.
         results: register of every output of the model; constants as they are.
         shared_results: registers among the results that may share memory with a slot: the caller gets copies of them.
@@ -122,6 +123,7 @@ class Program:
     noise: tuple[NoiseRead, ...]
     predicted: tuple[PredictedRead, ...]
     weights: tuple[WeightsRead, ...]
+    invariants: tuple[tuple[str, int], ...]
     chosen: tuple[tuple[SiteId, int], ...]
     results: tuple[int | Constant, ...]
     shared_results: frozenset[int] = frozenset()
@@ -129,6 +131,7 @@ class Program:
 
     def __str__(self) -> str:
         loads = [f"%{register} = slot {slot}" for slot, register in self.reads]
+        loads += [f"%{register} = invariant {name}" for name, register in self.invariants]
         calls = [
             f"{', '.join(f'%{r}' for r in call.outputs)} = {call.name}({', '.join(f'%{r}' for r in call.inputs)})"
             for call in self.calls
@@ -153,6 +156,7 @@ class ProgramBuilder:
         cache_dtype: torch.dtype | None = None,
     ) -> None:
         self.pieces, self.variants, self.cache_dtype = pieces, variants, cache_dtype
+        self._invariants = frozenset(pieces.invariants.paces)
         self.capture, self.structure = pieces.capture, pieces.structure
         self._programs: dict[object, Program] = {}
 
@@ -165,7 +169,7 @@ class ProgramBuilder:
     def _build(self, step: StepPlan) -> Program:
         pieces = self.pieces.of_step(step)
         chosen = self._choose_variants(step, pieces)
-        assembly = _Assembly(self.capture, step)
+        assembly = _Assembly(self.capture, step, self._invariants)
         for piece, variant in chosen:
             assembly.add(piece, variant)
         return assembly.finish(self._results())
@@ -194,7 +198,7 @@ class ProgramBuilder:
 class _Assembly:
     """Numbers registers while calls are added."""
 
-    def __init__(self, capture: Capture, step: StepPlan) -> None:
+    def __init__(self, capture: Capture, step: StepPlan, invariants: frozenset[str]) -> None:
         self.step = step
         placeholders = [node.name for node in capture.graph.nodes if node.op == "placeholder"]
         self.values = {name: i for i, name in enumerate(placeholders)}
@@ -209,6 +213,8 @@ class _Assembly:
         self.chosen: list[tuple[SiteId, int]] = []
         self.calls: list[Call] = []
         self.memory: dict[int, object] = {i: ("input", i) for i in range(self.inputs)}
+        self.of_invariants = invariants
+        self.invariants: dict[str, int] = {}
 
     def add(self, piece: Piece, variant: Variant) -> None:
         inputs = tuple(self._input(piece, variant, i) for i in range(len(variant.inputs)))
@@ -219,11 +225,12 @@ class _Assembly:
             self.memory[register] = self.memory.get(inputs[memory]) if isinstance(memory, int) else (call, memory)
 
     def finish(self, results: Iterable[Any]) -> Program:
-        registers = tuple(self.values[r.name] if isinstance(r, fx.Node) else Constant(r) for r in results)
+        registers = tuple(self._value(r.name) if isinstance(r, fx.Node) else Constant(r) for r in results)
         kept = {r for r in registers if isinstance(r, int)} | set(self.writes.values())
         kept |= {register for _, register in self.chosen} | set(range(self.inputs))
-        given = {self.memory[register] for register in range(self.inputs)}
-        stored = {self.memory[register] for register in (*self.slots.values(), *self.writes.values())}
+        tables = self.invariants.values()
+        given = {self.memory[register] for register in (*range(self.inputs), *tables)}
+        stored = {self.memory[register] for register in (*self.slots.values(), *self.writes.values(), *tables)}
         return Program(
             calls=_with_frees(self.calls, kept),
             registers=self.count,
@@ -233,6 +240,7 @@ class _Assembly:
             noise=tuple(self.noise),
             predicted=tuple(self.predicted),
             weights=tuple(self.weights),
+            invariants=tuple(self.invariants.items()),
             chosen=tuple(self.chosen),
             results=registers,
             shared_results=frozenset(r for r in registers if isinstance(r, int) and self.memory[r] in stored),
@@ -246,7 +254,7 @@ class _Assembly:
     def _input(self, piece: Piece, variant: Variant, index: int) -> int:
         ref = variant.inputs[index]
         if isinstance(ref, Value):
-            return self.values[piece.outline.inputs[ref.index]]
+            return self._value(piece.outline.inputs[ref.index])
         site = piece.sites[ref.position].id
         if isinstance(ref, SlotRef):
             return self._slot(Slot.of(site, ref.kind, ref.age))
@@ -261,6 +269,12 @@ class _Assembly:
         elif isinstance(ref, Weights):
             self.weights.append(WeightsRead(register, site))
         return register
+
+    def _value(self, name: str) -> int:
+        if name in self.of_invariants and name not in self.values:
+            self.invariants[name] = self.values[name] = self._new()
+            self.memory[self.values[name]] = ("invariant", name)
+        return self.values[name]
 
     def _slot(self, slot: Slot) -> int:
         if slot not in self.slots:

@@ -1,0 +1,89 @@
+"""Loop invariants: which matrix products of a call do not depend on the latent.
+
+What depends on the conditioning alone (projections of the text, its keys and values, tables of positions) is the same
+for a whole generation; what depends on the timestep besides (the modulation of every block) is the same for every
+latent at a step, so that the whole schedule can be computed at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor, fx
+
+from dicompile.analysis.dataflow import Dataflow, union
+from dicompile.analysis.structure import Pace, Site
+from dicompile.capture import Capture, Role
+from dicompile.ops.kinds import SINUSOIDS, is_heavy
+from dicompile.ops.registry import HeadsFirst, is_unknown
+
+WORTH = 8
+"""A value per step is kept where it is this many times smaller than what it is made of: a row beside a weight."""
+
+
+def find_invariants(flow: Dataflow, capture: Capture, sites: Sequence[Site]) -> dict[str, Pace]:
+    """Values that are worth computing outside of the steps, by name, in graph order.
+
+    They are results of matrix products, and sines and cosines of positions. Casts, views and sums behind them cost
+    nothing within a kernel, and stay where they are.
+
+    Args:
+        flow: of the captured graph.
+        capture: the captured model.
+        sites: its sites; what policies may remember is not touched, where its stream has no latent (refiners of text).
+    """
+    given = {role: flow.bits(_placeholders(flow, capture, role)) for role in Role}
+    signals = flow.bits(
+        node
+        for node, item in zip(_all_placeholders(flow), capture.inputs, strict=True)
+        if item.is_signal or not isinstance(node.meta["val"], Tensor)
+    )
+    latent = given[Role.LATENT] | signals
+    if not latent:
+        return {}
+    named = {node.name: node for node in flow.nodes}
+    kept = [named[name] for site in sites for name in (site.core, site.update, site.add, *site.attention)]
+    free = [site for site in sites if not flow.ancestors[named[site.add]] & latent]
+    barred = flow.bits(kept) | union(flow.descendants[named[site.source]] for site in free)
+    barred |= union(flow.descendants[node] for node in flow.nodes if _may_differ(node))
+    found: dict[str, Pace] = {}
+    for node in flow.nodes:
+        before = flow.ancestors[node]
+        if node.op != "call_function" or before & (latent | barred):
+            continue
+        pace = Pace.STEP if before & given[Role.TIMESTEP] else Pace.GENERATION
+        depends = bool(before & (given[Role.TIMESTEP] | given[Role.CONDITIONING]))
+        if is_heavy(node) and depends:
+            if _is_worth(node, pace):
+                found[node.name] = pace
+            else:
+                barred |= flow.descendants[node]
+        elif node.target in SINUSOIDS and pace is Pace.GENERATION:
+            found[node.name] = pace
+    return found
+
+
+def _all_placeholders(flow: Dataflow) -> list[fx.Node]:
+    return [node for node in flow.nodes if node.op == "placeholder"]
+
+
+def _placeholders(flow: Dataflow, capture: Capture, role: Role) -> Iterator[fx.Node]:
+    pairs = zip(_all_placeholders(flow), capture.inputs, strict=True)
+    return (node for node, item in pairs if item.role is role)
+
+
+def _may_differ(node: fx.Node) -> bool:
+    """True for operators that may return something else when they are called again, or of which nobody knows."""
+    if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
+        return node.op == "call_function" and isinstance(node.target, HeadsFirst)
+    is_random = torch.Tag.nondeterministic_seeded in node.target.tags
+    return is_random or is_unknown(node) or node.target.namespace not in ("aten", "prims")
+
+
+def _is_worth(node: fx.Node, pace: Pace) -> bool:
+    value = node.meta["val"]
+    if not isinstance(value, Tensor):
+        return False
+    sizes = [v.numel() for parent in node.all_input_nodes if isinstance(v := parent.meta["val"], Tensor)]
+    return pace is Pace.GENERATION or WORTH * value.numel() <= max(sizes, default=0)

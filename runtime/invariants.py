@@ -1,0 +1,251 @@
+"""Tables of what does not depend on the latent: filled when a step asks for it, and dropped with the generation.
+
+A table holds for the very tensors that it was made of: the same objects, unchanged since. A row holds for the very
+timestep that it was made for: which one later steps will bring is told from the schedule, and compared when they do.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dicompile.lower import CHUNK, Invariant
+from dicompile.plan import TimestepSchedule
+
+MOST_TABLES = 4
+"""Tables that a generation has at once: one for every conditioning that its calls come with."""
+
+FORMULAS: tuple[Callable[[Tensor, torch.dtype], Tensor], ...] = (
+    lambda times, dtype: times.to(dtype),
+    lambda times, dtype: times.to(dtype) / 1000,
+    lambda times, dtype: (times / 1000).to(dtype),
+    lambda times, dtype: 1 - times.to(dtype) / 1000,
+    lambda times, dtype: (1000 - times.to(dtype)) / 1000,
+)
+"""What pipelines hand a model for a timestep of their scheduler: where it is another function, rows are made singly."""
+
+
+@dataclass
+class Chunk:
+    """Values for `CHUNK` steps.
+
+    Attributes:
+        times: timestep of every step, in a first axis.
+        values: of all steps, by name.
+        rows: the same, each step by itself.
+    """
+
+    times: Tensor
+    values: dict[str, Tensor] = field(default_factory=dict)
+    rows: dict[str, tuple[Tensor, ...]] = field(default_factory=dict)
+
+
+class Watched:
+    """A tensor, and what tells that it has changed.
+
+    Edits through ``tensor.data`` count no version; where that can be had for nothing, on a CPU, some elements are
+    looked at. What belongs to the model is held weakly.
+
+    Args:
+        tensor: the tensor.
+        is_given: it belongs to a call, which may bring an equal one in its place.
+    """
+
+    __slots__ = ("_elements", "_is_given", "_place", "_seen", "_tensor", "_version")
+
+    def __init__(self, tensor: Tensor, *, is_given: bool) -> None:
+        self._is_given, self._tensor = is_given, (lambda: tensor) if is_given else weakref.ref(tensor)
+        self._version, self._place = tensor._version, tensor.data_ptr()
+        self._elements = _elements_of(tensor)
+        self._seen = [element.value for element in self._elements]
+
+    def is_now(self, tensor: Tensor) -> bool:
+        """True if a tensor is the same, or one that is as good."""
+        before = self._tensor()
+        if before is None or before._version != self._version or before.data_ptr() != self._place:
+            return False
+        if [element.value for element in self._elements] != self._seen:
+            return False
+        return before is tensor or (self._is_given and _is_same(before, tensor))
+
+
+_NUMBERS = {1: ctypes.c_uint8, 2: ctypes.c_uint16, 4: ctypes.c_uint32, 8: ctypes.c_uint64}
+
+
+def _elements_of(tensor: Tensor) -> tuple[Any, ...]:
+    """Four elements of a tensor, from its first to its last one, to look at where they lie."""
+    number = _NUMBERS.get(tensor.element_size())
+    if tensor.device.type != "cpu" or number is None or not tensor.numel():
+        return ()
+    sizes = list(zip(tensor.shape, tensor.stride(), strict=True))
+    places = {sum((size - 1) * i // 3 * stride for size, stride in sizes) for i in range(4)}
+    return tuple(number.from_address(tensor.data_ptr() + place * tensor.element_size()) for place in sorted(places))
+
+
+@dataclass
+class Table:
+    """Values of one model for one conditioning.
+
+    Attributes:
+        made_of: every tensor that they depend on.
+        fixed: values that hold for every step, by name.
+        chunks: values by chunk of the schedule.
+        bytes: that it holds.
+        step: the last step that it served.
+        calls: so many calls of it.
+        calls_before: and so many calls of the step before.
+    """
+
+    made_of: tuple[Watched, ...] = ()
+    fixed: dict[str, Tensor] = field(default_factory=dict)
+    chunks: dict[int, Chunk] = field(default_factory=dict)
+    bytes: int = 0
+    step: int | None = None
+    calls: int = 0
+    calls_before: int = 0
+
+    def serve(self, step: int) -> None:
+        """Note a call."""
+        if step != self.step:
+            self.step, self.calls_before, self.calls = step, self.calls, 0
+        self.calls += 1
+
+
+class Tables:
+    """Finds and fills the tables of one captured model.
+
+    Args:
+        invariants: what is in them, by name.
+        timestep: number of the input that is the timestep, or None.
+        given: numbers of the inputs that belong to the call.
+    """
+
+    def __init__(self, invariants: Mapping[str, Invariant], timestep: int | None, given: frozenset[int]) -> None:
+        self.invariants, self.timestep = invariants, timestep
+        leaves = {i for item in invariants.values() for i in item.inputs if isinstance(i, int)} - {timestep}
+        self._leaves = tuple((i, i in given) for i in sorted(leaves))
+
+    def load(
+        self,
+        reads: Sequence[tuple[str, int]],
+        registers: list[Any],
+        known: list[Table],
+        schedule: TimestepSchedule,
+        step: int,
+    ) -> None:
+        """Put values into registers.
+
+        Args:
+            reads: name and register of each.
+            registers: of the program that runs; the first ones hold the inputs of the model.
+            known: tables of the generation; a new one is added, and one that has served its last call taken out.
+            schedule: of the whole run.
+            step: of it.
+        """
+        table = self._find(known, registers)
+        table.serve(step)
+        values = _Values(self, table, registers, schedule, step)
+        for name, register in reads:
+            registers[register] = values[name]
+        if step + 1 >= schedule.steps and table.calls >= table.calls_before and table in known:
+            known.remove(table)
+
+    def _find(self, known: list[Table], inputs: Sequence[Any]) -> Table:
+        """The table for these inputs; one is not kept where nothing tells that an input has changed."""
+        for table in known:
+            if all(watched.is_now(inputs[i]) for (i, _), watched in zip(self._leaves, table.made_of, strict=True)):
+                return table
+        if any(inputs[i].is_inference() for i, _ in self._leaves):
+            return Table()
+        table = Table(tuple(Watched(inputs[i], is_given=is_given) for i, is_given in self._leaves))
+        known[:] = [*known[1 - MOST_TABLES :], table]
+        return table
+
+
+class _Values:
+    """Values for one call, by name."""
+
+    def __init__(
+        self, tables: Tables, table: Table, inputs: Sequence[Any], schedule: TimestepSchedule, step: int
+    ) -> None:
+        self._tables, self._inputs, self._table = tables, inputs, table
+        self._row, self._alone = step % CHUNK, dict[str, Tensor]()
+        time = None if tables.timestep is None else inputs[tables.timestep]
+        self._chunk = None if time is None else _chunk_of(table, time, schedule, step)
+
+    def __getitem__(self, name: str) -> Tensor:
+        item, chunk = self._tables.invariants[name], self._chunk
+        if item.mapped is None or chunk is None:
+            known = self._table.fixed if item.mapped is None else self._alone
+            if name not in known:
+                known[name] = _laid_out(item.function(*(self._input(i) for i in item.inputs)), item)
+                self._table.bytes += known[name].nbytes if item.mapped is None else 0
+            return known[name]
+        if name not in chunk.rows:
+            chunk.rows[name] = tuple(_laid_out(row, item) for row in self._rows(name, chunk).unbind(0))
+        return chunk.rows[name][self._row]
+
+    def _input(self, key: int | str) -> Any:
+        return self[key] if isinstance(key, str) else self._inputs[key]
+
+    def _rows(self, key: int | str, chunk: Chunk) -> Any:
+        """Values for all steps of a chunk; one that is the same for all as it is."""
+        if key == self._tables.timestep:
+            return chunk.times
+        item = self._tables.invariants[key] if isinstance(key, str) else None
+        if not isinstance(key, str) or item is None or item.mapped is None:
+            return self._input(key)
+        if key not in chunk.values:
+            chunk.values[key] = item.mapped(*(self._rows(i, chunk) for i in item.inputs))
+            self._table.bytes += chunk.values[key].nbytes
+        return chunk.values[key]
+
+
+def _chunk_of(table: Table, time: Tensor, schedule: TimestepSchedule, step: int) -> Chunk | None:
+    """The chunk that a step lies in, if it holds for this timestep, or can be made."""
+    number, row = divmod(step, CHUNK)
+    chunk = table.chunks.get(number)
+    if chunk is not None and torch.equal(chunk.times[row], time):
+        return chunk
+    times = _times_of_chunk(time, schedule, step)
+    if times is None:
+        return None
+    dropped = table.chunks.pop(number, None)
+    table.bytes -= sum(value.nbytes for value in dropped.values.values()) if dropped is not None else 0
+    table.chunks[number] = Chunk(times)
+    return table.chunks[number]
+
+
+def _times_of_chunk(time: Tensor, schedule: TimestepSchedule, step: int) -> Tensor | None:
+    """What the model will be given at the steps of a chunk, if that can be told from this one."""
+    first = step - step % CHUNK
+    times = schedule.timesteps[first : first + CHUNK]
+    if step - first >= len(times):
+        return None
+    padding = times[-1:] * (CHUNK - len(times))  # rows of no step
+    known = torch.tensor([*times, *padding], dtype=torch.float32, device=time.device)
+    for formula in FORMULAS:
+        rows = formula(known, time.dtype).view(-1, *[1] * time.ndim).expand(-1, *time.shape)
+        if rows.dtype == time.dtype and torch.equal(rows[step - first], time):
+            return rows
+    return None
+
+
+def _laid_out(tensor: Tensor, item: Invariant) -> Tensor:
+    """In the layout that the steps were compiled for."""
+    pairs = zip(tensor.shape, tensor.stride(), item.strides, strict=True)
+    if all(size == 1 or ours == theirs for size, ours, theirs in pairs):
+        return tensor
+    return torch.empty_strided(tensor.shape, item.strides, dtype=tensor.dtype, device=tensor.device).copy_(tensor)
+
+
+def _is_same(before: Tensor, now: Tensor) -> bool:
+    """True for equal values, where comparing them waits for no device."""
+    is_alike = before.shape == now.shape and before.dtype == now.dtype and before.device == now.device
+    return is_alike and before.device.type == "cpu" and torch.equal(before, now)
