@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import copy
+import functools
+import inspect
 import logging
+import textwrap
 import types
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -166,9 +170,24 @@ def _name_for_child(module: nn.Module, state_dict: dict[str, Any], prefix: str, 
 
 
 def _calls_forward(value: Any) -> bool:
-    """True for a method that calls ``self.forward``, such as ``forward_with_cfg``: it has to call the wrapper's."""
-    code = getattr(getattr(value, "__func__", None), "__code__", None)
-    return code is not None and isinstance(value.__self__, nn.Module) and "forward" in code.co_names
+    """True for a method that calls the module, such as ``forward_with_cfg``: it has to call the wrapper."""
+    return isinstance(value, types.MethodType) and isinstance(value.__self__, nn.Module) and _calls_self(value.__func__)
+
+
+@functools.lru_cache(maxsize=1024)
+def _calls_self(function: Any) -> bool:
+    """True for a function in which ``self.forward(...)`` or ``self(...)`` stands."""
+    code = getattr(function, "__code__", None)
+    if code is None or not code.co_argcount:
+        return False
+    if "forward" in code.co_names:
+        return True
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
+    except (OSError, SyntaxError):  # made without a file
+        return False
+    called = (node.func for node in ast.walk(tree) if isinstance(node, ast.Call))
+    return any(isinstance(function, ast.Name) and function.id == code.co_varnames[0] for function in called)
 
 
 def record_of(model: CachedModel) -> Record:

@@ -18,7 +18,7 @@ from dicompile.lower import Constant, Program
 from dicompile.plan import HISTORIC, Plan, Slot, StepPlan, TimestepSchedule
 from dicompile.runtime.contexts import ContextState
 from dicompile.runtime.identify import Place, Signature, identify
-from dicompile.runtime.invariants import Tables
+from dicompile.runtime.invariants import Kept, Tables
 from dicompile.runtime.owner import Owner
 from dicompile.runtime.session import ModelState, current_session
 from dicompile.runtime.storage import Lane, lane_for, run_calls
@@ -172,8 +172,9 @@ class Executor:
             self._load(registers, step, inputs, place.step)
             if program.invariants:
                 assert self.tables is not None
-                self.tables.load(program.invariants, registers, state.tables.setdefault(self, []), whole, place.step)
-                state.report.hoist(sum(table.bytes for tables in state.tables.values() for table in tables))
+                kept = state.tables.setdefault(self, Kept())
+                self.tables.load(program.invariants, registers, kept, whole, place.step)
+                state.report.hoist(sum(each.bytes for each in state.tables.values()))
             run_calls(program, registers, self._lane(place.call.latent))
             results = [
                 r.value if isinstance(r, Constant) else registers[r[0]].clone() if r[1] else registers[r[0]]

@@ -18,7 +18,7 @@ from torch import Tensor
 from dicompile.lower import CHUNK, Invariant
 from dicompile.plan import TimestepSchedule
 
-MOST_TABLES = 4
+MOST_TABLES = 16
 """Tables that a generation has at once: one for every conditioning that its calls come with."""
 
 FORMULAS: tuple[Callable[[Tensor, torch.dtype], Tensor], ...] = (
@@ -117,6 +117,24 @@ class Table:
         self.calls += 1
 
 
+@dataclass
+class Kept:
+    """Tables of one generation.
+
+    Attributes:
+        tables: the latest ones.
+        made: so many so far. Where there are ever new ones, nothing is computed ahead.
+    """
+
+    tables: list[Table] = field(default_factory=list)
+    made: int = 0
+
+    @property
+    def bytes(self) -> int:
+        """Bytes that they hold."""
+        return sum(table.bytes for table in self.tables)
+
+
 class Tables:
     """Finds and fills the tables of one captured model.
 
@@ -135,7 +153,7 @@ class Tables:
         self,
         reads: Sequence[tuple[str, int]],
         registers: list[Any],
-        known: list[Table],
+        kept: Kept,
         schedule: TimestepSchedule,
         step: int,
     ) -> None:
@@ -144,27 +162,28 @@ class Tables:
         Args:
             reads: name and register of each.
             registers: of the program that runs; the first ones hold the inputs of the model.
-            known: tables of the generation; a new one is added, and one that has served its last call taken out.
+            kept: tables of the generation; a new one is added, and one that has served its last call taken out.
             schedule: of the whole run.
             step: of it.
         """
-        table = self._find(known, registers)
+        table = self._find(kept, registers)
         table.serve(step)
-        values = _Values(self, table, registers, schedule, step)
+        values = _Values(self, table, registers, schedule, step, is_ahead=kept.made <= MOST_TABLES)
         for name, register in reads:
             registers[register] = values[name]
-        if step + 1 >= schedule.steps and table.calls >= table.calls_before and table in known:
-            known.remove(table)
+        if step + 1 >= schedule.steps and table.calls >= table.calls_before:
+            kept.tables = [other for other in kept.tables if other is not table]
 
-    def _find(self, known: list[Table], inputs: Sequence[Any]) -> Table:
+    def _find(self, kept: Kept, inputs: Sequence[Any]) -> Table:
         """The table for these inputs; one is not kept where nothing tells that an input has changed."""
-        for table in known:
+        for table in kept.tables:
             if all(watched.is_now(inputs[i]) for (i, _), watched in zip(self._leaves, table.made_of, strict=True)):
                 return table
+        kept.made += 1
         if any(inputs[i].is_inference() for i, _ in self._leaves):
             return Table()
         table = Table(tuple(Watched(inputs[i], is_given=is_given) for i, is_given in self._leaves))
-        known[:] = [*known[1 - MOST_TABLES :], table]
+        kept.tables = [*kept.tables[1 - MOST_TABLES :], table]
         return table
 
 
@@ -172,12 +191,19 @@ class _Values:
     """Values for one call, by name."""
 
     def __init__(
-        self, tables: Tables, table: Table, inputs: Sequence[Any], schedule: TimestepSchedule, step: int
+        self,
+        tables: Tables,
+        table: Table,
+        inputs: Sequence[Any],
+        schedule: TimestepSchedule,
+        step: int,
+        *,
+        is_ahead: bool,
     ) -> None:
         self._tables, self._inputs, self._table = tables, inputs, table
         self._row, self._alone = step % CHUNK, dict[str, Tensor]()
         time = None if tables.timestep is None else inputs[tables.timestep]
-        self._chunk = None if time is None else _chunk_of(table, time, schedule, step)
+        self._chunk = _chunk_of(table, time, schedule, step) if is_ahead and time is not None else None
 
     def __getitem__(self, name: str) -> Tensor:
         item, chunk = self._tables.invariants[name], self._chunk

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from dicompile.runtime.contexts import Contexts
-from dicompile.runtime.invariants import Table
+from dicompile.runtime.invariants import Kept
 from dicompile.runtime.owner import Owner
 from dicompile.runtime.report import RunReport
 
@@ -62,7 +62,7 @@ class ModelState:
     calls: set[str] = field(default_factory=set)
     first_step: int | None = None
     contexts: Contexts = field(default_factory=Contexts)
-    tables: dict[object, list[Table]] = field(default_factory=dict)
+    tables: dict[object, Kept] = field(default_factory=dict)
     report: RunReport = field(default_factory=RunReport)
 
     def begin(self, schedule_token: object) -> None:

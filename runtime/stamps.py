@@ -133,8 +133,9 @@ def written_at(plan: Plan, index: int, slot: Slot) -> int | None:
 
 
 def _what(step: Stepped, slot: Slot) -> What:
-    """Which value of its site a step reads from a slot, or writes to it."""
-    return step.plan.steps[step.index].sites[slot.site].action.what if slot.kind is SlotKind.VALUE else What.CORE
+    """Which value of its site a step reads from a slot, or writes to it; what attention gives has a slot of its own."""
+    what = step.plan.steps[step.index].sites[slot.site].action.what
+    return what if slot.kind is SlotKind.VALUE and what is not What.ATTENTION else What.CORE
 
 
 def _stale(slot: Slot, found: object, expected: str) -> StaleRead:

@@ -514,15 +514,23 @@ class Guided(PlainDiT):
         guided = uncond + scale * (cond - uncond)
         return torch.cat([guided, guided])
 
+    def called(self, x: Tensor, t: Tensor, y: Tensor, scale: float) -> Tensor:
+        """The same by a call of the module."""
+        half = x[: len(x) // 2]
+        cond, uncond = self(torch.cat([half, half]), t, y).chunk(2)
+        guided = uncond + scale * (cond - uncond)
+        return torch.cat([guided, guided])
 
-def test_methods_that_call_the_forward_are_cached_too() -> None:
+
+@pytest.mark.parametrize("method", ["forward_with_cfg", "called"])
+def test_methods_that_call_the_module_are_cached_too(method: str) -> None:
     module = models.redraw(Guided(2))
     optimized = dicompile.optimize(module, dicompile.FORA(interval=3), schedule=timesteps(STEPS), mode="eager")
     for number, time in enumerate(timesteps(STEPS)):
         inputs = torch.randn(4, 4, 16, 16), torch.full((4,), float(time)), torch.tensor([1, 2, 10, 10]), 3.0
-        result = optimized.forward_with_cfg(*inputs)
+        result = getattr(optimized, method)(*inputs)
         if not number:
-            torch.testing.assert_close(result, module.forward_with_cfg(*inputs), rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(result, getattr(module, method)(*inputs), rtol=1e-4, atol=1e-4)
     assert dicompile.report(optimized).kinds == {"full": 3, "reuse": 3}
     dicompile.disable(optimized)
-    assert torch.equal(optimized.forward_with_cfg(*inputs), module.forward_with_cfg(*inputs))
+    assert torch.equal(getattr(optimized, method)(*inputs), getattr(module, method)(*inputs))

@@ -18,6 +18,7 @@ from dicompile.plan import (
     Plan,
     Policy,
     Refresh,
+    Reuse,
     Rule,
     ScoreBase,
     Table,
@@ -172,3 +173,19 @@ def test_what_is_held_is_what_the_plan_says(ran: Ran) -> None:
         held.append(state.cache_bytes)
     assert max(held) == ran.plan.cache_bytes
     assert held[-1] == 0
+
+
+def test_two_rules_may_keep_two_values_of_one_site() -> None:
+    """Every step is as if its rule were the only one."""
+    sample = MODELS["flux"]()
+
+    def outputs(*rules: tuple[Any, Any]) -> list[Tensor]:
+        named = tuple(Rule(sites=("parallel",), when=when, do=Reuse(what=what)) for when, what in rules)
+        policy = Policy(name="two", cadence=Cadence(interval=4), rules=named)
+        return run(optimized(sample, policy, 8), sample.inputs, timesteps(8))
+
+    both = outputs(("odd", "attention"), ("always", "core"))
+    alone = [outputs(("always", what)) for what in ("attention", "core")]
+    alike = [[torch.equal(*pair) for pair in zip(both, each, strict=True)] for each in alone]
+    assert all(map(any, zip(*alike, strict=True)))
+    assert not any(map(all, alike))

@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from dicompile.analysis import Block, ModelStructure, Site, analyse
+from dicompile.analysis import Block, ModelStructure, Pace, Site, analyse
 from dicompile.capture import capture_model
 from dicompile.cli.models import load
 from dicompile.errors import CacheTooLarge, PolicyDoesNotFit
@@ -59,6 +59,7 @@ def inspect(  # noqa: PLR0913, PLR0917 - options
     console.print(f"[bold]{loaded.name}[/bold], one call with batch {batch}: {operations(structure.flops)}")
     roles = (f"{item.name} ({item.role.value})" for item in structure.inputs if item.role.is_given)
     console.print("inputs: " + ", ".join(roles))
+    console.print("outside of the steps: " + (invariant_text(structure) or "nothing"), highlight=False)
     console.print(site_table(structure))
     console.print(plan_table(plans, refused, steps))
     if not policy:
@@ -92,6 +93,16 @@ def site_table(structure: ModelStructure) -> Table:
     share = f"{rest / structure.flops:.1%}"
     table.add_row("outside", "embeddings, modulation, head", "", "", operations(rest), share, "")
     return table
+
+
+def invariant_text(structure: ModelStructure) -> str:
+    """What does not depend on the latent, and is computed once for many steps."""
+    counts = {pace: list(structure.invariants.values()).count(pace) for pace in Pace}
+    return "; ".join(
+        f"{count} values, {structure.invariant_flops[pace] / structure.flops:.2%} of the work, {pace.value}"
+        for pace, count in counts.items()
+        if count
+    )
 
 
 def operations(count: float) -> str:
@@ -160,6 +171,7 @@ def as_data(
         "model": name,
         "flops": structure.flops,
         "bytes": structure.bytes,
+        "invariants": {name: pace.name.lower() for name, pace in structure.invariants.items()},
         "inputs": {item.name: item.role.value for item in structure.inputs if item.role.is_given},
         "blocks": [{"id": b.id, "path": b.path, "kind": b.kind, "sites": list(b.sites)} for b in structure.blocks],
         "sites": [_site_data(structure.sites, i) for i in range(len(structure.sites))],

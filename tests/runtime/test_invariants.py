@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import dicompile
 from dicompile.errors import InvalidSetting
 from dicompile.plan import TimestepSchedule
-from dicompile.runtime.invariants import _times_of_chunk
+from dicompile.runtime.invariants import MOST_TABLES, _times_of_chunk
 from tests.models import MODELS, call, dit, optimized, pixart, run, state_of, timesteps
 
 STEPS = 20
@@ -45,7 +45,7 @@ def close(first: list[Tensor], second: list[Tensor]) -> bool:
 
 
 def tables(model: Any) -> list[Any]:
-    return [table for known in state_of(model).tables.values() for table in known]
+    return [table for kept in state_of(model).tables.values() for table in kept.tables]
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -211,6 +211,17 @@ def test_windows_share_a_table_to_the_last_one() -> None:
         for window in range(3):
             call(model, sample.inputs, t, 3 * step + window)
             assert len(tables(model)) == int((step, window) != (STEPS - 1, 2))
+
+
+def test_where_conditioning_is_ever_another_nothing_is_computed_ahead() -> None:
+    sample = pixart(layers=2)
+    model, plain = (optimized(sample, "none", STEPS, hoist=hoist) for hoist in ("all", "off"))
+    for number in range(2 * MOST_TABLES):
+        inputs = {**sample.inputs, "encoder_hidden_states": torch.randn_like(sample.inputs["encoder_hidden_states"])}
+        found, expected = (call(each, inputs, SCHEDULE[0], number) for each in (model, plain))
+        torch.testing.assert_close(found, expected, rtol=ROUNDING, atol=ROUNDING)
+    assert len(tables(model)) == MOST_TABLES
+    assert [bool(table.chunks) for table in tables(model)] == [False] * MOST_TABLES
 
 
 def test_a_budget_hoists_nothing_that_nobody_asked_for() -> None:
