@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo.eval_frame import OptimizedModule
 
-from dicompile.capture.compat import never_traced, without_dynamo
+from dicompile.compat import never_traced, without_dynamo
 from dicompile.compiler import CompiledFrame, Options
 from dicompile.model import ModelCalls
 from dicompile.offload import HOOK_ATTRIBUTES, check_weights_are_whole, move_hook

@@ -22,9 +22,9 @@ from torch.utils._pytree import tree_leaves
 
 from dicompile.capture.arguments import Arguments, TakenOut, Watched
 from dicompile.capture.captured import Captured, Changes, Unsettled, packer
-from dicompile.capture.compat import DynamoCapture, dynamo_capture, noting_writes
 from dicompile.capture.guards import PARTS, By, Fact, Guards, Path, below, find_place, python_module
 from dicompile.capture.numbers import open_numbers
+from dicompile.compat import DynamoCapture, dynamo_capture, noting_writes
 from dicompile.errors import CannotCapture
 
 _CONTAINERS = ("DICT_KEYS_MATCH", "SEQUENCE_LENGTH", "DICT_CONTAINS", "DICT_NOT_CONTAINS", "SET_CONTAINS",

@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dicompile.capture.compat import tensor_check
+from dicompile.compat import tensor_check
 
 PLAIN = (bool, int, float, complex, str, bytes, type(None), type(Ellipsis), torch.dtype, torch.device, torch.layout,
          torch.memory_format, enum.Enum, slice, range)  # fmt: skip

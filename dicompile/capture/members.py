@@ -27,10 +27,10 @@ from torch.nn.modules import module as nn_module
 from dicompile.capture.ambient import ambient
 from dicompile.capture.arguments import Arguments
 from dicompile.capture.captured import Captured
-from dicompile.capture.compat import left_alone
 from dicompile.capture.dynamo import Traced, trace
 from dicompile.capture.functional import laid_out_like
 from dicompile.capture.guards import By, Guards, Path, Pins
+from dicompile.compat import left_alone
 from dicompile.errors import CannotCapture
 from dicompile.nodes import results_of
 from dicompile.text import clean_path

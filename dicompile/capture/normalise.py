@@ -16,12 +16,12 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from dicompile.capture.autocast import drop_regions, make_autocast_explicit, share_casts
-from dicompile.capture.compat import transforms_undone
 from dicompile.capture.constants import lift_constants
 from dicompile.capture.functional import make_functional
 from dicompile.capture.numbers import numbers_in
 from dicompile.capture.parts import inline_regions, write_out_diagonals
 from dicompile.capture.roles import NOTHING_SAID, Input, Role, Said, assign_roles
+from dicompile.compat import transforms_undone
 from dicompile.errors import CannotCapture, DicompileError
 from dicompile.text import graph_text, module_path, operator_text
 

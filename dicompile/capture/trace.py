@@ -25,12 +25,12 @@ from torch.utils import _pytree as pytree
 from dicompile.capture.arguments import Arguments, TakenOut, Watched
 from dicompile.capture.canonical import drop_switches
 from dicompile.capture.captured import Captured, Unsettled, packer
-from dicompile.capture.compat import transforms_undone
 from dicompile.capture.data import FollowedData
 from dicompile.capture.flex import written_out
 from dicompile.capture.guards import Guards, Path
 from dicompile.capture.reads import Reads
 from dicompile.capture.roles import Role
+from dicompile.compat import transforms_undone
 from dicompile.errors import CannotCapture, DicompileError
 from dicompile.nodes import walk
 
