@@ -146,7 +146,7 @@ class PlainDiT(nn.Module):
 
     def condition(self, t: Tensor, y: Tensor) -> Tensor:
         frequency = torch.exp(-torch.arange(self.width // 2, dtype=torch.float32) / (self.width // 2) * 9.21)
-        angle = t[:, None].float() * frequency[None]
+        angle = t[:, None].float() * frequency.to(t.device)[None]
         return self.time(torch.cat([torch.cos(angle), torch.sin(angle)], dim=-1)) + self.label(y)
 
     def picture(self, h: Tensor, c: Tensor, height: int, width: int) -> Tensor:

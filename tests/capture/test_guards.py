@@ -23,6 +23,9 @@ from dicompile.wrapper import record_of
 from tests.capture.follow import WAYS, WIDTH, Model, counted, follow, given, optimized, same
 from tests.models import dit, flux, pixart
 
+NO_GUARD = pytest.mark.xfail(torch.__version__ < "2.12", reason="Dynamo of torch 2.11 guards on no such value")
+"""What torch.compile does not follow either."""
+
 FACTOR = 2.0
 SETTINGS = SimpleNamespace(factor=2.0, inner=SimpleNamespace(factors=[1.0, 2.0]))
 
@@ -268,7 +271,6 @@ def global_changes() -> dict[str, tuple[Any, str, Any]]:
         "global object": (here, "SETTINGS", SimpleNamespace(factor=3.0, inner=SETTINGS.inner)),
         "attribute of a global object": (SETTINGS, "factor", 3.0),
         "object in a global object": (SETTINGS.inner, "factors", [1.0, 2.0, 3.0]),
-        "class attribute of a global": (Processor, "bias", 3.0),
         "attribute of a Python module": (math, "pi", 3.0),
         "class attribute": (Base, "factor", 3.0),
         "class attribute of a subclass": (Globals, "factor", 3.0),
@@ -285,6 +287,12 @@ def test_a_global_that_changes_is_followed(name: str, way: str, monkeypatch: pyt
     module = Globals(way)
     with monkeypatch.context() as patch:
         follow(module, lambda: patch.setattr(owner, attribute, value, raising=False), patch.undo)
+
+
+@pytest.mark.parametrize("way", [pytest.param("dynamo", marks=NO_GUARD), "running"])
+def test_a_class_attribute_of_a_global_is_followed(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        follow(Globals(way), lambda: patch.setattr(Processor, "bias", 3.0), patch.undo)
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -308,6 +316,7 @@ def test_a_variable_of_an_enclosing_function_is_followed(way: str) -> None:
     follow(Closes(way), change, lambda: scales.__setitem__(0, 5.0))
 
 
+@NO_GUARD
 def test_a_default_argument_is_followed() -> None:
     class Defaults(Model):
         def extra(self, x: Tensor, factor: float = 2.0, *, shift: float = 1.0) -> Tensor:
