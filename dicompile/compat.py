@@ -20,6 +20,8 @@ from torch._dynamo.variables.base import AttributeMutationNew, ValueMutationNew
 
 from dicompile.nodes import results_of
 
+METHODS_ARE_GUARDED = torch.__version__ >= "2.13"
+"""Whether Dynamo has a guard on a bound method that lies in an object; torch 2.11 has none."""
 _CallableT = TypeVar("_CallableT", bound=Callable[..., Any])
 
 

@@ -24,7 +24,7 @@ from dicompile.capture.arguments import Arguments, TakenOut, Watched
 from dicompile.capture.captured import Captured, Changes, Unsettled, packer
 from dicompile.capture.guards import PARTS, By, Fact, Guards, Path, below, find_place, python_module
 from dicompile.capture.numbers import open_numbers
-from dicompile.compat import DynamoCapture, dynamo_capture, noting_writes
+from dicompile.compat import METHODS_ARE_GUARDED, DynamoCapture, dynamo_capture, noting_writes
 from dicompile.errors import CannotCapture
 
 _CONTAINERS = ("DICT_KEYS_MATCH", "SEQUENCE_LENGTH", "DICT_CONTAINS", "DICT_NOT_CONTAINS", "SET_CONTAINS",
@@ -248,6 +248,8 @@ class _Read:
         self._values: dict[Path, Any] = {Path(): module}
         for source, kind, operand in made.guards:
             self._read(source, kind, operand)
+        if not METHODS_ARE_GUARDED:
+            self._read_methods()
         self._values[Path("builtins")] = python_module("builtins")
 
     def value(self, path: Path) -> Any:
@@ -280,6 +282,13 @@ class _Read:
             self.facts[attribute] = Fact(attribute, "absent")
         elif not isinstance(found := place[0][place[1]], Tensor):
             self.facts[attribute] = Fact.of(attribute, found)
+
+    def _read_methods(self) -> None:
+        """Methods that a module was given, whether they were called or not."""
+        for path in self.modules:
+            for name, value in vars(self._values[path]).items():
+                if isinstance(value, types.MethodType):
+                    self.facts[path.attribute(name)] = Fact.of(path.attribute(name), value)
 
     def _follow(self, path: Path) -> Any:
         """The value at a path, a fact for every link of it."""
