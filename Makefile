@@ -1,7 +1,10 @@
 # Every target makes what it needs: the virtual environment in .venv, and in it the extra that the target asks for.
+# With TORCH=2.14.1, say, that is .venv-2.14.1, with this torch, and the triton and setuptools that it requires.
 PYTHON ?= python3
-VENV := .venv
+TORCH :=
+VENV := .venv$(TORCH:%=-%)
 BIN := $(VENV)/bin
+CONSTRAINTS := $(if $(TORCH),$(VENV)/)constraints.txt
 
 .PHONY: demo test nightly coverage lint ruff typecheck format bench clean
 
@@ -49,7 +52,10 @@ clean:
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
+$(VENV)/constraints.txt: constraints.txt | $(BIN)/python
+	sed -E -e '/^(triton|setuptools)==/d' -e 's/^torch==.*/torch==$(TORCH)/' $< > $@
+
 # One stamp per extra: a second run installs nothing unless the requirements changed.
-$(VENV)/.installed-%: pyproject.toml constraints.txt | $(BIN)/python
-	$(BIN)/python -m pip install -c constraints.txt -e '.[$*]'
+$(VENV)/.installed-%: pyproject.toml $(CONSTRAINTS) | $(BIN)/python
+	$(BIN)/python -m pip install -c $(CONSTRAINTS) -e '.[$*]'
 	touch $@
