@@ -50,6 +50,7 @@ class DynamoCapture:
         decided: what Dynamo took for granted of sizes and numbers that it had made symbols of, as text.
         aliases: Python modules by the names that Dynamo gives them.
         results: how many tensors the graph returns.
+        codes: Python code that was traced, ours among it.
         run: calls the function around the graph, with given results of it; returns the inputs of the graph and what the
             function returns.
     """
@@ -59,6 +60,7 @@ class DynamoCapture:
     decided: tuple[str, ...]
     aliases: Mapping[str, str]
     results: int
+    codes: frozenset[types.CodeType]
     run: Callable[[Sequence[Tensor]], tuple[list[Any], Any]]
 
 
@@ -95,6 +97,7 @@ def dynamo_capture(function: Callable[..., Any], args: tuple[Any, ...]) -> Dynam
         decided=decided,
         aliases=dict(output.import_sources),
         results=len(returned),
+        codes=frozenset(output.traced_code),
         run=run,
     )
 
@@ -113,6 +116,17 @@ def noting_writes(noted: list[bool]) -> Callable[[Any], None]:
         noted.append(any(not isinstance(item.mutation_type, new) for item in changed))
 
     return note
+
+
+def tracer_settings() -> tuple[tuple[str, str], ...]:
+    """Flags and numbers that decide how Dynamo and AOTAutograd trace; ``get_hash`` is another one in every process."""
+    settings = {
+        f"{config.__name__}.{name}": repr(value)
+        for config in (torch._dynamo.config, torch._functorch.config)
+        for name, value in config.get_config_copy().items()
+        if isinstance(value, (bool, int, float, str))
+    }
+    return tuple(sorted(settings.items()))
 
 
 def left_alone(function: _CallableT) -> _CallableT:

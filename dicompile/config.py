@@ -5,19 +5,24 @@
 | ``DICOMPILE_DEBUG`` | folder that receives numbered text files of every stage; unset: nothing is written |
 | ``DICOMPILE_CHECK`` | ``1``: every read of a stored value is held against the plan, and a stale one raises |
 | ``DICOMPILE_PASSES`` | passes to leave out, each with a minus: ``-narrow-linear,-drop-dead`` |
+| ``DICOMPILE_CACHE_DIR`` | folder of what the next process uses again; ``off``: none; unset: ``~/.cache/dicompile`` |
+| ``DICOMPILE_CACHE_MIB`` | most that this folder holds, in MiB; unset: 2048 |
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from unittest import mock
 
 from torch._logging import trace_structured  # type: ignore[attr-defined]
 
 from dicompile.errors import InvalidSetting
+from dicompile.store import Store
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,14 +32,21 @@ class Settings:
     debug: Path | None = None
     disabled_passes: frozenset[str] = frozenset()
     check: bool = False
+    cache: Path | None = None
+    cache_bytes: int = 2**31
+
+    @property
+    def store(self) -> Store:
+        """What other processes left, and get."""
+        return Store.of(self.cache, self.cache_bytes)
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] = os.environ) -> Settings:
         """Read the variables listed in the module docstring.
 
         Raises:
-            InvalidSetting: an item of ``DICOMPILE_PASSES`` does not start with a minus, or ``DICOMPILE_CHECK`` is
-                neither 0 nor 1.
+            InvalidSetting: an item of ``DICOMPILE_PASSES`` does not start with a minus, ``DICOMPILE_CHECK`` is
+                neither 0 nor 1, or ``DICOMPILE_CACHE_MIB`` is no number of MiB.
         """
         check = environment.get("DICOMPILE_CHECK", "") or "0"
         if check not in ("0", "1"):
@@ -52,8 +64,39 @@ class Settings:
                     why="passes run by default, so an item can only leave one out",
                     fix=f"DICOMPILE_PASSES=-{item}",
                 )
+        most = environment.get("DICOMPILE_CACHE_MIB", "") or "2048"
+        if not most.isdecimal():
+            raise InvalidSetting(
+                f"DICOMPILE_CACHE_MIB cannot be {most!r}",
+                where="environment",
+                fix="DICOMPILE_CACHE_MIB=2048 lets the cache folder hold 2 GiB",
+            )
         debug = environment.get("DICOMPILE_DEBUG")
-        return cls(Path(debug) if debug else None, frozenset(item[1:] for item in items), check == "1")
+        return cls(
+            debug=Path(debug) if debug else None,
+            disabled_passes=frozenset(item[1:] for item in items),
+            check=check == "1",
+            cache=_cache_folder(environment),
+            cache_bytes=int(most) * 2**20,
+        )
+
+
+@contextlib.contextmanager
+def in_environment(name: str, value: str) -> Iterator[None]:
+    """While open, a variable has another value: some libraries can be told in no other way."""
+    with mock.patch.dict(os.environ, {name: value}):
+        yield
+
+
+def _cache_folder(environment: Mapping[str, str]) -> Path | None:
+    said = environment.get("DICOMPILE_CACHE_DIR")
+    if said:
+        return None if said == "off" else Path(said).absolute()
+    above = environment.get("XDG_CACHE_HOME")
+    try:
+        return (Path(above) if above else Path.home() / ".cache") / "dicompile"
+    except RuntimeError:  # a user without a home
+        return None
 
 
 class DebugFolder:

@@ -180,7 +180,8 @@ class ModelCalls:
     def _known(self, key: tuple[object, ...], arguments: Arguments) -> tuple[Known, Pins]:
         """The capture for a call, one that another model or policy has led to or a new one; what its guards found."""
         key = (type(self.module), self.options.said.timestep, self.options.said.latent, *key)
-        found = CAPTURES.find(key, self.module, arguments)
+        store = self.options.settings.store
+        found = CAPTURES.find(key, self.module, arguments, store)
         if found is not None:
             return found
         captured, capture = capture_functional(self.module, arguments, self.options.said, by_running=self._by_running)
@@ -188,7 +189,7 @@ class ModelCalls:
         assert isinstance(pins, Pins), pins
         inputs = captured.pick(captured.tensors(pins.tensors, arguments))
         known = Known(captured, capture, {i: inputs[i].clone() for i in captured.reads})
-        CAPTURES.keep(key, known)
+        CAPTURES.keep(key, known, self.module, store)
         return known, pins
 
     def _capture_number(self, arguments: Arguments) -> tuple[Frame, Sequence[Tensor], Sequence[Any]]:

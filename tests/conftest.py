@@ -28,6 +28,7 @@ SHARING = {*SPREAD, "tests/fuzz/test_fuzz.py"} - {"tests/test_examples.py"}
 def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(1 if hasattr(config, "workerinput") else 2)
     os.environ.setdefault("DICOMPILE_CHECK", "1")
+    os.environ["DICOMPILE_CACHE_DIR"] = "off"  # what tests compile is no business of the user's, and they share nothing
     # pytest listens to every logger that does not propagate; torch would make text of every graph for this one.
     logging.getLogger("torch.__trace").propagate = True
 

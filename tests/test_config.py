@@ -14,8 +14,24 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def test_an_empty_environment_means_no_debug_folder_and_every_pass() -> None:
-    assert Settings.from_environment({}) == Settings(None, frozenset())
-    assert Settings.from_environment({"DICOMPILE_DEBUG": "", "DICOMPILE_PASSES": ""}) == Settings()
+    home = Settings(cache=Path.home() / ".cache" / "dicompile")
+    assert Settings.from_environment({}) == home
+    assert Settings.from_environment({"DICOMPILE_DEBUG": "", "DICOMPILE_PASSES": "", "DICOMPILE_CACHE_DIR": ""}) == home
+
+
+def test_the_cache_folder_is_the_users_another_one_or_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("HOME", raising=False)
+    given = Settings.from_environment({"XDG_CACHE_HOME": "/caches", "DICOMPILE_CACHE_MIB": "3"})
+    assert (given.cache, given.cache_bytes) == (Path("/caches/dicompile"), 3 * 2**20)
+    assert Settings.from_environment({"DICOMPILE_CACHE_DIR": "/mine"}).cache == Path("/mine")
+    assert Settings.from_environment({"DICOMPILE_CACHE_DIR": "off"}).cache is None
+    with pytest.raises(InvalidSetting) as error:
+        Settings.from_environment({"DICOMPILE_CACHE_MIB": "2 GiB"})
+    assert str(error.value) == (
+        "DICOMPILE_CACHE_MIB cannot be '2 GiB'\n"
+        "  where: environment\n"
+        "  fix:   DICOMPILE_CACHE_MIB=2048 lets the cache folder hold 2 GiB"
+    )
 
 
 def test_passes_are_left_out_by_name() -> None:

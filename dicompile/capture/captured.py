@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import types
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from operator import itemgetter
@@ -14,7 +15,36 @@ from dicompile.capture.arguments import Arguments, TakenOut
 from dicompile.capture.guards import PLAIN, Guards, is_same_value, meta_of
 from dicompile.errors import CannotCapture
 
-Pack = Callable[[Sequence[Any], Sequence[Tensor]], Any]
+
+@dataclass(frozen=True)
+class Pack:
+    """How a module's result is made of the results of its graph.
+
+    Attributes:
+        places: for every leaf, whether it is one of the tensors that went in, and its number there or among the graph's
+            results; or None, and what it is.
+        spec: how the leaves are put together.
+        is_tuple: True for a tuple of the first results in order.
+    """
+
+    places: tuple[tuple[bool | None, Any], ...]
+    spec: pytree.TreeSpec
+    is_tuple: bool
+
+    def __call__(self, made: Sequence[Any], given: Sequence[Tensor]) -> Any:
+        """The result.
+
+        Args:
+            made: results of the graph.
+            given: all tensors, see `Captured.order`.
+        """
+        if self.is_tuple:
+            return tuple(made[: len(self.places)])
+        filled = [
+            value if is_given is None else (given[value] if is_given else made[value])
+            for is_given, value in self.places
+        ]
+        return pytree.tree_unflatten(filled, self.spec)
 
 
 @dataclass(frozen=True)
@@ -33,6 +63,7 @@ class Captured:
         taken_out: what the forward takes out of lists and dictionaries of its caller; every call has to repeat it.
         is_run: the module was run to capture it, since Dynamo could not take it whole.
         refused: what Dynamo said then, if it was asked.
+        codes: Python code that was traced, if it was.
     """
 
     graph: fx.GraphModule
@@ -45,6 +76,7 @@ class Captured:
     taken_out: tuple[TakenOut, ...] = ()
     is_run: bool = False
     refused: CannotCapture | None = None
+    codes: frozenset[types.CodeType] = frozenset()
 
     def tensors(self, own: Sequence[Tensor], arguments: Arguments) -> list[Tensor]:
         """All tensors of a call, as `order` counts them.
@@ -91,16 +123,8 @@ def packer(result: Any, results: Sequence[Tensor], tensors: Sequence[Tensor]) ->
     if None in places:
         return None
     known = [found for found in places if found is not None]
-    if result.__class__ is tuple and places == [(False, i) for i in range(len(result))]:
-        return lambda made, _: tuple(made[: len(places)])
-
-    def pack(made: Sequence[Any], given: Sequence[Tensor]) -> Any:
-        filled = [
-            value if is_given is None else (given[value] if is_given else made[value]) for is_given, value in known
-        ]
-        return pytree.tree_unflatten(filled, spec)
-
-    return pack
+    is_tuple = result.__class__ is tuple and known == [(False, i) for i in range(len(result))]
+    return Pack(tuple(known), spec, is_tuple)
 
 
 class Changes:

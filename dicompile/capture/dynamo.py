@@ -62,6 +62,7 @@ class Traced:
         changes: what may have been changed around the graph.
         taken_out: what the forward takes out of lists and dictionaries of its caller.
         writes: whether Python wrote to an object that was there before.
+        codes: Python code that was traced.
     """
 
     graph: fx.GraphModule
@@ -73,6 +74,7 @@ class Traced:
     changes: list[Changes]
     taken_out: tuple[TakenOut, ...]
     writes: bool
+    codes: frozenset[types.CodeType]
 
     def captured(self, module: nn.Module, arguments: Arguments) -> Captured:
         """The same as a capture.
@@ -109,6 +111,7 @@ class Traced:
             pack=pack,
             reads={},
             taken_out=self.taken_out,
+            codes=self.codes,
         )
 
 
@@ -146,7 +149,7 @@ def trace(module: nn.Module, arguments: Arguments, stand_in: nn.Module | None = 
     changes = [Changes(path, container) for path, container in read.containers.items()]
     inputs, result = made.run(results)
     taken_out = watched.taken_out(type(module).__name__)
-    return Traced(made.graph, guards, own, inputs, result, results, changes, taken_out, any(writes))
+    return Traced(made.graph, guards, own, inputs, result, results, changes, taken_out, any(writes), made.codes)
 
 
 def _traced(numbers: Sequence[str], at_the_end: Callable[[Any], None]) -> Callable[..., Any]:

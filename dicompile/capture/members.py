@@ -290,7 +290,8 @@ class _Inlined:
         inputs = self._sorted_inputs()
         module = fx.GraphModule(self.outer.graph, self._graph)
         guards, own = _joined([(self.outer.guards, self.outer.own), *self._parts])
-        return replace(self.outer, graph=module, guards=guards, own=own, inputs=inputs)
+        codes = self.outer.codes.union(*(kind.captured.codes for kind in self.blocks.kinds))
+        return replace(self.outer, graph=module, guards=guards, own=own, inputs=inputs, codes=codes)
 
     def _placeholder(self, node: fx.Node, value: Any) -> fx.Node:
         """The input for a value; `node` is like it."""

@@ -6,9 +6,12 @@ module of the class; parameters are inputs.
 
 from __future__ import annotations
 
+import contextlib
+import itertools
+import logging
 import sys
 import types
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,8 +22,12 @@ from dicompile.capture.arguments import Arguments
 from dicompile.capture.captured import Captured
 from dicompile.capture.guards import PLAIN, By, Fact, Guards, Path, Pins
 from dicompile.capture.normalise import Capture
+from dicompile.capture.stored import from_bytes, stored_under, to_bytes
 from dicompile.latest import Latest
 from dicompile.ops.registry import registered
+from dicompile.store import Store, Unwritable
+
+log = logging.getLogger("dicompile")
 
 MOST_CAPTURES = 8
 """Captures that are kept for models to come."""
@@ -56,19 +63,57 @@ class Captures:
         self._most = most
         self._known: Latest[tuple[Known, ...]] = Latest(most)
 
-    def find(self, key: Hashable, module: nn.Module, arguments: Arguments) -> tuple[Known, Pins] | None:
-        """A capture that holds for a module and the arguments of a call, and what its guards found."""
+    def find(
+        self, key: tuple[object, ...], module: nn.Module, arguments: Arguments, store: Store
+    ) -> tuple[Known, Pins] | None:
+        """A capture that holds for a module and the arguments of a call, and what its guards found.
+
+        Args:
+            key: what it has to be a capture of.
+            module: the module.
+            arguments: of the call.
+            store: captures of other processes.
+        """
         for known in self._known.get((key, registered())) or ():
             captured, pins = known.captured, known.captured.guards.pin(module)
             if isinstance(pins, Pins) and known.was_read(captured.pick(captured.tensors(pins.tensors, arguments))):
                 return known, pins
+        return self._load(key, module, store)
+
+    def _load(self, key: tuple[object, ...], module: nn.Module, store: Store) -> tuple[Known, Pins] | None:
+        if not store.is_open:
+            return None
+        with contextlib.suppress(Unwritable):
+            for content in itertools.islice(store.get("capture", stored_under(key)), self._most):
+                found = from_bytes(content, module)
+                if found is not None:
+                    known, pins = Known(*found, {}), found[0].guards.pin(module)
+                    assert isinstance(pins, Pins), pins
+                    self._put(key, known)
+                    return known, pins
         return None
 
-    def keep(self, key: Hashable, known: Known) -> None:
-        """Keep a capture, if it holds nothing of the module that it was made of."""
-        if is_portable(known.captured.guards) and _is_plain(key):
-            full = key, registered()
-            self._known.put(full, (known, *(self._known.get(full) or ()))[: self._most])
+    def keep(self, key: tuple[object, ...], known: Known, module: nn.Module, store: Store) -> None:
+        """Keep a capture, if it holds nothing of the module that it was made of.
+
+        Args:
+            key: what it is a capture of.
+            known: the capture.
+            module: what was captured.
+            store: where it goes for other processes, if it means the same there.
+        """
+        if not (is_portable(known.captured.guards) and _is_plain(key)):
+            return
+        self._put(key, known)
+        if store.is_open:
+            try:
+                store.put("capture", stored_under(key), to_bytes(module, known.captured, known.capture))
+            except Unwritable as reason:
+                log.info("%s is captured anew in every process: it has %s", type(module).__name__, reason)
+
+    def _put(self, key: tuple[object, ...], known: Known) -> None:
+        full = key, registered()
+        self._known.put(full, (known, *(self._known.get(full) or ()))[: self._most])
 
     def clear(self) -> None:
         """Forget all of them."""

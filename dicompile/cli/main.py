@@ -11,6 +11,7 @@ from typing import Annotated
 
 import typer
 
+from dicompile.cli.cache import cache_app
 from dicompile.cli.fit_forecast import fit_forecast_command
 from dicompile.cli.inspect import inspect
 from dicompile.cli.router import router_app
@@ -67,3 +68,4 @@ app.command("fit-forecast")(fit_forecast_command)
 app.command("train-router")(train_router_command)
 app.command("train-predictor")(train_predictor_command)
 app.add_typer(router_app, name="router")
+app.add_typer(cache_app, name="cache")

@@ -1,12 +1,8 @@
-"""One segment -> one callable, by Inductor or as it is.
-
-Inductor keeps what it made in its own on-disk caches (FX graph cache), so a second process starts warm.
-"""
+"""One segment -> one callable, by Inductor or as it is."""
 
 from __future__ import annotations
 
 import contextlib
-import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +14,7 @@ from torch._inductor.compile_fx import compile_fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dicompile.errors import InvalidSetting
+from dicompile.lower.artifact import Compiled, PassOn, compiled_code, nothing
 from dicompile.lower.sizes import Sizes
 from dicompile.passes import Segment, Value
 
@@ -26,7 +23,6 @@ MODES = ("default", "max-autotune", "max-autotune-no-cudagraphs")
 """Sets of options of Inductor, under torch's names for them, that can be had."""
 _GRAPHS = "triton.cudagraphs"
 _OVERWRITES = "CUDA graphs overwrite what an earlier step stored"
-Compiled = Callable[..., Sequence[Any]]
 
 
 @dataclass(frozen=True)
@@ -125,7 +121,7 @@ def compile_segment(segment: Segment, backend: Backend) -> Compiled:
         backend: what compiles it.
     """
     if not segment.results:
-        return _nothing
+        return nothing
     if backend.is_eager:
         # Not by nn.Module.__call__, which tracing in another thread replaces for a while.
         function: Compiled = segment.graph_module.forward
@@ -133,7 +129,7 @@ def compile_segment(segment: Segment, backend: Backend) -> Compiled:
     placeholders: list[fx.Node] = segment.graph.find_nodes(op="placeholder")
     places = [placeholders.index(node) if node.op == "placeholder" else None for node in segment.results]
     if None not in places:
-        return functools.partial(_pass_on, _nothing, tuple(places))
+        return PassOn(nothing, tuple(places))
     graph_module, copies = segment.graph_module, {node: node for node in placeholders}
     if any(place is not None for place in places):
         made, copies = fx.Graph(), {}
@@ -144,25 +140,16 @@ def compile_segment(segment: Segment, backend: Backend) -> Compiled:
     own = {copies[node] for node, item in given if isinstance(item, Value) and item.index in segment.owned}
     with backend.in_effect():
         function = SIZES.code(graph_module, segment.fake_mode, settings_of_inductor(), _compiled, own)
-    return function if graph_module is segment.graph_module else functools.partial(_pass_on, function, tuple(places))
+    return function if graph_module is segment.graph_module else PassOn(function, tuple(places))
 
 
 def _compiled(graph_module: fx.GraphModule, arguments: Sequence[Any], mode: FakeTensorMode) -> Compiled:
     context = torch._guards.TracingContext(mode)
     with torch.no_grad(), torch._C._DisableAutocast(), torch._guards.tracing(context):
-        compiled: Compiled = standalone_compile(graph_module, list(arguments), dynamic_shapes="from_tracing_context")
-    return compiled
+        return compiled_code(
+            lambda: standalone_compile(graph_module, list(arguments), dynamic_shapes="from_tracing_context")
+        )
 
 
 SIZES = Sizes()
 """Compiled code of all models of the process, whatever their sizes."""
-
-
-def _pass_on(function: Compiled, places: Sequence[int | None], *arguments: Any) -> list[Any]:
-    """Results of a function, and between them arguments that leave as they came: a reused stream is not copied."""
-    computed = iter(function(*arguments))
-    return [next(computed) if place is None else arguments[place] for place in places]
-
-
-def _nothing(*_: Any) -> tuple[()]:
-    return ()

@@ -30,6 +30,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
 from dicompile.latest import Latest
+from dicompile.lower.artifact import Bound
 from dicompile.nodes import results_of
 from dicompile.text import layout_text
 
@@ -239,8 +240,7 @@ class _Symbolic:
             # A guard on token counts, which are symbols at any size, says nothing about sizes.
             if guard.expr.free_symbols <= known.keys() and not bool(guard.expr.xreplace(known)):
                 return None
-        code = self.code
-        return lambda *arguments: code(*arguments, *values)
+        return Bound(self.code, values)
 
 
 @dataclass

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import logging
 import operator
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -11,10 +14,15 @@ from torch import fx
 
 from dicompile.config import DebugFolder, Settings
 from dicompile.latest import Latest
-from dicompile.lower.inductor import Backend, Compiled, compile_segment
+from dicompile.lower.artifact import Compiled
+from dicompile.lower.inductor import Backend, compile_segment
+from dicompile.lower.stored import Stored, check_can_be_stored
 from dicompile.ops.registry import registered
 from dicompile.passes import PASSES, InputRef, LocalStep, OutputRef, PassRun, Segment, rewrite
 from dicompile.plan import SlotKind, What
+from dicompile.store import Unwritable, key_of
+
+log = logging.getLogger("dicompile")
 
 
 @dataclass(frozen=True)
@@ -27,8 +35,7 @@ class Variant:
         inputs: what each argument is.
         outputs: what each result is.
         memory: whose memory each result may lie in: number of an argument, or name of the node that made it.
-        segment: the rewritten segment.
-        runs: what the passes did.
+        rewrite: rewrites the segment; what another process compiled needs it only for whoever looks at it.
     """
 
     name: str
@@ -36,8 +43,17 @@ class Variant:
     inputs: tuple[InputRef, ...]
     outputs: tuple[OutputRef, ...]
     memory: tuple[int | str, ...]
-    segment: Segment = field(repr=False)
-    runs: tuple[PassRun, ...] = field(repr=False)
+    rewrite: Callable[[], tuple[Segment, tuple[PassRun, ...]]] = field(repr=False)
+
+    @property
+    def segment(self) -> Segment:
+        """The rewritten segment."""
+        return self.rewrite()[0]
+
+    @property
+    def runs(self) -> tuple[PassRun, ...]:
+        """What the passes did."""
+        return self.rewrite()[1]
 
 
 class VariantCache:
@@ -83,14 +99,43 @@ class VariantCache:
         if self.debug.is_open:
             return self._make(name, segment, steps, live)
         how = self.settings.disabled_passes, registered(), self.backend.settings()
-        return VARIANTS.get((key, how)) or VARIANTS.put((key, how), self._make(name, segment, steps, live))
+        known = VARIANTS.get((key, how))
+        if known is None:
+            known = self._stored(_stored_under(key, how, segment), name, segment, steps, live)
+        return VARIANTS.put((key, how), known)
+
+    def _stored(
+        self, key: str | None, name: str, segment: Segment, steps: tuple[LocalStep, ...], live: frozenset[int]
+    ) -> Variant:
+        """The variant that another process left, or one that is made and left for others; `key` is None for neither."""
+        store = self.settings.store
+        if key is None or self.backend.is_eager or not store.is_open:
+            return self._make(name, segment, steps, live)
+        for content in store.get("code", key):
+            try:
+                stored = Stored.of(content)
+            except Exception as error:  # whatever torch says about bytes that it wrote itself
+                log.warning("compiled code of another process cannot be used: %r", error)
+                continue
+            rewritten = functools.cache(lambda: self._rewrite(name, segment, steps, live))
+            return Variant(name, stored.function, stored.inputs, stored.outputs, stored.memory, rewritten)
+        made = self._make(name, segment, steps, live)
+        with contextlib.suppress(Unwritable):
+            store.put("code", key, Stored(made.function, made.inputs, made.outputs, made.memory).to_bytes())
+        return made
 
     def _make(self, name: str, segment: Segment, steps: tuple[LocalStep, ...], live: frozenset[int]) -> Variant:
-        rewritten, runs = rewrite(segment, steps, live, PASSES, settings=self.settings, debug=self.debug, name=name)
+        made = self._rewrite(name, segment, steps, live)
+        rewritten, _ = made
         self.debug.write(f"{name}-variant", rewritten)
         function = compile_segment(rewritten, self.backend)
         memory = tuple(_memory_of(rewritten.graph, node) for node in rewritten.results)
-        return Variant(name, function, tuple(rewritten.inputs), tuple(rewritten.outputs), memory, rewritten, runs)
+        return Variant(name, function, tuple(rewritten.inputs), tuple(rewritten.outputs), memory, lambda: made)
+
+    def _rewrite(
+        self, name: str, segment: Segment, steps: tuple[LocalStep, ...], live: frozenset[int]
+    ) -> tuple[Segment, tuple[PassRun, ...]]:
+        return rewrite(segment, steps, live, PASSES, settings=self.settings, debug=self.debug, name=name)
 
     @property
     def variants(self) -> tuple[Variant, ...]:
@@ -101,6 +146,15 @@ class VariantCache:
 MOST_VARIANTS = 1024
 VARIANTS: Latest[Variant] = Latest(MOST_VARIANTS)
 """Variants of all models of the process."""
+
+
+def _stored_under(key: Hashable, how: Hashable, segment: Segment) -> str | None:
+    """Under which key other processes find a variant; None where it means something in this one only."""
+    try:
+        check_can_be_stored(segment)
+        return key_of(key, how)
+    except Unwritable:
+        return None
 
 
 def _covers(other: LocalStep, step: LocalStep) -> bool:

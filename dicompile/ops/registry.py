@@ -6,6 +6,7 @@ reused whole or not at all, and is named wherever the model is described.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -101,6 +102,12 @@ def is_unknown(node: fx.Node) -> bool:
     """True for an operator of another library of which nobody said what it does."""
     target = node.target
     return isinstance(target, OpOverload) and target.namespace not in _OWN and target not in REGISTERED
+
+
+def is_of_torch(target: object) -> bool:
+    """True for an operator of torch's own, and for arithmetic: what they mean is decided by torch's version."""
+    is_arithmetic = target in (operator.getitem, operator.add, operator.mul)
+    return is_arithmetic or (isinstance(target, OpOverload) and target.namespace == "aten")
 
 
 def _overloads(operator: Any) -> Sequence[OpOverload]:

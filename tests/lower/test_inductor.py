@@ -50,20 +50,26 @@ class Ran:
 
 @pytest.fixture(scope="module")
 def processes(tmp_path_factory: pytest.TempPathFactory) -> tuple[Ran, Ran]:
-    """The same model compiled by two processes, one after the other, with one cache folder that was empty."""
-    folder = tmp_path_factory.mktemp("inductor")
+    """The same model compiled by two processes, one after the other, with one cache folder that was empty.
+
+    Inductor's own folder is empty for both of them.
+    """
+    folder = tmp_path_factory.mktemp("processes")
     cold, warm = (run_process(folder, name) for name in ("cold", "warm"))
     return cold, warm
 
 
 def run_process(folder: Path, name: str) -> Ran:
-    environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(folder / "cache"), "PYTHONPATH": str(ROOT)}
+    environment = {
+        **os.environ, "PYTHONPATH": str(ROOT), "DICOMPILE_CACHE_DIR": str(folder / "kept"),
+        "TORCHINDUCTOR_CACHE_DIR": str(folder / f"inductor-{name}"),
+    }  # fmt: skip
     done = subprocess.run(
-        [sys.executable, "-m", "tests.lower.inductor_process", str(folder / name)],
+        [sys.executable, "-m", "tests.lower.inductor_process", str(folder / f"{name}.pt")],
         cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=600,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    saved = torch.load(folder / name, weights_only=True)
+    saved = torch.load(folder / f"{name}.pt", weights_only=True)
     return Ran(json.loads(done.stdout.splitlines()[-1]), saved["outputs"], saved["chosen"])
 
 
@@ -71,12 +77,16 @@ def test_the_first_process_compiles_every_variant_once(processes: tuple[Ran, Ran
     cold, _ = processes
     assert cold.counters["fxgraph_cache_miss"] == cold.counters["variants"] > LAYERS
     assert cold.counters["fxgraph_cache_bypass"] == 0
+    assert cold.counters["captures"] == 1
+    assert cold.counters["rewrites"] == cold.counters["variants"]
+    assert cold.counters["libraries"] >= cold.counters["variants"]
 
 
-def test_the_second_process_compiles_nothing(processes: tuple[Ran, Ran]) -> None:
+def test_the_second_process_captures_rewrites_and_compiles_nothing(processes: tuple[Ran, Ran]) -> None:
     cold, warm = processes
-    assert warm.counters["fxgraph_cache_miss"] == 0
-    assert warm.counters["fxgraph_cache_hit"] == cold.counters["fxgraph_cache_miss"]
+    for made in ("captures", "rewrites", "libraries", "fxgraph_cache_miss"):
+        assert warm.counters[made] == 0, made
+    assert warm.counters["fxgraph_cache_hit"] == warm.counters["variants"] == cold.counters["variants"]
 
 
 def test_a_warm_start_gives_the_same_bits(processes: tuple[Ran, Ran]) -> None:
