@@ -170,7 +170,7 @@ def _tables(capture: Capture, pieces: Pieces) -> Tables | None:
 def reset() -> None:
     """Forget everything that models share in this process: captures, and compiled code that no model uses.
 
-    Models that are optimized already keep theirs.
+    The cache folder is left as it is (`dicompile cache clear`). Models that are optimized already keep theirs.
     """
     with ONE_AT_A_TIME:
         CAPTURES.clear()

@@ -17,7 +17,6 @@ import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from unittest import mock
 
 from torch._logging import trace_structured  # type: ignore[attr-defined]
 
@@ -84,8 +83,15 @@ class Settings:
 @contextlib.contextmanager
 def in_environment(name: str, value: str) -> Iterator[None]:
     """While open, a variable has another value: some libraries can be told in no other way."""
-    with mock.patch.dict(os.environ, {name: value}):
+    before = os.environ.get(name)
+    os.environ[name] = value
+    try:
         yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
 
 
 def _cache_folder(environment: Mapping[str, str]) -> Path | None:

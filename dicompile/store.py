@@ -13,9 +13,11 @@ import dataclasses
 import enum
 import functools
 import hashlib
+import importlib.metadata
 import json
 import logging
 import os
+import platform
 import stat
 import sys
 import tempfile
@@ -100,7 +102,7 @@ class Store:
         digest = _HASH(content).hexdigest()
         path = folder / f"{kind}-{key}-{digest[:16]}{_SUFFIX}"
         try:
-            with _atomically(path) as file:
+            with written_whole(path) as file:
                 file.write(_BEGINS + digest.encode() + b"\n" + content)
             self._shrink()
         except OSError as error:
@@ -185,7 +187,7 @@ def _not_ours(about: os.stat_result) -> str | None:
 
 
 @contextlib.contextmanager
-def _atomically(path: Path) -> Iterator[Any]:
+def written_whole(path: Path) -> Iterator[Any]:
     """A file that is there whole, or not at all."""
     handle, name = tempfile.mkstemp(
         dir=path.parent, prefix=".new-", suffix=_SUFFIX
@@ -224,14 +226,36 @@ def version() -> str:
     digest = _HASH()
     for path in sources:
         digest.update(f"{path.name} {path.stat().st_size}\n".encode() + path.read_bytes())
-    triton = sys.modules.get("triton")
-    devices = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
     about = (
-        sys.version, torch.__version__, torch.version.git_version, getattr(triton, "__version__", None),
-        torch.backends.cpu.get_cpu_capability(), sorted({(found.name, found.major, found.minor) for found in devices}),
-        torch.version.cuda, torch.version.hip, digest.hexdigest(),
+        sys.version, torch.__version__, torch.version.git_version, torch.version.cuda, torch.version.hip,
+        _version_of("triton"), str(torch.accelerator.current_accelerator()),
+        torch.backends.cpu.get_cpu_capability(), _processor(), digest.hexdigest(),
     )  # fmt: skip
     return f"torch{torch.__version__}-{_HASH(repr(about).encode()).hexdigest()[:16]}"
+
+
+def _version_of(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _processor() -> str:
+    """What the processor can do: C++ is compiled for this very kind of it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line for line in lines if line.startswith(("flags", "Features"))), platform.processor())
+
+
+def device_text(device: torch.device) -> str:
+    """A device, and what kind of accelerator it is: code for one kind does not run on another."""
+    if device.type in ("cpu", "meta"):
+        return str(device)
+    about = torch.get_device_module(device).get_device_properties(device)
+    return f"{device} {about.name} {getattr(about, 'major', '')}.{getattr(about, 'minor', '')}"
 
 
 def key_of(*parts: object) -> str:

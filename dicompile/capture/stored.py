@@ -29,7 +29,7 @@ from dicompile.capture.plain import from_plain, graph_from_plain, graph_to_plain
 from dicompile.capture.roles import Input, Role
 from dicompile.capture.sources import Sources
 from dicompile.ops.registry import is_of_torch, registered
-from dicompile.store import Unwritable, key_of, packed, spelled, unpacked
+from dicompile.store import Unwritable, device_text, key_of, packed, spelled, unpacked
 
 _TENSORS = (Tensor, nn.Parameter)
 
@@ -45,10 +45,12 @@ def stored_under(key: tuple[object, ...]) -> str:
     """
     _check(not registered(), "what was said of operators")
     _check(not torch._C._len_torch_function_stack(), "a torch function mode")
+    _check(not (torch.distributed.is_available() and torch.distributed.is_initialized()), "ranks")
     parts = list(_parts(key))
     _check(all(part.kind in _TENSORS for part in parts if isinstance(part, Like)), "a tensor of a class of its own")
     _check(not any(isinstance(part, str) and "TreeSpec(" in part for part in parts), "an object among the arguments")
-    return key_of(key, tracer_settings())
+    devices = {part.device for part in parts if isinstance(part, Like)}
+    return key_of(key, tracer_settings(), frozenset(map(device_text, devices)))
 
 
 def _parts(key: object) -> Any:
@@ -128,7 +130,7 @@ def from_bytes(content: bytes, module: nn.Module) -> tuple[Captured, Capture] | 
             reads={},
             taken_out=tuple(TakenOut(from_plain(path), from_plain(kept)) for path, kept in head["taken"]),
         )
-    except (_Differs, Unwritable, KeyError, IndexError, AttributeError, TypeError, ValueError):
+    except (_Differs, Unwritable, LookupError, AttributeError, TypeError, ValueError, RuntimeError):
         return None
     return captured, capture
 
@@ -223,7 +225,7 @@ def _pack_to(pack: Pack, sources: Sources) -> list[Any]:
     places = [[is_given, to_plain(value)] for is_given, value in pack.places]
     try:
         text = pytree.treespec_dumps(pack.spec)
-    except NotImplementedError as error:
+    except (NotImplementedError, TypeError) as error:
         raise Unwritable(str(error)) from error
     return [places, text, pack.is_tuple, _kinds_in(pack.spec, sources)]
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import functools
+import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -25,7 +26,7 @@ from torch._inductor.runtime.cache_dir_utils import cache_dir
 from torch._inductor.standalone_compile import CacheCompiledArtifact
 
 from dicompile.config import in_environment
-from dicompile.store import Unwritable, packed, unpacked
+from dicompile.store import Unwritable, packed, unpacked, written_whole
 
 _FOLDER = "TORCHINDUCTOR_CACHE_DIR"
 Compiled = Callable[..., Sequence[Any]]
@@ -155,7 +156,8 @@ def code_of(content: bytes) -> Compiled:
         path = own_folder() / name
         if name and not path.exists():
             path.parent.mkdir(exist_ok=True)
-            path.write_bytes(part)
+            with written_whole(path) as file:
+                file.write(part)
     with _in_own_folder():
         torch.compiler.load_cache_artifacts(parts[""])
         function: Compiled = Code(CacheCompiledArtifact._load_impl(contextlib.nullcontext(), head["key"]))
@@ -164,19 +166,32 @@ def code_of(content: bytes) -> Compiled:
     return function if places is None else PassOn(function, places)
 
 
-@functools.cache
 def own_folder() -> Path:
     """A folder that this process alone has."""
+    return _folder_of(os.getpid())
+
+
+@functools.cache
+def _folder_of(process: int) -> Path:
     folder = tempfile.mkdtemp(prefix="dicompile-")  # readable and writable by us alone
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    atexit.register(_remove, folder, process)
     return Path(folder)
+
+
+def _remove(folder: str, process: int) -> None:
+    if os.getpid() == process:  # and not a fork of it
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextlib.contextmanager
 def _in_own_folder() -> Iterator[None]:
-    """While open, Inductor looks for what it made in our folder, and does not try out what the compiler can do."""
+    """While open, Inductor looks for what it made in our folder, and leaves the C++ compiler alone."""
     was_asked = valid_vec_isa_list.cache_info().currsize > 0
-    with in_environment(_FOLDER, str(own_folder())), torch._inductor.config.patch({"cpp.vec_isa_ok": True}):
+    with (
+        in_environment(_FOLDER, str(own_folder())),
+        torch._inductor.config.patch({"cpp.vec_isa_ok": True}),
+        mock.patch.object(CppPythonBindingsCodeCache, "_get_uncompiled_header", lambda _: None),
+    ):
         yield
     if not was_asked:  # who compiles anew asks the compiler
         valid_vec_isa_list.cache_clear()

@@ -10,7 +10,8 @@ from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from torch import fx
+from torch import Tensor, fx
+from torch.utils._pytree import tree_leaves
 
 from dicompile.config import DebugFolder, Settings
 from dicompile.latest import Latest
@@ -20,7 +21,7 @@ from dicompile.lower.stored import Stored, check_can_be_stored
 from dicompile.ops.registry import registered
 from dicompile.passes import PASSES, InputRef, LocalStep, OutputRef, PassRun, Segment, rewrite
 from dicompile.plan import SlotKind, What
-from dicompile.store import Unwritable, key_of
+from dicompile.store import Unwritable, device_text, key_of
 
 log = logging.getLogger("dicompile")
 
@@ -152,7 +153,9 @@ def _stored_under(key: Hashable, how: Hashable, segment: Segment) -> str | None:
     """Under which key other processes find a variant; None where it means something in this one only."""
     try:
         check_can_be_stored(segment)
-        return key_of(key, how)
+        devices = {item.device for node in segment.graph.nodes for item in tree_leaves(node.meta.get("val"))
+                   if isinstance(item, Tensor)}  # fmt: skip
+        return key_of(key, how, frozenset(map(device_text, devices)))
     except Unwritable:
         return None
 

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-
 from torch._inductor.cpp_builder import CppBuilder
 
 import dicompile

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 import dicompile
 from dicompile.config import DebugFolder, Settings
 from dicompile.lower import Backend, Variant, VariantCache
+from dicompile.lower.artifact import nothing
+from dicompile.lower.stored import check_can_be_stored
 from dicompile.ops.registry import REGISTERED, Registered
-from dicompile.passes import LocalStep, SlotRef, Value
+from dicompile.passes import LocalStep, Segment, SlotRef, Value
 from dicompile.plan import Score, ScoreBase, SlotKind
+from dicompile.store import Unwritable
 from tests.passes.segments import FULL, REUSE, mlp_block
 
 REFRESH = LocalStep((1.0, 1.0), refresh=Score(ScoreBase.RANDOM))
@@ -80,3 +85,63 @@ def test_a_segment_of_which_nothing_is_needed_computes_nothing(cache: VariantCac
     variant = cache.get("key", "block0", mlp_block().segment, (FULL,), frozenset())
     assert (variant.inputs, variant.outputs) == ((), ())
     assert variant.function() == ()
+
+
+@pytest.fixture
+def compiled(monkeypatch: pytest.MonkeyPatch) -> list[Segment]:
+    """The segments that are compiled."""
+    done: list[Segment] = []
+
+    def compile_(segment: Segment, _: Backend) -> Any:
+        done.append(segment)
+        return nothing
+
+    monkeypatch.setattr("dicompile.lower.variants.compile_segment", compile_)
+    return done
+
+
+def get_in_another_process(folder: Path, step: LocalStep = FULL, key: object = "key", **options: Any) -> Variant:
+    dicompile.reset()
+    cache = VariantCache(Backend(**options), Settings(cache=folder), DebugFolder(None))
+    return cache.get(key, "block0", mlp_block().segment, (step,), LIVE)
+
+
+def test_another_process_finds_what_one_compiled(tmp_path: Path, compiled: list[Segment]) -> None:
+    steps = (FULL, REUSE, REFRESH)
+    first = [get_in_another_process(tmp_path, step) for step in steps]
+    second = [get_in_another_process(tmp_path, step) for step in steps]
+    assert len(compiled) == 3
+    for one, other in zip(first, second, strict=True):
+        assert (one.name, one.inputs, one.outputs, one.memory) == (
+            other.name,
+            other.inputs,
+            other.outputs,
+            other.memory,
+        )
+        assert str(one.segment) == str(other.segment)
+        assert len(one.runs) == len(other.runs)
+    get_in_another_process(tmp_path, options=(("max_autotune", True),))
+    get_in_another_process(tmp_path, key="other")
+    assert len(compiled) == 5
+    get_in_another_process(tmp_path, key=object())
+    get_in_another_process(tmp_path, key=object())
+    assert len(compiled) == 7, "a key that means something in this process only"
+
+
+def test_code_that_cannot_be_loaded_is_made_anew(
+    tmp_path: Path, compiled: list[Segment], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    get_in_another_process(tmp_path)
+    monkeypatch.setattr("dicompile.lower.stored.code_of", lambda _: (_ for _ in ()).throw(OSError("no such symbol")))
+    variant = get_in_another_process(tmp_path)
+    assert len(compiled) == 2
+    assert variant.function is nothing
+    assert "compiled code of another process cannot be used: OSError('no such symbol')" in caplog.text
+
+
+def test_operators_of_others_stay_in_their_process() -> None:
+    segment = mlp_block().segment
+    check_can_be_stored(segment)
+    next(node for node in segment.graph.nodes if node.op == "call_function").target = torch.ops.prims.exp.default
+    with pytest.raises(Unwritable, match="prims"):
+        check_can_be_stored(segment)
