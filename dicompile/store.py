@@ -50,7 +50,7 @@ class Entry:
     Attributes:
         path: where it lies.
         size: bytes.
-        used: when it was last written or read, seconds since the epoch.
+        used: when it was written, or last of use; seconds since the epoch.
     """
 
     path: Path
@@ -61,6 +61,24 @@ class Entry:
     def kind(self) -> str:
         """What it is an entry of, "capture" or "code"."""
         return self.path.name.partition("-")[0]
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What was kept under a key.
+
+    Attributes:
+        content: as it was handed in.
+        path: of its file.
+    """
+
+    content: bytes
+    path: Path
+
+    def used(self) -> None:
+        """Note that it was of use: what was not for longest goes first, and is looked at last."""
+        with contextlib.suppress(OSError):
+            os.utime(self.path)
 
 
 class Store:
@@ -85,14 +103,14 @@ class Store:
         """True if something may be found or kept."""
         return self.folder is not None
 
-    def get(self, kind: str, key: str) -> Iterator[bytes]:
-        """What was kept under a key, latest first; files that are damaged or not ours are left out."""
+    def get(self, kind: str, key: str) -> Iterator[Kept]:
+        """What was kept under a key, what was of use last first; files that are damaged or not ours are left out."""
         folder = self._checked()
         found = [] if folder is None else sorted(folder.glob(f"{kind}-{key}-*{_SUFFIX}"), key=_last_used, reverse=True)
         for path in found:
             content = self._read(path)
             if content is not None:
-                yield content
+                yield Kept(content, path)
 
     def put(self, kind: str, key: str, content: bytes) -> None:
         """Keep something under a key, besides what is kept there already."""
@@ -158,8 +176,6 @@ class Store:
                 wrong = "is damaged"
                 _removed(path)
             if wrong is None:
-                with contextlib.suppress(OSError):
-                    os.utime(path)
                 return rest
             log.warning("%s %s, so it is not used", path, wrong)
         except FileNotFoundError:

@@ -26,7 +26,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def found(store: Store, key: str = "key") -> list[bytes]:
-    return list(store.get("code", key))
+    return [kept.content for kept in store.get("code", key)]
 
 
 def test_what_one_process_keeps_another_one_finds(folder: Path) -> None:
@@ -99,7 +99,8 @@ def test_those_that_were_not_used_for_longest_go(folder: Path) -> None:
         store.put("code", key, b"x" * 700)
         (file,) = folder.rglob(f"code-{key}-*")
         os.utime(file, (1000 + age, 1000 + age))
-    assert found(store, "third")  # which makes it the one that was used last
+    next(store.get("code", "third")).used()
+    assert found(store, "second"), "which was of no use"
     store.put("code", "new", b"x" * 700)
     kept = {key for key in ("first", "second", "third", "new") if found(store, key)}
     assert kept == {"first", "third", "new"}

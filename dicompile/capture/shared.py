@@ -84,9 +84,10 @@ class Captures:
         if not store.is_open:
             return None
         with contextlib.suppress(Unwritable):
-            for content in itertools.islice(store.get("capture", stored_under(key)), self._most):
-                found = from_bytes(content, module)
+            for kept in itertools.islice(store.get("capture", stored_under(key)), self._most):
+                found = from_bytes(kept.content, module)
                 if found is not None:
+                    kept.used()
                     known, pins = Known(*found, {}), found[0].guards.pin(module)
                     assert isinstance(pins, Pins), pins
                     self._put(key, known)

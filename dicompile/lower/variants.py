@@ -112,12 +112,13 @@ class VariantCache:
         store = self.settings.store
         if key is None or self.backend.is_eager or not store.is_open:
             return self._make(name, segment, steps, live)
-        for content in store.get("code", key):
+        for kept in store.get("code", key):
             try:
-                stored = Stored.of(content)
+                stored = Stored.of(kept.content)
             except Exception as error:  # whatever torch says about bytes that it wrote itself
                 log.warning("compiled code of another process cannot be used: %r", error)
                 continue
+            kept.used()
             rewritten = functools.cache(lambda: self._rewrite(name, segment, steps, live))
             return Variant(name, stored.function, stored.inputs, stored.outputs, stored.memory, rewritten)
         made = self._make(name, segment, steps, live)
