@@ -178,7 +178,8 @@ def table(name: str, found: list[Contestant]) -> Table:
 def compile_times(name: str, policy: str, blocks: int) -> tuple[float, float]:
     """Seconds from `optimize` to the end of the first run: with empty caches, and in a second process."""
     with tempfile.TemporaryDirectory() as cache:
-        environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": cache}
+        folders = {"TORCHINDUCTOR_CACHE_DIR": f"{cache}/inductor", "DICOMPILE_CACHE_DIR": f"{cache}/dicompile"}
+        environment = {**os.environ, **folders}
         command = [sys.executable, __file__, "--compile-only", name, policy, "--blocks", str(blocks)]
         outputs = [
             subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout

@@ -102,16 +102,19 @@ class VariantCache:
         how = self.settings.disabled_passes, registered(), self.backend.settings()
         known = VARIANTS.get((key, how))
         if known is None:
-            known = self._stored(_stored_under(key, how, segment), name, segment, steps, live)
+            is_kept = self.settings.store.is_open and not self.backend.is_eager
+            place = _stored_under(key, how, segment) if is_kept else None
+            if place is None:
+                known = self._make(name, segment, steps, live)
+            else:
+                known = self._stored(place, name, segment, steps, live)
         return VARIANTS.put((key, how), known)
 
     def _stored(
-        self, key: str | None, name: str, segment: Segment, steps: tuple[LocalStep, ...], live: frozenset[int]
+        self, key: str, name: str, segment: Segment, steps: tuple[LocalStep, ...], live: frozenset[int]
     ) -> Variant:
-        """The variant that another process left, or one that is made and left for others; `key` is None for neither."""
+        """The variant that another process left, or one that is made and left for others."""
         store = self.settings.store
-        if key is None or self.backend.is_eager or not store.is_open:
-            return self._make(name, segment, steps, live)
         for kept in store.get("code", key):
             try:
                 stored = Stored.of(kept.content)
@@ -122,7 +125,7 @@ class VariantCache:
             rewritten = functools.cache(lambda: self._rewrite(name, segment, steps, live))
             return Variant(name, stored.function, stored.inputs, stored.outputs, stored.memory, rewritten)
         made = self._make(name, segment, steps, live)
-        with contextlib.suppress(Unwritable):
+        with contextlib.suppress(Unwritable, OSError):  # somebody may have emptied Inductor's folder
             store.put("code", key, Stored(made.function, made.inputs, made.outputs, made.memory).to_bytes())
         return made
 

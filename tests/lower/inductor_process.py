@@ -35,7 +35,6 @@ def main(output: Path) -> None:
     dicompile.model.capture_functional = counted(made, "captures", capture_functional)  # type: ignore[attr-defined]
     dicompile.lower.variants.rewrite = counted(made, "rewrites", rewrite)  # type: ignore[attr-defined]
     CppBuilder.build = counted(made, "libraries", CppBuilder.build)  # type: ignore[method-assign]
-    torch._inductor.config.compile_threads = 1  # libraries are compiled in this process, and counted
     torch.manual_seed(0)
     torch.set_num_threads(1)
     sample = plain_dit(LAYERS)
