@@ -22,12 +22,12 @@ from torch.utils import _pytree as pytree
 
 from dicompile.capture.arguments import Like, TakenOut
 from dicompile.capture.captured import Captured, Pack
-from dicompile.capture.compat import tracer_settings
 from dicompile.capture.guards import By, Fact, Guards, Path, Walk, keys_of, meta_of
 from dicompile.capture.normalise import Capture
 from dicompile.capture.plain import from_plain, graph_from_plain, graph_to_plain, to_plain
 from dicompile.capture.roles import Input, Role
 from dicompile.capture.sources import Sources
+from dicompile.compat import tracer_settings
 from dicompile.ops.registry import is_of_torch, registered
 from dicompile.store import Unwritable, device_text, key_of, packed, spelled, unpacked
 
