@@ -13,7 +13,7 @@ from torch import nn
 
 from dicompile.analysis import ModelStructure
 from dicompile.capture import Said, check_names
-from dicompile.compiler import CompiledFrame, Options
+from dicompile.compiler import CompiledFrame, Options, compile_ahead
 from dicompile.errors import AlreadyOptimized, InvalidSchedule, NotOptimized, NotYetRun
 from dicompile.lower import Backend, Hoist
 from dicompile.pipelines import (
@@ -39,6 +39,8 @@ def optimize(
     backend: str = "inductor",
     options: Mapping[str, Any] | None = None,
     compile_mode: str | None = None,
+    warmup: str | None = None,
+    dynamic: bool | None = None,
     max_cache_bytes: int | str | None = None,
     over_budget: str = "refuse",
     cache_dtype: str | torch.dtype | None = None,
@@ -61,6 +63,11 @@ def optimize(
         options: of Inductor, as ``torch.compile`` takes them: ``{"max_autotune": True}``.
         compile_mode: what ``torch.compile`` calls its mode: "max-autotune". CUDA graphs are never used, whatever it
             says: they overwrite what they returned, and what a step stores is read steps later.
+        warmup: "background" lets other processes compile. Sampling starts when the model is captured; a generation that
+            begins before its code is there runs uncached, operator by operator, to its end, and the report says so.
+        dynamic: False compiles every size by itself. By default the first size of batch, text or image is compiled by
+            itself, and from the second on whatever varied is a symbol. True is refused: which numbers of a graph follow
+            from a size, only a second size tells; marks of ``mark_dynamic`` on arguments change nothing, either.
         max_cache_bytes: budget of what one guidance context remembers between two steps: bytes, or text such as "2GiB".
             A sampler that calls the model for the conditional and the unconditional half in turn has two contexts.
         over_budget: what becomes of a plan that needs more: "refuse" raises at the first call, before anything is
@@ -93,7 +100,7 @@ def optimize(
         UnsupportedModel: neither a module nor a pipeline with a denoiser.
     """
     chosen = get_policy(policy)
-    code = Backend.of(backend if mode is None else mode, options, compile_mode)
+    code = Backend.of(backend if mode is None else mode, options, compile_mode, warmup, dynamic)
     cache = CacheOptions.of(max_cache_bytes, over_budget, cache_dtype, cache_device)
     said, hoisted = Said(timestep, latent), Hoist.of(hoist)
     if isinstance(model, CachedModel):
@@ -216,7 +223,7 @@ def plan_of(model: Any) -> Plan:
     return frame.programs.plan(_schedule_of(record))
 
 
-def prepare(model: Any, *, late: bool = True) -> None:
+def prepare(model: Any, *, late: bool = True, progress: bool = False) -> None:
     """Compile every step of the schedule ahead, so that no later call has to; run the model once before.
 
     Everything that was optimized in a pipeline is prepared, for all shapes that it ran with. What has not run yet, such
@@ -226,6 +233,8 @@ def prepare(model: Any, *, late: bool = True) -> None:
         model: what `optimize` returned.
         late: also for runs, and contexts of one, that begin at any later step: a guidance partner that joins, image to
             image of another strength. They need next to no code of their own, but are planned: seconds for 50 steps.
+        progress: show a bar, if tqdm is installed, while other processes compile: as many as
+            ``torch._inductor.config.compile_threads``, one for each core.
 
     Raises:
         NotOptimized, NotYetRun: nothing was captured yet.
@@ -233,11 +242,13 @@ def prepare(model: Any, *, late: bool = True) -> None:
     records = [record_of(cached) for cached in _cached_in(model)]
     if not any(record.frames for record in records):
         _frame_of(model)  # raises
+    runs = []
     for record in records:
         if not record.frames:
             log.warning("%s has not run yet, and is not prepared", type(record.module).__name__)
-        for frame in record.frames:
-            frame.programs.prepare(record.options.link.schedule if late else _schedule_of(record), late=late)
+        schedule = record.options.link.schedule if late else _schedule_of(record)
+        runs += [(frame.programs, schedule) for frame in record.frames]
+    compile_ahead(runs, late=late, progress=progress)
 
 
 def report(model: Any) -> RunReport:

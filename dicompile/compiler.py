@@ -6,10 +6,12 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
 import logging
 import threading
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future, as_completed
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -24,12 +26,17 @@ from dicompile.lower import (
     SIZES,
     VARIANTS,
     Backend,
+    Code,
     Hoist,
     Pieces,
     Program,
     ProgramBuilder,
+    Request,
     VariantCache,
+    ask_workers,
+    count_workers,
     network_predictor,
+    requests_of,
     table_predictor,
 )
 from dicompile.plan import (
@@ -46,6 +53,7 @@ from dicompile.plan import (
     load_predictor,
     make_plan,
 )
+from dicompile.policies import NoCache
 from dicompile.runtime import Executor, Owners, SchedulerLink, Signature, Step, Tables
 
 log = logging.getLogger("dicompile")
@@ -61,6 +69,8 @@ PLAIN_TENSORS = (Tensor, nn.Parameter, nn.Buffer)
 
 MOST_PLANS = 64
 """Plans of one captured model that are kept; a pipeline makes one for every number of steps that it is asked for."""
+
+DONE_HERE = "another process could not compile, so it is done here"
 
 
 @dataclass(frozen=True)
@@ -115,20 +125,28 @@ def compile_capture(capture: Capture, arguments: Sequence[Any], options: Options
     pieces = pieces_of(capture, _hoist(capture, arguments, options))
     structure = pieces.structure
     options.debug.write("structure", structure)
-    programs = Programs(pieces, options)
+    predictor, own = _predictor(capture, structure, options)
+    programs = Programs(pieces, options, own)
     if options.cache.max_bytes is not None:
         programs.plan(options.link.schedule)  # refuses before anything is compiled, a predictor included
     executor = Executor(
         programs,
         _signature(capture, structure, arguments, way, options),
         seed=options.policy.seed,
-        predictor=_predictor(capture, structure, options),
+        predictor=predictor,
         constants=capture.constants,
         tables=_tables(capture, pieces),
         offload=options.cache.device == "cpu",
         check=options.settings.check,
+        warmup=Warmup(programs, uncached_step(pieces, options)) if options.backend.in_background else None,
     )
     return CompiledFrame(structure, programs, executor)
+
+
+def uncached_step(pieces: Pieces, options: Options) -> Step:
+    """A step that computes everything, operator by operator: nothing is compiled for it."""
+    plain = replace(options, policy=NoCache(), backend=Backend("eager"), cache=UNLIMITED)
+    return Programs(pieces, plain).step(TimestepSchedule.of(1), 0)
 
 
 @functools.lru_cache(maxsize=MOST_CAPTURES)
@@ -223,15 +241,17 @@ class Same:
 
 def _predictor(
     capture: Capture, structure: ModelStructure, options: Options
-) -> Callable[[Sequence[Any], int], Tensor] | None:
+) -> tuple[Callable[[Sequence[Any], int], Tensor] | None, tuple[Code, ...]]:
+    """What predicts importance, if anything does, and code that it needs."""
     given = options.policy.predictor
     if given is None:
-        return None
+        return None, ()
     trained = given if isinstance(given, Predictor) else load_predictor(given)
     check_predictor(structure, trained.blocks, trained.tokens, trained.source)
     if trained.facts.kind == "table":
-        return table_predictor(trained.importance, first_span(structure).shape[0])
-    return network_predictor(capture, structure, trained.parameters, options.backend, trained.source)
+        return table_predictor(trained.importance, first_span(structure).shape[0]), ()
+    predict, code = network_predictor(capture, structure, trained.parameters, options.backend, trained.source)
+    return predict, (code,)
 
 
 @dataclass(frozen=True)
@@ -244,9 +264,16 @@ class CompiledFrame:
 
 
 class Programs:
-    """Plans and steps of one captured model, by schedule; made on demand, and the latest ones kept."""
+    """Plans and steps of one captured model, by schedule; made on demand, and the latest ones kept.
 
-    def __init__(self, pieces: Pieces, options: Options) -> None:
+    Args:
+        pieces: of the model.
+        options: what the user asked for.
+        beside: code that every step needs, beside the pieces.
+    """
+
+    def __init__(self, pieces: Pieces, options: Options, beside: Sequence[Code] = ()) -> None:
+        self.backend, self._beside = options.backend, beside
         self.structure, self.policy = pieces.structure, options.policy
         self.cache, self.debug = options.cache, options.debug
         self.variants = VariantCache(options.backend, options.settings, options.debug)
@@ -272,6 +299,13 @@ class Programs:
             if index not in steps:
                 steps[index] = self._make(plan, index)
             return steps[index]
+
+    def codes(self, schedule: TimestepSchedule) -> list[Code]:
+        """Everything that the steps of a run need, of which nothing is compiled for being asked for here."""
+        with ONE_AT_A_TIME, torch.inference_mode(mode=False), torch.no_grad():
+            for planned in self._planned(schedule)[0].steps:
+                self._builder.try_out(planned)
+            return [*self._beside, *(variant.function for variant in self.variants.variants)]
 
     def prepare(self, schedule: TimestepSchedule, *, late: bool) -> None:
         """Make every step of a run ahead.
@@ -315,4 +349,81 @@ class Programs:
 
     def _program(self, planned: StepPlan) -> Program:
         with torch.inference_mode(mode=False), torch.no_grad():
+            for code in self._beside:
+                code.compile()
             return self._builder.program(planned)
+
+
+def compile_ahead(wanted: Sequence[tuple[Programs, TimestepSchedule]], *, late: bool, progress: bool) -> None:
+    """Make every step of some runs; their distinct variants are compiled by all cores, if there are several.
+
+    Args:
+        wanted: programs and schedules of the runs.
+        late: see `Programs.prepare`.
+        progress: show a bar, if tqdm is installed.
+    """
+    requests: list[Request] = []
+    for programs, schedule in wanted:
+        with programs.backend.in_effect():
+            requests += requests_of(programs.codes(schedule), programs.backend)
+    futures = ask_workers(requests) if count_workers() > 1 and len(requests) > 1 else []
+    done: Iterable[Future[None]] = as_completed(futures)
+    if progress and importlib.util.find_spec("tqdm") is not None:
+        done = importlib.import_module("tqdm.auto").tqdm(done, "compiling", len(futures), disable=not futures)
+    for future in done:
+        if future.exception() is not None:
+            log.warning("%s: %s", DONE_HERE, str(future.exception()).splitlines()[-1])
+    for programs, schedule in wanted:
+        programs.prepare(schedule, late=late)
+    for request in requests:
+        request.note()
+
+
+class Warmup:
+    """Code that other processes make while generations run uncached.
+
+    Args:
+        programs: whose code it is.
+        uncached: what runs meanwhile.
+    """
+
+    def __init__(self, programs: Programs, uncached: Step) -> None:
+        self.uncached = uncached
+        self._programs = programs
+        self._asked: dict[TimestepSchedule, list[Future[None]]] = {}
+        self._ready: frozenset[TimestepSchedule] = frozenset()
+
+    def is_ready(self, schedule: TimestepSchedule) -> bool:
+        """True if every step of a run is compiled; asks for the code otherwise.
+
+        Raises:
+            PolicyDoesNotFit, CacheTooLarge: the model cannot do what the policy asks for.
+            Exception: something that was asked for could not be compiled; whoever calls next asks for it again.
+        """
+        if schedule in self._ready and not self._asked:
+            return True
+        with ONE_AT_A_TIME:
+            if schedule not in self._ready and schedule not in self._asked:
+                self._asked[schedule] = self._ask(schedule)
+            for asked, futures in list(self._asked.items()):
+                if all(future.done() for future in futures):
+                    del self._asked[asked]
+                    self._load(asked, futures)
+            return schedule in self._ready
+
+    def _load(self, schedule: TimestepSchedule, futures: Sequence[Future[None]]) -> None:
+        """Make the steps of a run of what was compiled; what could not be is compiled here."""
+        for failed in filter(None, (future.exception() for future in futures)):
+            log.warning("%s: %s", DONE_HERE, str(failed).splitlines()[-1])
+        self._programs.prepare(schedule, late=False)
+        self._ready = frozenset([*self._ready, schedule])
+
+    def _ask(self, schedule: TimestepSchedule) -> list[Future[None]]:
+        with self._programs.backend.in_effect():
+            futures = ask_workers(requests_of(self._programs.codes(schedule), self._programs.backend))
+        if futures:
+            log.warning(
+                "compiling in the background; generations of policy %s that begin before it is done run uncached",
+                self._programs.policy.name,
+            )
+        return futures

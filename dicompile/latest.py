@@ -35,6 +35,10 @@ class Latest(Generic[Value]):
             self._entries.popitem(last=False)
         return value
 
+    def items(self) -> list[tuple[Hashable, Value]]:
+        """Keys and entries, the one that was asked for last at the end."""
+        return list(self._entries.items())
+
     def clear(self) -> None:
         """Drop all entries."""
         self._entries.clear()

@@ -93,6 +93,7 @@ class ContextState:
         way: see `Call`; of its last call.
         step: the last step it ran, counted in the whole schedule.
         is_new: that was its first one.
+        is_uncached: it runs uncached: it began, or went on, before its code was compiled.
         given: its conditioning at that step.
         latent: copy of its latent at that step.
         store: its slots, numbered by its plan.
@@ -107,6 +108,7 @@ class ContextState:
     way: object = None
     step: int | None = None
     is_new: bool = True
+    is_uncached: bool = False
     given: Conditioning = field(default_factory=dict)
     latent: torch.Tensor | None = None
     store: list[torch.Tensor | None] = field(default_factory=list)

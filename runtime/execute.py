@@ -20,6 +20,7 @@ from dicompile.runtime.contexts import ContextState
 from dicompile.runtime.identify import Place, Signature, identify
 from dicompile.runtime.invariants import Kept, Tables
 from dicompile.runtime.owner import Owner
+from dicompile.runtime.report import UNCACHED
 from dicompile.runtime.session import ModelState, current_session
 from dicompile.runtime.storage import Lane, lane_for, run_calls
 
@@ -98,6 +99,19 @@ class StepSource(Protocol):
         ...
 
 
+class Warmup(Protocol):
+    """What runs while steps are compiled."""
+
+    @property
+    def uncached(self) -> Step:
+        """A step that computes everything and stores nothing."""
+        ...
+
+    def is_ready(self, schedule: TimestepSchedule) -> bool:
+        """True if every step of a run is compiled; asks for it otherwise."""
+        ...
+
+
 class Executor:
     """Compiled code for one set of input shapes.
 
@@ -110,9 +124,10 @@ class Executor:
         tables: of what is computed outside of the steps, or None.
         offload: whether slots are in host memory between the calls that use them.
         check: whether every read is held against the plan (see `dicompile.runtime.stamps`).
+        warmup: what runs before steps are compiled; None if they are compiled when they are first wanted.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - named one by one
         self,
         steps: StepSource,
         signature: Signature,
@@ -123,8 +138,9 @@ class Executor:
         tables: Tables | None = None,
         offload: bool = False,
         check: bool = False,
+        warmup: Warmup | None = None,
     ) -> None:
-        self.steps, self.signature = steps, signature
+        self.steps, self.signature, self.warmup = steps, signature, warmup
         self.seed, self.predictor, self.offload, self.check = seed, predictor, offload, check
         self.constants, self.tables = tuple(constants), tables
 
@@ -141,18 +157,35 @@ class Executor:
         try:
             with torch.no_grad(), torch._C._DisableAutocast():  # its casts are part of the code
                 place = identify(self.signature, owner, session, inputs)
-                step = self._step(owner, place)
+                step = self._step(state, owner, place)
                 whole = owner.link.schedule
                 return self._run(state, place, step, inputs, whole, keep_chosen=session.keep_chosen)
         except BaseException:
             state.begin(None)
             raise
 
-    def _step(self, owner: Owner, place: Place) -> Step:
+    def _step(self, state: ModelState, owner: Owner, place: Place) -> Step:
         if place.context is None:
             whole = owner.link.schedule  # a run of one step computes everything and stores nothing
-            return self.steps.step(whole.rest(whole.steps - 1), 0)
-        return self.steps.step(place.context.schedule, place.step - place.context.schedule.before)
+            schedule, index = whole.rest(whole.steps - 1), 0
+        else:
+            schedule, index = place.context.schedule, place.step - place.context.schedule.before
+        if self.warmup is not None and self._is_uncached(self.warmup, state, place.context, schedule):
+            return self.warmup.uncached
+        return self.steps.step(schedule, index)
+
+    @staticmethod
+    def _is_uncached(
+        warmup: Warmup, state: ModelState, context: ContextState | None, schedule: TimestepSchedule
+    ) -> bool:
+        """True while code is compiled, and from then on until the generation ends: a context goes on as it began."""
+        began = state if context is None or context.step is None else context
+        if warmup.is_ready(schedule) and not began.is_uncached:
+            return False
+        state.is_uncached = True
+        if context is not None:
+            context.is_uncached = True
+        return True
 
     def _run(
         self,
@@ -183,7 +216,8 @@ class Executor:
             if context is not None:
                 self._keep(state, place, context, step, registers)
                 context.chosen = {int(site): registers[r] for site, r in program.chosen} if keep_chosen else {}
-            state.report.count(step.planned.kind, state.cache_bytes)
+            is_uncached = self.warmup is not None and step is self.warmup.uncached
+            state.report.count(UNCACHED if is_uncached else step.planned.kind, state.cache_bytes)
             if self.signature.remembers and place.is_last and step.planned.sites:
                 _end(state, step.plan.policy)
             return results

@@ -7,13 +7,16 @@ from dataclasses import dataclass, field
 
 from dicompile.text import size_text
 
+UNCACHED = "uncached"
+"""Kind of a call that came before its code was compiled."""
+
 
 @dataclass
 class RunReport:
     """Counts of one generation, over all guidance contexts.
 
     Attributes:
-        kinds: calls by kind of step.
+        kinds: calls by kind of step; "uncached" are those of a generation that began before its code was compiled.
         began: step of the schedule at which the generation began; above 0 where a pipeline leaves the first ones out.
         cold_starts: calls that computed everything because nothing was remembered, with the step.
         outside: calls that belong to no step, and computed everything.
@@ -68,6 +71,7 @@ class RunReport:
         kinds = ", ".join(f"{count} {kind}" for kind, count in self.kinds.items())
         began = f"; began at step {self.began}" if self.began else ""
         cold = f"; computed for want of stored values at steps {self.cold_starts}" if self.cold_starts else ""
+        cold += "; its code was still being compiled" if self.kinds[UNCACHED] else ""
         cold += f"; {self.outside} calls outside of the schedule computed whole" if self.outside else ""
         cold += f"; policy {self.unapplied} was never applied" if self.unapplied else ""
         peak, now = size_text(self.peak_cache_bytes), size_text(self.cache_bytes)

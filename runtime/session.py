@@ -45,6 +45,7 @@ class ModelState:
         schedule_token: identity of the scheduler's timesteps when the generation began.
         calls: names of the contexts of the calls so far at this step.
         first_step: the step at which the generation began.
+        is_uncached: a call of it came before its code was compiled; contexts that begin from then on run uncached.
         contexts: of its calls.
         tables: what does not depend on the latent, by compiled code.
         report: what happened.
@@ -61,6 +62,7 @@ class ModelState:
     schedule_token: object = None
     calls: set[str] = field(default_factory=set)
     first_step: int | None = None
+    is_uncached: bool = False
     contexts: Contexts = field(default_factory=Contexts)
     tables: dict[object, Kept] = field(default_factory=dict)
     report: RunReport = field(default_factory=RunReport)

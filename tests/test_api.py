@@ -491,7 +491,7 @@ def test_a_second_policy_compiles_only_what_no_earlier_one_had(monkeypatch: pyte
         compiled.append(segment)
         return compile_segment(segment, mode)
 
-    monkeypatch.setattr("dicompile.lower.variants.compile_segment", counted)
+    monkeypatch.setattr("dicompile.lower.inductor.compile_segment", counted)
     counts = []
     for policy in ("none", "fora", "fora", dicompile.ToCa(ratio=0.3)):
         sample = models.plain_dit(4)  # another module of the same class each time

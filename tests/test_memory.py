@@ -51,7 +51,7 @@ def test_a_plan_over_its_budget_is_refused_at_every_call_before_anything_is_comp
     def never(*_: Any) -> None:
         raise AssertionError("compiled")
 
-    monkeypatch.setattr("dicompile.lower.variants.compile_segment", never)
+    monkeypatch.setattr("dicompile.lower.inductor.compile_segment", never)
     sample = models.plain_dit(2)
     model = front_end(sample, max_cache_bytes=4 * SITE - 1)
     for _ in range(2):

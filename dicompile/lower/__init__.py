@@ -1,11 +1,21 @@
 """Lower: rewritten segments -> compiled functions, deduplicated, and programs that call them in order."""
 
 from dicompile.lower.hoist import CHUNK, Hoist, Invariant, Invariants
-from dicompile.lower.inductor import INDUCTOR, SIZES, Backend, compile_plainly, compile_segment
+from dicompile.lower.inductor import (
+    INDUCTOR,
+    SIZES,
+    Backend,
+    Code,
+    ask_workers,
+    compile_plainly,
+    compile_segment,
+    requests_of,
+)
 from dicompile.lower.pieces import Piece, Pieces
 from dicompile.lower.predictor import network_predictor, table_predictor
 from dicompile.lower.program import Call, Constant, IntRef, NoiseRead, Program, ProgramBuilder
 from dicompile.lower.variants import VARIANTS, Variant, VariantCache
+from dicompile.lower.workers import Request, count_workers
 
 __all__ = [
     "CHUNK",
@@ -14,6 +24,7 @@ __all__ = [
     "VARIANTS",
     "Backend",
     "Call",
+    "Code",
     "Constant",
     "Hoist",
     "IntRef",
@@ -24,10 +35,14 @@ __all__ = [
     "Pieces",
     "Program",
     "ProgramBuilder",
+    "Request",
     "Variant",
     "VariantCache",
+    "ask_workers",
     "compile_plainly",
     "compile_segment",
+    "count_workers",
     "network_predictor",
+    "requests_of",
     "table_predictor",
 ]

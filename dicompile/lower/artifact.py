@@ -33,7 +33,7 @@ Compiled = Callable[..., Sequence[Any]]
 
 
 @dataclass(frozen=True)
-class Code:
+class Artifact:
     """What Inductor made of a graph.
 
     Attributes:
@@ -81,11 +81,11 @@ class PassOn:
 
 
 def nothing(*_: Any) -> tuple[()]:
-    """Code that computes nothing."""
+    """Artifact that computes nothing."""
     return ()
 
 
-def compiled_code(compile_: Callable[[], Any]) -> Code:
+def compiled_code(compile_: Callable[[], Any]) -> Artifact:
     """Compile, and note which libraries that takes."""
     cache, kernels = CppPythonBindingsCodeCache.cache, set[str]()
     noting = _Noting(cache, kernels)
@@ -94,7 +94,7 @@ def compiled_code(compile_: Callable[[], Any]) -> Code:
             artifact = compile_()
     finally:
         cache.update(noting)
-    return Code(artifact, frozenset(kernels))
+    return Artifact(artifact, frozenset(kernels))
 
 
 class _Noting(dict[str, Any]):
@@ -123,11 +123,11 @@ def code_bytes(function: Compiled) -> bytes:
         return packed({"places": places}, {})
     if isinstance(function, Bound):
         values, function = function.values, function.function
-    made = function.artifact._artifacts if isinstance(function, Code) else None
+    made = function.artifact._artifacts if isinstance(function, Artifact) else None
     if made is None or len(made[1].aot_autograd_artifacts) != 1:
         raise Unwritable("code that torch cannot save")
     head = {"places": places, "values": values, "key": made[1].aot_autograd_artifacts[0]}
-    assert isinstance(function, Code)
+    assert isinstance(function, Artifact)
     return packed(head, {"": made[0], **dict(_libraries(function.kernels))})
 
 
@@ -160,7 +160,7 @@ def code_of(content: bytes) -> Compiled:
                 file.write(part)
     with _in_own_folder():
         torch.compiler.load_cache_artifacts(parts[""])
-        function: Compiled = Code(CacheCompiledArtifact._load_impl(contextlib.nullcontext(), head["key"]))
+        function: Compiled = Artifact(CacheCompiledArtifact._load_impl(contextlib.nullcontext(), head["key"]))
     if head["values"] is not None:
         function = Bound(function, tuple(head["values"]))
     return function if places is None else PassOn(function, places)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping, Sequence
+import copyreg
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,12 +17,14 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dicompile.errors import InvalidSetting
 from dicompile.lower.artifact import Compiled, PassOn, compiled_code, nothing
-from dicompile.lower.sizes import Sizes
+from dicompile.lower.sizes import Compile, Sizes
+from dicompile.lower.workers import Request, ask
 from dicompile.passes import Segment, Value
 
 BACKENDS = ("inductor", "eager")
 MODES = ("default", "max-autotune", "max-autotune-no-cudagraphs")
 """Sets of options of Inductor, under torch's names for them, that can be had."""
+BACKGROUND = "background"
 _GRAPHS = "triton.cudagraphs"
 _OVERWRITES = "CUDA graphs overwrite what an earlier step stored"
 
@@ -32,13 +36,24 @@ class Backend:
     Attributes:
         name: "inductor", or "eager" to run rewritten graphs operator by operator.
         options: of Inductor, by name.
+        in_background: other processes compile, and generations that begin before they are done run uncached.
+        is_static: every size gets code of its own.
     """
 
     name: str = "inductor"
     options: tuple[tuple[str, Any], ...] = ()
+    in_background: bool = False
+    is_static: bool = False
 
     @classmethod
-    def of(cls, name: str, options: Mapping[str, Any] | None = None, mode: str | None = None) -> Backend:
+    def of(
+        cls,
+        name: str,
+        options: Mapping[str, Any] | None = None,
+        mode: str | None = None,
+        warmup: str | None = None,
+        dynamic: bool | None = None,
+    ) -> Backend:
         """Check what the user asked for.
 
         Args:
@@ -46,9 +61,12 @@ class Backend:
             options: of Inductor; they go before those of the mode.
             mode: one of `MODES`. CUDA graphs are never used: what they return is overwritten when they run again, and
                 what a step stores is read steps later.
+            warmup: "background", or None.
+            dynamic: False for code of its own for every size; by default what varies is a symbol from the second on.
 
         Raises:
-            InvalidSetting: there is no such backend, mode or option, or the option is one of CUDA graphs.
+            InvalidSetting: there is no such backend, mode, option or warm-up, the option is one of CUDA graphs, sizes
+                would have to be symbols before any varied, or nothing is compiled.
         """
         if name not in BACKENDS:
             raise InvalidSetting(
@@ -61,7 +79,27 @@ class Backend:
                 why=_OVERWRITES if mode == "reduce-overhead" else "",
                 fix=f"use one of: {', '.join(MODES)}",
             )
+        if warmup not in (None, BACKGROUND):
+            raise InvalidSetting(
+                f"warmup {warmup!r} cannot be had", where="warmup", fix=f"use {BACKGROUND!r}, or leave it out"
+            )
+        if dynamic not in (None, False):
+            raise InvalidSetting(
+                f"dynamic={dynamic!r} cannot be had",
+                where="dynamic",
+                why="which of a graph's numbers follow from which size, only a second size tells",
+                fix="leave it out: from the second size on, what varied is a symbol; or dynamic=False",
+            )
         chosen = dict(options or {})
+        words = {"options": chosen or None, "compile_mode": mode, "warmup": warmup, "dynamic": dynamic}
+        given = [word for word, value in words.items() if value is not None]
+        if name == "eager" and given:
+            raise InvalidSetting(
+                f"backend 'eager' takes no {given[0]}",
+                where=given[0],
+                why="it is about compiling, and nothing is compiled",
+                fix="leave it out, or use backend='inductor'",
+            )
         unknown = [option for option in chosen if option not in list_options()]
         if unknown or chosen.get(_GRAPHS):
             raise InvalidSetting(
@@ -71,7 +109,8 @@ class Backend:
                 fix="see torch._inductor.list_options()" if unknown else "leave it out",
             )
         of_mode = list_mode_options(mode) if mode is not None else {}
-        return cls(name, tuple(sorted({**of_mode, **chosen, **({_GRAPHS: False} if of_mode else {})}.items())))
+        every = {**of_mode, **chosen, **({_GRAPHS: False} if of_mode else {})}
+        return cls(name, tuple(sorted(every.items())), warmup is not None, dynamic is False)
 
     @property
     def is_eager(self) -> bool:
@@ -87,7 +126,7 @@ class Backend:
         if self.is_eager:
             return None
         with self.in_effect():
-            return settings_of_inductor()
+            return *settings_of_inductor(), self.is_static
 
 
 INDUCTOR = Backend()
@@ -113,12 +152,67 @@ def settings_of_inductor() -> tuple[object, ...]:
     )
 
 
-def compile_segment(segment: Segment, backend: Backend) -> Compiled:
+class Code:
+    """A segment as a function; compiled when somebody says so, or calls it.
+
+    Args:
+        segment: what to compile; symbolic ints among its inputs stay symbolic. None where it is compiled.
+        backend: what compiles it.
+        function: it compiled, if it is.
+    """
+
+    __slots__ = ("_backend", "_function", "segment")
+
+    def __init__(self, segment: Segment | None, backend: Backend, function: Compiled | None = None) -> None:
+        self.segment, self._backend, self._function = segment, backend, function
+
+    @property
+    def is_compiled(self) -> bool:
+        """True if calling it compiles nothing."""
+        return self._function is not None
+
+    def compile(self) -> Compiled:
+        """The compiled function."""
+        if self._function is None:
+            assert self.segment is not None
+            self._function = compile_segment(self.segment, self._backend)
+        return self._function
+
+    def __call__(self, *arguments: Any) -> Sequence[Any]:
+        """What the segment computes."""
+        return (self._function or self.compile())(*arguments)
+
+
+def requests_of(codes: Sequence[Code], backend: Backend) -> list[Request]:
+    """What Inductor would be asked for to compile these, one after the other."""
+    found: list[Request | None] = []
+
+    def noted(graph_module: fx.GraphModule, arguments: Sequence[Any], mode: FakeTensorMode) -> Compiled:
+        found.append(Request.of(graph_module, arguments, mode))
+        return nothing
+
+    sizes = SIZES.copy()
+    for code in codes:
+        if not code.is_compiled and code.segment is not None:
+            compile_segment(code.segment, backend, sizes, noted)
+    return [request for request in found if request is not None]
+
+
+def ask_workers(requests: Sequence[Request]) -> list[Future[None]]:
+    """Let other processes compile, as far as that was not done before."""
+    return ask(requests, _compiled)
+
+
+def compile_segment(
+    segment: Segment, backend: Backend, sizes: Sizes | None = None, compile_: Compile | None = None
+) -> Compiled:
     """Compile a rewritten segment.
 
     Args:
         segment: what to compile; symbolic ints among its inputs stay symbolic.
         backend: what compiles it.
+        sizes: what was compiled before; by default that of the process.
+        compile_: compiles a graph for examples of its inputs; Inductor by default.
     """
     if not segment.results:
         return nothing
@@ -139,16 +233,38 @@ def compile_segment(segment: Segment, backend: Backend) -> Compiled:
     given = zip(placeholders, segment.inputs, strict=True)
     own = {copies[node] for node, item in given if isinstance(item, Value) and item.index in segment.owned}
     with backend.in_effect():
-        function = SIZES.code(graph_module, segment.fake_mode, settings_of_inductor(), _compiled, own)
+        how = settings_of_inductor()
+        function = (sizes or SIZES).code(
+            graph_module, segment.fake_mode, how, compile_ or _compiled, own, is_static=backend.is_static
+        )
     return function if graph_module is segment.graph_module else PassOn(function, tuple(places))
 
 
 def _compiled(graph_module: fx.GraphModule, arguments: Sequence[Any], mode: FakeTensorMode) -> Compiled:
     context = torch._guards.TracingContext(mode)
-    with torch.no_grad(), torch._C._DisableAutocast(), torch._guards.tracing(context):
+    with torch.no_grad(), torch._C._DisableAutocast(), torch._guards.tracing(context), _keys_alike():
         return compiled_code(
             lambda: standalone_compile(graph_module, list(arguments), dynamic_shapes="from_tracing_context")
         )
+
+
+@contextlib.contextmanager
+def _keys_alike() -> Iterator[None]:
+    """While open, the keys of Inductor's caches are the same in every process.
+
+    They are made by pickle, which writes a memory format down as an attribute of the module that imported torch first
+    (torch 2.11 to 2.14).
+    """
+    copyreg.dispatch_table[torch.memory_format] = lambda value: (_format_of, (str(value),))
+    try:
+        yield
+    finally:
+        copyreg.dispatch_table.pop(torch.memory_format, None)
+
+
+def _format_of(name: str) -> torch.memory_format:
+    found: torch.memory_format = getattr(torch, name.removeprefix("torch."))
+    return found
 
 
 SIZES = Sizes()

@@ -17,7 +17,7 @@ from torch import Tensor
 from dicompile.analysis import ModelStructure
 from dicompile.capture import Capture, Role
 from dicompile.config import DebugFolder, Settings
-from dicompile.lower.inductor import Backend, compile_segment
+from dicompile.lower.inductor import Backend, Code
 from dicompile.passes import PASSES, Segment, Value, outline_until, rewrite
 from dicompile.plan import check_parameters, first_span
 
@@ -74,8 +74,8 @@ def importance_of(stream: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 def network_predictor(
     capture: Capture, structure: ModelStructure, parameters: Mapping[str, Tensor], backend: Backend, source: str
-) -> Callable[[Sequence[Any], int], Tensor]:
-    """Compile a predictor network for one captured model.
+) -> tuple[Callable[[Sequence[Any], int], Tensor], Code]:
+    """A predictor network for one captured model.
 
     Args:
         capture: the captured model.
@@ -85,7 +85,8 @@ def network_predictor(
         source: file that they come from.
 
     Returns:
-        Importance from the model's inputs and the step; float32, [b, n, blocks].
+        Importance from the model's inputs and the step, float32, [b, n, blocks]; and the code in it, which is not
+        compiled yet.
 
     Raises:
         PolicyDoesNotFit: a parameter is missing or has another shape.
@@ -98,7 +99,7 @@ def network_predictor(
         {name: expected[name].shape for name in first.parameters},
         source,
     )
-    function = compile_segment(first.segment, backend)
+    function = Code(first.segment, backend)
     own = {name: parameters[name].to(expected[name].device, expected[name].dtype) for name in first.parameters}
     device = next(iter(own.values())).device
     weight, bias = (parameters[name].to(device) for name in (HEAD_WEIGHT, HEAD_BIAS))
@@ -108,7 +109,7 @@ def network_predictor(
         (stream,) = function(*[own.get(name, inputs[i]) for i, name in first.arguments])
         return importance_of(stream, weight, bias)
 
-    return predict
+    return predict, function
 
 
 def table_predictor(importance: Tensor, batch: int) -> Callable[[Sequence[Any], int], Tensor]:

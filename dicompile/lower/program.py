@@ -166,6 +166,12 @@ class ProgramBuilder:
             self._programs[step.signature] = self._build(step)
         return self._programs[step.signature]
 
+    def try_out(self, step: StepPlan) -> None:
+        """Make the variants of a step, but compile none."""
+        if step.signature not in self._programs:
+            with self.variants.trial():
+                self._choose_variants(step, self.pieces.of_step(step))
+
     def _build(self, step: StepPlan) -> Program:
         pieces = self.pieces.of_step(step)
         chosen = self._choose_variants(step, pieces)

@@ -289,6 +289,8 @@ class Sizes:
         how: Hashable,
         compile_: Compile,
         fixed: Collection[fx.Node] = (),
+        *,
+        is_static: bool = False,
     ) -> Code:
         """Compiled code for a graph, its sizes included.
 
@@ -298,13 +300,14 @@ class Sizes:
             how: whatever else decides what is made of a graph.
             compile_: compiles a graph for examples of its inputs, which are of the mode that it is given.
             fixed: inputs whose sizes never vary: the parameters of the model.
+            is_static: no size may be a symbol.
         """
         form = Form.of(graph_module.graph, fixed)
         family = self._families.get((form.key, how)) or self._families.put((form.key, how), _Family())
-        found = family.find(form.numbers)
+        found = family.fixed.get(form.numbers) if is_static else family.find(form.numbers)
         if found is not None:
             return found
-        made = self._symbolic(family, form, graph_module, compile_, fixed)
+        made = None if is_static else self._symbolic(family, form, graph_module, compile_, fixed)
         if made is None:
             inputs = graph_module.graph.find_nodes(op="placeholder")
             made = compile_(graph_module, [node.meta["val"] for node in inputs], mode)
@@ -330,6 +333,13 @@ class Sizes:
             return None
         family.symbolic.append(symbolic)
         return symbolic.bound(form.numbers)
+
+    def copy(self) -> Sizes:
+        """The same, to try out what would be compiled next."""
+        made = Sizes(self._families.most)
+        for key, family in self._families.items():
+            made._families.put(key, _Family(dict(family.fixed), list(family.symbolic), list(family.samples)))
+        return made
 
     def clear(self) -> None:
         """Forget all of them."""

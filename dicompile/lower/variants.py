@@ -6,7 +6,7 @@ import contextlib
 import functools
 import logging
 import operator
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -15,8 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 from dicompile.config import DebugFolder, Settings
 from dicompile.latest import Latest
-from dicompile.lower.artifact import Compiled
-from dicompile.lower.inductor import Backend, compile_segment
+from dicompile.lower.inductor import Backend, Code
 from dicompile.lower.stored import Stored, check_can_be_stored
 from dicompile.ops.registry import registered
 from dicompile.passes import PASSES, InputRef, LocalStep, OutputRef, PassRun, Segment, rewrite
@@ -40,7 +39,7 @@ class Variant:
     """
 
     name: str
-    function: Compiled = field(repr=False)
+    function: Code = field(repr=False)
     inputs: tuple[InputRef, ...]
     outputs: tuple[OutputRef, ...]
     memory: tuple[int | str, ...]
@@ -68,6 +67,7 @@ class VariantCache:
     def __init__(self, backend: Backend, settings: Settings, debug: DebugFolder) -> None:
         self.backend, self.settings, self.debug = backend, settings, debug
         self._variants: dict[tuple[Hashable, tuple[LocalStep, ...], frozenset[int]], Variant] = {}
+        self._is_trial = False
 
     def get(
         self, key: Hashable, name: str, segment: Segment, steps: tuple[LocalStep, ...], live: frozenset[int]
@@ -81,7 +81,19 @@ class VariantCache:
             self._variants[full_key] = self._wider(key, segment, steps, live) or self._shared(
                 full_key, f"{name}-{_spelled(steps)}", segment, steps, live
             )
-        return self._variants[full_key]
+        variant = self._variants[full_key]
+        if not self._is_trial and not variant.function.is_compiled:
+            self._compile(full_key, segment, variant)
+        return variant
+
+    @contextlib.contextmanager
+    def trial(self) -> Iterator[None]:
+        """While open, variants are made, but not compiled."""
+        self._is_trial = True
+        try:
+            yield
+        finally:
+            self._is_trial = False
 
     def _wider(
         self, key: Hashable, segment: Segment, steps: tuple[LocalStep, ...], live: frozenset[int]
@@ -99,41 +111,53 @@ class VariantCache:
     ) -> Variant:
         if self.debug.is_open:
             return self._make(name, segment, steps, live)
-        how = self.settings.disabled_passes, registered(), self.backend.settings()
-        known = VARIANTS.get((key, how))
-        if known is None:
-            is_kept = self.settings.store.is_open and not self.backend.is_eager
-            place = _stored_under(key, how, segment) if is_kept else None
-            if place is None:
-                known = self._make(name, segment, steps, live)
-            else:
-                known = self._stored(place, name, segment, steps, live)
-        return VARIANTS.put((key, how), known)
+        return (
+            VARIANTS.get((key, self._how()))
+            or self._stored(key, name, segment, steps, live)
+            or self._make(name, segment, steps, live)
+        )
+
+    def _how(self) -> Hashable:
+        return self.settings.disabled_passes, registered(), self.backend.settings()
+
+    def _place(self, key: Hashable, segment: Segment) -> str | None:
+        """Under which key other processes find a variant; None where it stays in this one."""
+        is_kept = self.settings.store.is_open and not self.backend.is_eager and not self.debug.is_open
+        return _stored_under(key, self._how(), segment) if is_kept else None
 
     def _stored(
-        self, key: str, name: str, segment: Segment, steps: tuple[LocalStep, ...], live: frozenset[int]
-    ) -> Variant:
-        """The variant that another process left, or one that is made and left for others."""
-        store = self.settings.store
-        for kept in store.get("code", key):
+        self, key: Hashable, name: str, segment: Segment, steps: tuple[LocalStep, ...], live: frozenset[int]
+    ) -> Variant | None:
+        """The variant that another process left."""
+        place = self._place(key, segment)
+        for kept in () if place is None else self.settings.store.get("code", place):
             try:
                 stored = Stored.of(kept.content)
             except Exception as error:  # whatever torch says about bytes that it wrote itself
                 log.warning("compiled code of another process cannot be used: %r", error)
                 continue
             kept.used()
+            code = Code(None, self.backend, stored.function)
             rewritten = functools.cache(lambda: self._rewrite(name, segment, steps, live))
-            return Variant(name, stored.function, stored.inputs, stored.outputs, stored.memory, rewritten)
-        made = self._make(name, segment, steps, live)
-        with contextlib.suppress(Unwritable, OSError):  # somebody may have emptied Inductor's folder
-            store.put("code", key, Stored(made.function, made.inputs, made.outputs, made.memory).to_bytes())
-        return made
+            variant = Variant(name, code, stored.inputs, stored.outputs, stored.memory, rewritten)
+            return VARIANTS.put((key, self._how()), variant)
+        return None
+
+    def _compile(self, key: Hashable, segment: Segment, variant: Variant) -> None:
+        """Compile a variant, and leave it for everybody else."""
+        function = variant.function.compile()
+        VARIANTS.put((key, self._how()), variant)
+        place = self._place(key, segment)
+        if place is not None:
+            with contextlib.suppress(Unwritable, OSError):  # somebody may have emptied Inductor's folder
+                content = Stored(function, variant.inputs, variant.outputs, variant.memory).to_bytes()
+                self.settings.store.put("code", place, content)
 
     def _make(self, name: str, segment: Segment, steps: tuple[LocalStep, ...], live: frozenset[int]) -> Variant:
         made = self._rewrite(name, segment, steps, live)
         rewritten, _ = made
         self.debug.write(f"{name}-variant", rewritten)
-        function = compile_segment(rewritten, self.backend)
+        function = Code(rewritten, self.backend)
         memory = tuple(_memory_of(rewritten.graph, node) for node in rewritten.results)
         return Variant(name, function, tuple(rewritten.inputs), tuple(rewritten.outputs), memory, lambda: made)
 

@@ -137,8 +137,53 @@ def test_eager_mode_runs_the_rewritten_graph_itself() -> None:
             "option 'triton.cudagraphs' of Inductor cannot be had\n  where: options\n"
             "  why:   CUDA graphs overwrite what an earlier step stored\n  fix:   leave it out",
         ),
+        (
+            {"backend": "eager", "options": {"max_autotune": True}},
+            "backend 'eager' takes no options\n  where: options\n"
+            "  why:   it is about compiling, and nothing is compiled\n"
+            "  fix:   leave it out, or use backend='inductor'",
+        ),
+        (
+            {"backend": "eager", "compile_mode": "default"},
+            "backend 'eager' takes no compile_mode\n  where: compile_mode\n"
+            "  why:   it is about compiling, and nothing is compiled\n"
+            "  fix:   leave it out, or use backend='inductor'",
+        ),
+        (
+            {"backend": "eager", "warmup": "background"},
+            "backend 'eager' takes no warmup\n  where: warmup\n"
+            "  why:   it is about compiling, and nothing is compiled\n"
+            "  fix:   leave it out, or use backend='inductor'",
+        ),
+        (
+            {"warmup": "later"},
+            "warmup 'later' cannot be had\n  where: warmup\n  fix:   use 'background', or leave it out",
+        ),
+        (
+            {"backend": "eager", "dynamic": False},
+            "backend 'eager' takes no dynamic\n  where: dynamic\n"
+            "  why:   it is about compiling, and nothing is compiled\n"
+            "  fix:   leave it out, or use backend='inductor'",
+        ),
+        (
+            {"dynamic": True},
+            "dynamic=True cannot be had\n  where: dynamic\n"
+            "  why:   which of a graph's numbers follow from which size, only a second size tells\n"
+            "  fix:   leave it out: from the second size on, what varied is a symbol; or dynamic=False",
+        ),
     ],
-    ids=["backend", "mode", "option", "CUDA graphs"],
+    ids=[
+        "backend",
+        "mode",
+        "option",
+        "CUDA graphs",
+        "options, eager",
+        "mode, eager",
+        "warmup, eager",
+        "warmup",
+        "dynamic, eager",
+        "dynamic",
+    ],
 )
 def test_what_cannot_be_had_is_refused_by_both_front_ends(given: dict[str, Any], text: str) -> None:
     with pytest.raises(InvalidSetting) as caught:

@@ -254,7 +254,7 @@ def test_every_variant_gets_and_gives_values_of_the_layout_it_was_compiled_for(
     model: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     complaints: list[str] = []
-    monkeypatch.setattr("dicompile.lower.variants.compile_segment", checked(complaints))
+    monkeypatch.setattr("dicompile.lower.inductor.compile_segment", checked(complaints))
     refresh = Rule(sites=("mlp",), do=Refresh(ratio=0.3, score=TokenScore(base="random")))
     rules = (Rule(do=Reuse()),) if model in ("channels", "backwards") else (refresh, Rule(do=Reuse()))
     made = captured(LAYOUTS[model], 1 if model == "flux" else 2)

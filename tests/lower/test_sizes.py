@@ -183,3 +183,37 @@ def test_a_compiled_model_takes_other_sizes_without_compiling(monkeypatch: pytes
         for a, b in zip(run(optimized, few, T), run(plain, few, T), strict=True):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
         assert bool(compiled) == (batch <= 3)
+
+
+def test_static_code_is_for_one_size_even_where_code_for_many_is_there() -> None:
+    sizes, counted = Sizes(), Counted()
+
+    def code(tokens: int, *, is_static: bool) -> Any:
+        graph_module, mode = graph_of(joined, (2, 3, 8), (2, tokens, 8))
+        return sizes.code(graph_module, mode, "how", counted, is_static=is_static)
+
+    for tokens in (16, 36, 49):
+        code(tokens, is_static=False)
+    assert counted.calls == [0, 1]
+    first = code(36, is_static=True)
+    code(49, is_static=True)
+    assert counted.calls == [0, 1, 0, 0]
+    assert code(36, is_static=True) is first
+
+
+def test_which_sizes_are_static_is_said_with_the_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+    counted = Counted()
+    monkeypatch.setattr(inductor, "_compiled", counted)
+    sample = dit(1)
+    for dynamic, most in ((None, 1), (False, 0)):
+        model = dicompile.optimize(sample.model, "none", dynamic=dynamic)
+        for batch in (4, 6):
+            inputs = {
+                name: value[:1].expand(batch, *value.shape[1:]) if isinstance(value, Tensor) else value
+                for name, value in sample.inputs.items()
+            }
+            with torch.no_grad():
+                model(**inputs)
+        assert max(counted.calls) == most
+        counted.calls.clear()
+        dicompile.reset()

@@ -124,7 +124,7 @@ def test_an_interrupt_between_two_blocks_leaves_no_trace(
     fresh: list[torch.Tensor], policy: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     interrupts = Interrupts()
-    monkeypatch.setattr("dicompile.lower.variants.compile_segment", interrupts.compile_segment)
+    monkeypatch.setattr("dicompile.lower.inductor.compile_segment", interrupts.compile_segment)
     runner = Runner(model().programs(policy))
     for calls in (1, 2, 3, 6):
         runner.run(seed=1, steps=range(3))

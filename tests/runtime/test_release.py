@@ -48,7 +48,7 @@ class Watch:
 @pytest.fixture
 def watch(monkeypatch: pytest.MonkeyPatch) -> Watch:
     made = Watch()
-    monkeypatch.setattr("dicompile.lower.variants.compile_segment", made.compile_segment)
+    monkeypatch.setattr("dicompile.lower.inductor.compile_segment", made.compile_segment)
     return made
 
 

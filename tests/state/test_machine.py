@@ -25,7 +25,7 @@ BASE = settings(deadline=None, suppress_health_check=list(HealthCheck), print_bl
 @pytest.fixture(autouse=True)
 def faults(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Models of the machine can fail in the middle of a call; one thread, as in the oracle."""
-    monkeypatch.setattr("dicompile.lower.variants.compile_segment", machine.FAULTS.compile_segment)
+    monkeypatch.setattr("dicompile.lower.inductor.compile_segment", machine.FAULTS.compile_segment)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
