@@ -18,15 +18,13 @@ from dicompile.capture import Capture, Role
 from dicompile.ops.kinds import SINUSOIDS, is_heavy
 from dicompile.ops.registry import HeadsFirst, is_unknown
 
-WORTH = 8
-"""A value per step is kept where it is this many times smaller than what it is made of: a row beside a weight."""
-
 
 def find_invariants(flow: Dataflow, capture: Capture, sites: Sequence[Site]) -> dict[str, Pace]:
     """Values that are worth computing outside of the steps, by name, in graph order.
 
     They are results of matrix products, and sines and cosines of positions. Casts, views and sums behind them cost
-    nothing within a kernel, and stay where they are.
+    nothing within a kernel, and stay where they are. Where tokens or frames have timesteps of their own, what depends on
+    them is as large as the latent itself, and stays, too.
 
     Args:
         flow: of the captured graph.
@@ -40,8 +38,9 @@ def find_invariants(flow: Dataflow, capture: Capture, sites: Sequence[Site]) -> 
         if item.is_signal or not isinstance(node.meta["val"], Tensor)
     )
     latent = given[Role.LATENT] | signals
-    if not latent:
+    if not given[Role.LATENT]:
         return {}
+    batch = max(node.meta["val"].shape[:1].numel() for node in _placeholders(flow, capture, Role.LATENT))
     named = {node.name: node for node in flow.nodes}
     kept = [named[name] for site in sites for name in (site.core, site.update, site.add, *site.attention)]
     free = [site for site in sites if not flow.ancestors[named[site.add]] & latent]
@@ -55,7 +54,7 @@ def find_invariants(flow: Dataflow, capture: Capture, sites: Sequence[Site]) -> 
         pace = Pace.STEP if before & given[Role.TIMESTEP] else Pace.GENERATION
         depends = bool(before & (given[Role.TIMESTEP] | given[Role.CONDITIONING]))
         if is_heavy(node) and depends:
-            if _is_worth(node, pace):
+            if _is_worth(node, pace, batch):
                 found[node.name] = pace
             else:
                 barred |= flow.descendants[node]
@@ -81,9 +80,9 @@ def _may_differ(node: fx.Node) -> bool:
     return is_random or is_unknown(node) or node.target.namespace not in ("aten", "prims")
 
 
-def _is_worth(node: fx.Node, pace: Pace) -> bool:
+def _is_worth(node: fx.Node, pace: Pace, batch: int) -> bool:
+    """True for a tensor; one for every step has to be a row for every sample, not for every token or frame."""
     value = node.meta["val"]
     if not isinstance(value, Tensor):
         return False
-    sizes = [v.numel() for parent in node.all_input_nodes if isinstance(v := parent.meta["val"], Tensor)]
-    return pace is Pace.GENERATION or WORTH * value.numel() <= max(sizes, default=0)
+    return pace is Pace.GENERATION or value.shape[:-1].numel() <= batch
