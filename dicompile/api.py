@@ -84,7 +84,8 @@ def optimize(
             of positions: once per generation, the very same bits), "all" (modulation, too, for 16 steps of the schedule
             at once; products of more rows may round in another way), or "off". By default "all" on a CPU and
             "conditioning" elsewhere, where looking at a timestep waits for the device; "off" with
-            ``backend="eager"``, a budget, or a cache in host memory.
+            ``backend="eager"``, a budget, or a cache in host memory. Other weights, text or timesteps are seen at every
+            call; edits through ``tensor.data`` on an accelerator count from the next generation on.
         mode: an older word for `backend`.
 
     Returns:

@@ -169,7 +169,7 @@ def _hoist(capture: Capture, arguments: Sequence[Any], options: Options) -> Hois
     if not is_run or not (options.link.is_live or options.link.schedule.steps > 1):
         return Hoist.NOTHING
     tensors = [value for value in (*arguments, *capture.constants) if isinstance(value, Tensor)]
-    if any(type(value) not in PLAIN_TENSORS for value in tensors):
+    if any(type(value) not in PLAIN_TENSORS or value.layout is not torch.strided for value in tensors):
         return Hoist.NOTHING
     if options.hoist is not None:
         return options.hoist

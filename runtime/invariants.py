@@ -21,6 +21,9 @@ from dicompile.plan import TimestepSchedule
 MOST_TABLES = 16
 """Tables that a generation has at once: one for every conditioning that its calls come with."""
 
+RESTS = 2
+"""Steps for which a table is kept that is not asked for: conditioning may come in turns, or have changed for good."""
+
 FORMULAS: tuple[Callable[[Tensor, torch.dtype], Tensor], ...] = (
     lambda times, dtype: times.to(dtype),
     lambda times, dtype: times.to(dtype) / 1000,
@@ -166,9 +169,11 @@ class Tables:
             schedule: of the whole run.
             step: of it.
         """
+        kept.tables = [table for table in kept.tables if table.step is None or table.step >= step - RESTS]
         table = self._find(kept, registers)
         table.serve(step)
-        values = _Values(self, table, registers, schedule, step, is_ahead=kept.made <= MOST_TABLES)
+        is_ahead = kept.made <= MOST_TABLES and bool(table.made_of)
+        values = _Values(self, table, registers, schedule, step, is_ahead=is_ahead)
         for name, register in reads:
             registers[register] = values[name]
         if step + 1 >= schedule.steps and table.calls >= table.calls_before:

@@ -23,8 +23,8 @@ def find_invariants(flow: Dataflow, capture: Capture, sites: Sequence[Site]) -> 
     """Values that are worth computing outside of the steps, by name, in graph order.
 
     They are results of matrix products, and sines and cosines of positions. Casts, views and sums behind them cost
-    nothing within a kernel, and stay where they are. Where tokens or frames have timesteps of their own, what depends on
-    them is as large as the latent itself, and stays, too.
+    nothing within a kernel, and stay where they are. Where tokens or frames have timesteps of their own, what depends
+    on them is as large as the latent itself, and stays, too.
 
     Args:
         flow: of the captured graph.

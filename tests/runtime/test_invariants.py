@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import dicompile
 from dicompile.errors import InvalidSetting
 from dicompile.plan import TimestepSchedule
-from dicompile.runtime.invariants import MOST_TABLES, _times_of_chunk
+from dicompile.runtime.invariants import MOST_TABLES, RESTS, _times_of_chunk
 from tests.models import MODELS, call, dit, optimized, pixart, run, state_of, timesteps
 
 STEPS = 20
@@ -222,6 +222,15 @@ def test_where_conditioning_is_ever_another_nothing_is_computed_ahead() -> None:
         torch.testing.assert_close(found, expected, rtol=ROUNDING, atol=ROUNDING)
     assert len(tables(model)) == MOST_TABLES
     assert [bool(table.chunks) for table in tables(model)] == [False] * MOST_TABLES
+
+
+def test_conditioning_that_has_changed_is_not_held_to_the_end() -> None:
+    sample = pixart(layers=2)
+    model = optimized(sample, "none", STEPS, hoist="all")
+    for step, t in enumerate(SCHEDULE[:8]):
+        text = torch.randn_like(sample.inputs["encoder_hidden_states"])
+        call(model, {**sample.inputs, "encoder_hidden_states": text}, t, step)
+        assert len(tables(model)) == min(step, RESTS) + 1
 
 
 def test_a_budget_hoists_nothing_that_nobody_asked_for() -> None:
