@@ -98,7 +98,8 @@ class Invariants:
     @functools.cached_property
     def functions(self) -> Mapping[str, Invariant]:
         """All of them, by name."""
-        return {name: self._make(self._nodes[name]) for name in self.paces}
+        with torch.inference_mode(mode=False), torch.no_grad():
+            return {name: self._make(self._nodes[name]) for name in self.paces}
 
     def _make(self, node: fx.Node) -> Invariant:
         def before(found: fx.Node) -> Sequence[fx.Node]:

@@ -108,11 +108,11 @@ class Program:
         noise: random scores to load.
         predicted: predicted scores to load.
         weights: weights to load, taken from the step's plan.
-        invariants: values that are computed outside of the steps, by name, and their registers.
         chosen: register of the tokens that a site refreshed.
         results: register of every output of the model; constants as they are.
         shared_results: registers among the results that may share memory with a slot: the caller gets copies of them.
         shared_writes: registers that are stored, and may share memory with an input of the model.
+        invariants: values that are computed outside of the steps, by name, and their registers.
     """
 
     calls: tuple[Call, ...]
@@ -123,11 +123,11 @@ class Program:
     noise: tuple[NoiseRead, ...]
     predicted: tuple[PredictedRead, ...]
     weights: tuple[WeightsRead, ...]
-    invariants: tuple[tuple[str, int], ...]
     chosen: tuple[tuple[SiteId, int], ...]
     results: tuple[int | Constant, ...]
     shared_results: frozenset[int] = frozenset()
     shared_writes: frozenset[int] = frozenset()
+    invariants: tuple[tuple[str, int], ...] = ()
 
     def __str__(self) -> str:
         loads = [f"%{register} = slot {slot}" for slot, register in self.reads]

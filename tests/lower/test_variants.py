@@ -140,7 +140,7 @@ def test_code_that_cannot_be_loaded_is_made_anew(
 
 
 def test_operators_of_others_stay_in_their_process() -> None:
-    segment = mlp_block().segment
+    segment = mlp_block().segment.copy(())
     check_can_be_stored(segment)
     next(node for node in segment.graph.nodes if node.op == "call_function").target = torch.ops.prims.exp.default
     with pytest.raises(Unwritable, match="prims"):
