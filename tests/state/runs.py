@@ -240,10 +240,11 @@ class Optimized:
         self.module = module if module is not None else self.setup.make().model
         schedule = self.scheduler if self.setup.live else timesteps(self.setup.steps[0])
         if self.setup.bare:
-            options = {"policy": self.setup.policies[policy], "schedule": schedule, "mode": "eager"}
+            options = {"policy": self.setup.policies[policy], "schedule": schedule, "mode": "eager", "hoist": "all"}
             self.model = torch.compile(self.module, backend="dicache", options=SHARED.setdefault(policy, options))
         else:
-            self.model = dicompile.optimize(self.module, self.setup.policies[policy], schedule=schedule, mode="eager")
+            chosen = self.setup.policies[policy]
+            self.model = dicompile.optimize(self.module, chosen, schedule=schedule, mode="eager", hoist="all")
 
 
 SHARED: dict[str, dict[str, Any]] = {}
