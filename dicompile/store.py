@@ -205,9 +205,8 @@ def _not_ours(about: os.stat_result) -> str | None:
 @contextlib.contextmanager
 def written_whole(path: Path) -> Iterator[Any]:
     """A file that is there whole, or not at all."""
-    handle, name = tempfile.mkstemp(
-        dir=path.parent, prefix=".new-", suffix=_SUFFIX
-    )  # readable and writable by us alone
+    # Readable and writable by us alone.
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=".new-", suffix=_SUFFIX)
     try:
         with os.fdopen(handle, "wb") as file:
             yield file

@@ -81,7 +81,7 @@ class PassOn:
 
 
 def nothing(*_: Any) -> tuple[()]:
-    """Artifact that computes nothing."""
+    """Code that computes nothing."""
     return ()
 
 
