@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from dicompile.analysis import ModelStructure, Pace
+from dicompile.capture import Role
 from tests.models import PlainDiT, Sample, dit, flux, pixart, plain_dit, redraw, sd3, structure
 
 GENERATION, STEP = Pace.GENERATION, Pace.STEP
@@ -57,19 +58,21 @@ def test_what_is_drawn_anew_is_no_invariant() -> None:
     assert structure(Sample(redraw(Noisy(3)), sample.inputs)).invariants == {}
 
 
-class PerToken(nn.Module):
-    """A timestep for every token: rows of its modulation would be as large as the latent itself."""
+class Modulated(nn.Module):
+    """A branch that a timestep scales, one for every sample or one for every token."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.embed, self.modulate, self.up = nn.Linear(1, 16), nn.Linear(16, 16), nn.Linear(16, 16)
+        self.modulate, self.up = nn.Linear(16, 16), nn.Linear(16, 16)
 
     def forward(self, x: Tensor, timestep: Tensor) -> Tensor:
-        shift = self.modulate(torch.sin(self.embed(timestep[..., None])))
-        return x + self.up(x + shift)
+        scale = self.modulate(torch.sin(timestep[..., None] * torch.arange(16)))
+        return x + self.up(x * (1 + scale))
 
 
-def test_rows_as_large_as_the_latent_are_not_kept() -> None:
-    found = structure(Sample(PerToken().eval(), {"x": torch.randn(2, 64, 16), "timestep": torch.rand(2, 64)}))
-    assert found.sites
-    assert found.invariants == {}
+@pytest.mark.parametrize(("timesteps", "count"), [(1, 1), (64, 0)])
+def test_what_has_rows_for_tokens_is_not_kept(timesteps: int, count: int) -> None:
+    inputs = {"x": torch.randn(2, 64, 16), "timestep": torch.rand(2, timesteps)}
+    found = structure(Sample(Modulated().eval(), inputs))
+    assert Role.TIMESTEP in {item.role for item in found.inputs}
+    assert paces(found)[STEP] == count
