@@ -22,6 +22,7 @@ from dicompile.analysis.blocks import structure_key
 from dicompile.capture import Capture, Role
 from dicompile.errors import InvalidSetting
 from dicompile.nodes import walk
+from dicompile.passes import boundary
 
 CHUNK = 16
 """Steps that are computed at once. It is always this many, so that rounding does not depend on the schedule."""
@@ -106,9 +107,9 @@ class Invariants:
             return () if found is not node and found.name in self.paces else found.all_input_nodes
 
         reached = sorted(walk([node], before), key=self._order.__getitem__)
-        inputs = [n for n in reached if n in self._inputs or (n is not node and n.name in self.paces)]
+        members = [n for n in reached if n is node or not (n in self._inputs or n.name in self.paces)]
+        inputs = [self._nodes[name] for name in boundary(members)[0]]  # in the order that the key numbers them in
         timed = tuple(self._is_timed(n) for n in inputs)
-        members = [n for n in reached if n not in inputs]
         key = structure_key(members), timed
         if key not in self._made:
             module = self._module(inputs, members)

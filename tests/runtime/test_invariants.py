@@ -61,6 +61,35 @@ def test_results_are_those_of_steps_that_compute_everything(name: str, policy: s
     assert all(map(torch.equal, run(model, sample.inputs, SCHEDULE), first))
 
 
+class Crossed(nn.Module):
+    """Two products of one shape: of one the text comes before the weight among the inputs, of the other after it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = (nn.Parameter(torch.randn(16, 16) / 4) for _ in range(2))
+        self.up = nn.Linear(16, 16)
+
+    def forward(self, x: Tensor, timestep: Tensor, text: Tensor, other: Tensor) -> Tensor:
+        x = x + text.mean()
+        keys = text @ self.first
+        x = x + self.up(x @ self.second) * torch.sin(timestep)[:, None, None]
+        return x + self.up(x * keys) + self.up(x * (other @ self.second))
+
+
+def test_values_of_one_structure_take_their_inputs_in_one_order() -> None:
+    torch.manual_seed(0)
+    module = Crossed().eval()
+    inputs = {name: torch.randn(16, 16) for name in ("text", "other")}
+    results = []
+    for hoist in ("off", "all"):
+        model = dicompile.optimize(module, "none", schedule=SCHEDULE, backend="eager", hoist=hoist)
+        with torch.no_grad():
+            results.append(model(x=torch.ones(2, 16, 16), timestep=torch.full((2,), float(SCHEDULE[0])), **inputs))
+        if hoist == "all":
+            assert len(dicompile.structure_of(model).invariants) == 2
+    torch.testing.assert_close(*results, rtol=ROUNDING, atol=ROUNDING)
+
+
 def test_modulation_of_sixteen_steps_is_computed_at_once() -> None:
     sample = dit(layers=3)
     model, plain = optimized(sample, "none", STEPS, hoist="all"), optimized(sample, "none", STEPS)
