@@ -20,14 +20,17 @@ from tests.zoo.case import Case
 from tests.zoo.coverage import (
     CASES,
     POLICIES,
+    STEPS,
     Facts,
     Row,
     class_of,
     expected_branches,
     exported_classes,
     facts_of,
+    first_tensor,
     found_branches,
     missing_patterns,
+    optimized_for,
     row_of,
     table,
 )
@@ -78,6 +81,20 @@ def test_a_configuration_works_under_every_policy(case: Case) -> None:
     facts = facts_of(case, POLICIES)
     assert tuple(facts.runs) == POLICIES
     check(case, facts)
+
+
+@pytest.mark.nightly
+@cases(POSSIBLE)
+def test_a_configuration_gives_the_same_hoisted(case: Case) -> None:
+    torch._dynamo.reset()
+    model, outputs = case.model(), {}
+    with torch.no_grad():
+        for hoist in ("off", "conditioning", "all"):
+            optimized = optimized_for(case, model, POLICIES[0], hoist=hoist)
+            outputs[hoist] = [first_tensor(optimized(**case.at(step))) for step in range(STEPS)]
+    assert all(map(torch.equal, outputs["off"], outputs["conditioning"]))
+    for exact, rounded in zip(outputs["off"], outputs["all"], strict=True):
+        torch.testing.assert_close(rounded, exact, rtol=1e-4, atol=1e-5 * float(exact.abs().max()))
 
 
 def check(case: Case, facts: Facts) -> None:

@@ -95,13 +95,18 @@ def facts_of(case: Case, policies: tuple[str, ...] = POLICIES[:1]) -> Facts:
         calls = eager_calls(model, case.at(0)) if flops else {}
     runs, structure, traced = {}, None, False
     for policy in policies:
-        timestep = "none" if case.timestep == case.latent else None  # a part of a model, which is given none
-        schedule = list(case.timesteps[:STEPS])
-        optimized = dicompile.optimize(model, policy, schedule=schedule, mode="eager", timestep=timestep)
+        optimized = optimized_for(case, model, policy)
         runs[policy] = _run(optimized, case)
         structure, traced = dicompile.structure_of(optimized), record_of(optimized).calls.is_run
     assert structure is not None
     return Facts(structure, traced, outputs, flops, calls, runs)
+
+
+def optimized_for(case: Case, model: nn.Module, policy: str, **options: Any) -> Any:
+    """A model of a case, optimized for its first steps."""
+    timestep = "none" if case.timestep == case.latent else None  # a part of a model, which is given none
+    schedule = list(case.timesteps[:STEPS])
+    return dicompile.optimize(model, policy, schedule=schedule, mode="eager", timestep=timestep, **options)
 
 
 def _run(optimized: Any, case: Case) -> Run:
