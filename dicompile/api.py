@@ -234,8 +234,8 @@ def prepare(model: Any, *, late: bool = True, progress: bool = False) -> None:
         model: what `optimize` returned.
         late: also for runs, and contexts of one, that begin at any later step: a guidance partner that joins, image to
             image of another strength. They need next to no code of their own, but are planned: seconds for 50 steps.
-        progress: show a bar, if tqdm is installed, while other processes compile: as many as
-            ``torch._inductor.config.compile_threads``, one for each core.
+        progress: show a bar while other processes compile: as many as ``torch._inductor.config.compile_threads``, one
+            for each core.
 
     Raises:
         NotOptimized, NotYetRun: nothing was captured yet.

@@ -6,15 +6,15 @@
 from __future__ import annotations
 
 import functools
-import importlib.util
 import logging
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, as_completed
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+from rich.progress import track
 from torch import Tensor, nn
 
 from dicompile.analysis import ModelStructure, analyse
@@ -360,17 +360,15 @@ def compile_ahead(wanted: Sequence[tuple[Programs, TimestepSchedule]], *, late: 
     Args:
         wanted: programs and schedules of the runs.
         late: see `Programs.prepare`.
-        progress: show a bar, if tqdm is installed.
+        progress: show a bar.
     """
     requests: list[Request] = []
     for programs, schedule in wanted:
         with programs.backend.in_effect():
             requests += requests_of(programs.codes(schedule), programs.backend)
     futures = ask_workers(requests) if count_workers() > 1 and len(requests) > 1 else []
-    done: Iterable[Future[None]] = as_completed(futures)
-    if progress and importlib.util.find_spec("tqdm") is not None:
-        done = importlib.import_module("tqdm.auto").tqdm(done, "compiling", len(futures), disable=not futures)
-    for future in done:
+    done = as_completed(futures)
+    for future in track(done, "compiling", total=len(futures), disable=not (progress and futures)):
         if future.exception() is not None:
             log.warning("%s: %s", DONE_HERE, str(future.exception()).splitlines()[-1])
     for programs, schedule in wanted:

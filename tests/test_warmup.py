@@ -226,7 +226,7 @@ def test_the_bare_backend_warms_up_alike(worker: Worker) -> None:
 
 
 def test_preparing_asks_for_all_distinct_variants_at_once_if_there_are_workers(
-    worker: Worker, monkeypatch: pytest.MonkeyPatch
+    worker: Worker, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     sample = plain_dit(2)
     worker.is_done = True
@@ -238,7 +238,8 @@ def test_preparing_asks_for_all_distinct_variants_at_once_if_there_are_workers(
     compiler.compile_ahead(wanted, late=False, progress=False)
     assert not worker.asked
     monkeypatch.setattr(compiler, "count_workers", lambda: 2)
-    dicompile.prepare(model, late=False)
+    dicompile.prepare(model, late=False, progress=True)
+    assert "compiling" in capsys.readouterr().out
     ((requests, _),) = worker.asked
     variants = [v for v in model.frames[0].programs.variants.variants[compiled:] if v.outputs]
     assert 1 < len({request.name for request in requests}) == len(requests) <= len(variants)
