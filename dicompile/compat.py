@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import logging
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
+from unittest import mock
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 from torch._C._dynamo.eval_frame import get_eval_frame_callback, set_eval_frame
 from torch._C._dynamo.guards import TensorGuards
-from torch._dynamo import convert_frame
+from torch._dynamo import convert_frame, symbolic_convert
 from torch._dynamo.eval_frame import skip_code
 from torch._dynamo.utils import dynamo_timed, get_metrics_context
 from torch._dynamo.variables.base import AttributeMutationNew, ValueMutationNew
+from torch.fx import _lazy_graph_module
 
 from dicompile.nodes import results_of
 
@@ -70,7 +73,7 @@ def dynamo_capture(function: Callable[..., Any], args: tuple[Any, ...]) -> Dynam
     Raises:
         TorchDynamoException: it cannot.
     """
-    with get_metrics_context(), dynamo_timed("dicompile"):
+    with get_metrics_context(), dynamo_timed("dicompile"), _no_function_names():
         made = convert_frame.fullgraph_capture(function, args)
     output, backend = made.graph_capture_output, made.backend_input
     if backend is None:
@@ -100,6 +103,14 @@ def dynamo_capture(function: Callable[..., Any], args: tuple[Any, ...]) -> Dynam
         codes=frozenset(output.traced_code),
         run=run,
     )
+
+
+@contextlib.contextmanager
+def _no_function_names() -> Iterator[None]:
+    """Dynamo tokenizes every file of which it traces a line, to name functions in a log line that nobody reads."""
+    is_read = symbolic_convert.trace_call_log.isEnabledFor(logging.DEBUG)
+    with contextlib.nullcontext() if is_read else mock.patch.object(symbolic_convert, "get_funcname", lambda *_: None):
+        yield
 
 
 def noting_writes(noted: list[bool]) -> Callable[[Any], None]:
@@ -133,6 +144,18 @@ def left_alone(function: _CallableT) -> _CallableT:
     """Let Dynamo put calls of a function into its graph as they are, for as long as the function lives."""
     torch.compiler.allow_in_graph(function)
     return function
+
+
+@contextlib.contextmanager
+def code_on_demand() -> Iterator[None]:
+    """While open, graph modules that torch makes write their Python code when it runs, if ever (torch 2.11 to 2.14)."""
+    with _lazy_graph_module._use_lazy_graph_module(True):
+        yield
+
+
+def lazy_graph_module(root: nn.Module, graph: fx.Graph) -> fx.GraphModule:
+    """A graph module that writes its Python code when it runs, if ever: for a deep model that takes a second each."""
+    return _lazy_graph_module._LazyGraphModule(root, graph)
 
 
 def _facts(guard: Any) -> tuple[Any, str, Any]:

@@ -16,7 +16,6 @@ from dicompile.analysis.spans import make_spans
 from dicompile.analysis.streams import chain_streams, make_streams
 from dicompile.analysis.structure import ModelStructure, Pace
 from dicompile.capture import Capture, Role
-from dicompile.ops.cost import node_bytes, node_flops
 
 
 def analyse(capture: Capture) -> ModelStructure:
@@ -48,13 +47,14 @@ def analyse(capture: Capture) -> ModelStructure:
         prologue=flow.names(parts.prologue),
         epilogue=flow.names(parts.epilogue),
         grid=_token_grid(latent, branches) if latent is not None and branches else None,
-        flops=sum(node_flops(node) for node in flow.nodes),
-        bytes=sum(node_bytes(node) for node in flow.nodes),
+        flops=sum(flops for flops, _ in flow.work.values()),
+        bytes=sum(size for _, size in flow.work.values()),
         dependence=dependence,
         spans=make_spans(flow, branches, sites, groups),
         invariants=invariants,
         invariant_flops={
-            pace: sum(node_flops(node) for node in flow.nodes if invariants.get(node.name) is pace) for pace in Pace
+            pace: sum(flops for node, (flops, _) in flow.work.items() if invariants.get(node.name) is pace)
+            for pace in Pace
         },
     )
 

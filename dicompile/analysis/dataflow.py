@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterable, Iterator
 
 from torch import fx
 
+from dicompile.ops.cost import node_bytes, node_flops
+
 
 class Dataflow:
     """Ancestors and descendants of every node, itself included.
@@ -31,6 +33,11 @@ class Dataflow:
             for user in node.users:
                 bits |= self.descendants[user]
             self.descendants[node] = bits
+
+    @functools.cached_property
+    def work(self) -> dict[fx.Node, tuple[int, int]]:
+        """Operations and bytes of every node."""
+        return {node: (node_flops(node), node_bytes(node)) for node in self.nodes}
 
     def bits(self, nodes: Iterable[fx.Node]) -> int:
         """The set of `nodes`."""

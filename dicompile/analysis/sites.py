@@ -17,7 +17,6 @@ from dicompile.analysis.token_work import token_work
 from dicompile.analysis.transport import nearest_streams
 from dicompile.analysis.work import Work, work_of_branches
 from dicompile.nodes import node_argument
-from dicompile.ops.cost import node_flops
 from dicompile.text import module_path
 
 aten = torch.ops.aten
@@ -55,7 +54,7 @@ def _site(
     flow: Dataflow, branch: Branch, number: SiteId, block: BlockId, stream: StreamId, work: Work, streams: int
 ) -> Site:
     region = list(flow.members(branch.region))
-    heaviest = max(region, key=node_flops)
+    heaviest = max(region, key=lambda node: flow.work[node][0])
     tokens = token_work(flow, branch.source, branch.core, region)
     return Site(
         id=number,

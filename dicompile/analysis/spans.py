@@ -13,11 +13,10 @@ from torch import fx
 from dicompile.analysis.dataflow import Dataflow
 from dicompile.analysis.residual import Branch
 from dicompile.analysis.structure import Site, SiteId, SiteKind, Span, TokenFact, TokenWise
-from dicompile.analysis.token_work import TokenWork, token_work
+from dicompile.analysis.token_work import TokenWork, token_axis, token_work
 from dicompile.analysis.transport import carried
 from dicompile.analysis.work import owned_work
 from dicompile.nodes import tensor_of, walk
-from dicompile.ops.cost import node_flops
 from dicompile.ops.kinds import is_attention
 
 
@@ -69,7 +68,7 @@ def _span(
         flops=round(work[0]),
         token_flops=tokens.flops,
         bytes=round(work[1]),
-        attention_flops=sum(node_flops(node) for node in region if is_attention(node)),
+        attention_flops=sum(flow.work[node][0] for node in region if is_attention(node)),
         update_itemsize=value.element_size(),
         key_flops=tokens.key_flops,
         inside=tuple(site.id for site in inside),
@@ -81,14 +80,15 @@ def _token_work(
     flow: Dataflow, start: fx.Node, end: fx.Node, region: Sequence[fx.Node], inside: Sequence[Site], kind: SiteKind
 ) -> TokenWork:
     """What a span can do with chosen tokens."""
-    work = token_work(flow, start, end, region)
     if kind is SiteKind.STACK:
         why = "tokens of later blocks attend to all tokens of earlier ones"
     elif any(site.kind is SiteKind.JOINT_ATTENTION for site in inside):
         why = "another stream needs the same attention over all tokens"
     else:
-        return work
-    return TokenWork(TokenFact(TokenWise.NO, work.fact.axis, work.fact.count, why))
+        return token_work(flow, start, end, region)
+    shape = tensor_of(start).shape
+    axis = token_axis(shape)
+    return TokenWork(TokenFact(TokenWise.NO, axis, int(shape[axis]), why))
 
 
 def find_runs(branches: Sequence[Branch], sites: Sequence[Site], members: Iterable[int]) -> list[list[int]]:

@@ -11,7 +11,6 @@ from dicompile.analysis.dataflow import Dataflow
 from dicompile.analysis.structure import TokenFact, TokenWise
 from dicompile.analysis.tokens import Mixing, token_layouts
 from dicompile.nodes import node_argument
-from dicompile.ops.cost import node_flops
 from dicompile.ops.kinds import is_attention
 from dicompile.ops.layout import Layout
 from dicompile.ops.tokens import Carried, MixesTokens
@@ -32,6 +31,11 @@ class TokenWork:
     key_flops: int = 0
 
 
+def token_axis(shape: Sequence[int]) -> int:
+    """The axis of a stream that counts its tokens: [n, c] or [b, n, ...]."""
+    return 0 if len(shape) == 2 else 1
+
+
 def token_work(flow: Dataflow, stream: fx.Node, end: fx.Node, region: Sequence[fx.Node]) -> TokenWork:
     """What a branch can do with chosen tokens of its stream.
 
@@ -42,7 +46,7 @@ def token_work(flow: Dataflow, stream: fx.Node, end: fx.Node, region: Sequence[f
         region: its nodes, in graph order.
     """
     shape = stream.meta["val"].shape
-    axis = 0 if len(shape) == 2 else 1
+    axis = token_axis(shape)
     count = int(shape[axis])
     if len(shape) != 3 or count == 1:
         has = f"{len(shape)} axes instead of batch, token and channel" if count > 1 else "a single token"
@@ -63,11 +67,11 @@ def token_work(flow: Dataflow, stream: fx.Node, end: fx.Node, region: Sequence[f
         shrinking = {node: carried for node, carried in behind.items() if not is_attention(node)}
         for_keys = for_keys if stored else set()
     flops = sum(
-        node_flops(node) * carried.layout.token_share
+        flow.work[node][0] * carried.layout.token_share
         for node, carried in shrinking.items()
         if node is not stream and node not in for_keys
     )
-    return TokenWork(fact, round(flops), sum(node_flops(node) for node in for_keys))
+    return TokenWork(fact, round(flops), sum(flow.work[node][0] for node in for_keys))
 
 
 def _layouts(

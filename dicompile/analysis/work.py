@@ -9,7 +9,6 @@ from torch import fx
 
 from dicompile.analysis.dataflow import Dataflow, union
 from dicompile.analysis.residual import Branch
-from dicompile.ops.cost import node_bytes, node_flops
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,8 +49,9 @@ def owned_work(
         owners[node] = elsewhere if stops else owner
         if owners[node] & elsewhere or node.op != "call_function":
             continue
-        flops, size, count = node_flops(node), node_bytes(node), owner.bit_count()
-        for i in range(len(ends)):
-            if owner >> i & 1:
-                work[i] = work[i][0] + flops / count, work[i][1] + size / count
+        (flops, size), count = flow.work[node], owner.bit_count()
+        while owner:
+            i = (owner & -owner).bit_length() - 1
+            work[i] = work[i][0] + flops / count, work[i][1] + size / count
+            owner &= owner - 1
     return work

@@ -25,6 +25,7 @@ from torch.utils import _pytree as pytree
 from dicompile.capture.canonical import make_canonical
 from dicompile.capture.constants import spell_out_constants
 from dicompile.capture.parts import write_out_composites
+from dicompile.compat import lazy_graph_module
 from dicompile.nodes import results_of
 from dicompile.text import layout_text, module_path
 
@@ -176,7 +177,7 @@ class _Joined:
         if any(isinstance(result, fx.Node) and result not in self._made for result in results):
             raise _Entangled
         self.graph.output(tuple(self._made[r] if isinstance(r, fx.Node) else r for r in results))
-        return fx.GraphModule(self.holder, self.graph)
+        return lazy_graph_module(self.holder, self.graph)
 
     def _add(self, piece: Sequence[fx.Node]) -> None:
         inside = set(piece)
@@ -205,7 +206,7 @@ class _Joined:
             copies[node] = graph.node_copy(node, copies.__getitem__)
         graph.output(tuple(copies[node] for node in leaving))
         values = [self._value(node) for node in entering]
-        functional = _traced(fx.GraphModule(self.source, graph), values, self.mode)
+        functional = _traced(lazy_graph_module(self.source, graph), values, self.mode)
         if functional.mutated:
             raise _Entangled
         return functional

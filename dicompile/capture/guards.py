@@ -51,6 +51,8 @@ class By(enum.Enum):
     TYPE = "type"
     CELL = "cell"
 
+    __hash__ = object.__hash__  # there is one of each, and the hash of an enum is Python: a tenth of a deep capture
+
 
 @dataclass(frozen=True, slots=True)
 class Path:

@@ -30,8 +30,7 @@ from dicompile.capture.captured import Captured
 from dicompile.capture.dynamo import Traced, trace
 from dicompile.capture.functional import laid_out_like
 from dicompile.capture.guards import By, Guards, Path, Pins
-from dicompile.compat import left_alone
-from dicompile.errors import CannotCapture
+from dicompile.compat import lazy_graph_module, left_alone
 from dicompile.nodes import results_of
 from dicompile.text import clean_path
 
@@ -73,21 +72,11 @@ def _trace(module: nn.Module, arguments: Arguments) -> Traced | None:
     members = {} if arguments.numbers else find_members(module)
     if not members:
         return None
-    kinds: list[_Kind] = []
-    while True:
-        blocks = _Blocks(members, kinds, ambient())
-        try:
-            outer = trace(module, arguments, stand_in_for(module, blocks.stand_ins))
-        except CannotCapture:
-            if blocks.wanted is None:
-                raise
-        else:
-            # Dynamo may run the graph of a region again for another block, whose forward it was told not to look into.
-            has_regions = any(isinstance(node.target, HigherOrderOperator) for node in outer.graph.graph.nodes)
-            return None if outer.writes or has_regions else _Inlined(outer, blocks).traced()
-        if len(kinds) > max(3, len(members) // 2):
-            raise _Whole
-        kinds.append(_capture_kind(*blocks.wanted))
+    blocks = _Blocks(members, ambient())
+    outer = trace(module, arguments, stand_in_for(module, blocks.stand_ins))
+    # Dynamo may run the graph of a region again for another block, whose forward it was told not to look into.
+    has_regions = any(isinstance(node.target, HigherOrderOperator) for node in outer.graph.graph.nodes)
+    return None if outer.writes or has_regions else _Inlined(outer, blocks).traced()
 
 
 def find_members(module: nn.Module) -> dict[Path, nn.Module]:
@@ -204,16 +193,17 @@ class _Blocks:
 
     Args:
         members: the blocks, by path.
-        kinds: what is known of what blocks do.
-        state: global state under which that was found out.
+        state: global state under which it is found out what blocks do.
 
     Attributes:
-        wanted: block and arguments of the first call of which nothing is known.
+        kinds: what is known of that: each was captured when the first block of the kind was called.
     """
 
-    def __init__(self, members: Mapping[Path, nn.Module], kinds: Sequence[_Kind], state: tuple[object, ...]) -> None:
-        self.kinds, self._state = kinds, state
-        self.wanted: tuple[nn.Module, Arguments] | None = None
+    def __init__(self, members: Mapping[Path, nn.Module], state: tuple[object, ...]) -> None:
+        self.kinds: list[_Kind] = []
+        self._state = state
+        self._pins: dict[tuple[int, int], Pins | str] = {}
+        self._most = max(3, len(members) // 2)
         self.places: dict[object, tuple[Path, nn.Module]] = {}
         self.stand_ins: dict[int, nn.Module] = {}
         for path, block in members.items():
@@ -226,10 +216,7 @@ class _Blocks:
             arguments = Arguments.of(args, kwargs)
             if ambient() != self._state or not all(type(tensor) is FakeTensor for tensor in arguments.tensors):
                 raise _Whole
-            kind = self.kind_of(block, arguments)
-            if kind is None:
-                self.wanted = self.wanted or (block, arguments)
-                raise _Whole
+            kind = self.kind_of(block, arguments) or self._new_kind(block, arguments)
             result = kind.packed(kind.results(), arguments.tensors)
             if not _can_return(result):
                 raise _Whole
@@ -240,7 +227,20 @@ class _Blocks:
     def kind_of(self, block: nn.Module, arguments: Arguments) -> _Kind | None:
         """What a block does when it is called like this, if that is known."""
         alike = (k for k in self.kinds if type(k.block) is type(block) and k.arguments.key == arguments.key)
-        return next((k for k in alike if k.block is block or isinstance(k.captured.guards.pin(block), Pins)), None)
+        return next((kind for kind in alike if isinstance(self.pins(block, kind), Pins)), None)
+
+    def pins(self, block: nn.Module, kind: _Kind) -> Pins | str:
+        """What the guards of a kind find in a block, or which of them does not hold."""
+        key = id(block), id(kind)
+        if key not in self._pins:
+            self._pins[key] = kind.captured.guards.pin(block)
+        return self._pins[key]
+
+    def _new_kind(self, block: nn.Module, arguments: Arguments) -> _Kind:
+        if len(self.kinds) == self._most:
+            raise _Whole
+        self.kinds.append(_capture_kind(block, arguments))
+        return self.kinds[-1]
 
 
 def _can_return(result: Any) -> bool:
@@ -265,8 +265,7 @@ class _Inlined:
     _own: dict[int, fx.Node] = field(default_factory=dict)
     _inputs: dict[fx.Node, Any] = field(default_factory=dict)
     _made: dict[fx.Node, Any] = field(default_factory=dict)
-    _parts: list[tuple[Guards, list[Tensor]]] = field(default_factory=list)
-    _pins: dict[tuple[int, int], Pins] = field(default_factory=dict)
+    _parts: dict[tuple[Path, int], tuple[Guards, list[Tensor]]] = field(default_factory=dict)
 
     def traced(self) -> Traced:
         """The whole.
@@ -288,8 +287,8 @@ class _Inlined:
                     self._made[node] = self._copied(node)
         anchor.args = (fx.node.map_arg(source.output_node().args[0], self._node),)
         inputs = self._sorted_inputs()
-        module = fx.GraphModule(self.outer.graph, self._graph)
-        guards, own = _joined([(self.outer.guards, self.outer.own), *self._parts])
+        module = lazy_graph_module(self.outer.graph, self._graph)
+        guards, own = _joined([(self.outer.guards, self.outer.own), *self._parts.values()])
         codes = self.outer.codes.union(*(kind.captured.codes for kind in self.blocks.kinds))
         return replace(self.outer, graph=module, guards=guards, own=own, inputs=inputs, codes=codes)
 
@@ -339,14 +338,12 @@ class _Inlined:
         return kind.packed(results, tensors[len(own) :])
 
     def _own_tensors(self, path: Path, block: nn.Module, kind: _Kind) -> list[Tensor]:
-        key = id(block), id(kind)
-        if key not in self._pins:
-            pins = kind.captured.guards.pin(block)
-            if isinstance(pins, str):
-                raise _Whole
-            self._pins[key] = pins
-            self._parts.append((kind.captured.guards.below(path), pins.tensors))
-        return self._pins[key].tensors
+        pins = self.blocks.pins(block, kind)
+        if isinstance(pins, str):
+            raise _Whole
+        if (path, id(kind)) not in self._parts:
+            self._parts[path, id(kind)] = kind.captured.guards.below(path), pins.tensors
+        return pins.tensors
 
     def _sorted_inputs(self) -> list[Any]:
         """Put the inputs in the order of their first use; returns their values."""

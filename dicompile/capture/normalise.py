@@ -21,7 +21,7 @@ from dicompile.capture.functional import make_functional
 from dicompile.capture.numbers import numbers_in
 from dicompile.capture.parts import inline_regions, write_out_diagonals
 from dicompile.capture.roles import NOTHING_SAID, Input, Role, Said, assign_roles
-from dicompile.compat import transforms_undone
+from dicompile.compat import code_on_demand, transforms_undone
 from dicompile.errors import CannotCapture, DicompileError
 from dicompile.text import graph_text, module_path, operator_text
 
@@ -89,6 +89,7 @@ def capture_graph(
         fx.traceback.preserve_node_meta(),
         fake_mode,
         transforms_undone(),
+        code_on_demand(),
     ):
         try:
             explicit = make_autocast_explicit(dynamo_graph, fakes)
