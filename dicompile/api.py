@@ -49,6 +49,7 @@ def optimize(
     latent: str | None = None,
     components: Sequence[str] | None = None,
     hoist: str | None = None,
+    attention: str | None = None,
     mode: str | None = None,
 ) -> Any:
     """Compile a diffusion transformer with feature caching.
@@ -86,6 +87,10 @@ def optimize(
             "conditioning" elsewhere, where looking at a timestep waits for the device; "off" with
             ``backend="eager"``, a budget, or a cache in host memory. Other weights, text or timesteps are seen at every
             call; edits through ``tensor.data`` on an accelerator count from the next generation on.
+        attention: who computes it: "sdpa", whichever kernel torch chooses; "cudnn", that of cuDNN before torch's other
+            ones; or "flash-attn", the package of this name (FlashAttention-3 on Hopper where ``flash_attn_interface``
+            is installed), for all attention that it can compute. What it cannot stays with torch, and a log line says
+            how much and why.
         mode: an older word for `backend`.
 
     Returns:
@@ -94,14 +99,15 @@ def optimize(
 
     Raises:
         UnknownPolicy, InvalidPolicy: the policy does not exist or has an option that does not.
-        InvalidSetting: a backend, an option of Inductor or a cache option that does not exist.
+        InvalidSetting: a backend, an option of Inductor, an attention or a cache option that does not exist, or is not
+            installed.
         InvalidSchedule: a caching policy for a module without a schedule.
         AlreadyOptimized: restore it first. A pipeline that shares a denoiser with an optimized one, and has a scheduler
             of its own, is optimized by itself: each has a wrapper around the same weights.
         UnsupportedModel: neither a module nor a pipeline with a denoiser.
     """
     chosen = get_policy(policy)
-    code = Backend.of(backend if mode is None else mode, options, compile_mode, warmup, dynamic)
+    code = Backend.of(backend if mode is None else mode, options, compile_mode, warmup, dynamic, attention)
     cache = CacheOptions.of(max_cache_bytes, over_budget, cache_dtype, cache_device)
     said, hoisted = Said(timestep, latent), Hoist.of(hoist)
     if isinstance(model, CachedModel):

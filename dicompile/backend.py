@@ -25,7 +25,7 @@ log = logging.getLogger("dicompile")
 
 CACHE_OPTIONS = ("max_cache_bytes", "over_budget", "cache_dtype", "cache_device")
 OPTIONS = ("policy", "steps", "schedule", "timestep", "latent", "hoist", "backend", "options", "compile_mode", "warmup",
-           "dynamic", "mode", *CACHE_OPTIONS)  # fmt: skip
+           "dynamic", "attention", "mode", *CACHE_OPTIONS)  # fmt: skip
 
 
 def dicache(
@@ -38,8 +38,8 @@ def dicache(
         example_inputs: its inputs.
         options: "policy" (name, `Policy` or plain data; default "none"), "steps" (number of sampling steps) or
             "schedule" (scheduler or timesteps), the names of the inputs "timestep" and "latent", "hoist", "backend",
-            "options" of Inductor, "compile_mode", "warmup" and "dynamic", and those of the cache: "max_cache_bytes",
-            "over_budget", "cache_dtype", "cache_device"; see `dicompile.optimize`.
+            "options" of Inductor, "compile_mode", "warmup", "dynamic" and "attention", and those of the cache:
+            "max_cache_bytes", "over_budget", "cache_dtype", "cache_device"; see `dicompile.optimize`.
 
     Raises:
         InvalidSetting: an option is unknown, or a caching policy comes without steps.
@@ -89,7 +89,7 @@ def read_options(options: dict[str, Any]) -> Options:
             )
         source = 1
     name = options.get("mode", options.get("backend", "inductor"))  # the older word first
-    words = ("options", "compile_mode", "warmup", "dynamic")
+    words = ("options", "compile_mode", "warmup", "dynamic", "attention")
     code = Backend.of(name, *map(options.get, words))
     cache = CacheOptions.of(
         **{name: options[name] for name in CACHE_OPTIONS if name in options}, where="torch.compile(backend='dicache')"

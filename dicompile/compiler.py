@@ -39,6 +39,7 @@ from dicompile.lower import (
     requests_of,
     table_predictor,
 )
+from dicompile.ops.flash import check_fits
 from dicompile.plan import (
     UNLIMITED,
     CacheOptions,
@@ -117,10 +118,13 @@ def compile_capture(capture: Capture, arguments: Sequence[Any], options: Options
 
     Raises:
         PolicyDoesNotFit: the model cannot do what the policy asks for.
+        InvalidSetting: no attention of it can be computed as the user asked.
         CacheTooLarge: the plan needs more memory than it may have.
     """
     if not options.backend.is_eager:
         check_can_compile(options.cache, [value.device for value in arguments if isinstance(value, Tensor)])
+    if options.backend.attention == "flash-attn":
+        check_fits(capture.graph)
     options.debug.write("captured", capture)
     pieces = pieces_of(capture, _hoist(capture, arguments, options))
     structure = pieces.structure

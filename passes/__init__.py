@@ -31,6 +31,7 @@ from dicompile.passes.refresh_tokens import RefreshTokens
 from dicompile.passes.reuse_sites import ReuseSites
 from dicompile.passes.score_tokens import ScoreTokens
 from dicompile.passes.store_values import StoreValues
+from dicompile.passes.use_flash_attention import UseFlashAttention
 
 PASSES: tuple[Pass, ...] = (
     ScoreTokens(),  # first: it reads the queries and keys of attention that later passes may cut off
@@ -45,7 +46,15 @@ PASSES: tuple[Pass, ...] = (
     KeepLayout(),  # last: no later edit may move anything
 )
 
+FLASH_PASSES: tuple[Pass, ...] = (
+    *PASSES[:-1],
+    UseFlashAttention(),  # when nobody looks for attention any more
+    PASSES[-1],
+)
+"""The same where attention is computed by the package flash-attn."""
+
 __all__ = [
+    "FLASH_PASSES",
     "PASSES",
     "Chosen",
     "InputRef",

@@ -14,17 +14,24 @@ from torch import fx
 from torch._inductor import list_mode_options, list_options, standalone_compile
 from torch._inductor.compile_fx import compile_fx
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dicompile.errors import InvalidSetting
 from dicompile.lower.artifact import Compiled, PassOn, compiled_code, nothing
 from dicompile.lower.sizes import Compile, Sizes
 from dicompile.lower.workers import Request, ask
+from dicompile.ops.flash import check_installed
 from dicompile.passes import Segment, Value
 
 BACKENDS = ("inductor", "eager")
 MODES = ("default", "max-autotune", "max-autotune-no-cudagraphs")
 """Sets of options of Inductor, under torch's names for them, that can be had."""
+ATTENTIONS = ("sdpa", "cudnn", "flash-attn")
+"""Who computes attention: whatever torch chooses, cuDNN before all others of torch's, or the package flash-attn."""
 BACKGROUND = "background"
+CUDNN_FIRST = [
+    SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH,
+]  # fmt: skip
 _GRAPHS = "triton.cudagraphs"
 _OVERWRITES = "CUDA graphs overwrite what an earlier step stored"
 
@@ -38,12 +45,14 @@ class Backend:
         options: of Inductor, by name.
         in_background: other processes compile, and generations that begin before they are done run uncached.
         is_static: every size gets code of its own.
+        attention: one of `ATTENTIONS`.
     """
 
     name: str = "inductor"
     options: tuple[tuple[str, Any], ...] = ()
     in_background: bool = False
     is_static: bool = False
+    attention: str = "sdpa"
 
     @classmethod
     def of(
@@ -53,6 +62,7 @@ class Backend:
         mode: str | None = None,
         warmup: str | None = None,
         dynamic: bool | None = None,
+        attention: str | None = None,
     ) -> Backend:
         """Check what the user asked for.
 
@@ -63,10 +73,12 @@ class Backend:
                 what a step stores is read steps later.
             warmup: "background", or None.
             dynamic: False for code of its own for every size; by default what varies is a symbol from the second on.
+            attention: one of `ATTENTIONS`; "sdpa" by default.
 
         Raises:
-            InvalidSetting: there is no such backend, mode, option or warm-up, the option is one of CUDA graphs, sizes
-                would have to be symbols before any varied, or nothing is compiled.
+            InvalidSetting: there is no such backend, mode, option, warm-up or attention, the option is one of CUDA
+                graphs, sizes would have to be symbols before any varied, nothing is compiled, or flash-attn is not
+                installed.
         """
         if name not in BACKENDS:
             raise InvalidSetting(
@@ -90,8 +102,15 @@ class Backend:
                 why="which of a graph's numbers follow from which size, only a second size tells",
                 fix="leave it out: from the second size on, what varied is a symbol; or dynamic=False",
             )
+        if attention not in (None, *ATTENTIONS):
+            raise InvalidSetting(
+                f"attention {attention!r} does not exist", where="attention", fix=f"use one of: {', '.join(ATTENTIONS)}"
+            )
+        if attention == "flash-attn":
+            check_installed()
         chosen = dict(options or {})
         words = {"options": chosen or None, "compile_mode": mode, "warmup": warmup, "dynamic": dynamic}
+        words["attention"] = attention if attention == "cudnn" else None
         given = [word for word, value in words.items() if value is not None]
         if name == "eager" and given:
             raise InvalidSetting(
@@ -110,23 +129,28 @@ class Backend:
             )
         of_mode = list_mode_options(mode) if mode is not None else {}
         every = {**of_mode, **chosen, **({_GRAPHS: False} if of_mode else {})}
-        return cls(name, tuple(sorted(every.items())), warmup is not None, dynamic is False)
+        made = tuple(sorted(every.items()))
+        return cls(name, made, warmup is not None, dynamic is False, attention or "sdpa")
 
     @property
     def is_eager(self) -> bool:
         """True if nothing is compiled."""
         return self.name == "eager"
 
-    def in_effect(self) -> contextlib.AbstractContextManager[Any]:
+    @contextlib.contextmanager
+    def in_effect(self) -> Iterator[None]:
         """While open, Inductor compiles with these options."""
-        return torch._inductor.config.patch(dict(self.options)) if self.options else contextlib.nullcontext()
+        options = torch._inductor.config.patch(dict(self.options)) if self.options else contextlib.nullcontext()
+        kernels = sdpa_kernel(CUDNN_FIRST, set_priority=True) if self.attention == "cudnn" else contextlib.nullcontext()
+        with options, kernels:
+            yield
 
-    def settings(self) -> tuple[object, ...] | None:
+    def settings(self) -> tuple[object, ...]:
         """Everything besides a graph that decides what is made of it."""
         if self.is_eager:
-            return None
+            return (self.attention,)
         with self.in_effect():
-            return *settings_of_inductor(), self.is_static
+            return *settings_of_inductor(), self.is_static, self.attention
 
 
 INDUCTOR = Backend()
@@ -233,7 +257,7 @@ def compile_segment(
     given = zip(placeholders, segment.inputs, strict=True)
     own = {copies[node] for node, item in given if isinstance(item, Value) and item.index in segment.owned}
     with backend.in_effect():
-        how = settings_of_inductor()
+        how = *settings_of_inductor(), backend.attention
         function = (sizes or SIZES).code(
             graph_module, segment.fake_mode, how, compile_ or _compiled, own, is_static=backend.is_static
         )

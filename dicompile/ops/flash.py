@@ -1,0 +1,154 @@
+"""FlashAttention of the flash-attn package, as one operator that also returns the logsumexp.
+
+Among its own kernels torch chooses by itself; this one it does not have. The package is optional: it is imported when
+the operator runs.
+
+Reference:
+    Dao, FlashAttention-2, arXiv 2307.08691; Shah et al., FlashAttention-3, arXiv 2407.08608.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import inspect
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from dicompile.errors import InvalidSetting
+from dicompile.nodes import tensor_of
+from dicompile.ops.kinds import ATTENTION
+from dicompile.text import module_path
+
+log = logging.getLogger("dicompile")
+
+DEVICE = "cuda"
+DTYPES = (torch.float16, torch.bfloat16)
+WIDEST, EVERY = 256, 8
+"""The widest head that its kernels take, and what its width has to be a multiple of."""
+_ARGUMENTS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
+
+
+@torch.library.custom_op(
+    "dicompile::flash_attention",
+    mutates_args=(),
+    schema="(Tensor query, Tensor key, Tensor value, float? scale, bool is_causal) -> (Tensor, Tensor)",
+)
+def flash_attention(
+    query: Tensor, key: Tensor, value: Tensor, scale: float | None, is_causal: bool
+) -> tuple[Tensor, Tensor]:
+    """Attention without a mask; heads of keys and values may be fewer.
+
+    Args:
+        query: [b, h, n, d], float16 or bfloat16.
+        key: [b, k, m, d].
+        value: [b, k, m, d].
+        scale: factor of the logits; None means 1 / sqrt(d).
+        is_causal: every token sees those before it alone.
+
+    Returns:
+        Output, [b, h, n, d], with heads after tokens in memory; and the logsumexp of the logits, float32, [b, h, n].
+
+    Raises:
+        InvalidSetting: flash-attn is not installed.
+    """
+    attend, options = _kernel(), {"softmax_scale": scale, "causal": is_causal}
+    if "return_attn_probs" in inspect.signature(attend).parameters:
+        options["return_attn_probs"] = True  # the logsumexp with it; probabilities come with dropout only
+    output, lse, *_ = attend(*(tensor.transpose(1, 2) for tensor in (query, key, value)), **options)
+    return output.transpose(1, 2), lse
+
+
+@flash_attention.register_fake
+def _(query: Tensor, key: Tensor, value: Tensor, scale: float | None, is_causal: bool) -> tuple[Tensor, Tensor]:
+    samples, heads, tokens, _ = query.shape
+    output = query.new_empty(samples, tokens, heads, value.shape[-1])
+    return output.transpose(1, 2), query.new_empty(samples, heads, tokens, dtype=torch.float32)
+
+
+def check_installed() -> None:
+    """Raise if flash-attn is not installed.
+
+    Raises:
+        InvalidSetting: it is not.
+    """
+    _kernel()
+
+
+def _kernel() -> Callable[..., Any]:
+    """FlashAttention-3 where it is installed, on a GPU that runs it; else FlashAttention-2."""
+    runs_3 = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
+    names = (["flash_attn_interface"] if runs_3 else []) + ["flash_attn"]
+    name = next((name for name in names if _is_installed(name)), None)
+    if name is None:
+        raise InvalidSetting(
+            "attention 'flash-attn' needs the package flash-attn",
+            where="attention",
+            why="it is not installed",
+            fix="pip install flash-attn, or leave attention out: torch has FlashAttention of its own",
+        )
+    attend: Callable[..., Any] = importlib.import_module(name).flash_attn_func
+    return attend
+
+
+@functools.cache
+def _is_installed(name: str) -> bool:
+    return importlib.util.find_spec(name) is not None
+
+
+def is_plain(node: fx.Node) -> bool:
+    """True for torch's attention, which another kernel may take the place of."""
+    return node.target is ATTENTION
+
+
+def arguments_of(node: fx.Node) -> tuple[Any, ...]:
+    """Arguments of `flash_attention` for a node that it can compute."""
+    given = _given(node)
+    return *(given[name] for name in _ARGUMENTS[:3]), given.get("scale"), bool(given.get("is_causal"))
+
+
+def why_not(node: fx.Node) -> str | None:
+    """Why FlashAttention cannot compute an attention node; None if it can."""
+    given = _given(node)
+    query, key, value = (tensor_of(given[name]) for name in _ARGUMENTS[:3])
+    dtype, width = str(query.dtype).removeprefix("torch."), query.shape[-1]
+    alike = query.ndim == 4 and width == key.shape[-1] == value.shape[-1]
+    reasons = (
+        (given.get("attn_mask") is not None, "it has a mask"),
+        (bool(given.get("dropout_p")), "it has dropout"),
+        (not alike, "queries, keys and values are not [b, h, n, d] of one width"),
+        (query.device.type != DEVICE, f"it is on {query.device.type}, not on {DEVICE}"),
+        (query.dtype not in DTYPES, f"it is in {dtype}, not in float16 or bfloat16"),
+        (width > WIDEST or width % EVERY != 0, f"its heads are {width} wide, not a multiple of {EVERY} up to {WIDEST}"),
+    )
+    return next((why for is_so, why in reasons if is_so), None)
+
+
+def check_fits(graph: fx.Graph) -> None:
+    """Say which attention of a graph FlashAttention cannot compute.
+
+    Raises:
+        InvalidSetting: all of it.
+    """
+    reasons = {node: why_not(node) for node in graph.nodes if is_plain(node)}
+    staying = {node: why for node, why in reasons.items() if why is not None}
+    if not staying:
+        return
+    node, why = next(iter(staying.items()))
+    where = module_path(node) or node.name
+    if len(staying) == len(reasons):
+        raise InvalidSetting(
+            "attention 'flash-attn' can compute no attention of this model",
+            where=where,
+            why=why,
+            fix="leave attention out: torch chooses a kernel that can",
+        )
+    log.warning("%d of %d attentions stay with torch: %s, %s", len(staying), len(reasons), where, why)
+
+
+def _given(node: fx.Node) -> dict[str, Any]:
+    return dict(zip(_ARGUMENTS, node.args, strict=False)) | dict(node.kwargs)

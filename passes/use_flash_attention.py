@@ -1,0 +1,45 @@
+"""Compute attention by the flash-attn package, where its kernels can.
+
+Before::
+
+    %9: bf16[2,4,64,64] = aten.scaled_dot_product_attention.default(%6, %7, %8)
+
+After::
+
+    %9 = dicompile.flash_attention.default(%6, %7, %8, None, False)
+    %10: bf16[2,4,64,64] = getitem(%9, 0)
+"""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from dicompile.ops.flash import arguments_of, is_plain, why_not
+from dicompile.passes.base import PassReport, Segment
+from dicompile.passes.edit import Editor
+
+
+@dataclass(frozen=True)
+class UseFlashAttention:
+    """Put FlashAttention in the place of torch's attention; what it cannot compute stays."""
+
+    name: ClassVar[str] = "use-flash-attention"
+    exact: ClassVar[bool] = False
+
+    def run(self, segment: Segment) -> PassReport:
+        """Replace every attention that it can compute."""
+        editor, changed = Editor(segment), []
+        for node in filter(is_plain, list(segment.graph.nodes)):
+            if why_not(node) is not None:
+                continue
+            with editor.before(node):
+                both = editor.call(torch.ops.dicompile.flash_attention.default, *arguments_of(node))
+                output = editor.call(operator.getitem, both, 0)
+            node.replace_all_uses_with(output)
+            segment.graph.erase_node(node)
+            changed.append(output.name)
+        return PassReport(tuple(changed))
