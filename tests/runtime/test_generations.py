@@ -123,6 +123,7 @@ class Interrupts:
 def test_an_interrupt_between_two_blocks_leaves_no_trace(
     fresh: list[torch.Tensor], policy: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    dicompile.reset()  # what made `fresh` is compiled
     interrupts = Interrupts()
     monkeypatch.setattr("dicompile.lower.inductor.compile_segment", interrupts.compile_segment)
     runner = Runner(model().programs(policy))
