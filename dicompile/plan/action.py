@@ -221,6 +221,8 @@ class SlotKind(enum.Enum):
 HISTORIC = (SlotKind.VALUE, SlotKind.ATTENTION, SlotKind.VALUE_SCALE, SlotKind.ATTENTION_SCALE)
 """Kinds of slot that move up one age when a new value is stored."""
 
+_KINDS = {kind.value: kind for kind in SlotKind}
+
 
 @dataclass(frozen=True, slots=True, order=True)
 class Slot:
@@ -244,7 +246,7 @@ class Slot:
     @property
     def kind(self) -> SlotKind:
         """See `SlotKind`."""
-        return SlotKind(self.kind_name)
+        return _KINDS[self.kind_name]
 
     def __str__(self) -> str:
         return f"{self.kind_name}[{self.site}]" + (f"-{self.age}" if self.age else "")

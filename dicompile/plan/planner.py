@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
@@ -112,6 +114,7 @@ def _with_whats(rows: Sequence[Row], whats: Mapping[int, What]) -> list[Row]:
 def _with_reads(structure: ModelStructure, rows: Sequence[Row]) -> list[tuple[SiteStep, ...]]:
     """Slots that every action reads and could write, before anybody asked whether they are needed."""
     clocks = [0] * len(structure.everything)
+    owners = [attention_owner(structure, site) for site in structure.everything]
     result = []
     for row in rows:
         sources = _score_sources(structure, row)
@@ -120,7 +123,7 @@ def _with_reads(structure: ModelStructure, rows: Sequence[Row]) -> list[tuple[Si
         for site, action in zip(structure.everything, row, strict=True):
             clocks[site.id] = 0 if action.is_full else clocks[site.id]
             source = sources.get(int(site.id))
-            owner = attention_owner(structure, site)
+            owner = owners[site.id]
             runs = owner is not None and row[owner].is_full  # then its fresh attention is at hand
             steps.append(_site_step(site, action, clocks[site.id], source[0] if source else None, owner, runs))
             clocks[site.id] += not action.is_full and not action.is_skip
@@ -186,7 +189,10 @@ def _with_score_bases(
     for sites, asked in reversed(steps):
         wanted.update(asked)
         result.append(
-            tuple(replace(site, score=wanted.get(i)) if _may_score(site) else site for i, site in enumerate(sites))
+            tuple(
+                replace(site, score=wanted[i]) if i in wanted and _may_score(site) else site
+                for i, site in enumerate(sites)
+            )
         )
     return result[::-1]
 
@@ -197,34 +203,35 @@ def _may_score(site: SiteStep) -> bool:
 
 
 def _with_liveness(steps: Sequence[tuple[SiteStep, ...]]) -> list[tuple[tuple[SiteStep, ...], frozenset[Slot]]]:
-    """Keep only writes that are read later. Walks backwards, site by site, with the set of slots still wanted."""
-    live: set[Slot] = set()
+    """Keep only writes that are read later. Walks backwards, site by site, with what is still wanted of each."""
+    live: dict[int, set[Slot]] = defaultdict(set)
     result = []
     for sites in reversed(steps):
-        after = frozenset(live)
-        kept = []
-        for number in range(len(sites) - 1, -1, -1):
-            site, live = _live_site(sites[number], number, live)
-            kept.append(site)
+        after = frozenset(itertools.chain.from_iterable(live.values()))
+        kept = [_live_site(sites[number], number, live) for number in range(len(sites) - 1, -1, -1)]
         result.append((tuple(kept[::-1]), after))
     return result[::-1]
 
 
-def _live_site(site: SiteStep, number: int, live: set[Slot]) -> tuple[SiteStep, set[Slot]]:
+def _live_site(site: SiteStep, number: int, live: dict[int, set[Slot]]) -> SiteStep:
+    """The site with what is wanted of it; `live` is before it then what it was behind it."""
     shifts = site.action.computes and site.action.tokens is None
     stored = {slot.kind for slot in site.writes} & set(HISTORIC)  # a blend computes attention without storing it
-    own = {slot for slot in live if slot.site == number and slot.kind in stored}
+    own = {slot for slot in live[number] if slot.kind in stored}
     history = max((slot.age for slot in own), default=0) if shifts else 0
     kept = {slot.kind for slot in own} if shifts else set()
-    writes = tuple(slot for slot in site.writes if slot in live or slot.kind in kept)
-    live = live - set(writes)
+    writes = tuple(slot for slot in site.writes if slot in live[slot.site] or slot.kind in kept)
+    for slot in writes:
+        live[slot.site].discard(slot)
     if shifts:
-        live = (live - own) | {replace(slot, age=slot.age - 1) for slot in own if slot.age > 0}
+        live[number] = (live[number] - own) | {replace(slot, age=slot.age - 1) for slot in own if slot.age > 0}
     score = site.score if any(slot.kind is SlotKind.SCORE for slot in writes) else None
     # Stamping the chosen tokens starts from the stamps of the others, even where the score does not count ages.
     stamps = [slot for slot in writes if slot.kind is SlotKind.STAMP and site.action.tokens and slot not in site.reads]
     reads = (*site.reads, *stamps)
-    return replace(site, reads=reads, writes=writes, history=history, score=score), live | set(reads)
+    for slot in reads:
+        live[slot.site].add(slot)
+    return replace(site, reads=reads, writes=writes, history=history, score=score)
 
 
 def _with_scales(
@@ -234,6 +241,8 @@ def _with_scales(
     cache: CacheOptions,
 ) -> list[tuple[tuple[SiteStep, ...], frozenset[Slot]]]:
     """Beside every slot of values whose dtype has little range, the slot of their scales."""
+    if cache.dtype is None:
+        return list(steps)
 
     def scaled(slots: Iterable[Slot]) -> Iterator[Slot]:
         for slot in slots:
