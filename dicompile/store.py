@@ -236,7 +236,7 @@ def version() -> str:
     """Name of the folder of everything that was made by the same programs on a machine of the same kind."""
     root = Path(__file__).parent
     sources = sorted(
-        [*root.rglob("*.py"), *(root.parent / "passes").glob("*.py"), *(root.parent / "runtime").glob("*.py")]
+        [*root.rglob("*.py"), *(root.parent / "passes").rglob("*.py"), *(root.parent / "runtime").rglob("*.py")]
     )
     digest = _HASH()
     for path in sources:

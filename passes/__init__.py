@@ -30,6 +30,7 @@ from dicompile.passes.pipeline import PassRun, rewrite
 from dicompile.passes.refresh_tokens import RefreshTokens
 from dicompile.passes.reuse_sites import ReuseSites
 from dicompile.passes.score_tokens import ScoreTokens
+from dicompile.passes.share_log_sum_exp import ShareLogSumExp
 from dicompile.passes.store_values import StoreValues
 from dicompile.passes.use_flash_attention import UseFlashAttention
 
@@ -41,6 +42,7 @@ PASSES: tuple[Pass, ...] = (
     StoreValues(),  # after the cuts, so that it stores what is really computed
     NarrowSlots(),  # once everything is stored and read: casts on both sides, where the plan asks for fewer bits
     DropDead(),  # removes what the cuts left behind
+    ShareLogSumExp(),  # of attention that is still there: it would keep the others alive
     NarrowLinear(),  # needs to know which parts of a layer are still read
     DropDead(),  # removes the wide layers that were narrowed
     KeepLayout(),  # last: no later edit may move anything

@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._dispatch.python import enable_python_dispatcher
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import DimDynamic, StatelessSymbolicContext
 
-from dicompile.nodes import results_of
+from dicompile.nodes import node_argument, results_of
 from dicompile.ops.kinds import RESHAPES
 from dicompile.passes.base import InputRef, OutputRef, Segment
 
@@ -57,20 +58,32 @@ class Editor:
             given = iter(tensors)
             return function(*(None if node is None else next(given) for node in nodes))
 
-        with torch.no_grad(), self.segment.fake_mode:
-            traced = make_fx(positional, pre_dispatch=True)(*(node.meta["val"] for node in present))
-        arguments = iter(present)
-        copies: dict[fx.Node, Any] = {}
-        for node in traced.graph.nodes:
+        traced = self.traced(positional, *present)
+        return self.inlined(traced, *present)[node_argument(traced.output_node(), 0)]
+
+    def traced(self, function: Callable[..., torch.Tensor], *nodes: fx.Node, pre_dispatch: bool = True) -> fx.Graph:
+        """A tensor function of tensors as a graph of ATen calls.
+
+        Args:
+            function: what to trace.
+            nodes: whose values it is traced on.
+            pre_dispatch: False for the operators that those of the model become when they are compiled.
+        """
+        lowered = contextlib.nullcontext() if pre_dispatch else enable_python_dispatcher()  # as in AOTAutograd
+        with torch.no_grad(), self.segment.fake_mode, lowered:
+            return make_fx(function, pre_dispatch=pre_dispatch)(*(node.meta["val"] for node in nodes)).graph
+
+    def inlined(self, graph: fx.Graph, *nodes: fx.Node) -> dict[fx.Node, fx.Node]:
+        """Copy a graph of calls, with `nodes` for its inputs; maps its nodes to the copies."""
+        arguments = iter(nodes)
+        copies: dict[fx.Node, fx.Node] = {}
+        for node in graph.nodes:
             if node.op == "placeholder":
                 copies[node] = next(arguments)
             elif node.op == "call_function":
                 args, kwargs = fx.node.map_arg((node.args, node.kwargs), copies.__getitem__)
                 copies[node] = self.call(node.target, *args, **kwargs)
-            elif node.op == "output":
-                result: fx.Node = copies[node.args[0]]
-                return result
-        raise AssertionError("a traced function has an output")
+        return copies
 
     def input(self, reference: InputRef, value: object) -> fx.Node:
         """The placeholder for `reference`, added if it is new; `value` is a fake tensor or symbolic int."""

@@ -15,6 +15,10 @@ After (value norm)::
     %12: f32[2,64] = aten.sum.dim_IntList(%11, [1])
     return score[0] = %12
 
+A score by attention or entropy is one call as well (`dicompile.ops.attention_scores`), of queries and keys::
+
+    %10: f32[2,64] = dicompile.attention_received.default(%6, %7, None, None, False)
+
 Attention itself is not touched: it stays one fused call.
 """
 
@@ -22,14 +26,15 @@ from __future__ import annotations
 
 import operator
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, fx
 
 from dicompile.nodes import node_argument, tensor_of, walk
 from dicompile.ops import scores
-from dicompile.ops.attention import mask_of
+from dicompile.ops.attention import is_causal, mask_of
+from dicompile.ops.attention_scores import operator_for
 from dicompile.ops.kinds import NORMS, RESHAPES, VIEWS, is_heavy
 from dicompile.passes.base import PassReport, Segment, SiteNodes, SlotRef
 from dicompile.passes.edit import Editor
@@ -79,25 +84,16 @@ def raw_score(editor: Editor, attention: fx.Node, base: ScoreBase, shared: bool 
         shared: whether entropies are for a mixture of guidance halves.
     """
     query, key, value = (node_argument(attention, i) for i in range(3))
-    mask = mask_of(attention)
-    scale: Any = attention.kwargs.get("scale")
     if base is ScoreBase.VALUE_NORM:
         return editor.trace(scores.value_norm, value)
     if base is ScoreBase.LARGE_VALUE_NORM:
         return editor.trace(scores.mean_norm, value)
     if base is ScoreBase.KEY_NORM:
         return editor.trace(scores.mean_norm, key)
+    logits = query, key, mask_of(attention), attention.kwargs.get("scale"), is_causal(attention)
     if base is ScoreBase.ENTROPY:
-
-        def entropy(query: Tensor, key: Tensor, mask: Tensor | None) -> Tensor:
-            return scores.attention_entropy(query, key, mask, scale, shared=shared)
-
-        return editor.trace(entropy, query, key, mask)
-
-    def received(query: Tensor, key: Tensor, mask: Tensor | None) -> Tensor:
-        return scores.attention_received(query, key, mask, scale)
-
-    return editor.trace(received, query, key, mask)
+        return editor.call(operator_for(tensor_of(query), "attention_entropy"), *logits, shared=shared)
+    return editor.call(operator_for(tensor_of(query), "attention_received"), *logits)
 
 
 def _of_keys(editor: Editor, site: SiteNodes, base: ScoreBase) -> fx.Node:

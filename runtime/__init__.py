@@ -1,5 +1,6 @@
 """Runtime: per call, which step it is, which program runs, what is remembered. Knows no graphs."""
 
+from dicompile.runtime import kernels
 from dicompile.runtime.clock import SchedulerLink
 from dicompile.runtime.execute import Executor, Step, StepSource
 from dicompile.runtime.identify import Signature
@@ -21,5 +22,6 @@ __all__ = [
     "Tables",
     "cache_context",
     "current_session",
+    "kernels",
     "session",
 ]

@@ -17,6 +17,7 @@ from dicompile.analysis.token_work import token_work
 from dicompile.analysis.transport import nearest_streams
 from dicompile.analysis.work import Work, work_of_branches
 from dicompile.nodes import node_argument
+from dicompile.ops.cost import score_work
 from dicompile.text import module_path
 
 aten = torch.ops.aten
@@ -56,6 +57,7 @@ def _site(
     region = list(flow.members(branch.region))
     heaviest = max(region, key=lambda node: flow.work[node][0])
     tokens = token_work(flow, branch.source, branch.core, region)
+    score_flops, score_bytes = score_work(branch.attention[0]) if branch.attention else (0, 0)
     return Site(
         id=number,
         block=block,
@@ -79,6 +81,8 @@ def _site(
         update_itemsize=branch.update.meta["val"].element_size(),
         key_flops=tokens.key_flops,
         keys=own_keys(flow, branch, streams),
+        score_flops=score_flops,
+        score_bytes=score_bytes,
     )
 
 

@@ -106,6 +106,8 @@ class Site:
         update_itemsize: bytes per element of the branch output after its gate.
         key_flops: the part of `flops` that makes keys and values.
         keys: first of the attention's keys that belong to the site's own tokens, and their number.
+        score_flops: operations of a score of all tokens from the logits of its attention.
+        score_bytes: memory traffic of that.
     """
 
     id: SiteId
@@ -130,6 +132,8 @@ class Site:
     update_itemsize: int = 0
     key_flops: int = 0
     keys: tuple[int, int] = (0, 0)
+    score_flops: int = 0
+    score_bytes: int = 0
 
     @property
     def label(self) -> str:

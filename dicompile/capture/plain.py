@@ -14,7 +14,7 @@ from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from dicompile.nodes import results_of
-from dicompile.ops.registry import is_of_torch
+from dicompile.ops.registry import is_of_torch_or_ours
 from dicompile.store import Unwritable
 from dicompile.text import module_path
 
@@ -97,7 +97,7 @@ def graph_to_plain(graph: fx.Graph) -> list[Any]:
         if node.op == "output":
             lines.append(to_plain(results_of(graph), number))
             continue
-        if node.op != "placeholder" and not is_of_torch(node.target):
+        if node.op != "placeholder" and not is_of_torch_or_ours(node.target):
             raise Unwritable(f"{node.target}")
         args = to_plain(list(node.args), number)
         kwargs = [[name, to_plain(part, number)] for name, part in node.kwargs.items()]

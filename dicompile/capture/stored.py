@@ -28,7 +28,7 @@ from dicompile.capture.plain import from_plain, graph_from_plain, graph_to_plain
 from dicompile.capture.roles import Input, Role
 from dicompile.capture.sources import Sources
 from dicompile.compat import tracer_settings
-from dicompile.ops.registry import is_of_torch, registered
+from dicompile.ops.registry import is_of_torch_or_ours, registered
 from dicompile.store import Unwritable, device_text, key_of, packed, spelled, unpacked
 
 _TENSORS = (Tensor, nn.Parameter)
@@ -151,7 +151,7 @@ def _is_of_torch(node: fx.Node) -> bool:
     if node.op != "call_function":
         return False
     if isinstance(node.target, OpOverload):
-        return is_of_torch(node.target)
+        return is_of_torch_or_ours(node.target)
     home = getattr(node.target, "__module__", None) or type(getattr(node.target, "__self__", None)).__module__
     return home.split(".")[0] in ("torch", "_operator", "math", "builtins")
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from dicompile.lower.artifact import Compiled, code_bytes, code_of
-from dicompile.ops.registry import is_of_torch
+from dicompile.ops.registry import is_of_torch_or_ours
 from dicompile.passes import (
     Chosen,
     InputRef,
@@ -65,7 +65,7 @@ def check_can_be_stored(segment: Segment) -> None:
         Unwritable: it has.
     """
     for node in segment.graph.nodes:
-        if node.op not in ("placeholder", "output") and not is_of_torch(node.target):
+        if node.op not in ("placeholder", "output") and not is_of_torch_or_ours(node.target):
             raise Unwritable(f"{node.target}")
 
 

@@ -25,7 +25,7 @@ def _attention(node: fx.Node, layouts: Layouts) -> Carried:
         raise MixesTokens(node, "reads keys and values of all tokens")
     if mask is not None:
         operands[mask] = (*range(rank - tensor_of(mask).ndim, rank - 1), None)
-    if query in layouts and (node.args[5] if len(node.args) > 5 else node.kwargs.get("is_causal")):
+    if query in layouts and is_causal(node):
         raise MixesTokens(node, "lets every token see those before it")
     carried = combine(node, layouts, operands, "reads keys and values of all tokens")
     if not carried.layout.has_tokens:
@@ -37,6 +37,11 @@ def mask_of(node: fx.Node) -> fx.Node | None:
     """The mask of an attention node, if it has one."""
     mask = node.args[3] if len(node.args) > 3 else node.kwargs.get("attn_mask")
     return mask if isinstance(mask, fx.Node) else None
+
+
+def is_causal(node: fx.Node) -> bool:
+    """True for an attention node whose queries see no key after their own place."""
+    return bool(node.args[5] if len(node.args) > 5 else node.kwargs.get("is_causal"))
 
 
 def open_attention(node: fx.Node, layouts: Layouts) -> Carried:

@@ -11,7 +11,7 @@ import torch
 from torch import fx
 from torch.utils.flop_counter import flop_registry
 
-from dicompile.nodes import tensor_of
+from dicompile.nodes import node_argument, tensor_of
 from dicompile.ops.kinds import (
     ADDED_PRODUCTS,
     CONVOLUTIONS,
@@ -59,6 +59,13 @@ def _attention_flops(query: Shape, key: Shape, value: Shape) -> int:
     heads = math.prod(query[:-2])
     flops: int = _ATTENTION(*((1, heads, *shape[-2:]) for shape in (query, key, value)))
     return flops
+
+
+def score_work(node: fx.Node) -> tuple[int, int]:
+    """Operations and bytes of a score of all tokens, which makes the logits of an attention node once more."""
+    query, key = (tensor_of(node_argument(node, i)) for i in range(2))
+    flops = _product_flops(tuple(query.shape), (*query.shape[:-1], key.shape[-2]))
+    return flops, tensor_bytes(query) + tensor_bytes(key)
 
 
 def _convolution_flops(image: Shape, kernel: Shape, output: Shape, *, transposed: bool) -> int:

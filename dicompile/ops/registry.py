@@ -104,10 +104,10 @@ def is_unknown(node: fx.Node) -> bool:
     return isinstance(target, OpOverload) and target.namespace not in _OWN and target not in REGISTERED
 
 
-def is_of_torch(target: object) -> bool:
-    """True for an operator of torch's own, and for arithmetic: what they mean is decided by torch's version."""
+def is_of_torch_or_ours(target: object) -> bool:
+    """True for operators of torch's own, ours, and arithmetic: the versions of both decide what they mean."""
     is_arithmetic = target in (operator.getitem, operator.add, operator.mul)
-    return is_arithmetic or (isinstance(target, OpOverload) and target.namespace == "aten")
+    return is_arithmetic or (isinstance(target, OpOverload) and target.namespace in ("aten", "dicompile"))
 
 
 def _overloads(operator: Any) -> Sequence[OpOverload]:

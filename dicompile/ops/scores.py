@@ -1,4 +1,4 @@
-"""What makes a token worth refreshing, as plain tensor functions.
+"""What makes a token worth refreshing, as plain tensor functions; what attention gives, see `attention_scores`.
 
 Reference:
     Zou et al., ToCa, arXiv 2410.05317, section 3 (s1 attention, s2 entropy, s4 grid bonus);
@@ -13,39 +13,6 @@ import torch
 from torch import Tensor
 
 TINY = 1e-12
-
-
-def attention_map(query: Tensor, key: Tensor, mask: Tensor | None, scale: float | None) -> Tensor:
-    """Attention weights averaged over heads.
-
-    Args:
-        query: [b, h, n, d].
-        key: [b, h, m, d].
-        mask: additive or boolean, broadcastable to [b, h, n, m], or None.
-        scale: factor of the logits; None means 1 / sqrt(d).
-
-    Returns:
-        float32, [b, n, m].
-    """
-    logits = query.float() @ key.float().transpose(-2, -1) * (query.shape[-1] ** -0.5 if scale is None else scale)
-    if mask is not None:
-        logits = logits.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else logits + mask.float()
-    return logits.softmax(-1).mean(1)
-
-
-def attention_received(query: Tensor, key: Tensor, mask: Tensor | None, scale: float | None) -> Tensor:
-    """Attention that every key receives: mean over heads, sum over queries; float32, [b, m]."""
-    return attention_map(query, key, mask, scale).sum(1)
-
-
-def attention_entropy(query: Tensor, key: Tensor, mask: Tensor | None, scale: float | None, *, shared: bool) -> Tensor:
-    """Entropy of every query's row of the attention map; float32, [b, n].
-
-    With `shared`, rows are weighted by one half, so that the two guidance halves of a picture add up to the entropy of
-    their mixture over disjoint captions, without its constant.
-    """
-    rows = attention_map(query, key, mask, scale) * (0.5 if shared else 1.0)
-    return -(rows * (rows + 1e-7).log()).sum(-1)
 
 
 def value_norm(value: Tensor) -> Tensor:

@@ -68,6 +68,11 @@ class ScoreBase(enum.Enum):
         """True if the block's attention delivers the score on steps that compute it."""
         return self in _FROM_ATTENTION
 
+    @property
+    def needs_logits(self) -> bool:
+        """True if the score multiplies queries and keys once more."""
+        return self in (ScoreBase.ATTENTION, ScoreBase.ENTROPY)
+
 
 _FROM_ATTENTION = frozenset({
     ScoreBase.ATTENTION, ScoreBase.ENTROPY, ScoreBase.VALUE_NORM, ScoreBase.LARGE_VALUE_NORM, ScoreBase.KEY_NORM,

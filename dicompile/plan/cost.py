@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from dicompile.analysis import ModelStructure, Site, TokenWise
-from dicompile.plan.action import Action, Context, ScoreBase, What
+from dicompile.plan.action import Action, Context, ScoreBase, SlotKind, What
 from dicompile.plan.plan import FLOPS_PER_BYTE, StepPlan
 
 
@@ -27,7 +27,30 @@ def with_cost(structure: ModelStructure, step: StepPlan) -> StepPlan:
         saved_flops -= sum(site.flops for site in inside)
         saved_bytes -= sum(site.bytes for site in inside)
         flops, size, time = flops - saved_flops, size - saved_bytes, time - saved_flops
-    return replace(step, flops=round(flops), bytes=round(size), time=time)
+    score_flops, score_bytes = scoring(structure, step)
+    return replace(
+        step,
+        flops=round(flops + score_flops),
+        score_flops=round(score_flops),
+        bytes=round(size + score_bytes),
+        time=time + _roofline(score_flops, score_bytes),
+    )
+
+
+def scoring(structure: ModelStructure, step: StepPlan) -> tuple[float, float]:
+    """Operations and memory traffic of the scores that a step makes from logits of attention.
+
+    Sites with one attention share its score; a site that refreshes tokens scores these alone.
+    """
+    shares: dict[tuple[str, ...], tuple[Site, float]] = {}
+    for site, planned in zip(structure.sites, step.sites, strict=False):
+        tokens, writes = planned.action.tokens, any(slot.kind is SlotKind.SCORE for slot in planned.writes)
+        if planned.score is not None and planned.score.base.needs_logits:
+            shares[site.attention] = site, 1.0
+        elif tokens is not None and tokens.score.base.needs_logits and writes:
+            shares[site.attention] = site, tokens.count / site.tokens.count
+    flops = sum(site.score_flops * share for site, share in shares.values())
+    return flops, sum(site.score_bytes * share for site, share in shares.values())
 
 
 def with_predictor(structure: ModelStructure, step: StepPlan, cost: float) -> StepPlan:

@@ -52,6 +52,7 @@ class StepPlan:
         sites: one entry per site, in order, then one per span.
         live: slots that some later step reads; everything else is dropped after the step.
         flops: operations of the step.
+        score_flops: the part of them that scores its tokens, which publications leave out.
         bytes: memory traffic of the step, nothing fused.
         time: roofline time of the step, in operations.
     """
@@ -60,6 +61,7 @@ class StepPlan:
     sites: tuple[SiteStep, ...] = field(repr=False)
     live: frozenset[Slot] = field(repr=False)
     flops: int = 0
+    score_flops: int = 0
     bytes: int = 0
     time: float = 0.0
 
@@ -143,6 +145,11 @@ class Plan:
     def flops(self) -> int:
         """Operations of the run, matrix products only."""
         return sum(step.flops for step in self.steps)
+
+    @property
+    def score_flops(self) -> int:
+        """The part of them that scores tokens, which publications leave out."""
+        return sum(step.score_flops for step in self.steps)
 
     @property
     def flop_speedup(self) -> float:

@@ -306,10 +306,14 @@ def only_copies(source: str) -> bool:
 
 
 def kind_of(node: ast.Call) -> str:
-    """What a call in generated code does: "triton", "gemm", "attention", the name of another operator, or nothing."""
+    """What a call in generated code does.
+
+    Returns:
+        "triton", "gemm", "attention", the name of another operator, or of a kernel written by hand; "" for nothing.
+    """
     path = ast.unparse(node.func)
-    if path.startswith("triton_") and path.endswith(".run"):
-        return "triton"
+    if path.endswith(".run"):
+        return "triton" if path.startswith("triton_") else re.sub(r"_\d+\.run$", "", path)
     name = re.match(r"(?:extern_kernels|torch\.ops\.\w+|aten)\.(\w+)", path)
     if name is None:
         return ""

@@ -150,7 +150,7 @@ def test_each_stream_gets_the_score_of_its_own_tokens(
     }[base]
     steps = [produce(base), FULL, produce(base), FULL]
     segment = rewritten(block.segment, steps, ScoreTokens(), live=range(len(block.segment.outputs)))
-    assert str(segment).count("softmax") == (base is ScoreBase.ATTENTION)  # one map for both streams
+    assert str(segment).count("attention_received") == (base is ScoreBase.ATTENTION)  # one for both streams
     results = run_segment(segment, block.arguments)
     for position, (first, end) in ((0, image), (2, text)):
         found = results[SlotRef(position, SlotKind.SCORE)].double()
