@@ -83,17 +83,23 @@ def raw_score(editor: Editor, attention: fx.Node, base: ScoreBase, shared: bool 
         base: which score.
         shared: whether entropies are for a mixture of guidance halves.
     """
-    query, key, value = (node_argument(attention, i) for i in range(3))
+    query, key, value = (_with_heads(editor, node_argument(attention, i)) for i in range(3))
     if base is ScoreBase.VALUE_NORM:
         return editor.trace(scores.value_norm, value)
     if base is ScoreBase.LARGE_VALUE_NORM:
         return editor.trace(scores.mean_norm, value)
     if base is ScoreBase.KEY_NORM:
         return editor.trace(scores.mean_norm, key)
-    logits = query, key, mask_of(attention), attention.kwargs.get("scale"), is_causal(attention)
+    mask = mask_of(attention)
+    logits = query, key, mask and _with_heads(editor, mask), attention.kwargs.get("scale"), is_causal(attention)
     if base is ScoreBase.ENTROPY:
         return editor.call(operator_for(tensor_of(query), "attention_entropy"), *logits, shared=shared)
     return editor.call(operator_for(tensor_of(query), "attention_received"), *logits)
+
+
+def _with_heads(editor: Editor, operand: fx.Node) -> fx.Node:
+    """An operand of attention with an axis of heads, which one of a single head may lack."""
+    return editor.call(aten.unsqueeze.default, operand, 1) if tensor_of(operand).ndim == 3 else operand
 
 
 def _of_keys(editor: Editor, site: SiteNodes, base: ScoreBase) -> fx.Node:

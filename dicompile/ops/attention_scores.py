@@ -9,6 +9,7 @@ Products are exact and sums are taken in float32, as tensor cores do it, whateve
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 
 import torch
@@ -86,7 +87,7 @@ def attention_entropy(
     batch, heads, queries, _ = query.shape
     entropy = query.new_empty((batch, queries), dtype=torch.float32)
     for rows, of_heads in _blocks(query, key, mask, scale, is_causal, lse):
-        row = sum(of_heads) * ((0.5 if shared else 1.0) / heads)
+        row = functools.reduce(torch.add, of_heads) * ((0.5 if shared else 1.0) / heads)
         entropy[:, rows] = -(row * (row + EPSILON).log()).sum(-1)
     return entropy
 

@@ -223,6 +223,15 @@ def test_structures_are_frozen() -> None:
             setattr(item, field, None)
 
 
+def test_a_score_takes_one_product_of_queries_and_keys() -> None:
+    sites = structure("pixart").sites
+    assert {(site.kind.value, site.score_flops, site.score_bytes) for site in sites} == {
+        ("self-attention", 2 * 2 * 2 * 64 * 64 * 16, 4 * 2 * 2 * 16 * (64 + 64)),
+        ("cross-attention", 2 * 2 * 2 * 64 * 12 * 16, 4 * 2 * 2 * 16 * (64 + 12)),
+        ("mlp", 0, 0),
+    }
+
+
 def test_a_site_knows_its_label_and_its_size() -> None:
     site = structure("pixart").sites[4]
     assert site.label == "1.cross-attention"

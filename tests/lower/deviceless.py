@@ -82,12 +82,14 @@ class Lowered:
     Attributes:
         calls: launches of Triton kernels ("triton"), and calls of library operators by kind or name.
         copies: launches of Triton kernels that only copy or cast a tensor as large as the residual stream, or larger.
+        maps: tensors with a number for every pair of tokens.
         bytes: bytes that everything reads and writes; symbolic sizes count as in the example that they were traced for.
         ints: symbolic ints among the arguments, with the number of launches and calls that use each.
     """
 
     calls: dict[str, int]
     copies: int
+    maps: int
     bytes: int
     ints: dict[str, int]
 
@@ -275,6 +277,7 @@ class Lowering:
         return Lowered(
             calls=dict(Counter(kind_of(call) for call in calls)),
             copies=sum(self._is_copy(call) for call in calls),
+            maps=len(re.findall(rf"empty_strided_cuda\(\([^()]*\b{TOKENS}, {TOKENS}\)", self._code)),
             bytes=self._bytes,
             ints={
                 str(reference): len(uses_of(f"arg{position}_1", body, calls))

@@ -89,6 +89,10 @@ def test_a_variant_is_so_many_triton_kernels_around_library_products(lowered: di
     }
 
 
+def test_no_variant_holds_a_map_of_attention(lowered: dict[str, Any]) -> None:
+    assert {name: variant["maps"] for name, variant in lowered["variants"].items()} == dict.fromkeys(FIGURES, 0)
+
+
 def test_no_variant_goes_unnamed(lowered: dict[str, Any]) -> None:
     assert list(lowered["variants"]) == list(FIGURES)
 

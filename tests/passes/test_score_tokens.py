@@ -112,12 +112,63 @@ def test_masked_words_and_the_scale_of_attention_count_as_they_do_in_attention()
     )
 
 
+class Headless(Attention):
+    """Attention with one head, and no axis for it; it sees only some tokens."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        mask = torch.arange(x.shape[1]).expand(len(x), x.shape[1], -1) % 3 > 0
+        return x + self.proj(F.scaled_dot_product_attention(self.query(x), self.key(x), self.value(x), attn_mask=mask))
+
+
+@pytest.mark.parametrize("base", [ScoreBase.ATTENTION, ScoreBase.VALUE_NORM, ScoreBase.KEY_NORM])
+def test_a_single_head_needs_no_axis(base: ScoreBase) -> None:
+    block = cut(chain(Headless()))
+    result = run_segment(rewritten(block.segment, [produce(base)], ScoreTokens()), block.arguments)[SCORE]
+    query, key, value = operands(block)
+    seen = torch.arange(TOKENS) % 3 > 0
+    received = torch.zeros(BATCH, TOKENS, dtype=torch.float64)
+    received[:, seen] = (query @ key[:, seen].mT * WIDTH**-0.5).softmax(-1).sum(1)
+    expected = {
+        ScoreBase.ATTENTION: received,
+        ScoreBase.VALUE_NORM: 1 - value.norm(dim=-1),
+        ScoreBase.KEY_NORM: key.norm(dim=-1),
+    }[base]
+    torch.testing.assert_close(result.double(), expected, rtol=FLOAT32, atol=FLOAT32)
+
+
+class Causal(Attention):
+    """Attention whose tokens see none behind them."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        query, key, value = (self.split(layer(x)) for layer in (self.query, self.key, self.value))
+        attended = F.scaled_dot_product_attention(query, key, value, is_causal=True)
+        return x + self.proj(attended.transpose(1, 2).reshape(x.shape))
+
+
+def test_a_causal_attention_is_scored_as_such() -> None:
+    block = cut(chain(Causal()))
+    segment = rewritten(block.segment, [produce(ScoreBase.ATTENTION)], ScoreTokens())
+    query, key, _ = operands(block)
+    logits = (query @ key.mT * (WIDTH // HEADS) ** -0.5).masked_fill(
+        ~torch.ones(TOKENS, TOKENS).tril().bool(), -torch.inf
+    )
+    torch.testing.assert_close(
+        run_segment(segment, block.arguments)[SCORE].double(),
+        logits.softmax(-1).mean(1).sum(1),
+        rtol=FLOAT32,
+        atol=FLOAT32,
+    )
+
+
 def test_no_attention_map_leaves_the_segment() -> None:
     for base in (ScoreBase.ATTENTION, ScoreBase.VALUE_NORM, ScoreBase.ENTROPY):
         segment = rewritten(self_attention_block().segment, [produce(base)], ScoreTokens())
         assert [tuple(node.meta["val"].shape) for node in segment.results] == [
             (BATCH, TOKENS, WIDTH), (BATCH, TOKENS),
         ]  # fmt: skip
+        assert not [
+            node for node in segment.graph.nodes if [*getattr(node.meta.get("val"), "shape", ())][-2:] == [TOKENS] * 2
+        ]
 
 
 def test_attention_that_nobody_is_ranked_by_is_left_alone() -> None:

@@ -62,6 +62,37 @@ def test_refreshed_tokens_cost_their_share_of_the_branch(count: int) -> None:
     assert step.flops == REST + round(2 * FLOPS["mlp"] * count / TOKENS)
 
 
+SCORE = 48
+
+
+def scored(kinds: str, *rows: tuple[Action, ...]) -> list[int]:
+    """Operations of the scores of each step of a block of `kinds`, of which any score of all tokens takes `SCORE`."""
+    structure = toy([tuple(kinds.split())])
+    sites = tuple(replace(site, score_flops=SCORE, attention=site.attention and ("one",)) for site in structure.sites)
+    with_scores = replace(structure, sites=sites)
+    steps = plan_actions(with_scores, rows, TimestepSchedule(len(rows)), "test").steps
+    free = plan_actions(structure, rows, TimestepSchedule(len(rows)), "test").steps
+    assert [step.flops - step.score_flops for step in steps] == [step.flops for step in free]
+    return [step.score_flops for step in steps]
+
+
+def test_a_score_costs_the_steps_that_make_it_and_only_those_that_another_one_reads() -> None:
+    full, by_attention = (COMPUTE,) * 2, (REUSE, refresh(4))
+    assert scored("self-attention mlp", full, by_attention, full, full) == [SCORE, 0, 0, 0]
+    by_norm = (REUSE, refresh(4, ScoreBase.VALUE_NORM))
+    assert scored("self-attention mlp", full, by_norm) == [0, 0]
+
+
+def test_rows_of_refreshed_tokens_are_scored_alone() -> None:
+    by_entropy = (refresh(4, ScoreBase.ENTROPY), REUSE)
+    assert scored("cross-attention mlp", (COMPUTE,) * 2, by_entropy, by_entropy) == [SCORE, SCORE * 4 // TOKENS, 0]
+
+
+def test_one_attention_is_scored_once_for_both_of_its_streams() -> None:
+    by_attention = (REUSE, REUSE, refresh(4), refresh(4))
+    assert scored("joint-attention joint-attention mlp mlp", (COMPUTE,) * 4, by_attention) == [SCORE, 0]
+
+
 def test_forecasts_cost_nothing_and_blends_cost_the_branch() -> None:
     forecast, blend = Action((0.0, 2.0, -1.0)), Action((0.5, 0.5))
     steps = planned(FULL, FULL, (forecast,) * 6, (REUSE, blend, *REUSED[2:])).steps
