@@ -48,12 +48,10 @@ PASSES: tuple[Pass, ...] = (
     KeepLayout(),  # last: no later edit may move anything
 )
 
-FLASH_PASSES: tuple[Pass, ...] = (
-    *PASSES[:-1],
-    UseFlashAttention(),  # when nobody looks for attention any more
-    PASSES[-1],
+FLASH_PASSES: tuple[Pass, ...] = tuple(
+    each for item in PASSES for each in ((UseFlashAttention(), item) if isinstance(item, ShareLogSumExp) else (item,))
 )
-"""The same where attention is computed by the package flash-attn."""
+"""The same where attention is computed by the package flash-attn, whose log-sum-exp scores read as well."""
 
 __all__ = [
     "FLASH_PASSES",

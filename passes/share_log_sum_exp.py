@@ -58,7 +58,7 @@ class ShareLogSumExp:
         """Share it with every score of an attention without a mask."""
         editor, changed, skipped = Editor(segment), [], []
         for score in [node for node in segment.graph.nodes if is_attention_score(node)]:
-            attention = _find_attention(score)
+            attention = find_attention(score)
             if attention is None:
                 continue
             lse = _log_sum_exp(editor, attention)
@@ -70,7 +70,7 @@ class ShareLogSumExp:
         return PassReport(tuple(changed), tuple(skipped))
 
 
-def _find_attention(score: fx.Node) -> fx.Node | None:
+def find_attention(score: fx.Node) -> fx.Node | None:
     """The attention without a mask or dropout that has the logits of a score."""
 
     def is_same(node: fx.Node) -> bool:

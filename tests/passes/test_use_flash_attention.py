@@ -17,7 +17,11 @@ from torch import Tensor
 import dicompile
 from dicompile.errors import InvalidSetting
 from dicompile.ops import flash
+from dicompile.ops.attention_scores import is_attention_score
+from dicompile.passes import FLASH_PASSES, PASSES, LocalStep
+from dicompile.plan import Score, ScoreBase, SlotKind
 from tests.models import Sample, dit, pixart, timesteps
+from tests.passes.segments import cross_attention_block, rewritten, run_segment, self_attention_block
 
 STEPS = 4
 
@@ -96,6 +100,20 @@ def test_every_attention_goes_there_and_results_stay(calls: list[Any], policy: s
     assert calls
     for output, reference in zip(found, expected, strict=True):
         torch.testing.assert_close(output, reference, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("base", [ScoreBase.ATTENTION, ScoreBase.ENTROPY])
+def test_scores_read_its_log_sum_exp(calls: list[Any], monkeypatch: pytest.MonkeyPatch, base: ScoreBase) -> None:
+    monkeypatch.setattr(flash, "EVERY", 4)
+    block = self_attention_block() if base is ScoreBase.ATTENTION else cross_attention_block()
+    steps = [LocalStep(produces=Score(base), writes=(SlotKind.SCORE,))]
+    segments = [rewritten(block.segment, steps, *passes) for passes in (FLASH_PASSES, PASSES)]
+    (score,) = filter(is_attention_score, segments[0].graph.nodes)
+    assert score.kwargs["lse"].args[0].target is torch.ops.dicompile.flash_attention.default
+    found, expected = (run_segment(segment, block.arguments) for segment in segments)
+    assert len(calls) == 1
+    for output, value in expected.items():
+        torch.testing.assert_close(found[output], value, rtol=1e-5, atol=1e-6)
 
 
 def test_compiled_code_calls_it(calls: list[Any]) -> None:
