@@ -28,6 +28,7 @@ from dicompile.passes.open_spans import OpenSpans
 from dicompile.passes.outline import Outline, boundary, outline, outline_until
 from dicompile.passes.pipeline import PassRun, rewrite
 from dicompile.passes.refresh_tokens import RefreshTokens
+from dicompile.passes.rejoin_parts import RejoinParts
 from dicompile.passes.reuse_sites import ReuseSites
 from dicompile.passes.score_tokens import ScoreTokens
 from dicompile.passes.share_log_sum_exp import ShareLogSumExp
@@ -41,6 +42,7 @@ PASSES: tuple[Pass, ...] = (
     ReuseSites(),  # cuts branches off their results
     StoreValues(),  # after the cuts, so that it stores what is really computed
     NarrowSlots(),  # once everything is stored and read: casts on both sides, where the plan asks for fewer bits
+    RejoinParts(),  # once nothing needs to know any more where a branch begins
     DropDead(),  # removes what the cuts left behind
     ShareLogSumExp(),  # of attention that is still there: it would keep the others alive
     NarrowLinear(),  # needs to know which parts of a layer are still read
