@@ -21,7 +21,7 @@ float32 would overflow, so a value comes with a scale for every row of its last 
     return value[0] = %5
     return value-scale[0] = %4
 
-Refreshed tokens are rounded by themselves and scattered into what is stored: the rows of the other tokens stay as they
+Refreshed tokens are rounded by themselves and put into what is stored: the rows of the other tokens stay as they
 are, bit by bit, however often their neighbours are refreshed. Scores, stamps and values that are no wider than the
 dtype are left alone.
 """
@@ -37,6 +37,7 @@ from torch import fx
 from dicompile.nodes import node_argument, tensor_of
 from dicompile.passes.base import PassReport, Segment, SlotRef
 from dicompile.passes.edit import Editor
+from dicompile.passes.rows import is_put, put_alike, rows_of
 from dicompile.plan import needs_scale
 
 aten = torch.ops.aten
@@ -117,8 +118,8 @@ def _write(segment: Segment, number: int, dtype: torch.dtype, stored: dict[fx.No
     assert isinstance(reference, SlotRef)
     end = segment.graph.output_node()
     with editor.before(end):
-        if node.target is aten.scatter.src and node.args[0] in stored:
-            narrow, scale = _scattered(editor, node, dtype, stored[node_argument(node, 0)])
+        if is_put(node, stored):
+            narrow, scale = _put(editor, node, dtype, stored[node_argument(node, 2)])
         else:
             narrow, scale = _narrowed(editor, node, dtype)
     results = segment.results
@@ -139,26 +140,25 @@ def _narrowed(editor: Editor, node: fx.Node, dtype: torch.dtype) -> tuple[fx.Nod
     return _cast(editor, editor.call(aten.div.Tensor, wide, scale), dtype), scale
 
 
-def _scattered(editor: Editor, node: fx.Node, dtype: torch.dtype, stored: _Stored) -> tuple[fx.Node, fx.Node | None]:
+def _put(editor: Editor, node: fx.Node, dtype: torch.dtype, stored: _Stored) -> tuple[fx.Node, fx.Node | None]:
     """The stored value with narrowed rows in the places of some tokens, and its scales."""
-    axis, index, source = node.args[1], node_argument(node, 2), node_argument(node, 3)
-    rows, scale = _narrowed(editor, source, dtype)
+    rows, scale = _narrowed(editor, rows_of(node), dtype)
+    narrow = _put_bits(editor, node, rows, stored.node)
     if scale is None:
-        return editor.call(aten.scatter.src, stored.node, axis, index, rows), None
+        return narrow, None
     old = editor.tensor_input(
         _scale_of(stored.reference), (*tensor_of(stored.node).shape[:-1], 1), torch.float32, stored.node
     )
-    scales = editor.call(aten.scatter.src, old, axis, editor.call(aten.slice.Tensor, index, -1, 0, 1), scale)
-    return _scatter_bits(editor, stored.node, axis, index, rows), scales
+    return narrow, put_alike(editor, node, scale, old)
 
 
-def _scatter_bits(editor: Editor, value: fx.Node, axis: object, index: fx.Node, rows: fx.Node) -> fx.Node:
-    """Scatter of numbers whatever they mean: torch 2.13 scatters no 8-bit floats."""
+def _put_bits(editor: Editor, node: fx.Node, rows: fx.Node, value: fx.Node) -> fx.Node:
+    """Numbers in their places, whatever they mean: torch 2.13 gathers no 8-bit floats."""
     dtype = tensor_of(value).dtype
     if dtype.itemsize > 1:
-        return editor.call(aten.scatter.src, value, axis, index, rows)
+        return put_alike(editor, node, rows, value)
     bits, new = (editor.call(aten.view.dtype, part, torch.uint8) for part in (value, rows))
-    return editor.call(aten.view.dtype, editor.call(aten.scatter.src, bits, axis, index, new), dtype)
+    return editor.call(aten.view.dtype, put_alike(editor, node, new, bits), dtype)
 
 
 def _cast(editor: Editor, node: fx.Node, dtype: torch.dtype) -> fx.Node:

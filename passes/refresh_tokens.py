@@ -8,12 +8,17 @@ Before::
 
 After (k = count[0])::
 
-    %2: i64[2,k] = ... the k highest scores
+    %1: i64[2,64] = ... the place of every token by its score
+    %2: i64[2,k] = ... the tokens in the first k places
     %4: f32[2,k,32] = aten.gather.default(stream, 1, %3)
     %5: f32[2,k,32] = aten.layer_norm.default(%4, [32])
     %6: f32[2,k,32] = aten.linear.default(%5, @mlp.weight)
-    %7: f32[2,64,32] = aten.scatter.src(value[0], 1, %3, %6)
-    %8: f32[2,64,32] = aten.add.Tensor(stream, %7)
+    %8: f32[2,64,32] = aten.gather.default(%6, 1, %7)       # every token looks at its place
+    %9: f32[2,64,32] = aten.where.self(%1 < k, %8, value[0])
+    %10: f32[2,64,32] = aten.add.Tensor(stream, %9)
+
+Nothing is scattered: what is read by place is part of the kernel that adds, while a scatter needs a copy of the stored
+value first.
 
 The number of tokens is an input of the compiled code, so one variant serves every ratio. Operands with one value per
 token, such as position tables, are gathered too. Where a branch attends to its own tokens, the output of attention is
@@ -51,6 +56,7 @@ from dicompile.passes.base import (
 from dicompile.passes.edit import Editor
 from dicompile.passes.narrow import Narrow
 from dicompile.passes.reuse_sites import recalled
+from dicompile.passes.rows import Rows
 from dicompile.passes.score_tokens import raw_score
 from dicompile.plan import Context, Score, ScoreBase, SlotKind, What
 
@@ -59,7 +65,7 @@ aten = torch.ops.aten
 
 @dataclass(frozen=True)
 class RefreshTokens:
-    """Compute some tokens of a site and scatter them into its stored value."""
+    """Compute some tokens of a site, and take its stored value for the others."""
 
     name: ClassVar[str] = "refresh-tokens"
     exact: ClassVar[bool] = True
@@ -74,6 +80,11 @@ class RefreshTokens:
         return PassReport(tuple(changed))
 
 
+def counts_places(device: torch.device) -> bool:
+    """True where comparing all pairs of tokens is cheaper than sorting them: one kernel instead of a library's many."""
+    return device.type != "cpu"
+
+
 class _SiteRefresh:
     """The rewrite of one site."""
 
@@ -86,19 +97,20 @@ class _SiteRefresh:
         self.count = self.editor.int_input(TokenCount(position), below=self.tokens)
 
     def run(self) -> None:
-        """Choose tokens, run the branch on them, scatter, and store what the plan keeps."""
+        """Choose tokens, run the branch on them, put them in their places, and store what the plan keeps."""
         core, editor = self.fresh, self.editor
         users = list(core.users)
         with editor.before(min(users, key=list(self.segment.graph.nodes).index)):
-            chosen = self.choose()
+            chosen, places = self.choose()
+            self.rows = Rows.of(editor, places, self.count)
             narrow = Narrow(editor, chosen, self.count, self.batch, self.tokens)
             copies = self.branch_on(narrow)
             value = recalled(editor, self.position, self.step, core)
             assert value is not None
-            refreshed = editor.call(aten.scatter.src, value, 1, narrow.rows(core), copies[core])
+            refreshed = self.rows.put(editor, copies[core], value)
             placed = editor.in_layout_of(core, refreshed)
-            stamp = self.stamp_after(chosen) if SlotKind.STAMP in self.step.writes else None
-            raw = self.raw_score_after(chosen, copies) if SlotKind.SCORE in self.step.writes else None
+            stamp = self.stamp_after() if SlotKind.STAMP in self.step.writes else None
+            raw = self.raw_score_after(copies) if SlotKind.SCORE in self.step.writes else None
         for user in users:
             user.replace_input_with(core, placed)
         end = self.segment.graph.output_node()
@@ -110,8 +122,8 @@ class _SiteRefresh:
             assert node is not None
             editor.output(SlotRef(self.position, kind), node)
 
-    def choose(self) -> fx.Node:
-        """Indices of the highest scores; int64, [b, k]. Ties go to the earlier token."""
+    def ranked(self) -> fx.Node:
+        """Scores with everything that counts; float32, [b, n]."""
         ranked = self.base()
         if self.score.age_weight:
             age = self.editor.call(aten.rsub.Scalar, self.stamp(), self.clock())
@@ -120,9 +132,26 @@ class _SiteRefresh:
             grid, cell, bonus = self.segment.grid, self.score.grid_cell, self.score.grid_bonus
             assert grid is not None
             ranked = self.editor.trace(lambda score: scores.with_grid_bonus(score, grid, cell, bonus), ranked)
-        order = self.editor.call(aten.sort.stable, ranked, stable=True, dim=1, descending=True)
-        indices = self.editor.call(operator.getitem, order, 1)
-        return self.editor.call(aten.slice.Tensor, indices, 1, 0, self.count)
+        return ranked
+
+    def choose(self) -> tuple[fx.Node, fx.Node]:
+        """Indices of the tokens with the highest scores, [b, k], and every token's place, [b, n]; int64.
+
+        Ties go to the earlier token.
+        """
+        editor, ranked = self.editor, self.ranked()
+        device = tensor_of(ranked).device
+        if not counts_places(device):
+            order = editor.trace(lambda score: score.argsort(dim=-1, descending=True, stable=True), ranked)
+            return editor.call(aten.slice.Tensor, order, 1, 0, self.count), editor.trace(torch.argsort, order)
+        places = editor.trace(scores.places, ranked)
+        first, numbers = (
+            editor.call(aten.arange.default, size, device=device, pin_memory=False)
+            for size in (self.count, self.tokens)
+        )
+        place, wanted = (editor.call(aten.unsqueeze.default, node, axis) for node, axis in ((places, 1), (first, 1)))
+        is_there = editor.call(aten.eq.Tensor, place, wanted)
+        return editor.call(aten.sum.dim_IntList, editor.call(aten.mul.Tensor, is_there, numbers), [-1]), places
 
     def base(self) -> fx.Node:
         """Normalised score base; [b, n]."""
@@ -160,18 +189,18 @@ class _SiteRefresh:
         """Reuse steps since the site was computed whole; int."""
         return self.editor.int_input(ReuseClock(self.position))
 
-    def stamp_after(self, chosen: fx.Node) -> fx.Node:
+    def stamp_after(self) -> fx.Node:
         """Stamps with the chosen tokens marked as refreshed after this step."""
-        ones = self.editor.call(aten.ones_like.default, chosen, dtype=torch.int32)
+        ones = self.editor.call(aten.ones_like.default, self.stamp())
         now = self.editor.call(aten.mul.Tensor, ones, self.editor.call(operator.add, self.clock(), 1))
-        return self.editor.call(aten.scatter.src, self.stamp(), 1, chosen, now)
+        return self.editor.call(aten.where.self, self.rows.is_chosen, now, self.stamp())
 
-    def raw_score_after(self, chosen: fx.Node, copies: dict[fx.Node, fx.Node]) -> fx.Node:
+    def raw_score_after(self, copies: dict[fx.Node, fx.Node]) -> fx.Node:
         """The site's own raw score (cross-attention entropy) with the rows of the chosen tokens replaced."""
         fresh = raw_score(self.editor, copies[self.site.attention[0]], self.score.base, self.score.share_guidance)
         reference = SlotRef(self.position, SlotKind.SCORE)
         old = self.editor.tensor_input(reference, (self.batch, self.tokens), torch.float32, self.site.stream)
-        self.segment.scores[self.position] = self.editor.call(aten.scatter.src, old, 1, chosen, fresh)
+        self.segment.scores[self.position] = self.rows.put(self.editor, fresh, old)
         return self.segment.scores[self.position]
 
     def branch_on(self, narrow: Narrow) -> dict[fx.Node, fx.Node]:

@@ -60,6 +60,19 @@ def base_from_entropy(raw: Tensor, *, shared: bool) -> Tensor:
     return unit_length(1 + (over_guidance_halves(raw, average=False) if shared else raw))
 
 
+def places(score: Tensor) -> Tensor:
+    """Place of every token by falling score, from 0 on; ties go to the earlier token; int64, [..., n].
+
+    Tokens are counted that come first, so that it is one reduction: sorting is several kernels, or a copy of its own.
+    Every place is taken once, whatever the scores: one that is no number counts as infinite.
+    """
+    score = score.masked_fill(score.isnan(), math.inf)
+    other, own = score.unsqueeze(-2), score.unsqueeze(-1)
+    number = torch.arange(score.shape[-1], device=score.device)
+    is_first = (other > own) | ((other == own) & (number < number.unsqueeze(-1)))
+    return is_first.sum(-1)
+
+
 def with_grid_bonus(score: Tensor, grid: tuple[int, ...], cell: int, bonus: float) -> Tensor:
     """Give the best token of every cell of the grid `bonus` times its score on top (s4).
 
@@ -79,9 +92,7 @@ def with_grid_bonus(score: Tensor, grid: tuple[int, ...], cell: int, bonus: floa
     order = [0, *[1 + 2 * axis for axis in axes], *[2 + 2 * axis for axis in axes]]
     cells = score.reshape(score.shape[0], *split).permute(order)
     flat = cells.reshape(*cells.shape[: len(grid) + 1], cell ** len(grid))
-    best, where = flat.max(-1, keepdim=True)
-    number = torch.arange(cell ** len(grid), device=score.device)
-    flat = torch.where(number == where, flat + bonus * best, flat)
+    flat = torch.where(places(flat) == 0, flat + bonus * flat, flat)
     cells = flat.reshape(cells.shape).permute([order.index(axis) for axis in range(len(order))])
     if whole:
         return cells.reshape(score.shape)

@@ -91,6 +91,18 @@ def bonus_by_loops(score: Tensor, grid: tuple[int, ...], cell: int, bonus: float
 
 
 @settings(max_examples=60, deadline=None)
+@given(st.lists(st.sampled_from([-math.inf, -1.0, -0.0, 0.0, 0.5, 1.0, math.inf]), min_size=1, max_size=12))
+def test_places_are_those_of_a_stable_sort(numbers: list[float]) -> None:
+    score = torch.tensor([numbers, numbers[::-1]])
+    order = score.argsort(dim=-1, descending=True, stable=True)
+    assert torch.equal(scores.places(score), order.argsort(-1))
+
+
+def test_every_place_is_taken_once_even_if_scores_are_no_numbers() -> None:
+    score = torch.tensor([[math.nan, 1.0, math.inf, math.nan, -math.inf]])
+    assert scores.places(score).sort(-1).values.tolist() == [[0, 1, 2, 3, 4]]
+
+
 @given(
     st.integers(1, 3),
     st.lists(st.integers(1, 6), min_size=2, max_size=3).map(tuple),

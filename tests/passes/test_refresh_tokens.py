@@ -9,7 +9,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dicompile.passes import Chosen, LocalStep, Noise, Predicted, ReuseClock, SlotRef, TokenCount, Value, Weights
+from dicompile.passes import (
+    Chosen,
+    LocalStep,
+    Noise,
+    Predicted,
+    ReuseClock,
+    SlotRef,
+    TokenCount,
+    Value,
+    Weights,
+    refresh_tokens,
+)
 from dicompile.passes.drop_dead import DropDead
 from dicompile.passes.open_spans import OpenSpans
 from dicompile.passes.refresh_tokens import RefreshTokens
@@ -54,24 +65,29 @@ value5: f32[8] = input
 count[0]: int = input
 noise[0]: f32[2,16] = input
 value[0]: f32[2,16,8] = input
-%9: (f32[2,16], i64[2,16]) = aten.sort.stable(noise[0], stable=True, dim=1, descending=True)  # blocks.0
-%10: i64[2,16] = getitem(%9, 1)  # blocks.0
-%11: i64[2,count[0]] = aten.slice.Tensor(%10, 1, 0, count[0])  # blocks.0
-%12: i64[2,count[0],1] = aten.view.default(%11, [2, count[0], 1])  # blocks.0
-%13: i64[2,count[0],8] = aten.expand.default(%12, [2, count[0], 8])  # blocks.0
-%14: f32[2,count[0],8] = aten.gather.default(value0, 1, %13)  # blocks.0
-%15: f32[2,count[0],8] = aten.layer_norm.default(%14, [8])  # blocks.0
-%16: f32[2,count[0],16] = aten.linear.default(%15, value1, value2)  # blocks.0.up
-%17: f32[2,count[0],16] = aten.gelu.default(%16)  # blocks.0
-%18: f32[2,count[0],8] = aten.linear.default(%17, value3, value4)  # blocks.0.down
-%19: i64[2,count[0],1] = aten.view.default(%11, [2, count[0], 1])  # blocks.0
-%20: i64[2,count[0],8] = aten.expand.default(%19, [2, count[0], 8])  # blocks.0
-%21: f32[2,16,8] = aten.scatter.src(value[0], 1, %20, %18)  # blocks.0
-%22: f32[2,16,8] = aten.mul.Tensor(value5, %21)  # blocks.0
-%23: f32[2,16,8] = aten.add.Tensor(value0, %22)  # blocks.0
-return value0 = %23
-return chosen[0] = %11
-return value[0] = %21"""
+%9: i64[2,16] = aten.argsort.stable(noise[0], stable=True, descending=True)  # blocks.0
+%10: i64[2,count[0]] = aten.slice.Tensor(%9, 1, 0, count[0])  # blocks.0
+%11: i64[2,16] = aten.argsort.default(%9)  # blocks.0
+%12: int = add(count[0], -1)  # blocks.0
+%13: b8[2,16] = aten.lt.Scalar(%11, count[0])  # blocks.0
+%14: i64[2,16] = aten.clamp_max.default(%11, %12)  # blocks.0
+%15: i64[2,count[0],1] = aten.view.default(%10, [2, count[0], 1])  # blocks.0
+%16: i64[2,count[0],8] = aten.expand.default(%15, [2, count[0], 8])  # blocks.0
+%17: f32[2,count[0],8] = aten.gather.default(value0, 1, %16)  # blocks.0
+%18: f32[2,count[0],8] = aten.layer_norm.default(%17, [8])  # blocks.0
+%19: f32[2,count[0],16] = aten.linear.default(%18, value1, value2)  # blocks.0.up
+%20: f32[2,count[0],16] = aten.gelu.default(%19)  # blocks.0
+%21: f32[2,count[0],8] = aten.linear.default(%20, value3, value4)  # blocks.0.down
+%22: b8[2,16,1] = aten.unsqueeze.default(%13, 2)  # blocks.0
+%23: i64[2,16,1] = aten.unsqueeze.default(%14, 2)  # blocks.0
+%24: i64[2,16,8] = aten.expand.default(%23, [2, 16, 8])  # blocks.0
+%25: f32[2,16,8] = aten.gather.default(%21, 1, %24)  # blocks.0
+%26: f32[2,16,8] = aten.where.self(%22, %25, value[0])  # blocks.0
+%27: f32[2,16,8] = aten.mul.Tensor(value5, %26)  # blocks.0
+%28: f32[2,16,8] = aten.add.Tensor(value0, %27)  # blocks.0
+return value0 = %28
+return chosen[0] = %10
+return value[0] = %26"""
 
 
 def check_poisoned(block: Cut, count: int, step: LocalStep = RANDOM, **others: Any) -> None:
@@ -154,8 +170,8 @@ def test_a_model_with_few_tokens_can_be_refreshed(tokens: int) -> None:
 def test_the_count_is_taken_for_no_other_size() -> None:
     assert TOKENS // 4 == WIDTH // HEADS  # the size that an example of the count could be mistaken for
     lines = str(rewritten(cross_attention_block().segment, [RANDOM], RefreshTokens(), DropDead())).splitlines()
-    first, last = (next(i for i, line in enumerate(lines) if op in line) for op in ("aten.slice", "aten.scatter"))
-    assert last - first > 10
+    first, last = (next(i for i, line in enumerate(lines) if op in line) for op in ("aten.gather", "aten.unsqueeze"))
+    assert last - first > 7
     assert all("count[0]" in line.split(" = ")[0] for line in lines[first:last])
 
 
@@ -200,6 +216,20 @@ def test_cross_attention_replaces_the_entropies_of_the_tokens_it_computed(shared
     torch.testing.assert_close(results[SCORE], old.scatter(1, chosen, fresh.gather(1, chosen)))
     expected = old.sum(0, keepdim=True).expand(BATCH, -1) if shared else old
     assert chosen.tolist() == expected.argsort(dim=1, descending=True, stable=True)[:, :4].tolist()
+
+
+@pytest.mark.parametrize("count", [1, 5, TOKENS])
+def test_counting_places_chooses_what_sorting_does(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    block = mlp_block()
+    values = {**block.arguments, VALUE: torch.randn_like(block.core()), COUNT: count}
+    noise = torch.randn(BATCH, TOKENS).round()  # many are equal
+    sorting = rewritten(block.segment, [RANDOM], RefreshTokens(), DropDead())
+    monkeypatch.setattr(refresh_tokens, "counts_places", lambda _: True)
+    counting = rewritten(block.segment, [RANDOM], RefreshTokens(), DropDead())
+    assert "sort" not in str(counting)
+    expected, found = (run_segment(segment, {**values, NOISE: noise}) for segment in (sorting, counting))
+    assert set(found) == set(expected)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
 def test_a_computed_site_is_left_alone() -> None:
