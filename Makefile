@@ -24,8 +24,10 @@ nightly: $(VENV)/.installed-test
 coverage: $(VENV)/.installed-test
 	$(BIN)/python -m tests.zoo.coverage > docs/coverage.md
 
-bench: $(VENV)/.installed-demo
-	$(BIN)/python examples/bench.py
+# Two hours on two quiet cores; `dicompile bench dit` is a tenth of it.
+bench: $(VENV)/.installed-bench
+	$(BIN)/dicompile bench --json out/bench.json --markdown docs/benchmarks.md
+	$(BIN)/dicompile bench --compile-times --json out/compile_times.json --markdown docs/benchmarks.md
 	$(BIN)/python examples/overhead.py
 
 lint: ruff typecheck

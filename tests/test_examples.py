@@ -23,7 +23,6 @@ class Example(NamedTuple):
 
 
 EXAMPLES = {
-    "bench.py": Example("--quick --model DiT", prints="toca"),
     "fit_demo_forecast.py": Example("--steps 6 --intervals 3", prints="wrote", writes=("fitted_3.json",)),
     "overhead.py": Example("--quick", prints="dit, 28 blocks"),
     "train_demo_classifier.py": Example(
@@ -52,7 +51,7 @@ def test_every_script_is_run_here() -> None:
     assert sorted(path.name for path in FOLDER.glob("*.py")) == sorted(EXAMPLES)
 
 
-NIGHTLY = ("bench.py", "fit_demo_forecast.py", "overhead.py", "train_demo_classifier.py",
+NIGHTLY = ("fit_demo_forecast.py", "overhead.py", "train_demo_classifier.py",
            "train_demo_model.py", "train_demo_predictor.py", "train_demo_router.py")  # fmt: skip
 """Minutes of compiling, or of training, of which tests/learn and tests/cli test the parts."""
 

@@ -16,7 +16,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 INSTALLED_AS = {"dicompile": "dicompile", "passes": "dicompile/passes", "runtime": "dicompile/runtime"}
 PACKAGED = {".json", ".py", ".safetensors", ".typed", ".yaml"}
-DISTRIBUTION_OF = {"PIL": "pillow", "yaml": "pyyaml", "flash_attn": "flash-attn"}
+DISTRIBUTION_OF = {"PIL": "pillow", "yaml": "pyyaml", "flash_attn": "flash-attn", "cache_dit": "cache-dit"}
 
 
 def run(*command: str | Path, cwd: Path) -> str:

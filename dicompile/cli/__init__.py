@@ -1,4 +1,4 @@
-"""The command line: ``dicompile demo``, ``inspect``, ``train-router``, ``router``."""
+"""The command line: ``dicompile demo``, ``inspect``, ``bench``, ``train-router``, ``router``."""
 
 from dicompile.cli.main import main
 

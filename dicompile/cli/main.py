@@ -11,6 +11,7 @@ from typing import Annotated
 
 import typer
 
+from dicompile.cli.bench import bench
 from dicompile.cli.cache import cache_app
 from dicompile.cli.fit_forecast import fit_forecast_command
 from dicompile.cli.inspect import inspect
@@ -64,6 +65,7 @@ def demo(
 
 
 app.command()(inspect)
+app.command()(bench)
 app.command("fit-forecast")(fit_forecast_command)
 app.command("train-router")(train_router_command)
 app.command("train-predictor")(train_predictor_command)

@@ -1,0 +1,300 @@
+"""The ways to run a model: as it is, compiled, with caches of others, and with dicompile."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+
+import dicompile
+from dicompile.bench.workload import Workload
+from dicompile.config import in_environment
+from dicompile.errors import CacheTooLarge, DicompileError, PolicyDoesNotFit
+from dicompile.plan import Plan
+from dicompile.policies import get_policy
+
+EAGER, COMPILED, BLOCKS, FEWER = "eager", "torch.compile", "compile-blocks", "fewer-steps"
+AGAINST = (EAGER, COMPILED, BLOCKS, FEWER)
+"""Opponents by default; the others are named by `RIVALS`."""
+POLICIES = ("none", "fora", "toca")
+"""Policies by default."""
+THRESHOLDS = (0.05, 0.1, 0.2, 0.4, 0.8, 1.6)
+"""Of caches that compare what they see: the first at which a run takes half of its operations counts, since the
+published ones mean nothing for random weights."""
+
+
+class DoesNotFit(Exception):
+    """A contestant cannot run a model, or saves nothing there; the table says so."""
+
+
+@dataclass
+class Contestant:
+    """A model made ready to run; compiled by its first generation.
+
+    Attributes:
+        name: in the table.
+        model: called like the module.
+        steps: calls of a generation.
+        setting: what was chosen for it, where something had to be.
+        flops: operations of every step as counted, for caches that decide while they run.
+        restart: called before every generation.
+        context: open around every generation.
+    """
+
+    name: str
+    model: Callable[..., Any]
+    steps: int
+    setting: str = ""
+    flops: tuple[int, ...] = ()
+    restart: Callable[[], object] = lambda: None
+    context: Callable[[], contextlib.AbstractContextManager[Any]] = field(default=contextlib.nullcontext)
+
+    @property
+    def plan(self) -> Plan | None:
+        """What dicompile does at every step; known after a generation."""
+        return dicompile.plan_of(self.model) if isinstance(self.model, dicompile.CachedModel) else None
+
+    @property
+    def kinds(self) -> list[str]:
+        """Kind of every step: dicompile's, or the share of the operations that a step takes."""
+        if self.plan is not None:
+            return [step.kind for step in self.plan.steps]
+        return [_share(flops / max(self.flops)) for flops in self.flops] or ["full"] * self.steps
+
+    def flop_speedup(self, steps: int) -> float:
+        """Operations of a plain generation over those of this one."""
+        if self.plan is not None:
+            return self.plan.flop_speedup
+        return len(self.flops) * max(self.flops) / sum(self.flops) if self.flops else steps / self.steps
+
+    def run(self, workload: Workload) -> list[float]:
+        """Seconds of every step of a generation."""
+        self.restart()
+        with self.context():
+            return list(workload.calls(self.model, self.steps))
+
+
+def prepare(name: str, workload: Workload, backend: str = "inductor") -> Contestant:
+    """An opponent by its name.
+
+    Args:
+        name: one of `RIVALS`.
+        workload: the model, and what it is called with.
+        backend: of ``torch.compile``: "inductor" or "eager".
+
+    Raises:
+        DoesNotFit: it cannot run this model.
+    """
+    try:
+        return RIVALS[name](workload, backend)
+    except DoesNotFit:
+        raise
+    except Exception as error:  # whatever a library raises is what it has to say about this model
+        raise DoesNotFit(_said(error)) from error
+
+
+def prepare_policy(policy: str, workload: Workload, backend: str = "inductor") -> Contestant:
+    """Our own contestant, with a policy: a name, or a file.
+
+    Raises:
+        UnknownPolicy: there is none.
+    """
+    chosen = get_policy(policy)
+    model = dicompile.optimize(workload.copy(), chosen, schedule=workload.schedule(workload.steps), backend=backend)
+    return Contestant(f"dicompile {policy}", model, workload.steps)
+
+
+def warm_up(contestant: Contestant, workload: Workload) -> None:
+    """Run a generation, which compiles everything.
+
+    Raises:
+        DoesNotFit: the policy asks for what this model cannot do, or the library of an opponent fails.
+    """
+    try:
+        contestant.run(workload)
+    except (PolicyDoesNotFit, CacheTooLarge) as error:
+        raise DoesNotFit(error.why or error.what) from error
+    except DicompileError:
+        raise
+    except Exception as error:
+        if isinstance(contestant.model, dicompile.CachedModel):
+            raise
+        raise DoesNotFit(_said(error)) from error
+
+
+def fewer_steps(compiled: Contestant, flop_speedups: Sequence[float]) -> list[Contestant]:
+    """The uncached model with as many steps as cost what others cost; numbers at least two apart.
+
+    Args:
+        compiled: the uncached model.
+        flop_speedups: of the others.
+    """
+    nearest = {max(1, round(compiled.steps / speedup)) for speedup in flop_speedups}
+    counts: list[int] = []
+    for count in sorted(nearest - {compiled.steps}, reverse=True):
+        if not counts or counts[-1] - count >= 2:
+            counts.append(count)
+    return [Contestant(f"{count} steps", compiled.model, count) for count in counts]
+
+
+def _eager(workload: Workload, _: str) -> Contestant:
+    return Contestant(EAGER, workload.module, workload.steps)
+
+
+def _compiled(workload: Workload, backend: str) -> Contestant:
+    model = torch.compile(workload.copy(), backend=backend, dynamic=False)
+    return Contestant(COMPILED, model, workload.steps)
+
+
+def _blocks(workload: Workload, backend: str) -> Contestant:
+    model: Any = workload.copy()
+    if not getattr(model, "_repeated_blocks", None):
+        model._repeated_blocks = sorted({type(block).__name__ for block in _blocks_of(model)})  # as diffusers asks for
+    model.compile_repeated_blocks(backend=backend)
+    return Contestant(BLOCKS, model, workload.steps)
+
+
+def _hook(name: str, configs: Callable[[Workload], Sequence[tuple[str, Any]]]) -> Callable[[Workload, str], Contestant]:
+    """A cache of diffusers: the first of some configs with which a generation takes half of its operations."""
+
+    def enable(module: Any, config: Any) -> Contestant:
+        module.enable_cache(config)
+        in_context = functools.partial(module.cache_context, "cond")
+        return Contestant(name, module, 0, restart=module._reset_stateful_cache, context=in_context)
+
+    def prepared(workload: Workload, backend: str) -> Contestant:
+        if not hasattr(workload.module, "enable_cache"):
+            raise DoesNotFit(f"{type(workload.module).__name__} has no enable_cache in diffusers")
+        return _first_that_halves(configs(workload), enable, workload, backend)
+
+    return prepared
+
+
+def _first_block(_: Workload) -> list[tuple[str, Any]]:
+    from diffusers.hooks import FirstBlockCacheConfig
+
+    return [(f"threshold {t:g}", FirstBlockCacheConfig(threshold=t)) for t in THRESHOLDS]
+
+
+def _taylorseer(_: Workload) -> list[tuple[str, Any]]:
+    from diffusers.hooks import TaylorSeerCacheConfig
+
+    return [("every 5th step", TaylorSeerCacheConfig())]
+
+
+def _mag_cache(workload: Workload) -> list[tuple[str, Any]]:
+    from diffusers.hooks import MagCacheConfig
+    from diffusers.hooks.mag_cache import FLUX_MAG_RATIOS
+
+    is_flux = workload.subject.name == "flux"
+    ratios = FLUX_MAG_RATIOS if is_flux else [1.0] * workload.steps
+    setting = "ratios of FLUX" if is_flux else "ratios of 1"
+    return [(setting, MagCacheConfig(num_inference_steps=workload.steps, mag_ratios=ratios))]
+
+
+def _pyramid(workload: Workload) -> list[tuple[str, Any]]:
+    from diffusers.hooks import PyramidAttentionBroadcastConfig
+
+    config = PyramidAttentionBroadcastConfig(
+        spatial_attention_block_skip_range=2, current_timestep_callback=lambda: workload.now
+    )
+    return [("every 2nd step, timesteps 100 to 800", config)]
+
+
+def _faster_cache(workload: Workload) -> list[tuple[str, Any]]:
+    from diffusers.hooks import FasterCacheConfig
+
+    config = FasterCacheConfig(
+        current_timestep_callback=lambda: workload.now,
+        tensor_format="BCFHW" if workload.subject.layout == "packed" else workload.subject.layout,
+        is_guidance_distilled=workload.subject.distilled,
+        attention_weight_callback=lambda _: 0.5,
+    )
+    return [("every 2nd step below timestep 681", config)]
+
+
+def _cache_dit(workload: Workload, backend: str) -> Contestant:
+    try:
+        with in_environment("CACHE_DIT_LOG_LEVEL", "ERROR"):  # it reports every block
+            import cache_dit
+    except ModuleNotFoundError:
+        raise DoesNotFit("cache-dit is not installed: pip install 'dicompile[bench]'") from None
+
+    def enable(module: Any, threshold: float) -> Contestant:
+        config = cache_dit.DBCacheConfig(
+            Fn_compute_blocks=1, residual_diff_threshold=threshold, num_inference_steps=workload.steps
+        )
+        cache_dit.enable_cache(module, cache_config=config)
+        return Contestant(
+            "cache-dit", module, 0, restart=lambda: cache_dit.refresh_context(module, cache_config=config)
+        )
+
+    return _first_that_halves([(f"F1B0, threshold {t:g}", t) for t in THRESHOLDS], enable, workload, backend)
+
+
+def _first_that_halves(
+    configs: Sequence[tuple[str, Any]], enable: Callable[[Any, Any], Contestant], workload: Workload, backend: str
+) -> Contestant:
+    """The first setting that takes half of the operations, else the last one, around compiled blocks.
+
+    Blocks are compiled before hooks come around them or into them, so that a hook around a block costs no graph break.
+    """
+    setting, config, counts = "", None, [1]
+    for setting, config in configs:  # noqa: B007 - the last one tried counts
+        trial = enable(workload.copy(), config)
+        trial.steps = workload.steps
+        counts = count_flops(trial, workload)
+        if 2 * sum(counts) <= len(counts) * max(counts):
+            break
+    if len(set(counts)) == 1:
+        raise DoesNotFit(f"no step takes fewer operations ({setting})")
+    module = workload.copy()
+    for block in _blocks_of(module):
+        block.forward = torch.compile(block.forward, backend=backend)
+    chosen = enable(module, config)
+    chosen.steps, chosen.setting, chosen.flops = workload.steps, setting, tuple(counts)
+    return chosen
+
+
+def count_flops(contestant: Contestant, workload: Workload) -> list[int]:
+    """Operations of every step of a generation, matrix products and attention only; nothing may be compiled."""
+    attention_on_cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # which torch 2.13 does not count
+    mapping = {attention_on_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v)}
+    contestant.restart()
+    with contestant.context(), FlopCounterMode(display=False, custom_mapping=mapping) as counter:
+        counts = [counter.get_total_flops() for _ in workload.calls(contestant.model, contestant.steps)]
+    return [after - before for before, after in itertools.pairwise([0, *counts])]
+
+
+def _blocks_of(module: nn.Module) -> list[nn.Module]:
+    """The members of the model's own lists."""
+    return [block for child in module.children() if isinstance(child, nn.ModuleList) for block in child]
+
+
+def _said(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0]
+
+
+def _share(share: float) -> str:
+    return "full" if share > 0.995 else f"{share:.0%}"
+
+
+RIVALS: dict[str, Callable[[Workload, str], Contestant]] = {
+    EAGER: _eager,
+    COMPILED: _compiled,
+    BLOCKS: _blocks,
+    "first-block": _hook("first-block", _first_block),
+    "taylorseer": _hook("taylorseer", _taylorseer),
+    "magcache": _hook("magcache", _mag_cache),
+    "pab": _hook("pab", _pyramid),
+    "fastercache": _hook("fastercache", _faster_cache),
+    "cache-dit": _cache_dit,
+}
+"""Opponents by name; ``fewer-steps`` follows from the others."""

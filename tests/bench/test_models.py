@@ -1,0 +1,119 @@
+"""The models are those that were published, smaller where that is said, and run on what is made for them."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import sys
+
+import pytest
+import torch
+
+from dicompile.bench.models import SUBJECTS, Subject, get_subjects
+from dicompile.bench.workload import Workload
+from dicompile.errors import DicompileError
+
+BILLIONS = {"dit": 0.675, "pixart": 0.611, "sd3": 2.03, "flux": 11.9, "wan": 1.42, "cogvideox": 1.69}
+"""Parameters as published."""
+TOKENS = {"dit": 256, "pixart": 1024, "sd3": 4096, "flux": 4096, "wan": 32760, "cogvideox": 17550}
+
+every_subject = pytest.mark.parametrize("subject", SUBJECTS.values(), ids=SUBJECTS)
+
+
+def quick(subject: Subject, dtype: torch.dtype = torch.float32, steps: int = 2) -> Workload:
+    return Workload.of(subject, subject.size("quick"), steps, "cpu", dtype)
+
+
+@every_subject
+def test_the_full_size_is_the_published_one(subject: Subject) -> None:
+    module = subject.build(subject.full, "meta", torch.bfloat16)
+    parameters = sum(parameter.numel() for parameter in module.parameters())
+    if subject.name == "dit":  # diffusers gives every block embeddings of timestep and class of its own
+        parameters -= sum(p.numel() for n, p in module.named_parameters() if ".emb." in n)
+        parameters += 1152 * 1001 + 256 * 1152 + 1152 * 1152 + 2 * 1152
+    assert parameters / 1e9 == pytest.approx(BILLIONS[subject.name], rel=0.03)
+    assert subject.full.tokens == TOKENS[subject.name]
+
+
+@every_subject
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_it_runs_on_the_inputs_made_for_it(subject: Subject, dtype: torch.dtype) -> None:
+    workload = quick(subject, dtype)
+    outputs = []
+    assert all(seconds > 0 for seconds in workload.calls(lambda **k: outputs.append(workload.module(**k)[0]), 2))
+    assert all(output.isfinite().all() for output in outputs)
+    assert not torch.equal(*outputs)
+    channels = {"dit": 2, "pixart": 2}.get(subject.name, 1)  # the variance, too
+    assert outputs[0].numel() == channels * workload.ends[0].numel()
+
+
+@every_subject
+def test_inputs_and_weights_are_the_same_every_time(subject: Subject) -> None:
+    def of(workload: Workload) -> list[torch.Tensor]:
+        given = [value for value in workload.inputs.values() if isinstance(value, torch.Tensor)]
+        return [*workload.ends, *given, *workload.module.parameters()]
+
+    assert all(map(torch.equal, of(quick(subject)), of(quick(subject))))
+
+
+def test_the_size_is_stated() -> None:
+    flux = SUBJECTS["flux"]
+    assert flux.describe(flux.full) == "57 blocks, width 3072, 4096 tokens, 512 of text, batch 1"
+    assert flux.describe(flux.reduced) == "12 of 57 blocks, width 384 of 3072, 256 of 4096 tokens, 77 of text, batch 1"
+
+
+def test_what_diffusers_keeps_in_float32_stays_there() -> None:
+    module = quick(SUBJECTS["wan"], torch.bfloat16).module
+    dtypes = {name: parameter.dtype for name, parameter in module.named_parameters()}
+    assert dtypes["blocks.0.scale_shift_table"] == torch.float32
+    assert dtypes["blocks.0.ffn.net.2.weight"] == torch.bfloat16
+    assert torch.get_default_dtype() == torch.float32
+
+
+def test_copies_share_weights_and_nothing_else() -> None:
+    workload = quick(SUBJECTS["dit"])
+    copied = workload.copy()
+    assert all(a is b for a, b in zip(copied.parameters(), workload.module.parameters(), strict=True))
+    copied.transformer_blocks[0].forward = None
+    assert workload.module.transformer_blocks[0].forward is not None
+
+
+@every_subject
+def test_the_schedule_is_what_the_model_receives(subject: Subject) -> None:
+    workload, received, seen = quick(subject), [], []
+
+    def model(timestep: torch.Tensor, **_: object) -> None:
+        received.append(timestep[0].item())
+        seen.append(workload.now)
+
+    list(workload.calls(model, 3))
+    assert received == pytest.approx(workload.schedule(3), rel=1e-6)
+    assert seen == list(subject.timesteps(3)) == [999, 666, 333]
+    assert received[0] == pytest.approx(0.999 if subject.name == "flux" else 999)
+
+
+def test_the_latent_moves_in_a_straight_line() -> None:
+    workload, latents = quick(SUBJECTS["sd3"]), []
+    list(workload.calls(lambda hidden_states, **_: latents.append(hidden_states), 4))
+    assert torch.equal(latents[0], workload.ends[0])
+    moved = [b - a for a, b in itertools.pairwise(latents)]
+    assert all(torch.allclose(m, (workload.ends[1] - workload.ends[0]) / 4, atol=1e-6) for m in moved)
+
+
+def test_an_unknown_model_is_named_beside_the_known_ones() -> None:
+    assert [subject.name for subject in get_subjects([])] == list(SUBJECTS)
+    with pytest.raises(DicompileError, match=r"no model 'dlt'(.|\n)*dit, pixart, sd3, flux, wan, cogvideox"):
+        get_subjects(["dit", "dlt"])
+
+
+def test_without_diffusers_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "diffusers", None)
+    with pytest.raises(DicompileError, match=r"pip install 'dicompile\[bench\]'"):
+        quick(SUBJECTS["dit"])
+
+
+def test_quick_is_small() -> None:
+    for subject in SUBJECTS.values():
+        size = subject.size("quick")
+        assert math.prod(size.latent) <= 256
+        assert subject.describe(size).startswith("2 of ")
