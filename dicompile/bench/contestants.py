@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
+import types
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -229,7 +230,10 @@ def _cache_dit(workload: Workload, backend: str) -> Contestant:
 
     def enable(module: Any, threshold: float) -> Contestant:
         config = cache_dit.DBCacheConfig(
-            Fn_compute_blocks=1, residual_diff_threshold=threshold, num_inference_steps=workload.steps
+            Fn_compute_blocks=1,
+            residual_diff_threshold=threshold,
+            num_inference_steps=workload.steps,
+            enable_separate_cfg=False,  # both halves of guidance come in one call
         )
         cache_dit.enable_cache(module, cache_config=config)
         return Contestant(
@@ -256,11 +260,28 @@ def _first_that_halves(
     if len(set(counts)) == 1:
         raise DoesNotFit(f"no step takes fewer operations ({setting})")
     module = workload.copy()
-    for block in _blocks_of(module):
-        block.forward = torch.compile(block.forward, backend=backend)
+    _compile_forwards(_blocks_of(module), backend)
     chosen = enable(module, config)
     chosen.steps, chosen.setting, chosen.flops = workload.steps, setting, tuple(counts)
     return chosen
+
+
+def _compile_forwards(blocks: Sequence[nn.Module], backend: str) -> None:
+    """Compile the forward of blocks, once for all of a class.
+
+    Every contestant gets code objects of its own: Dynamo counts recompilations by code object, and one contestant that
+    reaches its limit would leave the others uncompiled.
+    """
+    forwards: dict[type[nn.Module], types.FunctionType] = {}
+    for block in blocks:
+        kind = type(block)
+        if kind not in forwards:
+            code = kind.forward.__code__.replace()
+            forwards[kind] = types.FunctionType(code, kind.forward.__globals__, closure=kind.forward.__closure__)
+            functools.update_wrapper(forwards[kind], kind.forward)
+            forwards[kind].__defaults__ = kind.forward.__defaults__
+            forwards[kind].__kwdefaults__ = kind.forward.__kwdefaults__
+        block.forward = torch.compile(types.MethodType(forwards[kind], block), backend=backend)
 
 
 def count_flops(contestant: Contestant, workload: Workload) -> list[int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import gc
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -63,6 +64,7 @@ def measure(subject: Subject, options: Options, costs: Costs, tick: Tick) -> Res
         costs: of compiling, measured before.
         tick: called before every warm-up and every turn.
     """
+    forget()
     size = subject.size(options.size)
     workload = Workload.of(subject, size, options.steps, options.device, options.dtype)
     contestants, refused = ready(workload, options, tick)
@@ -112,6 +114,14 @@ def _with_fewer_steps(contestants: Sequence[Contestant], refused: list[tuple[str
         refused.append((FEWER, f"needs {COMPILED}, which did not run"))
         return []
     return fewer_steps(compiled, [one.flop_speedup(compiled.steps) for one in contestants])
+
+
+def forget() -> None:
+    """Drop what was compiled for an earlier model, and its weights."""
+    torch.compiler.reset()
+    dicompile.reset()
+    gc.collect()
+    torch.cuda.empty_cache()
 
 
 def memory_of(contestant: Contestant, workload: Workload) -> Memory:

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import json
 import os
+import resource
+import subprocess
 import sys
+import types
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from dicompile.bench import compiling
 from dicompile.bench.compiling import REFUSED, STEPS, Job, compile_times, get_depths, measure_job, run
-from dicompile.bench.contestants import DoesNotFit
+from dicompile.bench.contestants import Contestant, DoesNotFit
 from dicompile.bench.models import SUBJECTS
 from dicompile.bench.results import Cost
+from dicompile.bench.workload import Workload
 from dicompile.errors import DicompileError
 
 JOB = Job("dit", SUBJECTS["dit"].size("quick"), "eager", False, 2)
@@ -64,14 +69,25 @@ def test_a_process_that_fails_is_named_with_its_last_line(python: Path) -> None:
         run(JOB)
 
 
-def test_a_job_costs_the_time_of_a_generation() -> None:
+def test_a_job_costs_what_its_process_and_the_processes_it_started_spend(monkeypatch: pytest.MonkeyPatch) -> None:
+    def spends(_: Contestant, __: Workload) -> None:
+        subprocess.run(["sh", "-c", "i=0; while [ $i -lt 300000 ]; do i=$((i+1)); done"], check=True)
+
+    ended: list[bool] = []
+    workers: Any = types.ModuleType("torch._inductor.async_compile")
+    workers.shutdown_compile_workers = lambda: ended.append(True)
+    monkeypatch.setitem(sys.modules, workers.__name__, workers)
+    monkeypatch.setattr(Contestant, "run", spends)
+    before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
     cost = measure_job(JOB)
-    assert 0 < cost.wall < 60
-    assert 0 <= cost.cpu < 60
+    spent = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - before
+    assert cost.cpu >= spent > 0.05
+    assert cost.wall > 0.05
+    assert ended
 
 
 @pytest.mark.nightly
-def test_a_real_process_counts_its_compilers(tmp_path: Path) -> None:
+def test_a_real_process_compiles_once() -> None:
     cold, warm = run(replace(JOB, contestant="torch.compile"))
     assert cold.cpu > 2 * warm.cpu
 

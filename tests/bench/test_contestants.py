@@ -148,6 +148,22 @@ def test_cache_dit_is_enabled_around_compiled_blocks_and_begins_anew(
     assert refreshed == [STEPS]
 
 
+def test_a_forward_is_compiled_once_per_class_and_apart_from_other_contestants(uncompiled: None) -> None:
+    workload = workload_of("dit")
+    modules = [workload.copy(), workload.copy()]
+    for module in modules:
+        contestants._compile_forwards(contestants._blocks_of(module), "eager")
+    first, second = ([block.forward.__func__.__code__ for block in module.transformer_blocks] for module in modules)
+    assert first[0] is first[1]
+    assert second[0] is second[1]
+    original = type(workload.module.transformer_blocks[0]).forward.__code__
+    assert len({id(code) for code in (first[0], second[0], original)}) == 3
+    outputs: list[torch.Tensor] = []
+    for model in (workload.module, *modules):
+        list(workload.calls(lambda model=model, **inputs: outputs.append(model(**inputs)[0]), 1))
+    assert all(torch.equal(output, outputs[0]) for output in outputs)
+
+
 def test_repeated_blocks_are_compiled_where_the_class_names_none(monkeypatch: pytest.MonkeyPatch) -> None:
     compiled: list[str] = []
     monkeypatch.setattr(nn.Module, "compile", lambda self, **_: compiled.append(type(self).__name__))
