@@ -234,12 +234,8 @@ def _last_used(path: Path) -> float:
 @functools.cache
 def version() -> str:
     """Name of the folder of everything that was made by the same programs on a machine of the same kind."""
-    root = Path(__file__).parent
-    sources = sorted(
-        [*root.rglob("*.py"), *(root.parent / "passes").rglob("*.py"), *(root.parent / "runtime").rglob("*.py")]
-    )
     digest = _HASH()
-    for path in sources:
+    for path in _sources():
         digest.update(f"{path.name} {path.stat().st_size}\n".encode() + path.read_bytes())
     about = (
         sys.version, torch.__version__, torch.version.git_version, torch.version.cuda, torch.version.hip,
@@ -247,6 +243,14 @@ def version() -> str:
         torch.backends.cpu.get_cpu_capability(), _processor(), digest.hexdigest(),
     )  # fmt: skip
     return f"torch{torch.__version__}-{_HASH(repr(about).encode()).hexdigest()[:16]}"
+
+
+def _sources() -> list[Path]:
+    """All code of ours, in the source tree as where it is installed."""
+    root = Path(__file__).parent
+    return sorted(
+        path for folder in (root, root.parent / "passes", root.parent / "runtime") for path in folder.rglob("*.py")
+    )
 
 
 def _version_of(package: str) -> str | None:

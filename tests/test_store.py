@@ -141,6 +141,12 @@ def test_a_folder_that_is_a_file_and_none_at_all(tmp_path: Path, caplog: pytest.
     assert (found(nothing), nothing.entries(), nothing.is_open) == ([], [], False)
 
 
+def test_all_code_is_part_of_the_version() -> None:
+    root = Path(__file__).parents[1]
+    for folder in ("dicompile", "passes", "runtime"):
+        assert {*(root / folder).rglob("*.py")} <= {*store_module._sources()}
+
+
 def test_another_version_finds_nothing(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     Store(folder, MANY).put("code", "key", b"one")
     assert version().startswith(f"torch{torch.__version__}-")

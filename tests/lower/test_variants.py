@@ -15,9 +15,10 @@ from dicompile.lower.artifact import nothing
 from dicompile.lower.stored import check_can_be_stored
 from dicompile.ops.registry import REGISTERED, Registered
 from dicompile.passes import LocalStep, Segment, SlotRef, Value
+from dicompile.passes.score_tokens import ScoreTokens
 from dicompile.plan import Score, ScoreBase, SlotKind
 from dicompile.store import Unwritable
-from tests.passes.segments import FULL, REUSE, mlp_block
+from tests.passes.segments import FULL, REUSE, mlp_block, rewritten, self_attention_block
 
 REFRESH = LocalStep((1.0, 1.0), refresh=Score(ScoreBase.RANDOM))
 LIVE = frozenset({0})
@@ -145,3 +146,10 @@ def test_operators_of_others_stay_in_their_process() -> None:
     next(node for node in segment.graph.nodes if node.op == "call_function").target = torch.ops.prims.exp.default
     with pytest.raises(Unwritable, match="prims"):
         check_can_be_stored(segment)
+
+
+def test_our_own_operators_do_not() -> None:
+    scored = LocalStep(produces=Score(ScoreBase.ATTENTION), writes=(SlotKind.SCORE,))
+    segment = rewritten(self_attention_block().segment, [scored], ScoreTokens())
+    assert "dicompile.attention_received" in str(segment)
+    check_can_be_stored(segment)
