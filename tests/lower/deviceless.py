@@ -41,7 +41,7 @@ from dicompile.analysis import ModelStructure, analyse
 from dicompile.capture import Capture, capture_model
 from dicompile.config import DebugFolder, Settings
 from dicompile.lower import Backend, Pieces, Program, ProgramBuilder, Variant, VariantCache, compile_segment
-from dicompile.passes import ReuseClock, TokenCount
+from dicompile.passes import ReuseClock, Segment, TokenCount
 from dicompile.plan import COMPUTE, REUSE, Plan, TimestepSchedule, make_plan, plan_actions
 from dicompile.policies import FORA, NoCache, ToCa
 
@@ -84,6 +84,7 @@ class Lowered:
         copies: launches of Triton kernels that only copy or cast a tensor as large as the residual stream, or larger.
         maps: tensors with a number for every pair of tokens.
         bytes: bytes that everything reads and writes; symbolic sizes count as in the example that they were traced for.
+        least: the fewest of them, if products and attention stay calls of a library: see `least_bytes`.
         ints: symbolic ints among the arguments, with the number of launches and calls that use each.
     """
 
@@ -91,6 +92,7 @@ class Lowered:
     copies: int
     maps: int
     bytes: int
+    least: int
     ints: dict[str, int]
 
 
@@ -150,6 +152,7 @@ def pretended_cuda() -> Iterator[None]:
             set_rng_state=always(None), _exchange_device=always(0), _maybe_exchange_device=always(0),
         )  # fmt: skip
         replace(torch._C, _cuda_getCurrentRawStream=always(0))
+        replace(Tensor, __invert__=_inverted)
         replace(torch._subclasses.fake_tensor, init_gpu_context=always(None))
         # Padding a GEMM is decided by a benchmark, unless it is bound by memory.
         replace(torch._inductor.utils, get_device_tflops=always(TFLOPS), get_gpu_dram_gbps=always(DRAM_GB_PER_S))
@@ -165,6 +168,7 @@ def pretended_cuda() -> Iterator[None]:
         # Folding constants computes them on the device.
         library = stack.enter_context(torch.library._scoped_library("aten", "IMPL"))
         library.impl("full", _full_on_cpu, "CUDA")
+        library.impl("scalar_tensor", _scalar_on_cpu, "CUDA")
         stack.enter_context(patch.dict(attention.py_kernels, {DispatchKey.CompositeImplicitAutograd: _attention}))
         for clear in caches:
             clear()
@@ -173,6 +177,15 @@ def pretended_cuda() -> Iterator[None]:
 
 def _full_on_cpu(size: list[int], value: float, *, dtype: torch.dtype | None = None, **_: Any) -> Tensor:
     return torch.full(size, value, dtype=dtype)
+
+
+def _inverted(value: Tensor) -> Tensor:
+    """``~value``; torch's own asks for a guard of the device."""
+    return aten.bitwise_not.default(value)
+
+
+def _scalar_on_cpu(value: float, *, dtype: torch.dtype | None = None, **_: Any) -> Tensor:
+    return torch.scalar_tensor(value, dtype=dtype)
 
 
 def _attention(
@@ -185,14 +198,14 @@ def _attention(
     return aten._scaled_dot_product_flash_attention.default(query, key, value, dropout, causal, scale=scale)[0]
 
 
-def captured() -> Capture:
-    """A small class-conditional DiT of diffusers in bfloat16, of which no weight ever exists."""
+def dit(layers: int) -> Capture:
+    """A narrow class-conditional DiT of diffusers in bfloat16, of which no weight ever exists."""
     from diffusers import DiTTransformer2DModel
 
     size = 2 * round(TOKENS**0.5)
     with torch.device("meta"):
         model = DiTTransformer2DModel(
-            num_attention_heads=HEADS, attention_head_dim=HEAD_WIDTH, in_channels=4, out_channels=8, num_layers=LAYERS,
+            num_attention_heads=HEADS, attention_head_dim=HEAD_WIDTH, in_channels=4, out_channels=8, num_layers=layers,
             sample_size=size, patch_size=2, attention_bias=True, activation_fn="gelu-approximate",
             num_embeds_ada_norm=10, norm_type="ada_norm_zero", norm_elementwise_affine=False, norm_eps=1e-6,
         )  # fmt: skip
@@ -257,20 +270,25 @@ def _variant_of(program: Program, piece: str, known: Iterable[Variant]) -> Varia
 
 
 class Lowering:
-    """Lowers variants one by one and keeps every Triton kernel once, whatever its number in its variant."""
+    """Lowers variants one by one and keeps every Triton kernel once, whatever its number in its variant.
 
-    def __init__(self) -> None:
+    Args:
+        stream: number of elements from which on a copy is one of a full-size tensor.
+    """
+
+    def __init__(self, stream: int = BATCH * TOKENS * WIDTH) -> None:
+        self.stream = stream
         self.kernels: dict[str, tuple[str, str]] = {}
-        self._code, self._bytes = "", 0
+        self._code, self._bytes, self._least = "", 0, 0
         self._copies: set[str] = set()
 
-    def lower(self, variant: Variant) -> Lowered:
-        self._copies = set()
+    def lower(self, segment: Segment) -> Lowered:
+        self._code, self._bytes, self._least, self._copies = "def call(): pass", 0, 0, set()
         with (
             patch.object(GraphLowering, "save_output_code", self._keep_code),
             patch.object(AsyncCompile, "triton", self._keep_kernel),
         ):
-            compile_segment(variant.segment, Backend())
+            compile_segment(segment, Backend())
         functions = [node for node in ast.walk(ast.parse(self._code)) if isinstance(node, ast.FunctionDef)]
         body = next(function for function in functions if function.name == "call")
         calls = [node for node in ast.walk(body) if isinstance(node, ast.Call) and kind_of(node)]
@@ -279,9 +297,10 @@ class Lowering:
             copies=sum(self._is_copy(call) for call in calls),
             maps=len(re.findall(rf"empty_strided_cuda\(\([^()]*\b{TOKENS}, {TOKENS}\)", self._code)),
             bytes=self._bytes,
+            least=self._least,
             ints={
                 str(reference): len(uses_of(f"arg{position}_1", body, calls))
-                for position, reference in enumerate(variant.inputs)
+                for position, reference in enumerate(segment.inputs)
                 if isinstance(reference, (TokenCount, ReuseClock))
             },
         )
@@ -289,6 +308,7 @@ class Lowering:
     def _keep_code(self, code: str) -> None:
         self._code = code
         self._bytes = sum(node.get_read_write_buffers_sizes() for node in V.graph.scheduler.nodes)
+        self._least = least_bytes(V.graph)
 
     def _keep_kernel(self, name: str, source: str, device_str: str = "cuda") -> None:
         assert device_str == "cuda"
@@ -298,7 +318,35 @@ class Lowering:
 
     def _is_copy(self, call: ast.Call) -> bool:
         sizes = [argument.value for argument in call.args if isinstance(argument, ast.Constant)]
-        return ast.unparse(call.func).removesuffix(".run") in self._copies and prod(sizes) >= BATCH * TOKENS * WIDTH
+        return ast.unparse(call.func).removesuffix(".run") in self._copies and prod(sizes) >= self.stream
+
+
+def least_bytes(graph: GraphLowering) -> int:
+    """The fewest bytes that a lowered graph could move with its library calls as they are.
+
+    Kernels around them have to read every input of the graph and every result of a library call that they need once,
+    and to write every output and every operand of a library call once; they could keep all else in registers.
+    """
+    calls = [node for node in graph.scheduler.nodes if node.is_extern()]
+    kernels = [node for node in graph.scheduler.nodes if not node.is_extern()]
+    operands, results = (_touched(calls, **{kind: True}) for kind in ("reads", "writes"))
+    read, written = _touched(kernels, reads=True), _touched(kernels, writes=True)
+    needed = {*graph.graph_inputs, *results}
+    wanted = {*graph.get_output_names(), *operands}
+    return (
+        sum(node.get_read_write_buffers_sizes() for node in calls)
+        + sum(size for name, size in read.items() if name in needed)
+        + sum(size for name, size in written.items() if name in wanted)
+    )
+
+
+def _touched(nodes: Iterable[Any], *, reads: bool = False, writes: bool = False) -> dict[str, int]:
+    """Bytes of every buffer that the node that touches most of it touches."""
+    found: dict[str, int] = {}
+    for node in nodes:
+        for name, size in node.get_read_write_buffer_accesses(include_reads=reads, include_writes=writes).items():
+            found[name] = max(size, found.get(name, 0))
+    return found
 
 
 def only_copies(source: str) -> bool:
@@ -362,11 +410,11 @@ def untrue_assumptions(capture: Capture) -> list[str]:
 
 
 def main() -> None:
-    capture = captured()
+    capture = dit(LAYERS)
     with pretended_cuda():
         move_to_cuda(capture)
         lowering = Lowering()
-        variants = {name: asdict(lowering.lower(variant)) for name, variant in find_variants(capture).items()}
+        variants = {name: asdict(lowering.lower(variant.segment)) for name, variant in find_variants(capture).items()}
         kernels = [asdict(compile_kernel(name, source)) for name, source in lowering.kernels.values()]
     found = {"variants": variants, "kernels": kernels, "untrue_assumptions": untrue_assumptions(capture)}
     json.dump(found, sys.stdout)
