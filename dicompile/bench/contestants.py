@@ -162,8 +162,16 @@ def _blocks(workload: Workload, backend: str) -> Contestant:
     return Contestant(BLOCKS, model, workload.steps)
 
 
-def _hook(name: str, configs: Callable[[Workload], Sequence[tuple[str, Any]]]) -> Callable[[Workload, str], Contestant]:
-    """A cache of diffusers: the first of some configs with which a generation takes half of its operations."""
+def _hook(
+    name: str, configs: Callable[[Workload], Sequence[tuple[str, Any]]], below: Callable[[nn.Module], list[nn.Module]]
+) -> Callable[[Workload, str], Contestant]:
+    """A cache of diffusers: the first of some configs with which a generation takes half of its operations.
+
+    Args:
+        name: of the contestant.
+        configs: settings to try, with what they are called.
+        below: the modules that its hooks go around, and others beside them.
+    """
 
     def enable(module: Any, config: Any) -> Contestant:
         module.enable_cache(config)
@@ -173,7 +181,7 @@ def _hook(name: str, configs: Callable[[Workload], Sequence[tuple[str, Any]]]) -
     def prepared(workload: Workload, backend: str) -> Contestant:
         if not hasattr(workload.module, "enable_cache"):
             raise DoesNotFit(f"{type(workload.module).__name__} has no enable_cache in diffusers")
-        return _first_that_halves(configs(workload), enable, workload, backend)
+        return _first_that_halves(configs(workload), enable, workload, functools.partial(_compile, below, backend))
 
     return prepared
 
@@ -240,15 +248,20 @@ def _cache_dit(workload: Workload, backend: str) -> Contestant:
             "cache-dit", module, 0, restart=lambda: cache_dit.refresh_context(module, cache_config=config)
         )
 
-    return _first_that_halves([(f"F1B0, threshold {t:g}", t) for t in THRESHOLDS], enable, workload, backend)
+    settings = [(f"F1B0, threshold {t:g}", t) for t in THRESHOLDS]
+    return _first_that_halves(settings, enable, workload, functools.partial(_compile, _blocks_of, backend))
 
 
 def _first_that_halves(
-    configs: Sequence[tuple[str, Any]], enable: Callable[[Any, Any], Contestant], workload: Workload, backend: str
+    configs: Sequence[tuple[str, Any]],
+    enable: Callable[[Any, Any], Contestant],
+    workload: Workload,
+    compile_below: Callable[[nn.Module], None],
 ) -> Contestant:
-    """The first setting that takes half of the operations, else the last one, around compiled blocks.
+    """The first setting that takes half of the operations, else the last one, around compiled code.
 
-    Blocks are compiled before hooks come around them or into them, so that a hook around a block costs no graph break.
+    What hooks go around is compiled before they are there: inside of compiled code they break graphs, and those that
+    count steps are compiled anew at every step until Dynamo gives up.
     """
     setting, config, counts = "", None, [1]
     for setting, config in configs:  # noqa: B007 - the last one tried counts
@@ -260,28 +273,28 @@ def _first_that_halves(
     if len(set(counts)) == 1:
         raise DoesNotFit(f"no step takes fewer operations ({setting})")
     module = workload.copy()
-    _compile_forwards(_blocks_of(module), backend)
+    compile_below(module)
     chosen = enable(module, config)
     chosen.steps, chosen.setting, chosen.flops = workload.steps, setting, tuple(counts)
     return chosen
 
 
-def _compile_forwards(blocks: Sequence[nn.Module], backend: str) -> None:
-    """Compile the forward of blocks, once for all of a class.
+def _compile(parts: Callable[[nn.Module], list[nn.Module]], backend: str, module: nn.Module) -> None:
+    """Compile the forward of parts of a module, once for all of a class.
 
     Every contestant gets code objects of its own: Dynamo counts recompilations by code object, and one contestant that
     reaches its limit would leave the others uncompiled.
     """
     forwards: dict[type[nn.Module], types.FunctionType] = {}
-    for block in blocks:
-        kind = type(block)
+    for part in parts(module):
+        kind = type(part)
         if kind not in forwards:
             code = kind.forward.__code__.replace()
             forwards[kind] = types.FunctionType(code, kind.forward.__globals__, closure=kind.forward.__closure__)
             functools.update_wrapper(forwards[kind], kind.forward)
             forwards[kind].__defaults__ = kind.forward.__defaults__
             forwards[kind].__kwdefaults__ = kind.forward.__kwdefaults__
-        block.forward = torch.compile(types.MethodType(forwards[kind], block), backend=backend)
+        part.forward = torch.compile(types.MethodType(forwards[kind], part), backend=backend)
 
 
 def count_flops(contestant: Contestant, workload: Workload) -> list[int]:
@@ -299,6 +312,11 @@ def _blocks_of(module: nn.Module) -> list[nn.Module]:
     return [block for child in module.children() if isinstance(child, nn.ModuleList) for block in child]
 
 
+def _parts_of_blocks(module: nn.Module) -> list[nn.Module]:
+    """Attentions, feed-forwards, norms: what the blocks call."""
+    return [part for block in _blocks_of(module) for part in block.children() if not isinstance(part, nn.ModuleList)]
+
+
 def _said(error: Exception) -> str:
     return f"{type(error).__name__}: {error}".splitlines()[0]
 
@@ -311,11 +329,11 @@ RIVALS: dict[str, Callable[[Workload, str], Contestant]] = {
     EAGER: _eager,
     COMPILED: _compiled,
     BLOCKS: _blocks,
-    "first-block": _hook("first-block", _first_block),
-    "taylorseer": _hook("taylorseer", _taylorseer),
-    "magcache": _hook("magcache", _mag_cache),
-    "pab": _hook("pab", _pyramid),
-    "fastercache": _hook("fastercache", _faster_cache),
+    "first-block": _hook("first-block", _first_block, _blocks_of),
+    "taylorseer": _hook("taylorseer", _taylorseer, _parts_of_blocks),
+    "magcache": _hook("magcache", _mag_cache, _blocks_of),
+    "pab": _hook("pab", _pyramid, _parts_of_blocks),
+    "fastercache": _hook("fastercache", _faster_cache, _parts_of_blocks),
     "cache-dit": _cache_dit,
 }
 """Opponents by name; ``fewer-steps`` follows from the others."""

@@ -79,7 +79,10 @@ def test_the_first_setting_that_takes_half_of_the_operations_is_chosen_else_the_
 ) -> None:
     monkeypatch.setattr(contestants, "count_flops", lambda contestant, _: counts[contestant.name])
     chosen = contestants._first_that_halves(
-        [(name, name) for name in counts], lambda module, name: Contestant(name, module, 0), workload_of("dit"), ""
+        [(name, name) for name in counts],
+        lambda module, name: Contestant(name, module, 0),
+        workload_of("dit"),
+        lambda _: None,
     )
     assert (chosen.setting, chosen.flops) == (setting, tuple(counts[setting]))
 
@@ -90,6 +93,22 @@ def test_a_generation_of_a_hook_begins_anew(uncompiled: None) -> None:
     assert shares(chosen)[0] == 1.0
     assert min(chosen.flops) < max(chosen.flops)
     assert count_flops(chosen, workload) == count_flops(chosen, workload) == list(chosen.flops)
+
+
+@pytest.mark.parametrize(("name", "compiled"), [("magcache", "WanTransformerBlock"), ("pab", "WanAttention")])
+def test_hooks_go_around_what_is_compiled(name: str, compiled: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    found: list[str] = []
+
+    def compile_(forward: Any, backend: str) -> Any:
+        assert not hasattr(forward.__self__, "_diffusers_hook")
+        found.append(type(forward.__self__).__name__)
+        return forward
+
+    monkeypatch.setattr(torch, "compile", compile_)
+    workload = workload_of("wan")
+    workload.steps = 8  # some of them between timesteps 100 and 800
+    prepare(name, workload)
+    assert compiled in found
 
 
 def test_a_model_without_caches_in_diffusers_is_named() -> None:
@@ -152,7 +171,7 @@ def test_a_forward_is_compiled_once_per_class_and_apart_from_other_contestants(u
     workload = workload_of("dit")
     modules = [workload.copy(), workload.copy()]
     for module in modules:
-        contestants._compile_forwards(contestants._blocks_of(module), "eager")
+        contestants._compile(contestants._blocks_of, "eager", module)
     first, second = ([block.forward.__func__.__code__ for block in module.transformer_blocks] for module in modules)
     assert first[0] is first[1]
     assert second[0] is second[1]
