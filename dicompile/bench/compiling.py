@@ -19,9 +19,10 @@ from pathlib import Path
 
 import torch
 
-from dicompile.bench.contestants import BLOCKS, COMPILED, DoesNotFit, prepare, prepare_policy
+from dicompile.bench.contestants import BLOCKS, COMPILED, DoesNotFit, prepare_policy
 from dicompile.bench.models import SUBJECTS, Size
 from dicompile.bench.results import CompileRow, Cost, compile_rows, median_cost
+from dicompile.bench.rivals import prepare
 from dicompile.bench.workload import Workload
 from dicompile.errors import DicompileError
 

@@ -16,12 +16,12 @@ from dicompile.bench.contestants import (
     Contestant,
     DoesNotFit,
     fewer_steps,
-    prepare,
     prepare_policy,
     warm_up,
 )
 from dicompile.bench.models import Subject
 from dicompile.bench.results import Cost, Memory, Result, Row, by_kind, generation
+from dicompile.bench.rivals import prepare
 from dicompile.bench.workload import Workload
 
 Tick = Callable[[str], object]

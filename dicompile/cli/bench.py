@@ -84,13 +84,7 @@ def bench(  # noqa: PLR0913, PLR0917 - options
     results: list[Result] = []
     compiled: list[CompileRow] = []
     if compile_times:
-        if policy or against or steps or quick or full is not None or backend != "inductor":
-            raise DicompileError(
-                "compile times have options of their own",
-                where="dicompile bench --compile-times",
-                why="contestants and steps are those of the targets",
-                fix="give it names of depths, --rounds, --device, --dtype, --json and --markdown",
-            )
+        _refuse(policy, against, steps, quick, full is not None, not compiling, backend != "inductor")
         for rows in _compile_times(models or [], rounds or 1, device, dtype):
             compiled += rows
             files.write(machine, results, compiled)
@@ -192,7 +186,8 @@ def _policies() -> tuple[str, ...]:
 
 
 def _opponents(names: Sequence[str]) -> tuple[str, ...]:
-    from dicompile.bench.contestants import AGAINST, FEWER, RIVALS
+    from dicompile.bench.contestants import AGAINST, FEWER
+    from dicompile.bench.rivals import RIVALS
 
     known = (*RIVALS, FEWER)
     for name in names:
@@ -201,6 +196,21 @@ def _opponents(names: Sequence[str]) -> tuple[str, ...]:
                 f"there is no opponent {name!r}", where=WHERE, fix=f"use some of: {', '.join(known)}, all"
             )
     return known if "all" in names else tuple(names) or AGAINST
+
+
+def _refuse(*options: object) -> None:
+    """Refuse options that say nothing about compile times.
+
+    Raises:
+        DicompileError: one of them was given.
+    """
+    if any(options):
+        raise DicompileError(
+            "compile times have options of their own",
+            where="dicompile bench --compile-times",
+            why="contestants and steps are those of the targets",
+            fix="give it names of depths, --rounds, --device, --dtype, --json and --markdown",
+        )
 
 
 def _require(device: str) -> None:
