@@ -9,7 +9,6 @@ Products are exact and sums are taken in float32, as tensor cores do it, whateve
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator
 
 import torch
@@ -51,9 +50,10 @@ def attention_received(
     """
     batch, heads, _, _ = query.shape
     received = query.new_zeros((batch, 1, key.shape[2]), dtype=torch.float32)
-    for _, of_heads in _blocks(query, key, mask, scale, is_causal, lse):
+    for rows, of_heads in _blocks(query, key, mask, scale, is_causal, lse):
+        ones = received.new_ones(()).expand(batch, 1, rows.stop - rows.start)
         for weights in of_heads:
-            received.baddbmm_(weights.new_ones(()).expand(batch, 1, weights.shape[1]), weights)
+            received.baddbmm_(ones, weights)
     return received[:, 0] / heads
 
 
@@ -87,37 +87,43 @@ def attention_entropy(
     batch, heads, queries, _ = query.shape
     entropy = query.new_empty((batch, queries), dtype=torch.float32)
     for rows, of_heads in _blocks(query, key, mask, scale, is_causal, lse):
-        row = functools.reduce(torch.add, of_heads) * ((0.5 if shared else 1.0) / heads)
-        entropy[:, rows] = -(row * (row + EPSILON).log()).sum(-1)
+        mean = query.new_zeros((batch, rows.stop - rows.start, key.shape[2]), dtype=torch.float32)
+        for weights in of_heads:
+            mean.add_(weights, alpha=(0.5 if shared else 1.0) / heads)
+        entropy[:, rows] = -(mean * (mean + EPSILON).log()).sum(-1)
     return entropy
 
 
 def _blocks(
     query: Tensor, key: Tensor, mask: Tensor | None, scale: float | None, is_causal: bool, lse: Tensor | None
 ) -> Iterator[tuple[slice, Iterator[Tensor]]]:
-    """Weights of attention: for every block of queries, where it is, and head by head [b, rows, m] in float32."""
+    """Weights of attention: for every block of queries, where it is, and head by head [b, rows, m] in float32.
+
+    Those of one head lie in memory until the next one's are asked for.
+    """
     batch, heads, queries, width = query.shape
-    keys = key.shape[2]
+    keys, group = key.shape[2], heads // key.shape[1]
+    query, key = query.float(), key.float()
     given = None if mask is None else mask.expand(batch, heads, queries, keys)
     factor = width**-0.5 if scale is None else scale
     size = max(1, BLOCK // max(1, batch * keys))
 
-    def weights(head: int, rows: slice) -> Tensor:
-        ours, theirs = query[:, head, rows].float() * factor, key[:, head * key.shape[1] // heads].float()
-        logits = torch.bmm(ours, theirs.transpose(1, 2))
+    def fill(logits: Tensor, weights: Tensor, head: int, rows: slice) -> Tensor:
+        logits.baddbmm_(query[:, head, rows], key[:, head // group].transpose(1, 2), beta=0, alpha=factor)
         if is_causal:
-            place = torch.arange(rows.start, rows.stop, device=query.device)
-            logits.masked_fill_(place[:, None] < torch.arange(keys, device=query.device), float("-inf"))
+            place = torch.arange(rows.start, rows.stop, device=logits.device)
+            logits.masked_fill_(place[:, None] < torch.arange(keys, device=logits.device), float("-inf"))
         if given is not None:
             part = given[:, head, rows]
             logits = logits.masked_fill_(~part, float("-inf")) if part.dtype == torch.bool else logits.add_(part)
         if lse is not None:
-            return logits.sub_(lse[:, head, rows, None]).exp_()
-        return logits.softmax(-1) if given is None else aten._safe_softmax.default(logits, -1)
+            return torch.sub(logits, lse[:, head, rows, None], out=weights).exp_()
+        return torch.softmax(logits, -1, out=weights) if given is None else aten._safe_softmax.default(logits, -1)
 
     for first in range(0, queries, size):
         rows = slice(first, min(first + size, queries))
-        yield rows, (weights(head, rows) for head in range(heads))
+        logits, weights = (query.new_empty((batch, rows.stop - first, keys)) for _ in range(2))
+        yield rows, (fill(logits, weights, head, rows) for head in range(heads))
 
 
 @attention_received.register_fake
