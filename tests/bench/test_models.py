@@ -24,8 +24,10 @@ def quick(subject: Subject, dtype: torch.dtype = torch.float32, steps: int = 2) 
 
 
 @every_subject
-def test_the_full_size_is_the_published_one(subject: Subject) -> None:
-    module = subject.build(subject.full, "meta", torch.bfloat16)
+def test_the_full_size_is_the_published_one_and_its_inputs_fit(subject: Subject) -> None:
+    workload = Workload.of(subject, subject.full, 1, "meta", torch.bfloat16)
+    module = workload.module
+    assert len(list(workload.calls(module, 1))) == 1
     parameters = sum(parameter.numel() for parameter in module.parameters())
     if subject.name == "dit":  # diffusers gives every block embeddings of timestep and class of its own
         parameters -= sum(p.numel() for n, p in module.named_parameters() if ".emb." in n)
