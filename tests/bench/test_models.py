@@ -17,13 +17,17 @@ BILLIONS = {"dit": 0.675, "pixart": 0.611, "sd3": 2.03, "flux": 11.9, "wan": 1.4
 TOKENS = {"dit": 256, "pixart": 1024, "sd3": 4096, "flux": 4096, "wan": 32760, "cogvideox": 17550}
 
 every_subject = pytest.mark.parametrize("subject", SUBJECTS.values(), ids=SUBJECTS)
+every_full_one = pytest.mark.parametrize(
+    "subject",
+    [pytest.param(one, id=name, marks=[pytest.mark.nightly] * (name != "dit")) for name, one in SUBJECTS.items()],
+)
 
 
 def quick(subject: Subject, dtype: torch.dtype = torch.float32, steps: int = 2) -> Workload:
     return Workload.of(subject, subject.size("quick"), steps, "cpu", dtype)
 
 
-@every_subject
+@every_full_one
 def test_the_full_size_is_the_published_one_and_its_inputs_fit(subject: Subject) -> None:
     workload = Workload.of(subject, subject.full, 1, "meta", torch.bfloat16)
     module = workload.module
@@ -37,7 +41,7 @@ def test_the_full_size_is_the_published_one_and_its_inputs_fit(subject: Subject)
 
 
 @every_subject
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.nightly)])
 def test_it_runs_on_the_inputs_made_for_it(subject: Subject, dtype: torch.dtype) -> None:
     workload = quick(subject, dtype)
     outputs = []

@@ -33,7 +33,8 @@ def made_up(model: str) -> Result:
     return Result(model, "2 blocks", "eager", (Row("eager", (Kind("full", 4, 1.0),), 1.0, 1.0),))
 
 
-def test_a_quick_run_fills_table_json_and_markdown(tmp_path: Path) -> None:
+def test_a_quick_run_fills_table_json_and_markdown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "compile", lambda model, **_: model)  # Dynamo takes seconds
     outcome = run(
         "dit", "--quick", "--backend", "eager", "-p", "fora",
         "-a", "eager", "-a", "torch.compile", "-a", "first-block", "-a", "fewer-steps",
@@ -125,6 +126,7 @@ def test_a_device_that_is_not_there_is_named(device: str, monkeypatch: pytest.Mo
     assert f"there is no device '{device}'" in refused("dit", "--device", device)
 
 
+@pytest.mark.nightly
 def test_other_commands_do_without_diffusers() -> None:
     code = "import sys, dicompile.cli.main; print('diffusers' in sys.modules, 'dicompile.bench' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
