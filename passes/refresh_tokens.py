@@ -80,9 +80,13 @@ class RefreshTokens:
         return PassReport(tuple(changed))
 
 
-def counts_places(device: torch.device) -> bool:
+MOST_COUNTED = 8192
+"""Tokens whose pairs are compared to rank them. Films have more; there the square of them costs more than a sort."""
+
+
+def counts_places(device: torch.device, tokens: int) -> bool:
     """True where comparing all pairs of tokens is cheaper than sorting them: one kernel instead of a library's many."""
-    return device.type != "cpu"
+    return device.type != "cpu" and tokens <= MOST_COUNTED
 
 
 class _SiteRefresh:
@@ -141,7 +145,7 @@ class _SiteRefresh:
         """
         editor, ranked = self.editor, self.ranked()
         device = tensor_of(ranked).device
-        if not counts_places(device):
+        if not counts_places(device, self.tokens):
             order = editor.trace(lambda score: score.argsort(dim=-1, descending=True, stable=True), ranked)
             return editor.call(aten.slice.Tensor, order, 1, 0, self.count), editor.trace(torch.argsort, order)
         places = editor.trace(scores.places, ranked)

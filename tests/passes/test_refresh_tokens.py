@@ -224,7 +224,7 @@ def test_counting_places_chooses_what_sorting_does(count: int, monkeypatch: pyte
     values = {**block.arguments, VALUE: torch.randn_like(block.core()), COUNT: count}
     noise = torch.randn(BATCH, TOKENS).round()  # many are equal
     sorting = rewritten(block.segment, [RANDOM], RefreshTokens(), DropDead())
-    monkeypatch.setattr(refresh_tokens, "counts_places", lambda _: True)
+    monkeypatch.setattr(refresh_tokens, "counts_places", lambda *_: True)
     counting = rewritten(block.segment, [RANDOM], RefreshTokens(), DropDead())
     assert "sort" not in str(counting)
     expected, found = (run_segment(segment, {**values, NOISE: noise}) for segment in (sorting, counting))
