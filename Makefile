@@ -20,7 +20,7 @@ nightly: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -m nightly -n auto --maxprocesses 4 --dist loadgroup --ignore tests/state
 	$(BIN)/python -m pytest -m nightly -s tests/state
 
-# The table of what works on which class of model. `make test` checks a line of every class, `make nightly` every line.
+# The table of what works on which class of model. `make test` checks every third class, `make nightly` every line.
 coverage: $(VENV)/.installed-test
 	$(BIN)/python -m tests.zoo.coverage > docs/coverage.md
 

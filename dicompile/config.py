@@ -80,6 +80,11 @@ class Settings:
         )
 
 
+def environment_with(more: Mapping[str, str]) -> dict[str, str]:
+    """The environment for another process, with more variables, or other values."""
+    return {**os.environ, **more}
+
+
 @contextlib.contextmanager
 def in_environment(name: str, value: str) -> Iterator[None]:
     """While open, a variable has another value: some libraries can be told in no other way."""

@@ -113,7 +113,7 @@ def test_an_unknown_option_is_named_with_the_known_ones() -> None:
         "InvalidSetting: backend 'dicache' has no option 'polcy'\n"
         "  where: torch.compile\n"
         "  fix:   its options are: policy, steps, schedule, timestep, latent, hoist, backend, options, compile_mode, "
-        "warmup, dynamic, mode, max_cache_bytes, over_budget, cache_dtype, cache_device"
+        "warmup, dynamic, attention, mode, max_cache_bytes, over_budget, cache_dtype, cache_device"
     ) in str(caught.value)
 
 

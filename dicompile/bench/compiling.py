@@ -24,6 +24,7 @@ from dicompile.bench.models import SUBJECTS, Size
 from dicompile.bench.results import CompileRow, Cost, compile_rows, median_cost
 from dicompile.bench.rivals import prepare
 from dicompile.bench.workload import Workload
+from dicompile.config import environment_with
 from dicompile.errors import DicompileError
 
 REFUSED = 3
@@ -149,7 +150,7 @@ def run(job: Job, processes: int = 2) -> list[Cost]:
     """
     with tempfile.TemporaryDirectory(prefix="dicompile-bench-") as folder:
         caches = {f"{name}_CACHE_DIR": str(Path(folder, name.lower())) for name in ("TORCHINDUCTOR", "DICOMPILE")}
-        return [_one(job, {**os.environ, **caches}) for _ in range(processes)]
+        return [_one(job, environment_with(caches)) for _ in range(processes)]
 
 
 def _one(job: Job, environment: dict[str, str]) -> Cost:

@@ -37,7 +37,7 @@ class Row:
         policy: its name, or `TORCH` for the uncached model.
         hoist: what is computed outside of the steps.
         step: kind of step.
-        triton: launches of generated kernels.
+        triton: launches of kernels in Triton, generated or by hand.
         library: products and convolutions by cuBLAS and cuDNN.
         attention: calls of fused attention.
         copies: launches, among those of Triton, that only copy or cast a tensor of the stream's size or more.
@@ -58,7 +58,7 @@ class Row:
     @classmethod
     def of(cls, policy: str, hoist: str, step: str, calls: list[Lowered]) -> Row:
         kinds = sum((Counter(call.calls) for call in calls), Counter())
-        triton, attention = kinds.pop("triton", 0), kinds.pop("attention", 0)
+        triton, attention = kinds.pop("triton", 0) + kinds.pop("received", 0), kinds.pop("attention", 0)
         assert set(kinds) <= {"gemm", "convolution"}, f"unknown calls: {kinds}"
         copies, moved, least = (sum(getattr(call, name) for call in calls) for name in ("copies", "bytes", "least"))
         return cls(policy, hoist, step, triton, kinds.total(), attention, copies, moved, least)
