@@ -1,8 +1,8 @@
 """Every class of transformer that diffusers exports, and three of other houses, through the whole of dicompile.
 
 The ground truth is the untouched model and what a reader of its source wrote into the zoo; docs/coverage.md is the
-table of what comes out. Every third class runs always, in one configuration, under FORA; `make nightly` runs all classes
-in all configurations, and DuCa besides.
+table of what comes out. Every third class runs always, in one configuration, under FORA; `make nightly` runs all of
+them, in all configurations, and DuCa besides.
 """
 
 from __future__ import annotations

@@ -29,6 +29,10 @@ TORCH = "torch.compile"
 BFLOAT16 = torch.bfloat16
 
 
+BY_HAND = ("received", "entropy", "log_sum_exp")
+"""Kernels of `dicompile.runtime.kernels`."""
+
+
 @dataclass(frozen=True)
 class Row:
     """One kind of step.
@@ -58,7 +62,8 @@ class Row:
     @classmethod
     def of(cls, policy: str, hoist: str, step: str, calls: list[Lowered]) -> Row:
         kinds = sum((Counter(call.calls) for call in calls), Counter())
-        triton, attention = kinds.pop("triton", 0) + kinds.pop("received", 0), kinds.pop("attention", 0)
+        triton = sum(kinds.pop(name, 0) for name in ("triton", *BY_HAND))
+        attention = kinds.pop("attention", 0)
         assert set(kinds) <= {"gemm", "convolution"}, f"unknown calls: {kinds}"
         copies, moved, least = (sum(getattr(call, name) for call in calls) for name in ("copies", "bytes", "least"))
         return cls(policy, hoist, step, triton, kinds.total(), attention, copies, moved, least)
