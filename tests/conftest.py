@@ -3,6 +3,7 @@
 import logging
 import os
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,26 @@ SPREAD = {
     "tests/test_golden.py",
 }
 """Modules of long tests that share nothing: whichever worker is free takes the next one, after all other modules."""
+
+THINNED = {
+    "tests/capture/test_autocast.py::test_every_operator_gives_bitwise_what_it_gives_under_autocast",
+    "tests/capture/test_guards.py::test_no_path_is_walked_at_an_ordinary_call",
+    "tests/capture/test_guards.py::test_what_changes_is_followed",
+    "tests/capture/test_members.py::test_it_is_the_graph_of_the_whole_forward",
+    "tests/capture/test_numbers.py::test_every_number_gives_what_the_module_gives",
+    "tests/capture/test_reads.py::test_a_counter_is_refused_by_its_name",
+    "tests/ops/test_registry.py::test_registered_attention_is_attention",
+    "tests/pipelines/test_every_pipeline.py::test_a_pipeline_follows_its_plan_and_is_restored",
+    "tests/runtime/test_invariants.py::test_results_are_those_of_steps_that_compute_everything",
+    "tests/runtime/test_invariants.py::test_what_changes_in_the_middle_of_a_generation_counts_from_then_on",
+    "tests/state/test_promises.py::test_a_run_that_was_left_at_any_call_leaves_no_trace_on_another_prompt",
+    "tests/test_api.py::test_caching_changes_the_steps_that_reuse_and_no_others",
+    "tests/test_api.py::test_compiled_runs_are_close_to_the_rewritten_graphs",
+    "tests/test_forecasts_and_spans.py::test_full_steps_equal_the_model_and_others_do_not",
+    "tests/test_memory.py::test_every_method_runs_when_degraded",
+    "tests/test_programs.py::test_a_timestep_may_be_a_number",
+}
+"""Tests with many parameters, and a fifth of all time: `make test` runs every third one, `make nightly` the others."""
 
 SHARING = {*SPREAD, "tests/fuzz/test_fuzz.py"} - {"tests/test_examples.py"}
 
@@ -49,7 +70,14 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     return ByModule(config, log) if config.getvalue("dist") == "loadgroup" else None
 
 
+@pytest.hookimpl(tryfirst=True)  # before marks are looked at
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    seen = Counter[str]()
+    for item in items:
+        family = item.nodeid.partition("[")[0]
+        if family in THINNED and seen[family] % 3:
+            item.add_marker(pytest.mark.nightly)
+        seen[family] += 1
     if "nightly" not in config.getoption("markexpr"):
         nightly = [item for item in items if item.get_closest_marker("nightly")]
         config.hook.pytest_deselected(items=nightly)
