@@ -146,11 +146,9 @@ def left_alone(function: _CallableT) -> _CallableT:
     return function
 
 
-@contextlib.contextmanager
-def code_on_demand() -> Iterator[None]:
+def code_on_demand() -> contextlib.AbstractContextManager[None]:
     """While open, graph modules that torch makes write their Python code when it runs, if ever (torch 2.11 to 2.14)."""
-    with _lazy_graph_module._use_lazy_graph_module(True):
-        yield
+    return _lazy_graph_module._use_lazy_graph_module(True)
 
 
 def lazy_graph_module(root: nn.Module, graph: fx.Graph) -> fx.GraphModule:

@@ -50,9 +50,8 @@ PASSES: tuple[Pass, ...] = (
     KeepLayout(),  # last: no later edit may move anything
 )
 
-FLASH_PASSES: tuple[Pass, ...] = tuple(
-    each for item in PASSES for each in ((UseFlashAttention(), item) if isinstance(item, ShareLogSumExp) else (item,))
-)
+_SHARING = PASSES.index(ShareLogSumExp())
+FLASH_PASSES: tuple[Pass, ...] = (*PASSES[:_SHARING], UseFlashAttention(), *PASSES[_SHARING:])
 """The same where attention is computed by the package flash-attn, whose log-sum-exp scores read as well."""
 
 __all__ = [

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor, fx
 
 from dicompile.nodes import node_argument, tensor_of
-from dicompile.ops.attention import is_causal, mask_of
+from dicompile.ops.attention import has_dropout, is_causal, mask_of
 from dicompile.ops.attention_scores import is_attention_score
 from dicompile.ops.kinds import ATTENTION
 from dicompile.passes.base import PassReport, Segment
@@ -77,7 +77,7 @@ def find_attention(score: fx.Node) -> fx.Node | None:
         return (
             node.target is ATTENTION
             and (*node.args[:2], mask_of(node), node.kwargs.get("scale"), is_causal(node)) == score.args
-            and not (node.args[4] if len(node.args) > 4 else node.kwargs.get("dropout_p"))
+            and not has_dropout(node)
         )
 
     if score.args[2] is not None:

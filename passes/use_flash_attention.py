@@ -20,7 +20,8 @@ from typing import ClassVar
 import torch
 
 from dicompile.ops.attention_scores import is_attention_score
-from dicompile.ops.flash import arguments_of, is_plain, why_not
+from dicompile.ops.flash import arguments_of, why_not
+from dicompile.ops.kinds import ATTENTION
 from dicompile.passes.base import PassReport, Segment
 from dicompile.passes.edit import Editor
 from dicompile.passes.share_log_sum_exp import find_attention
@@ -37,7 +38,7 @@ class UseFlashAttention:
         """Replace every attention that it can compute, and let scores read its log-sum-exp."""
         editor, changed = Editor(segment), []
         scores = [(score, find_attention(score)) for score in segment.graph.nodes if is_attention_score(score)]
-        for node in filter(is_plain, list(segment.graph.nodes)):
+        for node in segment.graph.find_nodes(op="call_function", target=ATTENTION):
             if why_not(node) is not None:
                 continue
             with editor.before(node):

@@ -15,6 +15,7 @@ from dicompile.analysis.sites import make_sites
 from dicompile.analysis.spans import make_spans
 from dicompile.analysis.streams import chain_streams, make_streams
 from dicompile.analysis.structure import ModelStructure, Pace
+from dicompile.analysis.token_work import token_axis
 from dicompile.capture import Capture, Role
 
 
@@ -62,8 +63,8 @@ def analyse(capture: Capture) -> ModelStructure:
 def _token_grid(latent: fx.Node, branches: Sequence[Branch]) -> tuple[int, ...] | None:
     """Tokens along each axis when the latent is a picture or a film cut into square patches."""
     shape = [int(size) for size in latent.meta["val"].shape]
-    axis = 0 if branches[0].stream.meta["val"].ndim == 2 else 1
-    tokens = int(branches[0].stream.meta["val"].shape[axis])
+    stream = branches[0].stream.meta["val"].shape
+    tokens = int(stream[token_axis(stream)])
     if len(shape) not in (4, 5) or not tokens:
         return None
     height, width = shape[-2:]

@@ -56,10 +56,7 @@ class Dataflow:
 
     def members(self, bits: int) -> Iterator[fx.Node]:
         """The nodes of a set, in graph order."""
-        while bits:
-            low = bits & -bits
-            yield self.nodes[low.bit_length() - 1]
-            bits ^= low
+        return (self.nodes[i] for i in numbers(bits))
 
     def names(self, bits: int) -> tuple[str, ...]:
         """Names of the nodes of a set, in graph order."""
@@ -72,6 +69,14 @@ class Dataflow:
     def between(self, start: fx.Node, end: fx.Node) -> int:
         """Every node on a path from `start` to `end`, `start` left out."""
         return self.descendants[start] & self.ancestors[end] & ~(1 << self.position[start])
+
+
+def numbers(bits: int) -> Iterator[int]:
+    """Numbers of the bits that are set, rising."""
+    while bits:
+        low = bits & -bits
+        yield low.bit_length() - 1
+        bits ^= low
 
 
 def union(sets: Iterable[int]) -> int:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from dicompile.analysis.dataflow import Dataflow, union
+from dicompile.analysis.dataflow import Dataflow, numbers, union
 from dicompile.analysis.residual import Branch
 
 
@@ -50,8 +50,6 @@ def owned_work(
         if owners[node] & elsewhere or node.op != "call_function":
             continue
         (flops, size), count = flow.work[node], owner.bit_count()
-        while owner:
-            i = (owner & -owner).bit_length() - 1
+        for i in numbers(owner):
             work[i] = work[i][0] + flops / count, work[i][1] + size / count
-            owner &= owner - 1
     return work

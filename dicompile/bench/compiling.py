@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 
 from dicompile.bench.contestants import BLOCKS, COMPILED, DoesNotFit, prepare_policy
-from dicompile.bench.models import SUBJECTS, Size
+from dicompile.bench.models import SUBJECTS, Size, pick
 from dicompile.bench.results import CompileRow, Cost, compile_rows, median_cost
 from dicompile.bench.rivals import prepare
 from dicompile.bench.workload import Workload
@@ -94,19 +94,8 @@ STEPS = 20
 
 
 def get_depths(names: Sequence[str]) -> list[Depth]:
-    """Rows of the table by name; all of them for no name.
-
-    Raises:
-        DicompileError: there is no such row.
-    """
-    for name in names:
-        if name not in DEPTHS:
-            raise DicompileError(
-                f"there are no compile times for {name!r}",
-                where="dicompile bench --compile-times",
-                fix=f"use some of: {', '.join(DEPTHS)}",
-            )
-    return [DEPTHS[name] for name in names or DEPTHS]
+    """Rows of the table by name; see `pick`."""
+    return pick(DEPTHS, names, "there are no compile times for {}", "dicompile bench --compile-times")
 
 
 def compile_times(

@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -234,17 +234,27 @@ SUBJECTS = {
 }  # fmt: skip
 
 
-def get_subjects(names: Sequence[str]) -> list[Subject]:
-    """Models by name; all of them for no name.
+_Entry = TypeVar("_Entry")
+
+
+def pick(table: Mapping[str, _Entry], names: Sequence[str], what: str, where: str) -> list[_Entry]:
+    """Entries of a table by name; all of them for no name.
+
+    Args:
+        table: by name.
+        names: of the entries.
+        what: says of a name what is missing: "there is no model {} to measure".
+        where: names are given.
 
     Raises:
-        DicompileError: there is no such model.
+        DicompileError: there is no such entry.
     """
     for name in names:
-        if name not in SUBJECTS:
-            raise DicompileError(
-                f"there is no model {name!r} to measure",
-                where="dicompile bench",
-                fix=f"use some of: {', '.join(SUBJECTS)}",
-            )
-    return [SUBJECTS[name] for name in names or SUBJECTS]
+        if name not in table:
+            raise DicompileError(what.format(repr(name)), where=where, fix=f"use some of: {', '.join(table)}")
+    return [table[name] for name in names or table]
+
+
+def get_subjects(names: Sequence[str]) -> list[Subject]:
+    """Models by name; see `pick`."""
+    return pick(SUBJECTS, names, "there is no model {} to measure", "dicompile bench")

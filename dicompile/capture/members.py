@@ -339,8 +339,7 @@ class _Inlined:
 
     def _own_tensors(self, path: Path, block: nn.Module, kind: _Kind) -> list[Tensor]:
         pins = self.blocks.pins(block, kind)
-        if isinstance(pins, str):
-            raise _Whole
+        assert isinstance(pins, Pins)  # else the block would be of another kind
         if (path, id(kind)) not in self._parts:
             self._parts[path, id(kind)] = kind.captured.guards.below(path), pins.tensors
         return pins.tensors

@@ -109,8 +109,10 @@ class Backend:
         if attention == "flash-attn":
             check_installed()
         chosen = dict(options or {})
-        words = {"options": chosen or None, "compile_mode": mode, "warmup": warmup, "dynamic": dynamic}
-        words["attention"] = attention if attention == "cudnn" else None
+        words = {
+            "options": chosen or None, "compile_mode": mode, "warmup": warmup, "dynamic": dynamic,
+            "attention": attention if attention == "cudnn" else None,
+        }  # fmt: skip
         given = [word for word, value in words.items() if value is not None]
         if name == "eager" and given:
             raise InvalidSetting(

@@ -44,6 +44,11 @@ def is_causal(node: fx.Node) -> bool:
     return bool(node.args[5] if len(node.args) > 5 else node.kwargs.get("is_causal"))
 
 
+def has_dropout(node: fx.Node) -> bool:
+    """True for an attention node that drops weights."""
+    return bool(node.args[4] if len(node.args) > 4 else node.kwargs.get("dropout_p"))
+
+
 def open_attention(node: fx.Node, layouts: Layouts) -> Carried:
     """Attention of chosen tokens, whose keys and values are those of all tokens, or of the chosen ones."""
     query, key, value = (node_argument(node, i) for i in range(3))

@@ -20,7 +20,8 @@ import torch
 from torch import Tensor, fx
 
 from dicompile.errors import InvalidSetting
-from dicompile.nodes import tensor_of
+from dicompile.nodes import node_argument, tensor_of
+from dicompile.ops.attention import has_dropout, is_causal, mask_of
 from dicompile.ops.kinds import ATTENTION
 from dicompile.text import module_path
 
@@ -30,7 +31,6 @@ DEVICE = "cuda"
 DTYPES = (torch.float16, torch.bfloat16)
 WIDEST, EVERY = 256, 8
 """The widest head that its kernels take, and what its width has to be a multiple of."""
-_ARGUMENTS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
 
 
 @torch.library.custom_op(
@@ -56,10 +56,9 @@ def flash_attention(
     Raises:
         InvalidSetting: flash-attn is not installed.
     """
-    attend, options = _kernel(), {"softmax_scale": scale, "causal": is_causal}
-    if "return_attn_probs" in inspect.signature(attend).parameters:
-        options["return_attn_probs"] = True  # the logsumexp with it; probabilities come with dropout only
-    output, lse, *_ = attend(*(tensor.transpose(1, 2) for tensor in (query, key, value)), **options)
+    output, lse, *_ = _kernel()(
+        *(tensor.transpose(1, 2) for tensor in (query, key, value)), softmax_scale=scale, causal=is_causal
+    )
     return output.transpose(1, 2), lse
 
 
@@ -79,8 +78,9 @@ def check_installed() -> None:
     _kernel()
 
 
+@functools.cache
 def _kernel() -> Callable[..., Any]:
-    """FlashAttention-3 where it is installed, on a GPU that runs it; else FlashAttention-2."""
+    """FlashAttention-3 where it is installed, on a GPU that runs it, else FlashAttention-2; with the logsumexp."""
     runs_3 = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
     names = (["flash_attn_interface"] if runs_3 else []) + ["flash_attn"]
     name = next((name for name in names if _is_installed(name)), None)
@@ -92,34 +92,28 @@ def _kernel() -> Callable[..., Any]:
             fix="pip install flash-attn, or leave attention out: torch has FlashAttention of its own",
         )
     attend: Callable[..., Any] = importlib.import_module(name).flash_attn_func
-    return attend
+    if "return_attn_probs" not in inspect.signature(attend).parameters:
+        return attend
+    return functools.partial(attend, return_attn_probs=True)  # probabilities themselves come with dropout only
 
 
-@functools.cache
 def _is_installed(name: str) -> bool:
     return importlib.util.find_spec(name) is not None
 
 
-def is_plain(node: fx.Node) -> bool:
-    """True for torch's attention, which another kernel may take the place of."""
-    return node.target is ATTENTION
-
-
 def arguments_of(node: fx.Node) -> tuple[Any, ...]:
     """Arguments of `flash_attention` for a node that it can compute."""
-    given = _given(node)
-    return *(given[name] for name in _ARGUMENTS[:3]), given.get("scale"), bool(given.get("is_causal"))
+    return *(node_argument(node, i) for i in range(3)), node.kwargs.get("scale"), is_causal(node)
 
 
 def why_not(node: fx.Node) -> str | None:
     """Why FlashAttention cannot compute an attention node; None if it can."""
-    given = _given(node)
-    query, key, value = (tensor_of(given[name]) for name in _ARGUMENTS[:3])
+    query, key, value = (tensor_of(node_argument(node, i)) for i in range(3))
     dtype, width = str(query.dtype).removeprefix("torch."), query.shape[-1]
     alike = query.ndim == 4 and width == key.shape[-1] == value.shape[-1]
     reasons = (
-        (given.get("attn_mask") is not None, "it has a mask"),
-        (bool(given.get("dropout_p")), "it has dropout"),
+        (mask_of(node) is not None, "it has a mask"),
+        (has_dropout(node), "it has dropout"),
         (not alike, "queries, keys and values are not [b, h, n, d] of one width"),
         (query.device.type != DEVICE, f"it is on {query.device.type}, not on {DEVICE}"),
         (query.dtype not in DTYPES, f"it is in {dtype}, not in float16 or bfloat16"),
@@ -134,7 +128,7 @@ def check_fits(graph: fx.Graph) -> None:
     Raises:
         InvalidSetting: all of it.
     """
-    reasons = {node: why_not(node) for node in graph.nodes if is_plain(node)}
+    reasons = {node: why_not(node) for node in graph.find_nodes(op="call_function", target=ATTENTION)}
     staying = {node: why for node, why in reasons.items() if why is not None}
     if not staying:
         return
@@ -148,7 +142,3 @@ def check_fits(graph: fx.Graph) -> None:
             fix="leave attention out: torch chooses a kernel that can",
         )
     log.warning("%d of %d attentions stay with torch: %s, %s", len(staying), len(reasons), where, why)
-
-
-def _given(node: fx.Node) -> dict[str, Any]:
-    return dict(zip(_ARGUMENTS, node.args, strict=False)) | dict(node.kwargs)

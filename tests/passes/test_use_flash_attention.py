@@ -52,7 +52,9 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[int, ...]]]:
     monkeypatch.setattr(flash, "_is_installed", lambda name: name == "flash_attn")
     monkeypatch.setattr(flash, "DEVICE", "cpu")
     monkeypatch.setattr(flash, "DTYPES", (torch.float32,))
+    flash._kernel.cache_clear()
     yield seen
+    flash._kernel.cache_clear()
 
 
 def runs_of(sample: Sample, policy: Any, **options: Any) -> list[Tensor]:
