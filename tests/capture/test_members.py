@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
+from torch._dynamo import funcname_cache
 
 import dicompile
 from dicompile.capture import Arguments, Captured, members, normalised, values_of
@@ -245,6 +246,28 @@ def test_every_kind_of_block_is_traced_once_at_any_depth(traces: list[str]) -> N
     assert seen[4] == seen[8]
     assert seen[8].count("DiTTransformer2DModel") == 1
     assert seen[8].count("BasicTransformerBlock") == 2  # the first one takes a stream of another memory layout
+
+
+def test_no_python_code_is_written_and_no_file_is_tokenized_for_each_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    written: list[fx.Graph] = []
+    original = fx.Graph.python_code
+
+    def python_code(graph: fx.Graph, *rest: Any, **options: Any) -> Any:
+        written.append(graph)
+        return original(graph, *rest, **options)
+
+    monkeypatch.setattr(fx.Graph, "python_code", python_code)
+    funcname_cache.clearcache()
+    seen = {}
+    for depth in (4, 8):
+        written.clear()
+        model, given = dit(depth)
+        arguments = Arguments.of((), given)
+        captured = capture_call(model, arguments)
+        normalised(model, captured, values_of(model, captured, arguments))
+        seen[depth] = len(written), max(len(graph.nodes) for graph in written)
+    assert seen[4] == seen[8]  # the outer forward, and a block of each kind
+    assert not funcname_cache.cache
 
 
 def test_blocks_of_unlike_settings_are_kinds_of_their_own(traces: list[str]) -> None:

@@ -218,6 +218,13 @@ def test_cross_attention_replaces_the_entropies_of_the_tokens_it_computed(shared
     assert chosen.tolist() == expected.argsort(dim=1, descending=True, stable=True)[:, :4].tolist()
 
 
+@pytest.mark.parametrize(
+    ("device", "tokens", "counts"), [("cpu", 16, False), ("cuda", 8192, True), ("cuda", 8193, False)]
+)
+def test_pairs_of_tokens_are_compared_where_that_is_cheaper_than_a_sort(device: str, tokens: int, counts: bool) -> None:
+    assert refresh_tokens.counts_places(torch.device(device), tokens) == counts
+
+
 @pytest.mark.parametrize("count", [1, 5, TOKENS])
 def test_counting_places_chooses_what_sorting_does(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
     block = mlp_block()

@@ -13,9 +13,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend
 
 import dicompile
 from dicompile.errors import InvalidSetting
+from dicompile.lower.inductor import ATTENTIONS, BACKENDS, Backend
 from dicompile.ops import flash
 from dicompile.ops.attention_scores import is_attention_score
 from dicompile.passes import FLASH_PASSES, PASSES, LocalStep
@@ -172,6 +174,15 @@ def test_cudnn_goes_first_where_it_is_asked_for() -> None:
     expected = runs_of(sample, "none", backend="eager")
     found = runs_of(sample, "none", attention="cudnn")  # on a CPU there is one kernel
     torch.testing.assert_close(found[-1], expected[-1], rtol=1e-4, atol=1e-5)
+    before = torch._C._get_sdp_priority_order()
+    with Backend.of("inductor", attention="cudnn").in_effect():
+        assert torch._C._get_sdp_priority_order()[0] == SDPBackend.CUDNN_ATTENTION.value
+    assert torch._C._get_sdp_priority_order() == before
+
+
+def test_code_is_shared_only_where_attention_is_computed_alike(calls: list[Any]) -> None:
+    ways = [(name, way) for name in BACKENDS for way in ATTENTIONS if (name, way) != ("eager", "cudnn")]
+    assert len({Backend.of(name, attention=way).settings() for name, way in ways}) == len(ways)
 
 
 @pytest.mark.gpu
