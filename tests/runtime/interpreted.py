@@ -85,7 +85,7 @@ def small_tiles(width: int, dtype: torch.dtype) -> Tiles:
 
 
 def dot(self: Any, a: Any, b: Any, d: Any, *_: object) -> Any:
-    """Products of bfloat16 as well, of which the interpreter multiplies the bits (triton 3.9)."""
+    """Products of bfloat16 as well, of which the interpreter multiplies the bits (triton 3.7.1)."""
     left, right = (
         _convert_float(x.data, tl.bfloat16, tl.float32, None).view(np.float32) if x.dtype == tl.bfloat16 else x.data
         for x in (a, b)
