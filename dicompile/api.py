@@ -83,8 +83,7 @@ def optimize(
             if it is named here.
         hoist: what is computed outside of the steps: "conditioning" (projections, keys and values of the text, tables
             of positions: once per generation, the very same bits), "all" (modulation, too, for 16 steps of the schedule
-            at once; products of more rows may round in another way), or "off". By default "all" on a CPU and
-            "conditioning" elsewhere, where looking at a timestep waits for the device; "off" with
+            at once; products of more rows may round in another way), or "off". By default "all"; "off" with
             ``backend="eager"``, a budget, or a cache in host memory. Other weights, text or timesteps are seen at every
             call; edits through ``tensor.data`` on an accelerator count from the next generation on.
         attention: who computes it: "sdpa", whichever kernel torch chooses; "cudnn", that of cuDNN before torch's other

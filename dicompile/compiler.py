@@ -167,7 +167,7 @@ def _analysed(capture: Capture) -> ModelStructure:
 def _hoist(capture: Capture, arguments: Sequence[Any], options: Options) -> Hoist:
     """What is computed outside of the steps: where a run has several, and its inputs tell whether they have changed.
 
-    Comparing a timestep waits for an accelerator. Where memory is short, nothing is kept that nobody asked for.
+    Where memory is short, nothing is kept that nobody asked for.
     """
     is_run = options.said.timestep != NO_TIMESTEP and capture.input_position(Role.TIMESTEP) is not None
     if not is_run or not (options.link.is_live or options.link.schedule.steps > 1):
@@ -179,7 +179,7 @@ def _hoist(capture: Capture, arguments: Sequence[Any], options: Options) -> Hois
         return options.hoist
     if options.backend.is_eager or options.cache.max_bytes is not None or options.cache.device == "cpu":
         return Hoist.NOTHING
-    return Hoist.ALL if all(value.device.type == "cpu" for value in tensors) else Hoist.CONDITIONING
+    return Hoist.ALL
 
 
 def _tables(capture: Capture, pieces: Pieces) -> Tables | None:

@@ -86,6 +86,11 @@ class Step:
             stored_copies=tuple(sorted(program.shared_writes)),
         )
 
+    @functools.cached_property
+    def is_repeatable(self) -> bool:
+        """True if it takes no slot's content for the last time, so that running it twice holds no more memory."""
+        return all(stays for _, _, stays in self.reads)
+
 
 class StepSource(Protocol):
     """Plans and steps by schedule; made on demand."""
@@ -203,12 +208,7 @@ class Executor:
             if context is not None:
                 self._load_slots(state, place, context, step, registers)
             self._load(registers, step, inputs, place.step)
-            if program.invariants:
-                assert self.tables is not None
-                kept = state.tables.setdefault(self, Kept())
-                self.tables.load(program.invariants, registers, kept, whole, place.step)
-                state.report.hoist(sum(each.bytes for each in state.tables.values()))
-            run_calls(program, registers, self._lane(place.call.latent))
+            self._run_calls(state, place, step, registers, whole)
             results = [
                 r.value if isinstance(r, Constant) else registers[r[0]].clone() if r[1] else registers[r[0]]
                 for r in step.results
@@ -223,6 +223,26 @@ class Executor:
             return results
         finally:
             registers.clear()  # the traceback of an error may hold on to this frame
+
+    def _run_calls(
+        self, state: ModelState, place: Place, step: Step, registers: list[Any], whole: TimestepSchedule
+    ) -> None:
+        """Run the program; once more, if its timestep was not the one that was foretold."""
+        program, lane = step.program, self._lane(place.call.latent)
+        if not program.invariants:
+            run_calls(program, registers, lane)
+            return
+        assert self.tables is not None
+        kept = state.tables.setdefault(self, Kept())
+        load = functools.partial(self.tables.load, program.invariants, registers, kept, whole, place.step)
+        doubt = load(may_doubt=lane is None and step.is_repeatable)
+        state.report.hoist(sum(each.bytes for each in state.tables.values()))
+        before = [] if doubt is None else registers.copy()
+        run_calls(program, registers, lane)
+        if doubt is not None and doubt.is_justified:
+            registers[:] = before
+            load(is_again=True)
+            run_calls(program, registers, lane)
 
     def _load_slots(
         self, state: ModelState, place: Place, context: ContextState, step: Step, registers: list[Any]

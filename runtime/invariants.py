@@ -1,7 +1,8 @@
 """Tables of what does not depend on the latent: filled when a step asks for it, and dropped with the generation.
 
 A table holds for the very tensors that it was made of: the same objects, unchanged since. A row holds for the very
-timestep that it was made for: which one later steps will bring is told from the schedule, and compared when they do.
+timestep that it was made for: which one later steps will bring is told from the schedule, and compared when they do. On
+an accelerator the answer comes with a delay, so that a step may run before (`Doubt`).
 """
 
 from __future__ import annotations
@@ -23,6 +24,9 @@ MOST_TABLES = 16
 
 RESTS = 2
 """Steps for which a table is kept that is not asked for: conditioning may come in turns, or have changed for good."""
+
+MOST_WRONG = 2
+"""Steps of a generation that may run twice since another timestep came than was foretold; later ones wait."""
 
 FORMULAS: tuple[Callable[[Tensor, torch.dtype], Tensor], ...] = (
     lambda times, dtype: times.to(dtype),
@@ -127,15 +131,45 @@ class Kept:
     Attributes:
         tables: the latest ones.
         made: so many so far. Where there are ever new ones, nothing is computed ahead.
+        first_step: the step at which the first one was made.
+        is_found: one of them served a second call.
+        wrong: so many steps ran with rows of another timestep, and were run anew.
     """
 
     tables: list[Table] = field(default_factory=list)
     made: int = 0
+    first_step: int | None = None
+    is_found: bool = False
+    wrong: int = 0
 
     @property
     def bytes(self) -> int:
         """Bytes that they hold."""
         return sum(table.bytes for table in self.tables)
+
+
+class Doubt:
+    """Whether the rows that a step uses are those of its timestep: asked before it runs, answered when it is queued.
+
+    The host would have to wait for all earlier work to know it before, while the accelerator had nothing to do.
+
+    Args:
+        row: the timestep that was foretold.
+        time: the one that came.
+    """
+
+    def __init__(self, row: Tensor, time: Tensor) -> None:
+        self._differs = (row != time).any().to("cpu", non_blocking=True)
+        self._is_there = None if time.device.type == "cpu" else torch.Event(time.device)
+        if self._is_there is not None:
+            self._is_there.record()
+
+    @property
+    def is_justified(self) -> bool:
+        """True if another timestep came. Waits for what was queued before the doubt came up."""
+        if self._is_there is not None:
+            self._is_there.synchronize()
+        return bool(self._differs)
 
 
 class Tables:
@@ -159,7 +193,10 @@ class Tables:
         kept: Kept,
         schedule: TimestepSchedule,
         step: int,
-    ) -> None:
+        *,
+        may_doubt: bool = False,
+        is_again: bool = False,
+    ) -> Doubt | None:
         """Put values into registers.
 
         Args:
@@ -168,23 +205,55 @@ class Tables:
             kept: tables of the generation; a new one is added, and one that has served its last call taken out.
             schedule: of the whole run.
             step: of it.
+            may_doubt: the step can be run twice, so that comparing its timestep need not wait for a device.
+            is_again: the step has run, and a doubt was justified.
+
+        Returns:
+            A doubt to look at when the step has run; where it is justified, load again, and run it again.
         """
         kept.tables = [table for table in kept.tables if table.step is None or table.step >= step - RESTS]
-        table = self._find(kept, registers)
-        table.serve(step)
-        is_ahead = kept.made <= MOST_TABLES and bool(table.made_of)
-        values = _Values(self, table, registers, schedule, step, is_ahead=is_ahead)
+        table = self._find(kept, registers, step)
+        if is_again:
+            kept.wrong += 1
+        else:
+            table.serve(step)
+        chunk, doubt = self._chunk(kept, table, registers, schedule, step, may_doubt=may_doubt)
+        values = _Values(self, table, chunk, registers, step)
         for name, register in reads:
             registers[register] = values[name]
         if step + 1 >= schedule.steps and table.calls >= table.calls_before:
             kept.tables = [other for other in kept.tables if other is not table]
+        return doubt
 
-    def _find(self, kept: Kept, inputs: Sequence[Any]) -> Table:
+    def _chunk(
+        self,
+        kept: Kept,
+        table: Table,
+        inputs: Sequence[Any],
+        schedule: TimestepSchedule,
+        step: int,
+        *,
+        may_doubt: bool,
+    ) -> tuple[Chunk | None, Doubt | None]:
+        """Values for many steps, where they are worth being computed at once, and whether it is sure that they hold."""
+        is_new = table.calls == 1 and step != kept.first_step and not kept.is_found
+        if self.timestep is None or kept.made > MOST_TABLES or not table.made_of or is_new:
+            return None, None
+        time = inputs[self.timestep]
+        number, row = divmod(step, CHUNK)
+        known = table.chunks.get(number)
+        if known is not None and may_doubt and kept.wrong < MOST_WRONG and _is_waited_for(time):
+            return known, Doubt(known.times[row], time)
+        return _chunk_of(table, time, schedule, step), None
+
+    def _find(self, kept: Kept, inputs: Sequence[Any], step: int) -> Table:
         """The table for these inputs; one is not kept where nothing tells that an input has changed."""
         for table in kept.tables:
             if all(watched.is_now(inputs[i]) for (i, _), watched in zip(self._leaves, table.made_of, strict=True)):
+                kept.is_found = True
                 return table
         kept.made += 1
+        kept.first_step = step if kept.first_step is None else kept.first_step
         if any(inputs[i].is_inference() for i, _ in self._leaves):
             return Table()
         table = Table(tuple(Watched(inputs[i], is_given=is_given) for i, is_given in self._leaves))
@@ -199,16 +268,12 @@ class _Values:
         self,
         tables: Tables,
         table: Table,
+        chunk: Chunk | None,
         inputs: Sequence[Any],
-        schedule: TimestepSchedule,
         step: int,
-        *,
-        is_ahead: bool,
     ) -> None:
-        self._tables, self._inputs, self._table = tables, inputs, table
+        self._tables, self._inputs, self._table, self._chunk = tables, inputs, table, chunk
         self._row, self._alone = step % CHUNK, dict[str, Tensor]()
-        time = None if tables.timestep is None else inputs[tables.timestep]
-        self._chunk = _chunk_of(table, time, schedule, step) if is_ahead and time is not None else None
 
     def __getitem__(self, name: str) -> Tensor:
         item, chunk = self._tables.invariants[name], self._chunk
@@ -261,11 +326,15 @@ def _times_of_chunk(time: Tensor, schedule: TimestepSchedule, step: int) -> Tens
         return None
     padding = times[-1:] * (CHUNK - len(times))  # rows of no step
     known = torch.tensor([*times, *padding], dtype=torch.float32, device=time.device)
-    for formula in FORMULAS:
-        rows = formula(known, time.dtype).view(-1, *[1] * time.ndim).expand(-1, *time.shape)
-        if rows.dtype == time.dtype and torch.equal(rows[step - first], time):
-            return rows
-    return None
+    made = [formula(known, time.dtype) for formula in FORMULAS]
+    foretold = [rows.view(-1, *[1] * time.ndim).expand(-1, *time.shape) for rows in made if rows.dtype == time.dtype]
+    is_it = torch.stack([(rows[step - first] == time).all() for rows in foretold]).tolist()  # one answer of the device
+    return next((rows for rows, is_right in zip(foretold, is_it, strict=True) if is_right), None)
+
+
+def _is_waited_for(tensor: Tensor) -> bool:
+    """True if looking at a value waits for a device."""
+    return tensor.device.type != "cpu"
 
 
 def _laid_out(tensor: Tensor, item: Invariant) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -12,8 +13,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import dicompile
 from dicompile.errors import InvalidSetting
+from dicompile.lower import CHUNK
 from dicompile.plan import TimestepSchedule
-from dicompile.runtime.invariants import MOST_TABLES, RESTS, _times_of_chunk
+from dicompile.runtime import execute, invariants
+from dicompile.runtime.invariants import MOST_TABLES, MOST_WRONG, RESTS, _times_of_chunk
 from tests.models import MODELS, call, dit, optimized, pixart, plain_dit, run, state_of, timesteps
 
 STEPS = 20
@@ -212,6 +215,84 @@ def test_a_row_counts_only_for_the_very_timestep() -> None:
                 time = torch.full((4,), t + 0.3 * (step == 2))
                 results.append(model(**{**sample.inputs, "t": time}))
     assert close(results[:4], results[4:])
+
+
+class Watch:
+    """Counts runs of programs, and doubts, call by call, as if the CPU were an accelerator."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.runs, self.doubts, own = 0, 0, execute.run_calls
+
+        def run_calls(*arguments: Any) -> None:
+            self.runs += 1
+            own(*arguments)
+
+        class Counted(invariants.Doubt):
+            def __init__(watched, *arguments: Any) -> None:  # noqa: N805 - self is the watch
+                self.doubts += 1
+                super().__init__(*arguments)
+
+        monkeypatch.setattr(execute, "run_calls", run_calls)
+        monkeypatch.setattr(invariants, "Doubt", Counted)
+        monkeypatch.setattr(invariants, "_is_waited_for", lambda tensor: True)
+
+    def take(self) -> tuple[int, int]:
+        """Runs and doubts since the last time."""
+        taken, self.runs, self.doubts = (self.runs, self.doubts), 0, 0
+        return taken
+
+
+def test_an_accelerator_runs_a_step_before_its_timestep_is_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    sample = dit(layers=2)
+    expected = run(optimized(sample, "fora", STEPS, hoist="all"), sample.inputs, SCHEDULE)
+    watch, found, counts = Watch(monkeypatch), [], []
+    model = optimized(sample, "fora", STEPS, hoist="all")
+    for step, t in enumerate(SCHEDULE):
+        found.append(call(model, sample.inputs, t, step))
+        counts.append(watch.take())
+    assert all(map(torch.equal, found, expected))
+    kinds = [step.kind for step in dicompile.plan_of(model).steps] + ["full"]
+    frees = [here == "reuse" != after for here, after in itertools.pairwise(kinds)]
+    assert 0 < sum(frees) < kinds.count("reuse")
+    # The first step of a chunk has to be compared to know the others; one that frees slots is not run twice.
+    assert counts == [(1, int(step % CHUNK != 0 and not frees[step])) for step in range(STEPS)]
+
+
+@pytest.mark.parametrize("policy", ["none", "fora", "toca"])
+def test_a_step_runs_again_where_another_timestep_came_than_was_foretold(
+    policy: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    watch, results, runs = Watch(monkeypatch), [], []
+    sample = plain_dit(layers=2)
+    off_by = dict.fromkeys((2, 4, 5, 7, 8, 10, STEPS - 1), 0.3)
+    for hoist in ("off", "all"):
+        model = optimized(sample, policy, STEPS, hoist=hoist)
+        with torch.no_grad():
+            for step, t in enumerate(SCHEDULE):
+                results.append(model(**{**sample.inputs, "t": torch.full((4,), t + off_by.get(step, 0.0))}))
+                runs.append(watch.take())
+    assert close(results[:STEPS], results[STEPS:])
+    assert {run for run, _ in runs[:STEPS]} == {1}
+    twice = [step for step, (run, doubts) in enumerate(runs[STEPS:]) if run == 2]
+    assert len(twice) == MOST_WRONG
+    assert set(twice) <= set(off_by)
+    assert not any(doubts for _, doubts in runs[STEPS + twice[-1] + 1 :])
+    assert tables(model) == []
+
+
+def test_conditioning_that_is_never_the_same_is_not_computed_ahead_on_an_accelerator(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Equal values could be found only by waiting for it."""
+    monkeypatch.setattr(invariants, "_is_same", lambda before, now: False)
+    sample = pixart(layers=2)
+    model = optimized(sample, "none", STEPS, hoist="all")
+    text = sample.inputs["encoder_hidden_states"]
+    for step, t in enumerate(SCHEDULE[:4]):
+        call(model, {**sample.inputs, "encoder_hidden_states": text.clone()}, t, step)
+        assert [bool(table.chunks) for table in tables(model)] == [True, False, False, False][
+            max(step - 2, 0) : step + 1
+        ]
 
 
 def test_samples_at_different_timesteps() -> None:
