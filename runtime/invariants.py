@@ -217,7 +217,9 @@ class Tables:
             kept.wrong += 1
         else:
             table.serve(step)
-        chunk, doubt = self._chunk(kept, table, registers, schedule, step, may_doubt=may_doubt)
+        chunk, doubt = None, None
+        if any(self.invariants[name].mapped is not None for name, _ in reads):
+            chunk, doubt = self._chunk(kept, table, registers, schedule, step, may_doubt=may_doubt)
         values = _Values(self, table, chunk, registers, step)
         for name, register in reads:
             registers[register] = values[name]

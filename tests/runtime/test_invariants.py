@@ -258,6 +258,14 @@ def test_an_accelerator_runs_a_step_before_its_timestep_is_compared(monkeypatch:
     assert counts == [(1, int(step % CHUNK != 0 and not frees[step])) for step in range(STEPS)]
 
 
+def test_where_only_conditioning_is_hoisted_no_timestep_is_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    sample, asked = pixart(layers=2), []
+    monkeypatch.setattr(invariants, "_is_waited_for", asked.append)
+    monkeypatch.setattr(invariants, "_times_of_chunk", lambda *arguments: asked.append(arguments))
+    run(optimized(sample, "fora", STEPS, hoist="conditioning"), sample.inputs, SCHEDULE)
+    assert asked == []
+
+
 @pytest.mark.parametrize("policy", ["none", "fora", "toca"])
 def test_a_step_runs_again_where_another_timestep_came_than_was_foretold(
     policy: str, monkeypatch: pytest.MonkeyPatch
