@@ -2,12 +2,29 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
 import torch
+from torch import nn
+from torch.nn.modules import module as _module
 from torch.utils import _device
+from torch.utils.module_tracker import ModuleTracker
+
+from dicompile.errors import CannotCapture
 
 _accelerator = torch.accelerator.current_accelerator()
 DEVICES = ("cpu", "cuda" if _accelerator is None else _accelerator.type)
 """Kinds of device whose autocast is looked at."""
+
+HOOKS_OF_ALL = (
+    "_global_forward_hooks",
+    "_global_forward_pre_hooks",
+    "_global_backward_hooks",
+    "_global_backward_pre_hooks",
+)
+"""Where torch keeps the hooks that all modules have (`torch.nn.modules.module`)."""
 
 
 def ambient() -> tuple[object, ...]:
@@ -19,4 +36,50 @@ def ambient() -> tuple[object, ...]:
         torch.get_default_dtype(),
         _device.CURRENT_DEVICE,
         torch._C._len_torch_function_stack(),
+        *hooks_of_all(),
     )
+
+
+def hooks_of_all() -> tuple[Any, ...]:
+    """Hooks that somebody gave to all modules, but for those of torch that only note which module runs."""
+    found = [hook for name in HOOKS_OF_ALL for hook in getattr(_module, name).values()]
+    return tuple(hook for hook in found if not _is_tracker(hook))
+
+
+def entry_of(module: nn.Module) -> str:
+    """Name of the method that a capture calls, so that its hooks run inside of what is captured.
+
+    Those of all modules run around an optimized module already, since that is one, too.
+
+    Raises:
+        CannotCapture: it has hooks of both kinds, of which the outer ones would come first.
+    """
+    if not hooks_of_all():
+        return "_call_impl"
+    if module._forward_hooks or module._forward_pre_hooks:
+        raise CannotCapture(
+            f"{type(module).__name__} has hooks, and all modules have some",
+            where="capture",
+            why="an optimized module runs those of all modules around its own, and not between them",
+            fix="remove the hooks of all modules (torch.nn.modules.module), or those of this one, while it is called",
+        )
+    return "forward"
+
+
+@contextlib.contextmanager
+def without_trackers() -> Iterator[None]:
+    """While open, modules run without the hooks of ``FlopCounterMode`` and the like, which change nothing."""
+    kept = {name: dict(getattr(_module, name)) for name in HOOKS_OF_ALL}
+    try:
+        for name, hooks in kept.items():
+            for key in [key for key, hook in hooks.items() if _is_tracker(hook)]:
+                del getattr(_module, name)[key]
+        yield
+    finally:
+        for name, hooks in kept.items():
+            getattr(_module, name).clear()
+            getattr(_module, name).update(hooks)
+
+
+def _is_tracker(hook: Any) -> bool:
+    return isinstance(getattr(hook, "__self__", None), ModuleTracker)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
+from dicompile.capture.ambient import entry_of, without_trackers
 from dicompile.capture.arguments import Arguments
 from dicompile.capture.captured import Captured, Unsettled
 from dicompile.capture.dynamo import capture_by_dynamo
@@ -39,7 +40,7 @@ def capture_call(module: nn.Module, arguments: Arguments, *, by_running: bool = 
     Raises:
         CannotCapture: neither Dynamo nor a run gives a graph that would hold for the next call.
     """
-    with _in_parts():
+    with _in_parts(), without_trackers():
         return _capture(module, arguments, by_running=by_running)
 
 
@@ -96,7 +97,7 @@ def _settled(capture: Callable[[nn.Module, Arguments], Captured], module: nn.Mod
             if capture is capture_by_dynamo:  # which does not run it
                 copied = arguments.copied()
                 with torch.no_grad():
-                    module._call_impl(*copied.args, **copied.kwargs)
+                    getattr(module, entry_of(module))(*copied.args, **copied.kwargs)
     raise CannotCapture(
         f"{type(module).__name__} changes what it keeps at every call",
         where="capture, forward",
@@ -126,7 +127,7 @@ def capture_functional(
     except CannotCapture as refused:
         if captured.is_run:
             raise
-        with _in_parts():
+        with _in_parts(), without_trackers():
             captured = _with_timestep(_run_instead(module, arguments, refused), module, arguments)
     return captured, normalised(module, captured, values_of(module, captured, arguments), said)
 

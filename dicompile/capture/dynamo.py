@@ -20,6 +20,7 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.utils._pytree import tree_leaves
 
+from dicompile.capture.ambient import HOOKS_OF_ALL, entry_of
 from dicompile.capture.arguments import Arguments, TakenOut, Watched
 from dicompile.capture.captured import Captured, Changes, Unsettled, packer
 from dicompile.capture.guards import PARTS, By, Fact, Guards, Path, below, find_place, python_module
@@ -31,6 +32,8 @@ _CONTAINERS = ("DICT_KEYS_MATCH", "SEQUENCE_LENGTH", "DICT_CONTAINS", "DICT_NOT_
                "SET_NOT_CONTAINS", "MAPPING_KEYS_CHECK", "DICT_VERSION")  # fmt: skip
 FUSED = "torch.backends.mha"
 """Whether torch may fuse a layer into one operator; off while a module is captured, and no matter afterwards."""
+_AMBIENT = frozenset(Path("torch.nn.modules.module").attribute(name) for name in HOOKS_OF_ALL)
+"""What is compared at every call as global state."""
 _WHOLE = ("CONSTANT_MATCH", "EQUALS_MATCH", "ID_MATCH")
 
 
@@ -130,7 +133,7 @@ def trace(module: nn.Module, arguments: Arguments, stand_in: nn.Module | None = 
     args, kwargs = arguments.filled(arguments.given)  # lists and dictionaries of our own: the caller's stay as they are
     watched = Watched(args, kwargs)
     writes: list[bool] = []
-    traced = _traced(arguments.numbers, noting_writes(writes))
+    traced = _traced(entry_of(module), arguments.numbers, noting_writes(writes))
     with _clean_dynamo(capture_scalar_outputs=bool(numbers)), _errors_of(module):
         made = dynamo_capture(traced, (stand_in or module, args, kwargs, numbers))
     if numbers and made.decided:
@@ -152,22 +155,22 @@ def trace(module: nn.Module, arguments: Arguments, stand_in: nn.Module | None = 
     return Traced(made.graph, guards, own, inputs, result, results, changes, taken_out, any(writes), made.codes)
 
 
-def _traced(numbers: Sequence[str], at_the_end: Callable[[Any], None]) -> Callable[..., Any]:
+def _traced(entry: str, numbers: Sequence[str], at_the_end: Callable[[Any], None]) -> Callable[..., Any]:
     """What Dynamo traces: a function with globals of its own, in which it may leave what it likes."""
     function = _call_with_numbers if numbers else _call
-    given = {"__builtins__": __builtins__, "comptime": comptime, "at_the_end": at_the_end}
+    given = {"__builtins__": __builtins__, "comptime": comptime, "at_the_end": at_the_end, "entry": entry}
     return types.FunctionType(function.__code__, given, "call")
 
 
 def _call(self: Any, args: Any, kwargs: Any, numbers: Any) -> Any:  # Dynamo names modules by this name
-    result = self._call_impl(*args, **kwargs)
+    result = getattr(self, entry)(*args, **kwargs)  # type: ignore[name-defined] # noqa: F821
     comptime(at_the_end)  # type: ignore[name-defined] # noqa: F821
     return result
 
 
 def _call_with_numbers(self: Any, args: Any, kwargs: Any, numbers: Any) -> Any:
     values = {name: number.item() for name, number in numbers.items()}
-    result = self._call_impl(*args, **{**kwargs, **values})
+    result = getattr(self, entry)(*args, **{**kwargs, **values})  # type: ignore[name-defined] # noqa: F821
     comptime(at_the_end)  # type: ignore[name-defined] # noqa: F821
     return result
 
@@ -261,7 +264,7 @@ class _Read:
 
     def _read(self, source: Any, kind: str, operand: Any) -> None:
         path = self._path(source)
-        if path is None or path.root == FUSED:
+        if path is None or path.root == FUSED or path in _AMBIENT:
             return
         value = self._follow(path)
         if kind in ("NOT_PRESENT_IN_GENERIC_DICT", "HASATTR"):

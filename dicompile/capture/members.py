@@ -22,9 +22,8 @@ import torch
 from torch import Tensor, fx, nn
 from torch._ops import HigherOrderOperator
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.nn.modules import module as nn_module
 
-from dicompile.capture.ambient import ambient
+from dicompile.capture.ambient import ambient, hooks_of_all
 from dicompile.capture.arguments import Arguments
 from dicompile.capture.captured import Captured
 from dicompile.capture.dynamo import Traced, trace
@@ -41,8 +40,6 @@ FEWEST = 2
 SMALLEST = 4
 """Modules of a block that is worth it."""
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-_GLOBAL_HOOKS = ("_global_forward_hooks", "_global_forward_pre_hooks", "_global_backward_hooks",
-                 "_global_backward_pre_hooks")  # fmt: skip
 _OWN = object()
 
 
@@ -81,7 +78,7 @@ def _trace(module: nn.Module, arguments: Arguments) -> Traced | None:
 
 def find_members(module: nn.Module) -> dict[Path, nn.Module]:
     """Blocks that come in lists, by path; of lists within lists the outer ones."""
-    if any(getattr(nn_module, name) for name in _GLOBAL_HOOKS):
+    if hooks_of_all():
         return {}
     found: dict[Path, nn.Module] = {}
 

@@ -22,6 +22,7 @@ from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing, get_
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
+from dicompile.capture.ambient import entry_of
 from dicompile.capture.arguments import Arguments, TakenOut, Watched
 from dicompile.capture.canonical import drop_switches
 from dicompile.capture.captured import Captured, Unsettled, packer
@@ -57,7 +58,7 @@ def capture_by_running(module: nn.Module, arguments: Arguments) -> Captured:
         Unsettled: it changed what it keeps.
     """
     own = module_tensors(module)
-    copied = arguments.copied()
+    copied, forward = arguments.copied(), getattr(module, entry_of(module))
     reads, reading, data = Reads(module, own), _Reading(), FollowedData()
     returned: list[Any] = []
     taken_out: list[tuple[TakenOut, ...]] = []
@@ -65,7 +66,7 @@ def capture_by_running(module: nn.Module, arguments: Arguments) -> Captured:
     def run(*_: Tensor) -> list[Tensor]:
         watched = Watched(copied.args, copied.kwargs)
         with data, reading, reads.noted():
-            result = module._call_impl(*copied.args, **copied.kwargs)
+            result = forward(*copied.args, **copied.kwargs)
         taken_out.append(watched.taken_out(type(module).__name__))
         _refuse_data(data, copied, module)
         returned.append(result)
@@ -82,7 +83,7 @@ def capture_by_running(module: nn.Module, arguments: Arguments) -> Captured:
         except Exception as error:
             data.undo()
             where = _current_path()
-            module._call_impl(*arguments.copied().args, **arguments.copied().kwargs)  # the caller's own mistake raises
+            forward(*arguments.copied().args, **arguments.copied().kwargs)  # the caller's own mistake raises
             raise CannotCapture(
                 f"{type(module).__name__} cannot be traced",
                 where=f"capture, {where or 'forward'}",

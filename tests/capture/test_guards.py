@@ -16,9 +16,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import dicompile
 from dicompile.capture import Arguments, Guards, capture_call
+from dicompile.errors import CannotCapture
 from dicompile.wrapper import record_of
 from tests.capture.follow import WAYS, WIDTH, Model, counted, follow, given, optimized, same
 from tests.models import dit, flux, pixart
@@ -370,6 +372,55 @@ def test_hooks_that_come_and_go_are_followed(way: str, place: str, is_before: bo
 
     captured = follow(module, add, replace, lambda: handles.pop().remove())
     assert captured[0] == 1 and captured[-1] == 0
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("is_before", [False, True])
+def test_hooks_of_all_modules_that_come_and_go_are_followed(way: str, is_before: bool) -> None:
+    handles: list[Any] = []
+
+    def add() -> None:
+        if is_before:
+            add_hook = nn.modules.module.register_module_forward_pre_hook
+            handles.append(add_hook(lambda m, args: (args[0] * 2,) if isinstance(m, nn.Linear) else None))
+        else:
+            add_hook = nn.modules.module.register_module_forward_hook
+            handles.append(add_hook(lambda m, _, result: result * 2 if isinstance(result, Tensor) else None))
+
+    def replace() -> None:
+        handles.pop().remove()
+        add()
+
+    try:
+        captured = follow(reading(way, blocks), add, replace, lambda: handles.pop().remove())
+    finally:
+        for handle in handles:
+            handle.remove()
+    assert captured[0] == 1 and captured[-1] == 0
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_hooks_of_a_module_beside_those_of_all_are_refused(way: str) -> None:
+    """Those of all would run around its own, where torch runs them before."""
+    module = reading(way, blocks)
+    module.register_forward_hook(lambda _, __, result: result + 1)
+    with nn.modules.module.register_module_forward_hook(lambda _, __, ___: None):
+        with pytest.raises(CannotCapture, match="has hooks, and all modules have some"):
+            optimized(module)(**given())
+    follow(module)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_flops_are_counted_without_another_capture(way: str) -> None:
+    module, counted = reading(way, blocks), []
+
+    def count() -> None:
+        counted.append(FlopCounterMode(display=False))
+        counted[-1].__enter__()
+
+    assert follow(module, count, lambda: counted.pop().__exit__(None, None, None)) == [0, 0]
+    with FlopCounterMode(display=False):
+        follow(reading(way, blocks))
 
 
 @pytest.mark.parametrize("way", WAYS)
