@@ -50,7 +50,7 @@ class Tiles(NamedTuple):
 
 
 def tiles_for(width: int, dtype: torch.dtype) -> Tiles:
-    """Tiles for rows of `width` numbers; what spills registers on sm_80 or sm_90 stands in `tests/runtime/test_kernels.py`."""
+    """Tiles for rows of `width` numbers; `tests/runtime/test_kernels.py` says where registers spill."""
     padded = max(16, triton.next_power_of_2(width))
     if dtype == torch.float32 or padded > 128:
         return Tiles(32, 32, padded, warps=4, stages=2)

@@ -44,7 +44,7 @@ FIGURES = {
 
 
 SPILLS_WITH_TRITON_3_8 = {"log_sum_exp d=72 float32 sm_90", "entropy d=72 float32 boolean sm_90"}
-"""In float32, which has no tensor cores, its assembler keeps all of a tile's rows in registers; see docs/benchmarks.md."""
+"""Products in float32, which take no tensor cores; see docs/benchmarks.md."""
 
 
 def program(name: str, **environment: str) -> dict[str, Any]:
