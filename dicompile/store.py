@@ -203,13 +203,21 @@ def _not_ours(about: os.stat_result) -> str | None:
 
 
 @contextlib.contextmanager
-def written_whole(path: Path) -> Iterator[Any]:
-    """A file that is there whole, or not at all."""
-    # Readable and writable by us alone.
+def written_whole(path: Path, *, for_all: bool = False) -> Iterator[Any]:
+    """A file that is there whole, or not at all; readable and writable by us alone, or by whom the user wants.
+
+    Args:
+        path: of the file.
+        for_all: others may read it, as the process's mask says.
+    """
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=".new-", suffix=_SUFFIX)
     try:
         with os.fdopen(handle, "wb") as file:
             yield file
+        if for_all:
+            mask = os.umask(0)
+            os.umask(mask)
+            Path(name).chmod(0o666 & ~mask)
         Path(name).replace(path)
     except BaseException:
         _removed(Path(name))

@@ -15,10 +15,23 @@ ROOT = Path(__file__).resolve().parents[1]
 
 FLOOR = ("errors", "compat", "config", "latest", "text", "names", "nodes", "ops", "store")
 STAGES = ("capture", "analysis", "plan", "passes", "lower", "runtime")
-FRONT = ("api", "backend", "bench", "cli", "compiler", "demo", "learn", "model", "offload", "pipelines", "wrapper")
+FRONT = (
+    "api",
+    "backend",
+    "bench",
+    "cli",
+    "compare",
+    "compiler",
+    "demo",
+    "learn",
+    "model",
+    "offload",
+    "pipelines",
+    "wrapper",
+)
 MAPPED = ("passes", "runtime")  # top-level folders that install under dicompile
 PUBLIC = "__init__"  # dicompile/__init__.py, the public API
-USERS = ("bench", "cli", "demo")  # of the public API, as anybody outside is
+USERS = ("bench", "cli", "compare", "demo")  # of the public API, as anybody outside is
 
 ALLOWED: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(FLOOR, FLOOR),

@@ -15,8 +15,15 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 INSTALLED_AS = {"dicompile": "dicompile", "passes": "dicompile/passes", "runtime": "dicompile/runtime"}
-PACKAGED = {".json", ".py", ".safetensors", ".typed", ".yaml"}
-DISTRIBUTION_OF = {"PIL": "pillow", "yaml": "pyyaml", "flash_attn": "flash-attn", "cache_dit": "cache-dit"}
+PACKAGED = {".j2", ".json", ".py", ".safetensors", ".typed", ".yaml"}
+DISTRIBUTION_OF = {
+    "PIL": "pillow",
+    "cache_dit": "cache-dit",
+    "flash_attn": "flash-attn",
+    "flip_evaluator": "flip-evaluator",
+    "skimage": "scikit-image",
+    "yaml": "pyyaml",
+}
 
 
 def run(*command: str | Path, cwd: Path) -> str:

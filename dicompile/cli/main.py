@@ -13,6 +13,7 @@ import typer
 
 from dicompile.cli.bench import bench
 from dicompile.cli.cache import cache_app
+from dicompile.cli.compare import EXTRA, compare_command
 from dicompile.cli.fit_forecast import fit_forecast_command
 from dicompile.cli.inspect import inspect
 from dicompile.cli.router import router_app
@@ -20,7 +21,7 @@ from dicompile.cli.train_predictor import train_predictor_command
 from dicompile.cli.train_router import train_router_command
 from dicompile.errors import DicompileError
 
-DEMO_EXTRA = {"diffusers": "diffusers", "PIL": "pillow", "matplotlib": "matplotlib"}
+DEMO_EXTRA = {**EXTRA, "matplotlib": "matplotlib"}
 """Packages that the demo imports and the compiler does not need, with the names that pip knows."""
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
@@ -42,7 +43,7 @@ def about() -> None:
 
 @app.command()
 def demo(
-    out: Annotated[Path, typer.Option(help="Folder for pictures.png, pareto.png and results.json.")] = Path("out"),
+    out: Annotated[Path, typer.Option(help="Folder for the report (index.html), pictures and numbers.")] = Path("out"),
     samples: Annotated[int | None, typer.Option(min=2, help="Pictures for each method; 24 if not given.")] = None,
     steps: Annotated[int | None, typer.Option(min=2, help="Denoising steps; 50 if not given.")] = None,
     every: Annotated[bool, typer.Option("--all", help="Every method at two or three speeds.")] = False,
@@ -66,6 +67,7 @@ def demo(
 
 app.command()(inspect)
 app.command()(bench)
+app.command("compare")(compare_command)
 app.command("fit-forecast")(fit_forecast_command)
 app.command("train-router")(train_router_command)
 app.command("train-predictor")(train_predictor_command)

@@ -2,31 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from dicompile.demo.methods import STEPS, methods
-from dicompile.demo.metrics import Accuracy
-from dicompile.demo.pareto import draw_pareto
-from dicompile.demo.run import Row
-
-ACCURACY = Accuracy(1.0, 1.0, 1.0, 1.0)
-FULL = Row("uncached, eager", "", 50, False, 2.0, 0.0, 1.0, 100.0, 1.0, 0, None, 0.0, ACCURACY, 2.0)
-
-
-def row(name: str, family: str, flops: float, error: float) -> Row:
-    return replace(FULL, name=name, family=family, cached=bool(family), flops=flops, relative_error=error)
+from dicompile.demo.pareto import Point, draw_pareto
 
 
 def test_every_family_has_a_line_over_its_compute() -> None:
-    rows = (
-        FULL,
-        replace(FULL, name="uncached"),
-        row("FORA, interval 3", "FORA", 40.0, 0.03),
-        row("FORA, interval 2", "FORA", 53.0, 0.01),
-        row("ToCa, interval 3", "ToCa", 47.0, 0.02),
-        row("uncached, 25 steps", "", 50.0, 0.04),
+    points = (
+        Point("", 50, 100.0, 0.0, 2.0),
+        Point("", 50, 100.0, 1e-7, 2.0),
+        Point("FORA", 50, 40.0, 0.03, 2.0),
+        Point("FORA", 50, 53.0, 0.01, 2.0),
+        Point("ToCa", 50, 47.0, 0.02, 2.0),
+        Point("", 25, 50.0, 0.04, 2.0),
     )
-    error, frechet = draw_pareto(rows, frechet_floor=1.5).axes
+    error, frechet = draw_pareto(points, frechet_floor=1.5).axes
     lines = {line.get_label(): line.get_xydata().tolist() for line in error.get_lines()}
     assert lines["FORA"] == [[40.0, 0.03], [53.0, 0.01]]
     assert lines["ToCa"] == [[47.0, 0.02]]
