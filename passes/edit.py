@@ -44,7 +44,7 @@ class Editor:
         """Call an operator on nodes and constants."""
         node = self.graph.call_function(target, args, kwargs)
         values, keywords = fx.node.map_arg((args, kwargs), lambda parent: parent.meta["val"])
-        with torch.no_grad(), self.segment.fake_mode:
+        with torch.no_grad(), self.segment.fake_mode, enable_python_dispatcher():  # torch 2.11: symbols in linear
             node.meta["val"] = target(*values, **keywords)
         if self._anchor is not None and "nn_module_stack" in self._anchor.meta:
             node.meta["nn_module_stack"] = self._anchor.meta["nn_module_stack"]
@@ -141,7 +141,7 @@ class Editor:
         A view of a value that lies otherwise in memory now may be none any more, so it becomes a reshape.
         """
         before = {node: node.meta["val"] for node in self.graph.nodes if node.op != "output"}
-        with torch.no_grad(), self.segment.fake_mode:
+        with torch.no_grad(), self.segment.fake_mode, enable_python_dispatcher():
             for node in self.graph.nodes:
                 if node.op != "call_function":
                     continue

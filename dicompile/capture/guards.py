@@ -488,11 +488,9 @@ class Walk:
         """Everything that was found on the way."""
         places = []
         for path in paths:
-            parent, (by, key) = self.value(path.parent), path.links[-1]
-            place = find_place(parent, key) if by is By.ATTRIBUTE else (parent, key)
-            assert place is not None
+            place = _place_of(self.value(path.parent), *path.links[-1])
             places.append(place)
-            self._places.pop((id(place[0]), key), None)  # its value may differ, and so may the tensor itself
+            self._places.pop((id(place[0]), place[1]), None)  # its value may differ, and so may the tensor itself
         hooks = [vars(module)[name] for module in modules for name in HOOKS]
         listed, sized = self._listed_and_sized()
         return Pins(
@@ -507,6 +505,25 @@ class Walk:
             _tensors_in=[container for container, _ in places],
             _tensor_keys=[key for _, key in places],
         )
+
+
+@dataclass(frozen=True, slots=True)
+class _Attributes:
+    """What Python computes when it is looked up, as items: the content of a cell, a property."""
+
+    of: object
+
+    def __getitem__(self, name: str) -> Any:
+        return getattr(self.of, name)
+
+
+def _place_of(parent: Any, by: By, key: Any) -> tuple[Any, Any]:
+    """Container and key of what lies at the end of a path."""
+    if by is By.CELL:
+        return _Attributes(key.cell), "cell_contents"
+    if by is By.ATTRIBUTE:
+        return find_place(parent, key) or (_Attributes(parent), key)
+    return parent, key
 
 
 def find_place(value: object, name: str) -> tuple[Any, Any] | None:

@@ -74,7 +74,7 @@ class Reads:
         self._patched: list[type] = []
         self._codes: set[types.CodeType] = set()
         self._called: set[tuple[object, ...]] = set()
-        self._functions: dict[types.CodeType, list[types.FunctionType]] | None = None
+        self._functions: dict[types.CodeType, list[types.FunctionType]] = {}
         self._thread = threading.get_ident()
         self._is_busy = False
         self._was_busy = False
@@ -116,6 +116,7 @@ class Reads:
     def noted(self) -> Iterator[None]:
         """While open, this thread's reads are noted."""
         profile = sys.getprofile()
+        self._functions = _closures()
         self._patch(nn.Module)
         fallback = nn.Module.__getattr__
         nn.Module.__getattr__ = self._fallback(fallback)  # type: ignore[method-assign]
@@ -131,7 +132,7 @@ class Reads:
             nn.Module.__getattr__ = fallback  # type: ignore[method-assign]
             for cls in self._patched:
                 del cls.__getattribute__
-            self._functions = None
+            self._functions = {}
 
     def _patch(self, cls: type) -> None:
         if "__getattribute__" in vars(cls):
@@ -354,11 +355,6 @@ class Reads:
 
     def _note_cells(self, code: types.CodeType, values: Mapping[str, Any]) -> None:
         """Variables of enclosing functions, of a function that is called with these."""
-        if self._functions is None:
-            self._functions = {}
-            for found in gc.get_objects():
-                if type(found) is types.FunctionType and found.__closure__:
-                    self._functions.setdefault(found.__code__, []).append(found)
         for function in self._functions.get(code, ()):  # what the forward itself made is not there
             cells = _cells(function)
             held = {name: cell.cell_contents for name, cell in cells.items()}
@@ -374,6 +370,15 @@ def _is_of_others(file: str) -> bool:
     if file.startswith((_TORCH, _OWN, "<")):
         return True
     return file.startswith(_PYTHON) and "site-packages" not in file and "dist-packages" not in file
+
+
+def _closures() -> dict[types.CodeType, list[types.FunctionType]]:
+    """Functions that there are, and that read variables of others around them, by their code."""
+    found: dict[types.CodeType, list[types.FunctionType]] = {}
+    for function in gc.get_objects():
+        if type(function) is types.FunctionType and function.__closure__:
+            found.setdefault(function.__code__, []).append(function)
+    return found
 
 
 def _cells(function: types.FunctionType) -> dict[str, types.CellType]:

@@ -400,6 +400,36 @@ def test_hooks_of_all_modules_that_come_and_go_are_followed(way: str, is_before:
 
 
 @pytest.mark.parametrize("way", WAYS)
+def test_functions_that_the_forward_makes_are_no_state(way: str) -> None:
+    def extra(module: Model, x: Tensor) -> Tensor:
+        mean, bias = x.mean(-1, keepdim=True), module.linear.bias
+
+        def moved(y: Tensor) -> Tensor:
+            return y * mean + bias
+
+        return moved(x)
+
+    module = reading(way, extra)
+    assert follow(module, lambda: module.linear.bias.data.mul_(2)) == [0]
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_tensor_around_a_function_is_followed(way: str) -> None:
+    module = reading(way, lambda m, x: x)
+    bias = module.linear.bias
+    module.extra = lambda x: x * bias.mean()
+
+    def edit() -> None:
+        bias.data.mul_(2)
+
+    def swap() -> None:
+        nonlocal bias
+        bias = module.linear.bias = nn.Parameter(torch.randn(WIDTH))
+
+    follow(module, edit, swap)
+
+
+@pytest.mark.parametrize("way", WAYS)
 def test_hooks_of_a_module_beside_those_of_all_are_refused(way: str) -> None:
     """Those of all would run around its own, where torch runs them before."""
     module = reading(way, blocks)
