@@ -197,7 +197,7 @@ def _pareto(comparison: Comparison) -> dict[str, Any]:
             "says": f"{run.name}: {run.median:.2f} s, {likeness} dB, {speedup:.2f}x, {flop_speedup:.2f}x fewer FLOPs",
         }
 
-    points = [point(run) for run in shown]
+    points = sorted(map(point, shown), key=lambda point: float(point["x"]))  # neighbours have their names on two sides
     return {
         "points": points,
         "line": sorted((p["x"], p["y"]) for p in points if not p["is_cached"]),

@@ -123,9 +123,9 @@ class Comparison:
         return self.baseline.flops / run.flops
 
     def better_steps(self, run: Run) -> Run | None:
-        """A run of fewer steps that is as near to the reference and takes no longer, if there is one."""
+        """A run of fewer steps that is as near to the reference and takes no more operations, if there is one."""
         rivals = [r for r in self.runs[2:] if not r.is_cached]
-        found = [r for r in rivals if r.median <= run.median and r.quality.error <= run.quality.error]
+        found = [r for r in rivals if r.flops <= run.flops and r.quality.error <= run.quality.error]
         return min(found, key=lambda rival: rival.quality.error, default=None) if run.is_cached else None
 
     def as_data(self) -> dict[str, Any]:
