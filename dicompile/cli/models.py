@@ -13,10 +13,9 @@ import sys
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-import typer
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -30,10 +29,6 @@ TEXT_TOKENS = 77
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _PICTURE = re.compile(r"(\d+)(?:x(\d+))?")
-
-Model = Annotated[
-    str, typer.Argument(help="A well-known model ('flux.1-dev'), 'demo', a folder saved by diffusers, module:factory.")
-]
 
 
 @dataclass(frozen=True)
@@ -259,9 +254,7 @@ def _from_config(name: str, kind: Any, config: Any, shape: Shape, *about: str) -
     return Loaded(f"{name} ({kind.__name__})", module, inputs, mode, (size, *about))
 
 
-def example_inputs(
-    module: nn.Module, batch: int, size: int | None, text: int = TEXT_TOKENS
-) -> dict[str, Any]:
+def example_inputs(module: nn.Module, batch: int, size: int | None, text: int = TEXT_TOKENS) -> dict[str, Any]:
     """Inputs by the names that diffusers gives to forward arguments, with sizes from the model's config.
 
     Raises:
@@ -292,9 +285,7 @@ _WANTED = (
 )  # fmt: skip
 
 
-def _argument_makers(
-    config: Mapping[str, Any], batch: int, edge: int, text: int
-) -> dict[str, Callable[[], Any]]:
+def _argument_makers(config: Mapping[str, Any], batch: int, edge: int, text: int) -> dict[str, Callable[[], Any]]:
     channels = config.get("in_channels", 4)
     packed = "axes_dims_rope" in config
     latent = (batch, (edge // 2) ** 2, channels) if packed else (batch, channels, edge, edge)

@@ -92,6 +92,7 @@ def plan_actions(
             for block in structure.blocks
         },
         stack=tuple(int(span.id) for span in structure.spans if span.kind is SiteKind.STACK),
+        labels=tuple(site.label for site in structure.everything),
         cache=cache,
     )
 

@@ -135,9 +135,7 @@ class Published:
         given: dict[str, Any] = {latent: self.latents(size, rows), timestep: time}
         return {**given, **self.inputs(size, rows), "return_dict": False}
 
-    def sized(
-        self, picture: tuple[int, int] | None = None, frames: int | None = None, text: int | None = None
-    ) -> Size:
+    def sized(self, picture: tuple[int, int] | None = None, frames: int | None = None, text: int | None = None) -> Size:
         """The published size, or another one.
 
         Args:
