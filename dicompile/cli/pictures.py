@@ -150,9 +150,9 @@ def _flow(axis: Any, flow: nx.DiGraph, layers: Sequence[Sequence[int]], structur
     """Boxes in layers from top to bottom, ordered by what they read so that few arrows cross."""
     places: dict[int, tuple[float, float]] = {}
     for depth, layer in enumerate(layers):
-        order = sorted(layer, key=lambda box: _pull(flow, places, box))
-        for i, box in enumerate(order):
-            places[box] = (i - (len(order) - 1) / 2, -float(depth))
+        order = sorted(layer, key=lambda number: _pull(flow, places, number))
+        for i, number in enumerate(order):
+            places[number] = (i - (len(order) - 1) / 2, -float(depth))
     colours: dict[int, str] = {}
     for number, (x, y) in places.items():
         box: Box = flow.nodes[number]["box"]

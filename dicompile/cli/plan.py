@@ -139,9 +139,8 @@ def _print_difference(console: Console, plans: list[Plan]) -> None:
     one, other = plans
     console.print(plan_table([Candidate((plan.policy,), plan) for plan in plans]))
     for plan in plans:
-        for line in (plan.no_gain(), *plan.notes()):
-            if line:
-                console.print(Text(f"{plan.policy}: {line}", BAD))
+        for note in filter(None, (plan.no_gain(), *plan.notes())):
+            console.print(Text(f"{plan.policy}: {note}", BAD))
     console.print()
     for line in difference_lines(one, other, console.width):
         console.print(line, no_wrap=True, overflow="crop") if "same in" not in line.plain else console.print(line)

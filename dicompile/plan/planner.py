@@ -243,6 +243,8 @@ def _live_site(site: SiteStep, number: int, live: dict[int, set[Slot]]) -> SiteS
         for slot in site.reads:
             live[slot.site].add(slot)
         return site
+    if site.action.is_full and not live[number]:  # what it computes whole is its own, and nobody wants that
+        return SiteStep(site.action, site.clock)
     shifts = site.action.computes and site.action.tokens is None
     stored = {slot.kind for slot in site.writes} & set(HISTORIC)  # a blend computes attention without storing it
     own = {slot for slot in live[number] if slot.kind in stored}
