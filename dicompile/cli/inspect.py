@@ -92,6 +92,10 @@ def inspect(  # noqa: PLR0913, PLR0917 - options
 def _print_policies(console: Console, found: Candidates, steps: int, *, everything: bool, is_default: bool) -> None:
     console.print(Text(f"policies, {steps} steps, the fastest first", "bold"))
     console.print(Padding(plan_table(found.plans), (0, 0, 0, 2)))
+    if everything or not is_default:
+        for item in found.plans:
+            for note in item.plan.notes():
+                console.print(Text(f"note: {item.label}: {note}", BAD))
     for names, reason in refusals(found.refused):
         console.print(Text.assemble(("does not fit: ", BAD), f"{names}: {reason}"))
     if everything:

@@ -131,7 +131,8 @@ def load(model: str, shape: Shape = Shape(), *, download: bool = False) -> Loade
         shape.refuse(model, size=shape.size, frames=shape.frames)
         return _from_hub(model, shape, download=download)
     shape.refuse(model, latent=shape.latent)
-    return _from_zoo(get_model(model), shape)
+    known = get_model(model, why="nor is it 'demo', a folder that exists, module:factory, or a hub id")
+    return _from_zoo(known, shape)
 
 
 def _from_zoo(known: Published, shape: Shape) -> Loaded:

@@ -137,8 +137,13 @@ MODELS: dict[str, Published] = {
 """Well-known models by name."""
 
 
-def get_model(name: str, where: str = "MODEL") -> Published:
+def get_model(name: str, *, where: str = "MODEL", why: str = "") -> Published:
     """A model by its name, in either case and with "_" or " " for "-".
+
+    Args:
+        name: of the model.
+        where: the message names as the place of the mistake.
+        why: it gives as the reason.
 
     Raises:
         DicompileError: there is no such model.
@@ -150,5 +155,6 @@ def get_model(name: str, where: str = "MODEL") -> Published:
     raise DicompileError(
         f"no well-known model is called {name!r}",
         where=where,
+        why=why,
         fix=f"did you mean {' or '.join(near)}?" if near else f"use one of: {', '.join(MODELS)}",
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import math
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -106,7 +107,9 @@ class Published:
                 where=self.name,
                 fix="pip install -U diffusers",
             )
-        module: nn.Module = kind.from_config(config)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # diffusers 0.42 warns of what its own Chroma uses
+            module: nn.Module = kind.from_config(config)
         return module.eval().requires_grad_(False)
 
     def tokens(self, size: Size) -> int:
