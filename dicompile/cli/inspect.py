@@ -72,12 +72,14 @@ def inspect(  # noqa: PLR0913, PLR0917 - options
         typer.echo(json.dumps(as_data(loaded.name, structure, found), indent=2))
         return
     console = make_console(wide=wide)
-    for line in model_lines(loaded, structure):
-        console.print(line)
+    name, *about = model_lines(loaded, structure)
+    console.print(name)
+    for line in about:
+        console.print(Padding(line, (0, 0, 0, 2), expand=False))
     console.print()
     console.print(site_table(structure, everything=everything, wide=wide))
     for fact in facts(structure, everything=everything):
-        console.print(Padding(fact, (0, 0, 0, 2)))
+        console.print(Padding(fact, (0, 0, 0, 2), expand=False))
     console.print()
     _print_policies(console, found, steps, everything=everything, is_default=not policy)
     if grid:
@@ -91,7 +93,7 @@ def inspect(  # noqa: PLR0913, PLR0917 - options
 
 def _print_policies(console: Console, found: Candidates, steps: int, *, everything: bool, is_default: bool) -> None:
     console.print(Text(f"policies, {steps} steps, the fastest first", "bold"))
-    console.print(Padding(plan_table(found.plans), (0, 0, 0, 2)))
+    console.print(Padding(plan_table(found.plans), (0, 0, 0, 2), expand=False))
     if everything or not is_default:
         for item in found.plans:
             for note in item.plan.notes():
@@ -118,11 +120,11 @@ def model_lines(loaded: Loaded, structure: ModelStructure) -> Iterator[Text]:
     work = operations_text(structure.flops)
     yield Text.assemble((loaded.name, "bold"), f": {size} parameters, ", (work, "bold"), " a call")
     for about in loaded.about:
-        yield Text(f"  {about}", FAINT)
+        yield Text(about, FAINT)
     kinds = Counter(site.kind.value for site in structure.sites)
     sites = ", ".join(f"{number} {kind}" for kind, number in kinds.items())
-    yield Text(f"  {len(structure.blocks)} blocks of {structure.block_kinds} kinds, {_streams(structure)}")
-    yield Text(f"  {len(structure.sites)} sites: {sites}" if sites else "  no sites: nothing can be cached")
+    yield Text(f"{len(structure.blocks)} blocks of {structure.block_kinds} kinds, {_streams(structure)}")
+    yield Text(f"{len(structure.sites)} sites: {sites}" if sites else "no sites: nothing can be cached")
 
 
 def _streams(structure: ModelStructure) -> str:
@@ -147,9 +149,9 @@ def site_table(structure: ModelStructure, *, everything: bool = False, wide: boo
     runs = structure.runs()
     shown = runs if everything else sorted(runs, key=lambda run: -_flops(structure, run))[:MOST_RUNS]
     for run in (run for run in runs if run in shown):
-        table.add_row(
-            Text(f"{run[0].path.rpartition('.')[0] or 'blocks'} {ranges_text(int(b.id) for b in run)}", "bold")
-        )
+        path = run[0].path.rpartition(".")[0]
+        label = path if wide else path.rpartition(".")[2]
+        table.add_row(Text(f"{label or 'blocks'} {ranges_text(int(b.id) for b in run)}", "bold"))
         for i, site in enumerate(structure.sites_of(run[0])):
             table.add_row(*_site_row(structure, run, i, numbers.get(_reason(site), 0), wide=wide))
     if left := [run for run in runs if run not in shown]:
@@ -196,15 +198,16 @@ def facts(structure: ModelStructure, *, everything: bool = False) -> Iterator[Te
         yield Text(f"and {len(reasons) - len(shown)} more (--all)", FAINT)
     unknown = [site for site in structure.sites if site.kind is SiteKind.UNKNOWN]
     if unknown:
-        yield Text(f"{len(unknown)} sites hold an operator that nobody registered; policies leave them alone", BAD)
+        yield Text(f"of kind unknown, with an operator that nobody registered: {len(unknown)} sites", BAD)
     yield Text.assemble(("leaves the steps: ", "bold"), invariant_text(structure) or "nothing")
 
 
 def invariant_text(structure: ModelStructure) -> str:
     """What does not depend on the latent, and is computed once for many steps."""
     counts = Counter(structure.invariants.values())
+    shares = {pace: structure.invariant_flops[pace] / structure.flops for pace in counts}
     return "; ".join(
-        f"{counts[pace]} values, {structure.invariant_flops[pace] / structure.flops:.2%} of the work, {pace.value}"
+        f"{counts[pace]} value{'s'[: counts[pace] - 1]}, {shares[pace]:.2%} of the work, {pace.value}"
         for pace in Pace
         if counts[pace]
     )

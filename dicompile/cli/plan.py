@@ -97,7 +97,7 @@ def _print_plan(console: Console, plan: Plan, *, every_site: bool) -> None:
     for line in lane_lines(plan, console.width, every_site=every_site):
         console.print(line, no_wrap=True, overflow="crop") if line.plain else console.print()
     console.print()
-    console.print(Padding(kinds_table(plan), (0, 0, 0, 2)))
+    console.print(Padding(kinds_table(plan), (0, 0, 0, 2), expand=False))
     for note in plan.notes():
         console.print(Text(f"note: {note}", BAD))
 

@@ -81,7 +81,7 @@ class Published:
 
     @property
     def source(self) -> str:
-        """Where the config was published."""
+        """Where the config was published: repository on the Hugging Face hub, and file in it."""
         return str(self._file["source"])
 
     @property

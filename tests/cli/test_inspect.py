@@ -100,7 +100,7 @@ def test_what_nobody_registered_is_named() -> None:
     made = toy([("mlp",)])
     strange = replace(made.sites[0], kind=SiteKind.UNKNOWN)
     text = printed(*facts(replace(made, sites=(strange,))), width=120)
-    assert "1 sites hold an operator that nobody registered" in text
+    assert "of kind unknown, with an operator that nobody registered: 1 sites" in text
 
 
 def test_few_runs_of_blocks_are_shown_and_all_on_request() -> None:
@@ -138,7 +138,7 @@ def test_a_well_known_model_needs_no_weights_and_takes_sizes_in_pixels() -> None
     assert loaded.inputs["hidden_states"].shape == (4, 4, 16, 16)
     assert loaded.about == (
         "128x128 pixels, 64 tokens, batch 4",
-        "config: facebook/DiT-XL-2-256, transformer/config.json on the Hugging Face hub",
+        "config: facebook/DiT-XL-2-256, transformer/config.json",
     )
     assert loaded.parameters > 6e8
 
