@@ -111,11 +111,11 @@ def _box(
     structure: ModelStructure,
     block: Block,
 ) -> Box:
-    adds = {site.add: site for site in structure.sites_of(block)}
+    added = [site for site in structure.sites_of(block) if site.add in members]
     if members[0] not in inside:
         return Box("", _outside(members[0], structure), (), "input", tuple(members))
-    if members[0] in adds:
-        return Box("", f"+ stream {adds[members[0]].stream}", (int(adds[members[0]].id),), "add", tuple(members))
+    if added:
+        return Box("", f"+ stream {added[0].stream}", tuple(int(site.id) for site in added), "add", tuple(members))
     names = [_operator(nodes[name]) for name in members]
     path = min((module_path(nodes[name]) for name in members), key=len)
     local = path.removeprefix(block.path).strip(".")

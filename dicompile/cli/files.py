@@ -22,10 +22,18 @@ def make_folder(file: Path, where: str) -> None:
 
 
 def write_whole(file: Path, content: str | bytes) -> None:
-    """Write a file whole, or not at all."""
+    """Write a file whole, or not at all.
+
+    Raises:
+        DicompileError: it cannot be written.
+    """
     new = file.with_name(f"{file.name}.new")
     try:
         new.write_bytes(content.encode() if isinstance(content, str) else content)
         new.replace(file)
+    except OSError as error:
+        raise DicompileError(
+            f"cannot write {file}", where="file name", why=str(error), fix="name a file that can be written"
+        ) from None
     finally:
         new.unlink(missing_ok=True)

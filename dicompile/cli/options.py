@@ -20,7 +20,7 @@ Model = Annotated[
 ]
 Steps = Annotated[int, typer.Option(min=1, help="Sampling steps.")]
 Batch = Annotated[
-    int | None, typer.Option(min=1, help="Rows of a call, two per picture where it computes guidance; as its pipeline.")
+    int | None, typer.Option(min=1, help="Rows of a call; as its pipeline if not given, 2 for 'demo' and folders.")
 ]
 Size = Annotated[str | None, typer.Option(help="Of a well-known model, in pixels: 1024, or height x width, 480x832.")]
 Frames = Annotated[int | None, typer.Option(min=1, help="Of the film of a well-known model.")]

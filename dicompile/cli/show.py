@@ -34,9 +34,9 @@ Refusal = PolicyDoesNotFit | CacheTooLarge
 
 def make_console(*, wide: bool = False) -> Console:
     """The console for results; `wide` prints more columns than the terminal may have."""
-    console = Console(highlight=False)
+    console = Console(highlight=False, markup=False)  # names of files and policies may hold brackets
     if wide and console.width < WIDE:
-        return Console(highlight=False, width=WIDE)
+        return Console(highlight=False, markup=False, width=WIDE)
     return console
 
 
@@ -77,7 +77,7 @@ def candidates(
     settings: dict[str, Policy] = {}
     refused: dict[str, Refusal] = {}
     plans: list[Candidate] = []
-    for name in names:
+    for name in dict.fromkeys(names):
         try:
             policy = get_policy(name)
             setting = choose_setting(policy, structure).policy.model_copy(update={"name": "", "elsewhere": ()})

@@ -10,6 +10,7 @@ from PIL import Image
 
 from dicompile.cli import files
 from dicompile.cli.show import difference_lines, lane_lines
+from dicompile.errors import DicompileError
 from dicompile.plan import TimestepSchedule, make_plan
 from dicompile.policies import FORA, DuCa, NoCache
 from tests.cli.terminal import check_fits, error_of, run
@@ -108,6 +109,15 @@ def test_what_is_interrupted_leaves_the_file_as_it_was(tmp_path: Path, monkeypat
         files.write_whole(file, "half")
     assert file.read_text() == "before"
     assert list(tmp_path.iterdir()) == [file]
+
+
+def test_a_file_that_cannot_be_written_is_an_error_of_ours(tmp_path: Path) -> None:
+    (tmp_path / "taken").mkdir()
+    with pytest.raises(DicompileError, match=r"cannot write .*taken(.|\n)*fix:"):
+        files.write_whole(tmp_path / "taken", "text")
+    with pytest.raises(DicompileError, match="cannot write to"):
+        (tmp_path / "file").write_text("")
+        files.make_folder(tmp_path / "file" / "below", "--html")
 
 
 def test_a_policy_that_does_not_fit_is_an_error_with_a_fix(
