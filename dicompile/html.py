@@ -6,16 +6,20 @@ from collections.abc import Iterable, Sequence
 from html import escape
 
 STYLE = """
+.dicompile{color-scheme:light dark}
 .dicompile{--ink:#1c2330;--faint:#5b6472;--line:#d5dae2;--back:#fff;--F:#1f5fae;--t:#2b8aa3;--b:#8a4fb0;--f:#2f7d4a;
---r:#e4e8ee;--s:#f3f5f8;--x:#c98a1b;color:var(--ink);background:var(--back);font:14px/1.45 system-ui,sans-serif}
+--r:#c5cdd8;--s:#eef1f5;--x:#c98a1b;color:var(--ink);background:var(--back);font:14px/1.45 system-ui,sans-serif}
 @media (prefers-color-scheme:dark){.dicompile{--ink:#e6e9ef;--faint:#a2abb9;--line:#3a4250;--back:#14181f;--F:#6fa8ee;
---t:#5cbcd6;--b:#c08be6;--f:#69c08a;--r:#2c333f;--s:#1e242d;--x:#e6b04d}}
-.dicompile h2{font-size:1.1em;margin:.6em 0 .3em}.dicompile p{margin:.3em 0}
+--t:#5cbcd6;--b:#c08be6;--f:#69c08a;--r:#465061;--s:#222933;--x:#e6b04d}}
+.dicompile h1{font-size:1.4em;margin:0 0 .6em}.dicompile h2{font-size:1.15em;margin:1.2em 0 .3em}
+.dicompile p{margin:.3em 0}
 .dicompile .wide{overflow-x:auto}.dicompile table{border-collapse:collapse;margin:.4em 0}
-.dicompile th,.dicompile td{text-align:left;padding:.15em .7em .15em 0;border:0;white-space:nowrap}
+.dicompile th,.dicompile td{text-align:left;padding:.15em .7em .15em 0;border:0;vertical-align:top}
+.dicompile .lanes th,.dicompile .number{white-space:nowrap}
 .dicompile tr{background:none!important}.dicompile thead th{border-bottom:1px solid var(--line);color:var(--faint)}
 .dicompile .number{text-align:right;font-variant-numeric:tabular-nums}
-.dicompile .lanes td,.dicompile .lanes thead th{padding:1px}.dicompile .lanes tbody th{font-weight:normal}
+.dicompile .lanes td,.dicompile .lanes thead th{padding:1px}.dicompile .lanes th{vertical-align:middle}
+.dicompile .lanes tbody th{font-weight:normal}
 .dicompile .lanes i{display:block;width:11px;height:16px;border-radius:2px}
 .dicompile .lanes .bar{vertical-align:bottom;height:42px}.dicompile .lanes .bar i{background:var(--faint)}
 .dicompile i.F,.dicompile .bar i.F{background:var(--F)}.dicompile i.t{background:var(--t)}
@@ -37,8 +41,8 @@ def page(title: str, *fragments: str) -> str:
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{escape(title)}</title><style>{STYLE}body{{margin:0}}body>.dicompile{{padding:1.2em}}</style></head>"
-        f'<body class="dicompile">{"".join(fragments)}</body></html>\n'
+        f"<title>{escape(title)}</title><style>{STYLE}body{{margin:0;padding:1.2em}}</style></head>"
+        f'<body class="dicompile"><h1>{escape(title)}</h1>{"".join(fragments)}</body></html>\n'
     )
 
 

@@ -23,7 +23,7 @@ from dicompile.plan.lanes import MEANING, Lane, make_lanes
 from dicompile.text import operations_text, size_text
 
 COLOURS = {
-    "F": "#1f5fae", "t": "#4fb3c8", "b": "#9a5fc0", "f": "#58a672", ".": "#dfe4ea", "-": "#f4f6f9", "*": "#e0a93b",
+    "F": "#1f5fae", "t": "#4fb3c8", "b": "#9a5fc0", "f": "#58a672", ".": "#c5cdd8", "-": "#eef1f5", "*": "#e0a93b",
     " ": "#ffffff",
 }  # fmt: skip
 _INK = "#1c2330"

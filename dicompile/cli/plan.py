@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterator
+from html import escape
 from pathlib import Path
 from typing import Annotated
 
@@ -86,8 +87,8 @@ def _write(
 
         draw_plans(file, name, plans)
     if html is not None:
-        parts = [f"<h2>{plan.policy}</h2>{plan._repr_html_()}" for plan in plans]
-        write_whole(html, page(f"{name}: {', '.join(p.policy for p in plans)}", structure._repr_html_(), *parts))
+        parts = [f"<h2>{escape(plan.policy)}</h2>{plan._repr_html_()}" for plan in plans]
+        write_whole(html, page(name, structure._repr_html_(), *parts))
 
 
 def _print_plan(console: Console, plan: Plan, *, every_site: bool) -> None:

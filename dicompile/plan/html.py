@@ -21,11 +21,19 @@ def plan_html(plan: Plan) -> str:
     notes = "".join(f"<p>{escape(note)}</p>" for note in (*filter(None, [plan.no_gain()]), *plan.notes()))
     rows = "".join(_lane(plan, lane) for lane in lanes)
     return fragment(
-        f"<p>{escape(plan.summary())}</p>{notes}",
+        f"<p>{escape(_figures(plan))}</p>{notes}",
         f'<div class="wide"><table class="lanes"><thead>{_ruler(plan)}</thead>',
         f"<tbody>{rows}{_work(plan)}{_memory(plan)}</tbody></table></div>",
         f'<p class="key">{key}</p>',
     )
+
+
+def _figures(plan: Plan) -> str:
+    setting = f" (setting for {plan.meant_for})" if plan.meant_for else ""
+    work = f"{operations_text(plan.flops)}, {plan.flop_speedup:.2f}x fewer"
+    memory = f"remembers {size_text(plan.cache_bytes)} for each guidance context"
+    time = f"predicted {plan.predicted_speedup:.2f}x faster"
+    return f"{plan.policy}{setting}, {len(plan.steps)} steps: {work}; {time}; {memory}"
 
 
 def _ruler(plan: Plan) -> str:
