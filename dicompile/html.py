@@ -57,8 +57,8 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]], numbers: int = 0) 
     first = len(head) - numbers
 
     def cells(tag: str, row: Sequence[str]) -> str:
-        kinds = ['class="number"' if i >= first else "" for i in range(len(row))]
-        return "".join(f"<{tag} {kind}>{escape(cell)}</{tag}>" for kind, cell in zip(kinds, row, strict=True))
+        kinds = [' class="number"' if i >= first else "" for i in range(len(row))]
+        return "".join(f"<{tag}{kind}>{escape(cell)}</{tag}>" for kind, cell in zip(kinds, row, strict=True))
 
     body = "".join(f"<tr>{cells('td', row)}</tr>" for row in rows)
     return f'<div class="wide"><table><thead><tr>{cells("th", head)}</tr></thead><tbody>{body}</tbody></table></div>'
