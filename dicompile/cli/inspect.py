@@ -18,7 +18,7 @@ from rich.text import Text
 
 from dicompile.analysis import Block, ModelStructure, Pace, Site, SiteKind, TokenWise
 from dicompile.cli import options
-from dicompile.cli.models import Loaded, Shape, load
+from dicompile.cli.models import Loaded, Shape, load, uncollected
 from dicompile.cli.show import BAD, FAINT, Candidates, candidates, lane_lines, make_console, plan_table, refusals
 from dicompile.plan import CacheOptions, TimestepSchedule
 from dicompile.plan.plan import FLOPS_PER_BYTE
@@ -60,10 +60,11 @@ def inspect(  # noqa: PLR0913, PLR0917 - options
     """Show blocks, sites and costs of a model, and what each policy would do to it."""
     cache = CacheOptions.of(max_cache_bytes, over_budget, cache_dtype, cache_device, where="dicompile inspect")
     options.check_picture_file(graph)
-    loaded = load(model, Shape(batch, size, frames, text, latent), download=download)
-    capture, structure = loaded.structure()
     names = policy or [name for name in POLICIES if not required_options(name)]
-    found = candidates(structure, names, TimestepSchedule.of(steps), cache)
+    with uncollected():
+        loaded = load(model, Shape(batch, size, frames, text, latent), download=download)
+        capture, structure = loaded.structure()
+        found = candidates(structure, names, TimestepSchedule.of(steps), cache)
     if graph is not None:
         from dicompile.cli.pictures import draw_blocks
 

@@ -18,7 +18,7 @@ from rich.text import Text
 from dicompile.analysis import ModelStructure
 from dicompile.cli import options
 from dicompile.cli.files import make_folder, write_whole
-from dicompile.cli.models import Shape, load
+from dicompile.cli.models import Shape, load, uncollected
 from dicompile.cli.show import BAD, FAINT, GOOD, Candidate, difference_lines, lane_lines, make_console, plan_table
 from dicompile.html import page
 from dicompile.plan import CacheOptions, Plan, TimestepSchedule, make_plan
@@ -60,9 +60,10 @@ def plan_command(  # noqa: PLR0913, PLR0917 - options
     if html is not None:
         make_folder(html, WHERE)
     policies = [get_policy(name) for name in filter(None, (policy, against))]
-    loaded = load(model, Shape(batch, size, frames, text, latent), download=download)
-    _, structure = loaded.structure()
-    plans = [make_plan(structure, each, TimestepSchedule.of(steps), cache) for each in policies]
+    with uncollected():
+        loaded = load(model, Shape(batch, size, frames, text, latent), download=download)
+        _, structure = loaded.structure()
+        plans = [make_plan(structure, each, TimestepSchedule.of(steps), cache) for each in policies]
     _write(loaded.name, structure, plans, picture or (), html)
     if as_json:
         data = {plan.policy: options.plan_data(plan) for plan in plans}

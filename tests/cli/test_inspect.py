@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import json
 import re
@@ -19,7 +20,7 @@ from dicompile.analysis import ModelStructure, SiteKind
 from dicompile.capture import Capture
 from dicompile.cli.dataflow import block_flow
 from dicompile.cli.inspect import facts, site_table
-from dicompile.cli.models import Loaded, Shape, load
+from dicompile.cli.models import Loaded, Shape, load, uncollected
 from dicompile.cli.pictures import draw_blocks
 from dicompile.cli.show import candidates, plan_table, refusals
 from dicompile.errors import DicompileError
@@ -188,6 +189,13 @@ def test_a_config_that_cannot_be_fetched_is_an_error_of_ours(monkeypatch: pytest
     monkeypatch.setattr(diffusers.AutoModel, "load_config", load_config)
     with pytest.raises(DicompileError, match=r"no config of a/b could be fetched(.|\n)*offline"):
         load("a/b", download=True)
+
+
+def test_garbage_is_collected_again_whatever_happens() -> None:
+    with pytest.raises(DicompileError), uncollected():
+        assert not gc.isenabled()
+        load("nothing")
+    assert gc.isenabled()
 
 
 # Dataflow -------------------------------------------------------------------------------------------------------------
