@@ -10,7 +10,7 @@ Numbers count nodes in order, inputs print under the name they were given, the c
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -43,6 +43,21 @@ def size_text(size: float) -> str:
     """Bytes with a fitting binary unit, ``1.50 MiB``."""
     unit, name = next(((u, n) for u, n in ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")) if size >= u), (1, "bytes"))
     return f"{size / unit:.2f} {name}" if unit > 1 else f"{size:.0f} {name}"
+
+
+def operations_text(count: float) -> str:
+    """Floating-point operations with a fitting unit, ``74.38 TFLOP``."""
+    units = ((1e15, "PFLOP"), (1e12, "TFLOP"), (1e9, "GFLOP"))
+    unit, name = next(((u, n) for u, n in units if count >= u), (1e6, "MFLOP"))
+    return f"{count / unit:.2f} {name}"
+
+
+def ranges_text(numbers: Iterable[int]) -> str:
+    """Numbers with runs folded, ``0-3 7``."""
+    found = sorted(set(numbers))
+    starts = [n for n in found if n - 1 not in found]
+    ends = [n for n in found if n + 1 not in found]
+    return " ".join(f"{a}" if a == b else f"{a}-{b}" for a, b in zip(starts, ends, strict=True))
 
 
 def clean_path(path: str) -> str:

@@ -40,6 +40,7 @@ THINNED = {
     "tests/test_forecasts_and_spans.py::test_full_steps_equal_the_model_and_others_do_not",
     "tests/test_memory.py::test_every_method_runs_when_degraded",
     "tests/test_programs.py::test_a_timestep_may_be_a_number",
+    "tests/zoo/test_published.py::test_what_makes_it_up_is_found",
 }
 """Tests with many parameters, and a fifth of all time: `make test` runs every third one, `make nightly` the others."""
 

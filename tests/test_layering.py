@@ -13,22 +13,12 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 
-FLOOR = ("errors", "compat", "config", "latest", "text", "names", "nodes", "ops", "store")
+FLOOR = ("errors", "compat", "config", "html", "latest", "text", "names", "nodes", "ops", "store")
 STAGES = ("capture", "analysis", "plan", "passes", "lower", "runtime")
 FRONT = (
-    "api",
-    "backend",
-    "bench",
-    "cli",
-    "compare",
-    "compiler",
-    "demo",
-    "learn",
-    "model",
-    "offload",
-    "pipelines",
-    "wrapper",
-)
+    "api", "backend", "bench", "cli", "compare", "compiler", "demo", "learn", "model", "offload", "pipelines", "wrapper",
+    "zoo",
+)  # fmt: skip
 MAPPED = ("passes", "runtime")  # top-level folders that install under dicompile
 PUBLIC = "__init__"  # dicompile/__init__.py, the public API
 USERS = ("bench", "cli", "compare", "demo")  # of the public API, as anybody outside is
@@ -39,6 +29,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "policies": (*FLOOR, "plan", "policies"),
     **dict.fromkeys(FRONT, (*FLOOR, *STAGES, "policies", *FRONT)),
     **dict.fromkeys(USERS, (*FLOOR, *STAGES, "policies", *FRONT, PUBLIC)),
+    "zoo": ("errors", "zoo"),
     "__main__": ("cli",),
     PUBLIC: (*FLOOR, *STAGES, "policies", *FRONT),
 }

@@ -127,23 +127,27 @@ def test_a_bad_value_is_refused_at_once(front_end: FrontEnd, option: str, value:
         run(front_end(sample, **{option: value}), sample.inputs, timesteps(STEPS)[:1])
 
 
-def inspected(*arguments: str) -> str:
-    result = CliRunner().invoke(app, ["inspect", "demo", "--policy", "fora", "--steps", "10", *arguments])
+def printed(command: str, *arguments: str) -> str:
+    result = CliRunner().invoke(app, [command, "demo", "--policy", "fora", "--steps", "10", *arguments])
     assert result.exit_code == 0, result.output
     return " ".join(result.output.split())
 
 
-def test_inspect_shows_the_plan_that_the_options_lead_to() -> None:
-    assert "cache 1.00 MiB in 16 slots" in inspected()
-    assert "cache 0.50 MiB in 16 slots (bfloat16, in host memory)" in inspected(
-        "--cache-dtype", "bfloat16", "--cache-device", "cpu"
+def test_plan_follows_the_options() -> None:
+    assert "remembers 1.00 MiB in 16 slots for each guidance context" in printed("plan")
+    assert "remembers 512.00 KiB in 16 slots for each guidance context (bfloat16, in host memory)" in printed(
+        "plan", "--cache-dtype", "bfloat16", "--cache-device", "cpu"
     )
-    degraded = inspected("--max-cache-bytes", "900 KiB", "--over-budget", "degrade")
+
+
+@pytest.mark.parametrize("command", ["plan", "inspect"])
+def test_what_is_dropped_is_said(command: str) -> None:
+    degraded = printed(command, "--max-cache-bytes", "900 KiB", "--over-budget", "degrade")
     assert "dropped, as 900.00 KiB do not hold 1.00 MiB: self-attention of blocks 0-1" in degraded
 
 
 def test_inspect_shows_what_does_not_fit() -> None:
-    output = inspected("--max-cache-bytes", "900KiB", "--json")
+    output = printed("inspect", "--max-cache-bytes", "900KiB", "--json")
     assert "policy 'fora-3' needs a cache of 1.00 MiB, but only 900.00 KiB are allowed" in output
     assert '"policies": {}' in output
 

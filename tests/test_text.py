@@ -7,7 +7,16 @@ import torch
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from dicompile.text import clean_path, graph_text, module_path, operator_text, size_text, tensor_text
+from dicompile.text import (
+    clean_path,
+    graph_text,
+    module_path,
+    operations_text,
+    operator_text,
+    ranges_text,
+    size_text,
+    tensor_text,
+)
 
 aten = torch.ops.aten
 
@@ -111,3 +120,16 @@ def test_the_module_path_is_that_of_the_innermost_module() -> None:
 )
 def test_sizes_have_a_fitting_unit(size: int, text: str) -> None:
     assert size_text(size) == text
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [(1.5e6, "1.50 MFLOP"), (0, "0.00 MFLOP"), (2e9, "2.00 GFLOP"), (7.438e13, "74.38 TFLOP"), (3e15, "3.00 PFLOP")],
+)
+def test_operations_have_a_fitting_unit(count: float, text: str) -> None:
+    assert operations_text(count) == text
+
+
+def test_runs_of_numbers_are_folded() -> None:
+    assert ranges_text([7, 2, 0, 1, 1]) == "0-2 7"
+    assert ranges_text([]) == ""

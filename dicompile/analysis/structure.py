@@ -248,6 +248,27 @@ class ModelStructure:
         """The sites of a block."""
         return tuple(self.sites[i] for i in block.sites)
 
+    def runs(self) -> list[list[Block]]:
+        """Adjacent blocks of one list whose sites are alike."""
+
+        def likeness(block: Block) -> tuple[object, ...]:
+            sites = tuple((s.kind, s.stream, s.shape, s.tokens.wise) for s in self.sites_of(block))
+            return block.path.rpartition(".")[0], sites
+
+        runs: list[list[Block]] = []
+        for block in self.blocks:
+            if runs and likeness(runs[-1][-1]) == likeness(block):
+                runs[-1].append(block)
+            else:
+                runs.append([block])
+        return runs
+
+    def _repr_html_(self) -> str:
+        """The structure in a notebook."""
+        from dicompile.analysis.html import structure_html
+
+        return structure_html(self)
+
     def __str__(self) -> str:
         roles = ", ".join(f"{i.name}: {i.role.value}" for i in self.inputs if i.role.is_given)
         lines = [

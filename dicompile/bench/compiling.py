@@ -20,12 +20,13 @@ from pathlib import Path
 import torch
 
 from dicompile.bench.contestants import BLOCKS, COMPILED, DoesNotFit, prepare_policy
-from dicompile.bench.models import SUBJECTS, Size, pick
+from dicompile.bench.models import SUBJECTS, pick
 from dicompile.bench.results import CompileRow, Cost, compile_rows, median_cost
 from dicompile.bench.rivals import prepare
 from dicompile.bench.workload import Workload
 from dicompile.config import environment_with
 from dicompile.errors import DicompileError
+from dicompile.zoo import Size
 
 REFUSED = 3
 """Exit status of a process whose contestant does not fit the model."""

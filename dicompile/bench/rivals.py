@@ -120,8 +120,8 @@ def _faster_cache(workload: Workload) -> list[tuple[str, Any]]:
 
     config = FasterCacheConfig(
         current_timestep_callback=lambda: workload.now,
-        tensor_format="BCFHW" if workload.subject.layout == "packed" else workload.subject.layout,
-        is_guidance_distilled=workload.subject.distilled,
+        tensor_format="BCFHW" if workload.subject.model.layout == "packed" else workload.subject.model.layout,
+        is_guidance_distilled=workload.subject.model.distilled,
         attention_weight_callback=lambda _: 0.5,
     )
     return [("every 2nd step below timestep 681", config)]

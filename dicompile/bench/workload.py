@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dicompile.bench.models import Size, Subject
+from dicompile.bench.models import Subject
+from dicompile.zoo import Size
 
 
 @dataclass

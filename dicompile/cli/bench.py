@@ -16,6 +16,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from dicompile.cli.files import make_folder, write_whole
 from dicompile.errors import DicompileError
 from dicompile.policies import get_policy
 
@@ -122,18 +123,18 @@ class Files:
 
     def __post_init__(self) -> None:
         for file in filter(None, (self.json, self.markdown)):
-            _make_folder(file)
+            make_folder(file, WHERE)
 
     def write(self, machine: Machine, results: Sequence[Result], compiled: Sequence[CompileRow]) -> None:
         """Write what was measured so far."""
         from dicompile.bench.tables import all_sheets, in_place_of, to_json, to_markdown
 
         if self.json is not None:
-            _write(self.json, to_json(machine, results, compiled))
+            write_whole(self.json, to_json(machine, results, compiled))
         if self.markdown is not None:
             before = self.markdown.read_text(encoding="utf-8") if self.markdown.is_file() else ""
             text = to_markdown(machine, all_sheets(results, compiled))
-            _write(self.markdown, in_place_of(self.part, text, before))
+            write_whole(self.markdown, in_place_of(self.part, text, before))
 
 
 def _measure(names: Sequence[str], options: Options, compiling: bool) -> Iterator[Result]:
@@ -241,27 +242,3 @@ def _progress(total: int) -> Iterator[Tick]:
         task = progress.add_task("", total=total)
         done = itertools.count()
         yield lambda text: progress.update(task, description=text, completed=next(done))
-
-
-def _make_folder(file: Path) -> None:
-    """Make the folder of a file, so that hours of measuring do not end in a missing one.
-
-    Raises:
-        DicompileError: it cannot be made.
-    """
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise DicompileError(
-            f"cannot write to {file}", where=WHERE, why=str(error), fix="name a file in a folder that can be made"
-        ) from None
-
-
-def _write(file: Path, text: str) -> None:
-    """Write a file whole, or not at all."""
-    new = file.with_name(f"{file.name}.new")
-    try:
-        new.write_text(text, encoding="utf-8")
-        new.replace(file)
-    finally:
-        new.unlink(missing_ok=True)

@@ -4,168 +4,217 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Sequence
+import re
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.padding import Padding
 from rich.table import Table
+from rich.text import Text
 
-from dicompile.analysis import Block, ModelStructure, Pace, Site, analyse
-from dicompile.capture import capture_model
-from dicompile.cli.models import load
-from dicompile.errors import CacheTooLarge, PolicyDoesNotFit
-from dicompile.plan import DTYPES, CacheOptions, Plan, TimestepSchedule, make_plan
-from dicompile.policies import POLICIES, get_policy, required_options
+from dicompile.analysis import Block, ModelStructure, Pace, Site, SiteKind, TokenWise
+from dicompile.cli import options
+from dicompile.cli.models import Loaded, Shape, load, uncollected
+from dicompile.cli.show import BAD, FAINT, Candidates, candidates, lane_lines, make_console, plan_table, refusals
+from dicompile.plan import CacheOptions, TimestepSchedule
+from dicompile.plan.plan import FLOPS_PER_BYTE
+from dicompile.policies import POLICIES, required_options
+from dicompile.text import operations_text, ranges_text
 
-Refusal = PolicyDoesNotFit | CacheTooLarge
+MOST_RUNS = 6
+"""Runs of equal blocks that are shown if not all are asked for."""
+
+_NUMBER = re.compile(r"\.\d+(?=\.|\b)")
 
 
 def inspect(  # noqa: PLR0913, PLR0917 - options
-    model: Annotated[str, typer.Argument(help="'demo', a folder saved by diffusers, or module:factory.")],
+    model: options.Model,
     policy: Annotated[
         list[str] | None, typer.Option("--policy", "-p", help="Policy name or file; may be repeated. Default: all.")
     ] = None,
-    steps: Annotated[int, typer.Option(min=1, help="Sampling steps.")] = 50,
-    batch: Annotated[int, typer.Option(min=1, help="Rows of the batch; guidance counts twice.")] = 2,
-    size: Annotated[int | None, typer.Option(help="Edge of the latent; from the model's config by default.")] = None,
-    grid: Annotated[bool, typer.Option(help="Print what every site does at every step.")] = True,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
-    max_cache_bytes: Annotated[
-        str | None, typer.Option(help="Budget of the cache for one guidance context: '2GiB', '500MB'.")
+    steps: options.Steps = 50,
+    batch: options.Batch = None,
+    size: options.Size = None,
+    frames: options.Frames = None,
+    text: options.Text = None,
+    latent: options.Latent = None,
+    grid: Annotated[bool, typer.Option("--grid/--no-grid", help="Also print what every site does at every step.")] = (
+        False
+    ),
+    everything: Annotated[bool, typer.Option("--all", help="Every run of blocks and every reason.")] = False,
+    wide: Annotated[bool, typer.Option("--wide", help="More columns than fit 80 or 120.")] = False,
+    graph: Annotated[
+        Path | None, typer.Option(help="Draw the dataflow of the first block of each kind, sites marked: SVG, PNG.")
     ] = None,
-    over_budget: Annotated[str, typer.Option(help="'refuse' or 'degrade' a plan that needs more.")] = "refuse",
-    cache_dtype: Annotated[str | None, typer.Option(help=f"Store values as {', '.join(DTYPES)}.")] = None,
-    cache_device: Annotated[str | None, typer.Option(help="'cpu' keeps the cache in host memory.")] = None,
+    as_json: options.AsJson = False,
+    max_cache_bytes: options.MaxCacheBytes = None,
+    over_budget: options.OverBudget = "refuse",
+    cache_dtype: options.CacheDtype = None,
+    cache_device: options.CacheDevice = None,
+    download: options.Download = False,
 ) -> None:
     """Show blocks, sites and costs of a model, and what each policy would do to it."""
     cache = CacheOptions.of(max_cache_bytes, over_budget, cache_dtype, cache_device, where="dicompile inspect")
-    loaded = load(model, batch, size)
-    with loaded.fake_mode:
-        structure = analyse(capture_model(loaded.module, loaded.inputs))
-    schedule = TimestepSchedule.of(steps)
-    plans: dict[str, Plan] = {}
-    refused: dict[str, Refusal] = {}
-    trained = [name for name in POLICIES if required_options(name)]
-    for name in policy or [name for name in POLICIES if name not in trained]:
-        try:
-            plans[name] = make_plan(structure, get_policy(name), schedule, cache)
-        except (PolicyDoesNotFit, CacheTooLarge) as error:
-            refused[name] = error
+    options.check_picture_file(graph)
+    names = policy or [name for name in POLICIES if not required_options(name)]
+    with uncollected():
+        loaded = load(model, Shape(batch, size, frames, text, latent), download=download)
+        capture, structure = loaded.structure()
+        found = candidates(structure, names, TimestepSchedule.of(steps), cache)
+    if graph is not None:
+        from dicompile.cli.pictures import draw_blocks
+
+        draw_blocks(graph, capture, structure)
     if as_json:
-        typer.echo(json.dumps(as_data(loaded.name, structure, plans, refused), indent=2))
+        typer.echo(json.dumps(as_data(loaded.name, structure, found), indent=2))
         return
-    console = Console()
-    console.print(f"[bold]{loaded.name}[/bold], one call with batch {batch}: {operations(structure.flops)}")
-    roles = (f"{item.name} ({item.role.value})" for item in structure.inputs if item.role.is_given)
-    console.print("inputs: " + ", ".join(roles))
-    console.print("outside of the steps: " + (invariant_text(structure) or "nothing"), highlight=False)
-    console.print(site_table(structure))
-    console.print(plan_table(plans, refused, steps))
-    if not policy:
-        console.print(f"left out, as they need a file that was trained for the model: {', '.join(trained)}")
+    console = make_console(wide=wide)
+    name, *about = model_lines(loaded, structure)
+    console.print(name)
+    for line in about:
+        console.print(Padding(line, (0, 0, 0, 2), expand=False))
+    console.print()
+    console.print(site_table(structure, everything=everything, wide=wide))
+    for fact in facts(structure, everything=everything):
+        console.print(Padding(fact, (0, 0, 0, 2), expand=False))
+    console.print()
+    _print_policies(console, found, steps, everything=everything, is_default=not policy)
     if grid:
-        for plan in plans.values():
-            console.print(plan_text(plan), highlight=False)
+        for item in found.plans:
+            console.print(Text(f"\n{item.label}", "bold"))
+            for line in lane_lines(item.plan, console.width, every_site=everything):
+                console.print(line, no_wrap=True, overflow="crop")
+    if graph is not None:
+        console.print(f"\ndataflow: {graph}")
 
 
-def site_table(structure: ModelStructure) -> Table:
-    """One row per site; runs of equal blocks are one entry."""
-    table = Table("block", "site", "stream", "shape", "work", "share", "refresh single tokens?", title="sites")
-    for blocks in equal_runs(structure):
-        first, last = blocks[0], blocks[-1]
-        label = f"{first.id}" if first is last else f"{first.id}-{last.id}"
-        path = first.path if first is last else f"{first.path} .. {last.path.rpartition('.')[2]}"
-        for i, site in enumerate(structure.sites_of(first)):
-            flops = sum(structure.sites_of(block)[i].flops for block in blocks)
-            table.add_row(
-                f"{label} {path}",
-                site.kind.value,
-                str(site.stream),
-                "x".join(str(size) for size in site.shape),
-                operations(flops),
-                f"{flops / structure.flops:.1%}",
-                str(site.tokens),
-            )
-            label = path = ""
-        table.add_section()
-    rest = structure.flops - sum(site.flops for site in structure.sites)
-    share = f"{rest / structure.flops:.1%}"
-    table.add_row("outside", "embeddings, modulation, head", "", "", operations(rest), share, "")
+def _print_policies(console: Console, found: Candidates, steps: int, *, everything: bool, is_default: bool) -> None:
+    console.print(Text(f"policies, {steps} steps, the fastest first", "bold"))
+    console.print(Padding(plan_table(found.plans), (0, 0, 0, 2), expand=False))
+    if everything or not is_default:
+        for item in found.plans:
+            for note in item.plan.notes():
+                console.print(Text(f"note: {item.label}: {note}", BAD))
+    for names, reason in refusals(found.refused):
+        console.print(Text.assemble(("does not fit: ", BAD), f"{names}: {reason}"))
+    if everything:
+        for name, error in found.refused.items():
+            console.print(Text(f"  {name}: {error}", FAINT))
+    if is_default:
+        trained = ", ".join(name for name in POLICIES if required_options(name))
+        console.print(f"need a file that was trained for the model: {trained}")
+    console.print(
+        f"time and speedup are predicted: roofline, {FLOPS_PER_BYTE:.0f} operations a byte, nothing fused. What the "
+        "pictures lose is not; dicompile demo shows it.",
+        style=FAINT,
+    )  # fmt: skip
+
+
+def model_lines(loaded: Loaded, structure: ModelStructure) -> Iterator[Text]:
+    """What the model is."""
+    count = loaded.parameters
+    size = f"{count / 1e9:.2f} B" if count >= 1e8 else f"{count / 1e6:.2f} M"
+    work = operations_text(structure.flops)
+    yield Text.assemble((loaded.name, "bold"), f": {size} parameters, ", (work, "bold"), " a call")
+    for about in loaded.about:
+        yield Text(about, FAINT)
+    kinds = Counter(site.kind.value for site in structure.sites)
+    sites = ", ".join(f"{number} {kind}" for kind, number in kinds.items())
+    yield Text(f"{len(structure.blocks)} blocks of {structure.block_kinds} kinds, {_streams(structure)}")
+    yield Text(f"{len(structure.sites)} sites: {sites}" if sites else "no sites: nothing can be cached")
+
+
+def _streams(structure: ModelStructure) -> str:
+    """How many residual streams there are, and how many tokens each has."""
+    counts: dict[int, dict[int, None]] = {}
+    for site in structure.sites:
+        counts.setdefault(site.stream, {})[site.tokens.count] = None
+    texts = [" then ".join(map(str, tokens)) for tokens in counts.values()]
+    return f"{len(texts)} stream{'s'[: len(texts) != 1]} of {' and '.join(texts)} tokens"
+
+
+def site_table(structure: ModelStructure, *, everything: bool = False, wide: bool = False) -> Table:
+    """One row per kind of site in a run of equal blocks."""
+    table = Table(box=None, pad_edge=False, header_style=FAINT)
+    for head, justify in (("blocks and their sites", "left"), ("shape", "right"), ("share", "right")):
+        table.add_column(head, justify=justify, overflow="fold")  # type: ignore[arg-type] # rich's literal
+    if wide:
+        for head in ("stream", "work", "read and written", "heaviest operator"):
+            table.add_column(head, justify="left" if head == "heaviest operator" else "right", no_wrap=True)
+    table.add_column("single tokens?")
+    numbers = {reason: number for number, reason in enumerate(_reasons(structure), 1)}
+    runs = structure.runs()
+    shown = runs if everything else sorted(runs, key=lambda run: -_flops(structure, run))[:MOST_RUNS]
+    for run in (run for run in runs if run in shown):
+        path = run[0].path.rpartition(".")[0]
+        label = path if wide else path.rpartition(".")[2]
+        table.add_row(Text(f"{label or 'blocks'} {ranges_text(int(b.id) for b in run)}", "bold"))
+        for i, site in enumerate(structure.sites_of(run[0])):
+            table.add_row(*_site_row(structure, run, i, numbers.get(_reason(site), 0), wide=wide))
+    if left := [run for run in runs if run not in shown]:
+        share = sum(_flops(structure, run) for run in left) / structure.flops
+        table.add_row(f"{len(left)} more runs of blocks (--all)", "", f"{share:.1%}")
+    rest = 1 - sum(site.flops for site in structure.sites) / structure.flops
+    table.add_row("outside: embeddings, modulation, head", "", f"{rest:.1%}")
     return table
+
+
+def _site_row(structure: ModelStructure, run: Sequence[Block], i: int, number: int, *, wide: bool) -> list[Text]:
+    sites = [structure.sites_of(block)[i] for block in run]
+    site, flops = sites[0], sum(site.flops for site in sites)
+    row = [f"  {site.kind.value}", "x".join(map(str, site.shape)), f"{flops / structure.flops:.1%}"]
+    if wide:
+        moved = f"{sum(s.bytes for s in sites) / 2**30:.2f} GiB"
+        row += [f"{site.stream}", operations_text(flops), moved, site.name]
+    style = {TokenWise.YES: "green", TokenWise.NO: BAD}.get(site.tokens.wise, "")
+    mark = f" ({number})" if number else ""
+    kind = BAD if site.kind is SiteKind.UNKNOWN else ""
+    return [Text(row[0], kind), *map(Text, row[1:]), Text(f"{site.tokens.wise.value}{mark}", style)]
+
+
+def _flops(structure: ModelStructure, run: Sequence[Block]) -> int:
+    return sum(site.flops for block in run for site in structure.sites_of(block))
+
+
+def _reason(site: Site) -> str:
+    return _NUMBER.sub(".*", site.tokens.reason)
+
+
+def _reasons(structure: ModelStructure) -> list[str]:
+    """What keeps tokens together, by operator and module."""
+    return list(dict.fromkeys(_reason(site) for site in structure.sites if site.tokens.reason))
+
+
+def facts(structure: ModelStructure, *, everything: bool = False) -> Iterator[Text]:
+    """What cannot be refreshed alone or cached, and by which operator; what leaves the steps."""
+    reasons = _reasons(structure)
+    shown = reasons if everything else reasons[:MOST_RUNS]
+    for number, reason in enumerate(shown, 1):
+        yield Text(f"({number}) {reason}", FAINT)
+    if len(shown) < len(reasons):
+        yield Text(f"and {len(reasons) - len(shown)} more (--all)", FAINT)
+    unknown = [site for site in structure.sites if site.kind is SiteKind.UNKNOWN]
+    if unknown:
+        yield Text(f"of kind unknown, with an operator that nobody registered: {len(unknown)} sites", BAD)
+    yield Text.assemble(("leaves the steps: ", "bold"), invariant_text(structure) or "nothing")
 
 
 def invariant_text(structure: ModelStructure) -> str:
     """What does not depend on the latent, and is computed once for many steps."""
-    counts = {pace: list(structure.invariants.values()).count(pace) for pace in Pace}
+    counts = Counter(structure.invariants.values())
+    shares = {pace: structure.invariant_flops[pace] / structure.flops for pace in counts}
     return "; ".join(
-        f"{count} values, {structure.invariant_flops[pace] / structure.flops:.2%} of the work, {pace.value}"
-        for pace, count in counts.items()
-        if count
+        f"{counts[pace]} value{'s'[: counts[pace] - 1]}, {shares[pace]:.2%} of the work, {pace.value}"
+        for pace in Pace
+        if counts[pace]
     )
 
 
-def operations(count: float) -> str:
-    """Floating-point operations with a fitting unit."""
-    unit, name = next(((u, n) for u, n in ((1e12, "TFLOP"), (1e9, "GFLOP")) if count >= u), (1e6, "MFLOP"))
-    return f"{count / unit:.2f} {name}"
-
-
-def equal_runs(structure: ModelStructure) -> list[list[Block]]:
-    """Adjacent blocks of one list whose sites are alike."""
-
-    def likeness(block: Block) -> tuple[object, ...]:
-        sites = tuple((s.kind, s.stream, s.shape, s.tokens.wise) for s in structure.sites_of(block))
-        return block.path.rpartition(".")[0], sites
-
-    runs: list[list[Block]] = []
-    for block in structure.blocks:
-        if runs and likeness(runs[-1][-1]) == likeness(block):
-            runs[-1].append(block)
-        else:
-            runs.append([block])
-    return runs
-
-
-def plan_table(plans: dict[str, Plan], refused: dict[str, Refusal], steps: int) -> Table:
-    """One row per policy."""
-    table = Table(
-        "policy", "steps by kind", "work", "fewer FLOPs", "predicted speedup", "cache", title=f"{steps} steps"
-    )
-    for plan in plans.values():
-        kinds = [step.kind for step in plan.steps]
-        table.add_row(
-            plan.policy,
-            ", ".join(f"{kinds.count(kind)} {kind}" for kind in dict.fromkeys(kinds)),
-            operations(plan.flops),
-            f"{plan.flop_speedup:.2f}x",
-            f"{plan.predicted_speedup:.2f}x",
-            f"{plan.cache_bytes / 2**20:.1f} MiB",
-        )
-    for name, error in refused.items():
-        reason = error.what if isinstance(error, CacheTooLarge) else error.why
-        table.add_row(name, f"[yellow]does not fit:[/yellow] {reason}", "", "", "", "")
-    return table
-
-
-def plan_text(plan: Plan) -> str:
-    """The plan's grid with equal consecutive steps folded."""
-    lines = plan.grid().splitlines()
-    cells = [line.split(maxsplit=1)[1] for line in lines]
-    folded: list[str] = []
-    start = 0
-    for i in range(1, len(lines) + 1):
-        if i == len(lines) or cells[i] != cells[start]:
-            label = f"{start}" if i - start == 1 else f"{start}-{i - 1}"
-            folded.append(f"{label:>7}  {cells[start]}")
-            start = i
-    legend = "F computed, t some tokens, . reused, f forecast, - skipped; a letter per site, blocks apart, stack last"
-    return "\n".join(["", plan.summary(), *plan.notes(), f"   step  kind, share of a full step, {legend}", *folded])
-
-
-def as_data(
-    name: str, structure: ModelStructure, plans: dict[str, Plan], refused: dict[str, Refusal]
-) -> dict[str, Any]:
+def as_data(name: str, structure: ModelStructure, found: Candidates) -> dict[str, Any]:
     """Everything that is printed, as plain data."""
     return {
         "model": name,
@@ -174,30 +223,15 @@ def as_data(
         "invariants": {name: pace.name.lower() for name, pace in structure.invariants.items()},
         "inputs": {item.name: item.role.value for item in structure.inputs if item.role.is_given},
         "blocks": [{"id": b.id, "path": b.path, "kind": b.kind, "sites": list(b.sites)} for b in structure.blocks],
-        "sites": [_site_data(structure.sites, i) for i in range(len(structure.sites))],
-        "policies": {
-            key: {
-                "flops": plan.flops,
-                "flop_speedup": plan.flop_speedup,
-                "predicted_speedup": plan.predicted_speedup,
-                "cache_bytes": plan.cache_bytes,
-                "setting_for": plan.meant_for,
-                "notes": plan.notes(),
-                "dropped": [label for item in plan.dropped for label in item.labels],
-                "steps": [
-                    {"kind": step.kind, "actions": "".join(site.action.symbol for site in step.sites)}
-                    for step in plan.steps
-                ],
-            }
-            for key, plan in plans.items()
-        },
-        "refused": {key: error.what for key, error in refused.items()},
+        "sites": [_site_data(site) for site in structure.sites],
+        "policies": {name: options.plan_data(item.plan) for item in found.plans for name in item.names},
+        "refused": {name: error.what for name, error in found.refused.items()},
     }
 
 
-def _site_data(sites: Sequence[Site], number: int) -> dict[str, Any]:
-    data = dataclasses.asdict(sites[number])
+def _site_data(site: Site) -> dict[str, Any]:
+    data = dataclasses.asdict(site)
     tokens = data.pop("tokens")
-    data["kind"] = sites[number].kind.value
-    data["tokens"] = {**tokens, "wise": sites[number].tokens.wise.value}
+    data["kind"] = site.kind.value
+    data["tokens"] = {**tokens, "wise": site.tokens.wise.value}
     return data

@@ -16,9 +16,12 @@ from dicompile.cli.cache import cache_app
 from dicompile.cli.compare import EXTRA, compare_command
 from dicompile.cli.fit_forecast import fit_forecast_command
 from dicompile.cli.inspect import inspect
+from dicompile.cli.plan import plan_command
+from dicompile.cli.policy import policies, policy_app
 from dicompile.cli.router import router_app
 from dicompile.cli.train_predictor import train_predictor_command
 from dicompile.cli.train_router import train_router_command
+from dicompile.cli.zoo import models
 from dicompile.errors import DicompileError
 
 DEMO_EXTRA = {**EXTRA, "matplotlib": "matplotlib"}
@@ -66,6 +69,10 @@ def demo(
 
 
 app.command()(inspect)
+app.command("plan")(plan_command)
+app.command()(models)
+app.command()(policies)
+app.add_typer(policy_app, name="policy")
 app.command()(bench)
 app.command("compare")(compare_command)
 app.command("fit-forecast")(fit_forecast_command)

@@ -5,11 +5,15 @@ A model is built of fake tensors: structure and plans need shapes, not weights, 
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import importlib
 import inspect
 import json
+import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,44 +21,172 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from dicompile.analysis import ModelStructure, analyse
+from dicompile.capture import Capture, capture_model
 from dicompile.errors import DicompileError
+from dicompile.zoo import MODELS, Published, get_diffusers, get_model
 
 DEMO = Path(__file__).resolve().parents[1] / "demo" / "assets" / "shapes_dit"
 TEXT_TOKENS = 77
 
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_PICTURE = re.compile(r"(\d+)(?:x(\d+))?")
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What a model is given, as far as the user says it.
+
+    Attributes:
+        batch: rows of the batch; where guidance is computed in one call, it takes two per picture.
+        size: of the picture in pixels, ``1024`` or ``480x832`` (height first); of well-known models only.
+        frames: of the film; of well-known models only.
+        text: tokens of the prompt.
+        latent: edge of the latent; of 'demo' and folders only.
+    """
+
+    batch: int | None = None
+    size: str | None = None
+    frames: int | None = None
+    text: int | None = None
+    latent: int | None = None
+
+    @property
+    def picture(self) -> tuple[int, int] | None:
+        """Height and width in pixels.
+
+        Raises:
+            DicompileError: `size` is neither a number nor two.
+        """
+        if self.size is None:
+            return None
+        match = _PICTURE.fullmatch(self.size)
+        if match is None:
+            raise DicompileError(
+                f"size cannot be {self.size!r}", where="--size", fix="write 1024, or height x width: 480x832"
+            )
+        return int(match[1]), int(match[2] or match[1])
+
+    def refuse(self, what: str, **given: object) -> None:
+        """Refuse options that mean nothing for a kind of model.
+
+        Raises:
+            DicompileError: one of them was given.
+        """
+        named = ", ".join(f"--{name}" for name, value in given.items() if value is not None)
+        if named:
+            raise DicompileError(
+                f"{what} takes no {named}",
+                where="MODEL",
+                why="--size, --frames are for well-known models; --latent for 'demo' and folders; a factory brings all",
+                fix=f"leave out {named}",
+            )
+
 
 class Loaded(NamedTuple):
-    """A model to look at: its name, module, keyword arguments of its forward, and the mode of their fake tensors."""
+    """A model to look at.
+
+    Attributes:
+        name: what to call it.
+        module: of fake tensors.
+        inputs: keyword arguments of its forward.
+        fake_mode: the mode of their tensors.
+        about: where it comes from, and what it is given.
+    """
 
     name: str
     module: nn.Module
     inputs: dict[str, Any]
     fake_mode: FakeTensorMode
+    about: tuple[str, ...] = ()
+
+    @property
+    def parameters(self) -> int:
+        """Number of parameters."""
+        return sum(parameter.numel() for parameter in self.module.parameters())
+
+    def structure(self) -> tuple[Capture, ModelStructure]:
+        """Its graph, and what the analysis finds in it; nothing is compiled."""
+        with self.fake_mode:
+            capture = capture_model(self.module, self.inputs)
+            return capture, analyse(capture)
 
 
-def load(model: str, batch: int, size: int | None) -> Loaded:
-    """Resolve MODEL: "demo", ``module:factory``, or a folder that a diffusers model or pipeline was saved to.
+@contextlib.contextmanager
+def uncollected() -> Iterator[None]:
+    """Without Python's garbage collector, which takes a sixth of the time where so much is made that stays."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
+
+
+def load(model: str, shape: Shape = Shape(), *, download: bool = False) -> Loaded:
+    """Resolve MODEL: a well-known name, "demo", ``module:factory``, a folder that diffusers saved, or a hub id.
 
     Args:
         model: what the user wrote. A factory returns a module and a dict of keyword arguments.
-        batch: rows of the batch; classifier-free guidance in one call needs two per picture.
-        size: edge of the latent, or None for the one in the config.
+        shape: what the model is given.
+        download: whether the config (nothing else) of a hub id may be fetched.
 
     Raises:
         DicompileError: it is none of these, or its inputs cannot be guessed.
     """
-    if model == "demo":
-        return _from_folder(DEMO, batch, size)
-    if Path(model).is_dir():
-        return _from_folder(Path(model), batch, size)
+    if model == "demo" or Path(model).is_dir():
+        shape.refuse(model, size=shape.size, frames=shape.frames)
+        return _from_folder(DEMO if model == "demo" else Path(model), shape)
     if ":" in model:
+        shape.refuse(model, **asdict(shape))
         return _from_factory(model)
-    raise DicompileError(
-        f"there is no model {model!r}",
-        where="MODEL",
-        why="it is neither 'demo', nor an existing folder, nor module:factory",
-        fix="dicompile inspect demo",
-    )
+    if _HUB_ID.fullmatch(model):
+        shape.refuse(model, size=shape.size, frames=shape.frames)
+        return _from_hub(model, shape, download=download)
+    shape.refuse(model, latent=shape.latent)
+    known = get_model(model, why="nor is it 'demo', a folder that exists, module:factory, or a hub id")
+    return _from_zoo(known, shape)
+
+
+def _from_zoo(known: Published, shape: Shape) -> Loaded:
+    size = known.sized(shape.picture, shape.frames, shape.text)
+    batch = shape.batch or known.batch
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    with mode:
+        module, inputs = known.build(size), known.call(size, batch)
+        if known.is_lazy:
+            module(**inputs)
+    about = (f"{known.describe(size)}, batch {batch}", f"config: {known.source}")
+    return Loaded(f"{known.title} ({type(module).__name__})", module, inputs, mode, about)
+
+
+def _from_hub(name: str, shape: Shape, *, download: bool) -> Loaded:
+    """The model whose config lies on the hub, if the user said that it may be fetched.
+
+    Raises:
+        DicompileError: the user did not, or it cannot be.
+    """
+    known = [model.name for model in MODELS.values() if model.source.partition(",")[0].lower() == name.lower()]
+    if not download:
+        raise DicompileError(
+            f"{name} would have to be fetched",
+            where="MODEL",
+            why="it is no folder here, and nothing is downloaded unasked",
+            fix=f"its config is bundled: {known[0]}" if known else "--download fetches its config.json, no weights",
+        )
+    diffusers = get_diffusers()
+    try:
+        try:
+            config = diffusers.AutoModel.load_config(name, subfolder="transformer")
+        except OSError:
+            config = diffusers.AutoModel.load_config(name)
+    except OSError as error:
+        raise DicompileError(
+            f"no config of {name} could be fetched", where="MODEL", why=" ".join(str(error).split()),
+            fix="save the model to a folder and give that",
+        ) from None  # fmt: skip
+    return _from_config(name, _class_of(config, name), config, shape, f"config: {name} on the Hugging Face hub")
 
 
 def factory_of(spelled: str) -> Callable[[], Any]:
@@ -105,29 +237,39 @@ def transformer_of(folder: Path) -> tuple[Path, Any]:
             why="neither config.json nor transformer/config.json is there",
             fix="give the folder that save_pretrained wrote",
         )
-    import diffusers
+    config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    return path, _class_of(config, str(path / "config.json"))
 
-    name = json.loads((path / "config.json").read_text(encoding="utf-8")).get("_class_name")
+
+def _class_of(config: Mapping[str, Any], where: str) -> Any:
+    diffusers, name = get_diffusers(), config.get("_class_name")
     kind = getattr(diffusers, str(name), None)
     if kind is None:
         raise DicompileError(
             f"diffusers {diffusers.__version__} has no class {name!r}",
-            where=str(path / "config.json"),
+            where=where,
             fix="install the diffusers version that saved the model",
         )
-    return path, kind
+    return kind
 
 
-def _from_folder(folder: Path, batch: int, size: int | None) -> Loaded:
+def _from_folder(folder: Path, shape: Shape) -> Loaded:
     path, kind = transformer_of(folder)
+    return _from_config(folder.name, kind, kind.load_config(path), shape)
+
+
+def _from_config(name: str, kind: Any, config: Any, shape: Shape, *about: str) -> Loaded:
+    batch = shape.batch or 2
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     with mode:
-        module = kind.from_config(kind.load_config(path)).eval()
-        inputs = example_inputs(module, batch, size)
-    return Loaded(f"{folder.name} ({kind.__name__})", module, inputs, mode)
+        module = kind.from_config(config).eval()
+        inputs = example_inputs(module, batch, shape.latent, shape.text or TEXT_TOKENS)
+    latent = next(iter(inputs.values()))
+    size = f"latent {'x'.join(map(str, latent.shape[1:]))}, batch {batch}"
+    return Loaded(f"{name} ({kind.__name__})", module, inputs, mode, (size, *about))
 
 
-def example_inputs(module: nn.Module, batch: int, size: int | None) -> dict[str, Any]:
+def example_inputs(module: nn.Module, batch: int, size: int | None, text: int = TEXT_TOKENS) -> dict[str, Any]:
     """Inputs by the names that diffusers gives to forward arguments, with sizes from the model's config.
 
     Raises:
@@ -135,7 +277,7 @@ def example_inputs(module: nn.Module, batch: int, size: int | None) -> dict[str,
     """
     config: Mapping[str, Any] = getattr(module, "config", {})
     edge = size or config.get("sample_size") or 32
-    makers = _argument_makers(config, batch, int(edge))
+    makers = _argument_makers(config, batch, int(edge), text)
     parameters = inspect.signature(inspect.unwrap(module.forward)).parameters
     inputs: dict[str, Any] = {}
     for name, parameter in parameters.items():
@@ -158,7 +300,7 @@ _WANTED = (
 )  # fmt: skip
 
 
-def _argument_makers(config: Mapping[str, Any], batch: int, edge: int) -> dict[str, Callable[[], Any]]:
+def _argument_makers(config: Mapping[str, Any], batch: int, edge: int, text: int) -> dict[str, Callable[[], Any]]:
     channels = config.get("in_channels", 4)
     packed = "axes_dims_rope" in config
     latent = (batch, (edge // 2) ** 2, channels) if packed else (batch, channels, edge, edge)
@@ -174,10 +316,10 @@ def _argument_makers(config: Mapping[str, Any], batch: int, edge: int) -> dict[s
         "hidden_states": floating(*latent),
         "timestep": floating(batch) if packed else lambda: torch.empty(batch, dtype=torch.long),
         "class_labels": lambda: torch.empty(batch, dtype=torch.long) if config.get("num_embeds_ada_norm") else None,
-        "encoder_hidden_states": lambda: torch.empty(batch, TEXT_TOKENS, text_width) if text_width else None,
+        "encoder_hidden_states": lambda: torch.empty(batch, text, text_width) if text_width else None,
         "pooled_projections": lambda: torch.empty(batch, config["pooled_projection_dim"]),
         "img_ids": floating((edge // 2) ** 2, 3),
-        "txt_ids": floating(TEXT_TOKENS, 3),
+        "txt_ids": floating(text, 3),
         "guidance": lambda: torch.empty(batch) if config.get("guidance_embeds") else None,
         "added_cond_kwargs": lambda: {"resolution": None, "aspect_ratio": None},
         "return_dict": lambda: False,

@@ -11,11 +11,14 @@ from dicompile.analysis import BlockId, ModelStructure
 from dicompile.plan.action import Action, Score, Slot
 from dicompile.plan.memory import UNLIMITED, CacheOptions
 from dicompile.plan.schedule import TimestepSchedule
-from dicompile.text import size_text
+from dicompile.text import ranges_text, size_text
 
 FLOPS_PER_BYTE = 165.0
 """Balance of an H200 in bfloat16: 790 TFLOP/s over 4.8 TB/s; used for the predicted speedup."""
 
+
+WORTHWHILE = 1.05
+"""Predicted speedup below which no gain is expected."""
 
 _NUMBER = re.compile(r"\.\d+")  # of blocks and layers in a module path
 
@@ -112,6 +115,7 @@ class Plan:
         block_sites: numbers of the sites of every block.
         block_spans: numbers of the spans of a block, by its first site.
         stack: numbers of the spans of the stack.
+        labels: of every site and span, by number: "3.mlp".
         cache: how much may be remembered, and in which numbers.
         dropped: what is computed at every step because there is no room to remember it.
         whole: labels of the sites that the policy would refresh token by token, but which mix tokens and are reused
@@ -132,6 +136,7 @@ class Plan:
     block_sites: tuple[tuple[int, ...], ...] = field(repr=False, default=())
     block_spans: dict[int, tuple[int, ...]] = field(repr=False, default_factory=dict)
     stack: tuple[int, ...] = field(repr=False, default=())
+    labels: tuple[str, ...] = field(repr=False, default=())
     cache: CacheOptions = UNLIMITED
     dropped: tuple[Dropped, ...] = ()
     whole: tuple[tuple[str, str], ...] = ()
@@ -165,12 +170,12 @@ class Plan:
     @property
     def cache_bytes(self) -> int:
         """Largest number of bytes held between two steps, for one guidance context (see `dicompile.plan.memory`)."""
-        return max((sum(self.slot_bytes[slot] for slot in step.live) for step in self.steps), default=0)
+        return max(map(self.held, range(len(self.steps))), default=0)
 
     @property
     def fullest(self) -> int:
         """The first step after which most is held."""
-        held = [sum(self.slot_bytes[slot] for slot in step.live) for step in self.steps]
+        held = [self.held(step) for step in range(len(self.steps))]
         return held.index(max(held))
 
     @property
@@ -228,6 +233,37 @@ class Plan:
         unmatched = [f"a rule for {kinds} sites: the model has none" for kinds in self.unmatched]
         return [*filter(None, (self.first_that_fits, self.drops())), *whole, *unmatched]
 
+    def held(self, step: int) -> int:
+        """Bytes held between step number `step` of the run and the next one, for one guidance context."""
+        return sum(self.slot_bytes[slot] for slot in self.steps[step].live)
+
+    def speedup_of(self, step: int) -> float:
+        """Predicted time of a step without caching over that of step number `step` of the run."""
+        return self.baseline_time / len(self.steps) / self.steps[step].time if self.steps[step].time else 1.0
+
+    def no_gain(self) -> str:
+        """Why no gain worth the name is expected, in one line; empty if one is."""
+        if self.predicted_speedup >= WORTHWHILE:
+            return ""
+        full = sum(step.kind == "full" for step in self.steps)
+        if full == len(self.steps):
+            why = "every step computes everything"
+        elif full * 2 > len(self.steps):
+            why = (
+                f"{full} of {len(self.steps)} steps compute everything; more steps, or a longer interval, leave others"
+            )
+        elif self.flop_speedup >= WORTHWHILE:
+            why = "what is saved is cheap: at these sizes memory traffic decides, not operations"
+        else:
+            why = "the sites that are reused are a small part of the work"
+        return f"no gain expected ({self.predicted_speedup:.2f}x): {why}"
+
+    def _repr_html_(self) -> str:
+        """The plan in a notebook."""
+        from dicompile.plan.html import plan_html
+
+        return plan_html(self)
+
     def __str__(self) -> str:
         legend = "F computed   t some tokens   . reused   f forecast   b blended   - skipped, a span is reused"
         return "\n".join((self.summary(), *self.notes(), legend, self.grid()))
@@ -240,17 +276,10 @@ def _by_kind(labels: Sequence[str]) -> str:
         block, _, kind = label.partition(".")
         blocks.setdefault(kind, []).append(int(block))
     parts = [
-        "the stack" if kind == "stack" else f"{kind} of block{'s'[: len(set(numbers)) - 1]} {_ranges(numbers)}"
+        "the stack" if kind == "stack" else f"{kind} of block{'s'[: len(set(numbers)) - 1]} {ranges_text(numbers)}"
         for kind, numbers in blocks.items()
     ]
     return ", ".join(parts)
-
-
-def _ranges(numbers: Sequence[int]) -> str:
-    numbers = sorted(set(numbers))
-    starts = [n for n in numbers if n - 1 not in numbers]
-    ends = [n for n in numbers if n + 1 not in numbers]
-    return " ".join(f"{a}" if a == b else f"{a}-{b}" for a, b in zip(starts, ends, strict=True))
 
 
 def sites_by_block(structure: ModelStructure) -> tuple[tuple[int, ...], ...]:

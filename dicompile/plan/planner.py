@@ -6,6 +6,7 @@ import itertools
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from typing import NamedTuple
 
 from dicompile.analysis import ModelStructure, Site, SiteId, SiteKind, TokenWise
 from dicompile.plan.action import COMPUTE, HISTORIC, Action, Context, Score, ScoreBase, Selection, Slot, SlotKind, What
@@ -91,6 +92,7 @@ def plan_actions(
             for block in structure.blocks
         },
         stack=tuple(int(span.id) for span in structure.spans if span.kind is SiteKind.STACK),
+        labels=tuple(site.label for site in structure.everything),
         cache=cache,
     )
 
@@ -115,6 +117,7 @@ def _with_reads(structure: ModelStructure, rows: Sequence[Row]) -> list[tuple[Si
     """Slots that every action reads and could write, before anybody asked whether they are needed."""
     clocks = [0] * len(structure.everything)
     owners = [attention_owner(structure, site) for site in structure.everything]
+    own = [_own_slots(site, owner) for site, owner in zip(structure.everything, owners, strict=True)]
     result = []
     for row in rows:
         sources = _score_sources(structure, row)
@@ -125,7 +128,8 @@ def _with_reads(structure: ModelStructure, rows: Sequence[Row]) -> list[tuple[Si
             source = sources.get(int(site.id))
             owner = owners[site.id]
             runs = owner is not None and row[owner].is_full  # then its fresh attention is at hand
-            steps.append(_site_step(site, action, clocks[site.id], source[0] if source else None, owner, runs))
+            clock = clocks[site.id]
+            steps.append(_site_step(site, own[site.id], action, clock, source[0] if source else None, owner, runs))
             clocks[site.id] += not action.is_full and not action.is_skip
         result.append((tuple(steps), wanted))
     return _with_score_bases(result)
@@ -146,25 +150,45 @@ def _score_sources(structure: ModelStructure, row: Row) -> dict[int, tuple[Site,
     return sources
 
 
-def _site_step(
-    site: Site, action: Action, clock: int, source: Site | None, owner: SiteId | None, owner_runs: bool
-) -> SiteStep:
+class _Own(NamedTuple):
+    """The newest slots of one site, made once and not at every step, and what computing it whole could write."""
+
+    value: Slot
+    stamp: Slot
+    score: Slot
+    attention: Slot
+    all: tuple[Slot, ...]
+
+
+def _own_slots(site: Site, owner: SiteId | None) -> _Own:
     value, stamp, score = (Slot.of(site.id, kind) for kind in (SlotKind.VALUE, SlotKind.STAMP, SlotKind.SCORE))
     attention = Slot.of(site.id if owner is None else owner, SlotKind.ATTENTION)
-    owns = owner == site.id
+    written = (value, stamp, score, attention) if owner == site.id else (value, stamp, score)
+    return _Own(value, stamp, score, attention, written)
+
+
+def _site_step(
+    site: Site,
+    own: _Own,
+    action: Action,
+    clock: int,
+    source: Site | None,
+    owner: SiteId | None,
+    owner_runs: bool,
+) -> SiteStep:
+    if action.is_full:
+        return SiteStep(action, clock, (), own.all)
     kind = SlotKind.ATTENTION if action.what is What.ATTENTION else SlotKind.VALUE
     reads = [Slot.of(site.id, kind, age) for age, weight in enumerate(action.weights[1:]) if weight]
-    if action.is_full:
-        writes = [value, stamp, score, *([attention] if owns else [])]
-    elif action.tokens is not None:
-        reads += [stamp] if action.tokens.score.age_weight else []
+    if action.tokens is not None:
+        reads += [own.stamp] if action.tokens.score.age_weight else []
         reads += [Slot.of(source.id, SlotKind.SCORE)] if source else []
-        reads += [attention] if _reads_attention(site, action.tokens) and not owner_runs else []
+        reads += [own.attention] if _reads_attention(site, action.tokens) and not owner_runs else []
         own_rows = source is not None and source.id == site.id and action.tokens.score.base is ScoreBase.ENTROPY
-        writes = [*([value] if action.refreshes_store else []), stamp, *([score] if own_rows else [])]
+        writes = [*([own.value] if action.refreshes_store else []), own.stamp, *([own.score] if own_rows else [])]
     else:
         writes = [Slot.of(site.id, kind)] if action.computes else []
-        reads = reads if kind is SlotKind.VALUE or owns else []
+        reads = reads if kind is SlotKind.VALUE or owner == site.id else []
     return SiteStep(action, clock, tuple(reads), tuple(writes), source=source.id if source else None)
 
 
@@ -215,6 +239,12 @@ def _with_liveness(steps: Sequence[tuple[SiteStep, ...]]) -> list[tuple[tuple[Si
 
 def _live_site(site: SiteStep, number: int, live: dict[int, set[Slot]]) -> SiteStep:
     """The site with what is wanted of it; `live` is before it then what it was behind it."""
+    if not site.writes and site.action.tokens is None:  # it stores nothing: reused, forecast or skipped
+        for slot in site.reads:
+            live[slot.site].add(slot)
+        return site
+    if site.action.is_full and not live[number]:  # what it computes whole is its own, and nobody wants that
+        return SiteStep(site.action, site.clock)
     shifts = site.action.computes and site.action.tokens is None
     stored = {slot.kind for slot in site.writes} & set(HISTORIC)  # a blend computes attention without storing it
     own = {slot for slot in live[number] if slot.kind in stored}
@@ -231,7 +261,7 @@ def _live_site(site: SiteStep, number: int, live: dict[int, set[Slot]]) -> SiteS
     reads = (*site.reads, *stamps)
     for slot in reads:
         live[slot.site].add(slot)
-    return replace(site, reads=reads, writes=writes, history=history, score=score)
+    return SiteStep(site.action, site.clock, reads, writes, history, score, site.source)
 
 
 def _with_scales(

@@ -37,7 +37,7 @@ def test_the_full_size_is_the_published_one_and_its_inputs_fit(subject: Subject)
         parameters -= sum(p.numel() for n, p in module.named_parameters() if ".emb." in n)
         parameters += 1152 * 1001 + 256 * 1152 + 1152 * 1152 + 2 * 1152
     assert parameters / 1e9 == pytest.approx(BILLIONS[subject.name], rel=0.03)
-    assert subject.full.tokens == TOKENS[subject.name]
+    assert subject.model.tokens(subject.full) == TOKENS[subject.name]
 
 
 @every_subject
@@ -74,7 +74,7 @@ def test_an_unknown_model_is_named_beside_the_known_ones() -> None:
 
 def test_without_diffusers_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "diffusers", None)
-    with pytest.raises(DicompileError, match=r"pip install 'dicompile\[bench\]'"):
+    with pytest.raises(DicompileError, match=r"pip install 'dicompile\[diffusers\]'"):
         quick(SUBJECTS["dit"])
 
 

@@ -60,13 +60,6 @@ def test_a_file_that_is_no_router_is_an_error_of_ours(tmp_path: Path) -> None:
     assert isinstance(run("router", "show", tmp_path / "gone.pt").exception, InvalidRouter)
 
 
-def test_inspect_says_which_policies_it_left_out() -> None:
-    result = run("inspect", "demo", "--no-grid")
-    assert result.exit_code == 0, result.output
-    (line,) = [line for line in result.stdout.splitlines() if line.startswith("left out, as they need a file")]
-    assert "l2c" in line
-
-
 # Training -------------------------------------------------------------------------------------------------------------
 
 SHORT = ("--steps", 4, "--iterations", 3, "--batch", 2)
