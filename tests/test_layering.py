@@ -16,8 +16,8 @@ ROOT = Path(__file__).resolve().parents[1]
 FLOOR = ("errors", "compat", "config", "html", "latest", "text", "names", "nodes", "ops", "store")
 STAGES = ("capture", "analysis", "plan", "passes", "lower", "runtime")
 FRONT = (
-    "api", "backend", "bench", "cli", "compare", "compiler", "demo", "learn", "model", "offload", "pipelines", "wrapper",
-    "zoo",
+    "api", "backend", "bench", "cli", "compare", "compiler", "demo", "learn", "model", "offload", "pipelines",
+    "wrapper", "zoo",
 )  # fmt: skip
 MAPPED = ("passes", "runtime")  # top-level folders that install under dicompile
 PUBLIC = "__init__"  # dicompile/__init__.py, the public API
