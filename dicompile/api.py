@@ -189,7 +189,7 @@ def free(model: Any = None) -> None:
         session.clear()
         return
     for cached in _cached_in(model):
-        session.state_of(record_of(cached).calls.owner).free()
+        session.free(record_of(cached).calls.owner)
 
 
 def session(model: Any = None) -> contextlib.AbstractContextManager[Session]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -17,12 +17,14 @@ from dicompile.errors import StaleRead
 from dicompile.lower import Constant, Program
 from dicompile.plan import HISTORIC, Plan, Slot, StepPlan, TimestepSchedule
 from dicompile.runtime.contexts import ContextState
+from dicompile.runtime.graphs import Graphs, Outcome
 from dicompile.runtime.identify import Place, Signature, identify
 from dicompile.runtime.invariants import Kept, Tables
 from dicompile.runtime.owner import Owner
 from dicompile.runtime.report import UNCACHED
 from dicompile.runtime.session import ModelState, current_session
 from dicompile.runtime.storage import Lane, lane_for, run_calls
+from dicompile.same import Same
 
 log = logging.getLogger("dicompile")
 
@@ -43,6 +45,8 @@ class Step:
         held: bytes that are held after the step.
         results: register of every output and whether it has to be copied, or the output itself if it is no tensor.
         stored_copies: registers that are stored, and have to be copied since somebody else may write to them.
+        loads: name and register of what is put there before the first call, besides inputs, slots and numbers.
+        key: equal for steps of which one recording will do, but for numbers and places in memory.
     """
 
     plan: Plan
@@ -55,6 +59,8 @@ class Step:
     held: int
     results: tuple[tuple[int, bool] | Constant, ...]
     stored_copies: tuple[int, ...]
+    loads: tuple[tuple[Hashable, int], ...]
+    key: Same
 
     @classmethod
     def of(cls, plan: Plan, index: int, program: Program) -> Step:
@@ -84,7 +90,31 @@ class Step:
             held=sum(plan.slot_bytes[slot] for slot in contents),
             results=tuple(r if isinstance(r, Constant) else (r, r in program.shared_results) for r in program.results),
             stored_copies=tuple(sorted(program.shared_writes)),
+            loads=(
+                *((("invariant", name), register) for name, register in program.invariants),
+                *((("noise", item.site), item.register) for item in program.noise),
+                *((("weights", item.site), item.register) for item in program.weights),
+                *((("predicted", item.block), item.register) for item in program.predicted),
+            ),
+            key=Same((program, tuple(moves), slots)),
         )
+
+    def outputs(self, registers: Sequence[Any]) -> list[Any]:
+        """What the model returns; copies where slots may lie in the same memory."""
+        return [
+            r.value if isinstance(r, Constant) else registers[r[0]].clone() if r[1] else registers[r[0]]
+            for r in self.results
+        ]
+
+    def chosen(self, registers: Sequence[Any]) -> dict[int, torch.Tensor]:
+        """Tokens that sites refreshed."""
+        return {int(site): registers[register] for site, register in self.program.chosen}
+
+    def contents(self, registers: list[Any], old: Sequence[torch.Tensor | None]) -> list[torch.Tensor | None]:
+        """Slots after the step: fresh tensors are the new entries, and what no later step reads is dropped."""
+        for register in self.stored_copies:
+            registers[register] = registers[register].clone()
+        return [None if source is None else registers[~source] if source < 0 else old[source] for source in self.moves]
 
 
 class StepSource(Protocol):
@@ -125,6 +155,7 @@ class Executor:
         offload: whether slots are in host memory between the calls that use them.
         check: whether every read is held against the plan (see `dicompile.runtime.stamps`).
         warmup: what runs before steps are compiled; None if they are compiled when they are first wanted.
+        graphs: where steps are recorded as CUDA graphs; None if they are not.
     """
 
     def __init__(  # noqa: PLR0913 - named one by one
@@ -139,8 +170,9 @@ class Executor:
         offload: bool = False,
         check: bool = False,
         warmup: Warmup | None = None,
+        graphs: Graphs | None = None,
     ) -> None:
-        self.steps, self.signature, self.warmup = steps, signature, warmup
+        self.steps, self.signature, self.warmup, self.graphs = steps, signature, warmup, graphs
         self.seed, self.predictor, self.offload, self.check = seed, predictor, offload, check
         self.constants, self.tables = tuple(constants), tables
 
@@ -158,8 +190,7 @@ class Executor:
             with torch.no_grad(), torch._C._DisableAutocast():  # its casts are part of the code
                 place = identify(self.signature, owner, session, inputs)
                 step = self._step(state, owner, place)
-                whole = owner.link.schedule
-                return self._run(state, place, step, inputs, whole, keep_chosen=session.keep_chosen)
+                return self._run(owner, state, place, step, inputs, keep_chosen=session.keep_chosen)
         except BaseException:
             state.begin(None)
             raise
@@ -188,45 +219,69 @@ class Executor:
         return True
 
     def _run(
-        self,
-        state: ModelState,
-        place: Place,
-        step: Step,
-        inputs: Sequence[Any],
-        whole: TimestepSchedule,
-        *,
-        keep_chosen: bool,
+        self, owner: Owner, state: ModelState, place: Place, step: Step, inputs: Sequence[Any], *, keep_chosen: bool
     ) -> Sequence[Any]:
         program, context = step.program, place.context
         registers: list[Any] = [*inputs, *[None] * (program.registers - len(inputs))]
         try:
-            if context is not None:
-                self._load_slots(state, place, context, step, registers)
             self._load(registers, step, inputs, place.step)
             if program.invariants:
                 assert self.tables is not None
                 kept = state.tables.setdefault(self, Kept())
-                self.tables.load(program.invariants, registers, kept, whole, place.step)
+                self.tables.load(program.invariants, registers, kept, owner.link.schedule, place.step)
                 state.report.hoist(sum(each.bytes for each in state.tables.values()))
-            run_calls(program, registers, self._lane(place.call.latent))
-            results = [
-                r.value if isinstance(r, Constant) else registers[r[0]].clone() if r[1] else registers[r[0]]
-                for r in step.results
-            ]
-            if context is not None:
-                self._keep(state, place, context, step, registers)
-                context.chosen = {int(site): registers[r] for site, r in program.chosen} if keep_chosen else {}
             is_uncached = self.warmup is not None and step is self.warmup.uncached
+            if self.graphs is None or is_uncached:
+                outcome = self._compute(state, place, step, registers, keep_chosen=keep_chosen)
+            else:
+                outcome = self._replay(self.graphs, owner, state, place, step, registers, keep_chosen=keep_chosen)
+            if context is not None:
+                self._keep(state, place, context, step)
             state.report.count(UNCACHED if is_uncached else step.planned.kind, state.cache_bytes)
             if self.signature.remembers and place.is_last and step.planned.sites:
                 _end(state, step.plan.policy)
-            return results
+            return outcome.results
         finally:
             registers.clear()  # the traceback of an error may hold on to this frame
 
-    def _load_slots(
-        self, state: ModelState, place: Place, context: ContextState, step: Step, registers: list[Any]
-    ) -> None:
+    def _compute(
+        self, state: ModelState, place: Place, step: Step, registers: list[Any], *, keep_chosen: bool
+    ) -> Outcome:
+        """Run a step call by call."""
+        context = place.context
+        if context is not None:
+            self._load_slots(state, context, step, registers)
+        run_calls(step.program, registers, self._lane(place.call.latent))
+        results, chosen = step.outputs(registers), step.chosen(registers) if keep_chosen else {}
+        outcome = Outcome(results, chosen, [] if context is None else step.contents(registers, context.store))
+        if context is not None:
+            context.store, context.chosen = outcome.store, outcome.chosen
+        return outcome
+
+    def _replay(
+        self,
+        graphs: Graphs,
+        owner: Owner,
+        state: ModelState,
+        place: Place,
+        step: Step,
+        registers: list[Any],
+        *,
+        keep_chosen: bool,
+    ) -> Outcome:
+        """Run a step as a whole, if it was recorded."""
+        owner.graphs.add(graphs)
+        context = place.context
+        with graphs.turn():
+            if context is not None:
+                self._load_slots(state, context, step, registers)
+            outcome, how = graphs.run(step, registers, context, keep_chosen=keep_chosen)
+            if context is not None:
+                context.store, context.chosen = outcome.store, outcome.chosen
+        state.report.record(how, owner.graph_bytes)
+        return outcome
+
+    def _load_slots(self, state: ModelState, context: ContextState, step: Step, registers: list[Any]) -> None:
         store = context.store
         if self.check:
             reads = [number for number, _, _ in step.reads]
@@ -239,17 +294,12 @@ class Executor:
             if not stays:
                 store[number] = None
 
-    def _keep(self, state: ModelState, place: Place, context: ContextState, step: Step, registers: list[Any]) -> None:
-        """Rebind slots: fresh tensors are the new entries, and what no later step reads is dropped."""
-        for register in step.stored_copies:
-            registers[register] = registers[register].clone()
-        old = context.store
-        context.store = [
-            None if source is None else registers[~source] if source < 0 else old[source] for source in step.moves
-        ]
+    def _keep(self, state: ModelState, place: Place, context: ContextState, step: Step) -> None:
+        """Note that a call of a context is done, and what its slots hold now."""
         context.held = step.held
         if self.check:
-            context.stamps.advance(step, context.store, state.generation)
+            are_copied = context.buffers is not None
+            context.stamps.advance(step, context.store, state.generation, are_copied=are_copied)
         context.follow(place.call, place.step)
         if place.is_last:
             context.forget()  # nothing goes on from here

@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
+from dicompile.runtime.graphs import Graphs
+
 
 class Owner:
     """One model, as sessions know it. What they remember of it goes with it.
@@ -16,14 +18,26 @@ class Owner:
         link: to its schedule.
 
     Attributes:
+        graphs: recorded steps of the code that it ran.
         has_time: some code of it takes a timestep.
         constant: step of the code for which Dynamo made a constant of the timestep, by its signature.
     """
 
     def __init__(self, link: Any) -> None:
         self.link = link
+        self.graphs: weakref.WeakSet[Graphs] = weakref.WeakSet()
         self.has_time = False
         self.constant: dict[object, int] = {}
+
+    @property
+    def graph_bytes(self) -> int:
+        """Bytes that recorded steps hold."""
+        return sum(graphs.bytes for graphs in self.graphs)
+
+    def trim(self) -> None:
+        """Release recorded steps that no generation uses now."""
+        for graphs in list(self.graphs):
+            graphs.trim()
 
 
 class Owners:

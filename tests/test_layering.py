@@ -13,7 +13,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 
-FLOOR = ("errors", "compat", "config", "latest", "text", "names", "nodes", "ops", "store")
+FLOOR = ("errors", "compat", "config", "latest", "text", "names", "nodes", "ops", "same", "store")
 STAGES = ("capture", "analysis", "plan", "passes", "lower", "runtime")
 FRONT = ("api", "backend", "bench", "cli", "compiler", "demo", "learn", "model", "offload", "pipelines", "wrapper")
 MAPPED = ("passes", "runtime")  # top-level folders that install under dicompile
