@@ -346,7 +346,9 @@ class Graphs:
             results, chosen = step.outputs(own), step.chosen(own) if keep_chosen else {}
             return Outcome(results, chosen, buffers.keep(step, own, old))
 
-        outcome, how = self._replayed(buffers, (step.key, keep_chosen, *map(_address, (*start, *old))), compute)
+        moved = [old[source] for source in step.moves if source is not None and source >= 0]
+        key = (step.key, keep_chosen, *map(_address, (*start, *moved)))
+        outcome, how = self._replayed(buffers, key, compute)
         return self._given_away(outcome), how
 
     def _replayed(self, buffers: Buffers, key: Hashable, compute: Callable[[], Outcome]) -> tuple[Outcome, str]:
