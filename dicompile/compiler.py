@@ -195,12 +195,14 @@ def _tables(capture: Capture, pieces: Pieces) -> Tables | None:
     return Tables(pieces.invariants.functions, capture.input_position(Role.TIMESTEP), given)
 
 
-def _graphs(pieces: Pieces, arguments: Sequence[Any]) -> Graphs:
-    """Where the steps of a model are recorded."""
+def _graphs(pieces: Pieces, arguments: Sequence[Any]) -> Callable[[], Graphs]:
+    """What makes a place for recorded steps of a model."""
     capture = pieces.capture
     computed = pieces.invariants.left([node for node in results_of(capture.graph) if isinstance(node, fx.Node)])
     device = check_can_record(capture, arguments, computed)
-    return Graphs(recorder_of(device), [i for i, item in enumerate(capture.inputs) if item.role.is_given])
+    given = [i for i, item in enumerate(capture.inputs) if item.role.is_given]
+    own = [i for i, item in enumerate(capture.inputs) if not item.role.is_given]
+    return functools.partial(Graphs, recorder_of(device), given, own)
 
 
 def reset() -> None:

@@ -155,7 +155,7 @@ class Executor:
         offload: whether slots are in host memory between the calls that use them.
         check: whether every read is held against the plan (see `dicompile.runtime.stamps`).
         warmup: what runs before steps are compiled; None if they are compiled when they are first wanted.
-        graphs: where steps are recorded as CUDA graphs; None if they are not.
+        graphs: makes a place for steps that are recorded as CUDA graphs; None if they are not.
     """
 
     def __init__(  # noqa: PLR0913 - named one by one
@@ -170,7 +170,7 @@ class Executor:
         offload: bool = False,
         check: bool = False,
         warmup: Warmup | None = None,
-        graphs: Graphs | None = None,
+        graphs: Callable[[], Graphs] | None = None,
     ) -> None:
         self.steps, self.signature, self.warmup, self.graphs = steps, signature, warmup, graphs
         self.seed, self.predictor, self.offload, self.check = seed, predictor, offload, check
@@ -234,7 +234,9 @@ class Executor:
             if self.graphs is None or is_uncached:
                 outcome = self._compute(state, place, step, registers, keep_chosen=keep_chosen)
             else:
-                outcome = self._replay(self.graphs, owner, state, place, step, registers, keep_chosen=keep_chosen)
+                graphs = owner.graphs_of(self, self.graphs)
+                outcome, how = self._replay(graphs, state, context, step, registers, keep_chosen=keep_chosen)
+                state.report.record(how, owner.graph_bytes)
             if context is not None:
                 self._keep(state, place, context, step)
             state.report.count(UNCACHED if is_uncached else step.planned.kind, state.cache_bytes)
@@ -261,25 +263,23 @@ class Executor:
     def _replay(
         self,
         graphs: Graphs,
-        owner: Owner,
         state: ModelState,
-        place: Place,
+        context: ContextState | None,
         step: Step,
         registers: list[Any],
         *,
         keep_chosen: bool,
-    ) -> Outcome:
-        """Run a step as a whole, if it was recorded."""
-        owner.graphs.add(graphs)
-        context = place.context
+    ) -> tuple[Outcome, str]:
+        """Run a step as a whole, if it was recorded; and how it ran."""
+        given = tuple(registers)
         with graphs.turn():
             if context is not None:
                 self._load_slots(state, context, step, registers)
             outcome, how = graphs.run(step, registers, context, keep_chosen=keep_chosen)
             if context is not None:
                 context.store, context.chosen = outcome.store, outcome.chosen
-        state.report.record(how, owner.graph_bytes)
-        return outcome
+        del given  # not before the caller's stream waits for what read it
+        return outcome, how
 
     def _load_slots(self, state: ModelState, context: ContextState, step: Step, registers: list[Any]) -> None:
         store = context.store

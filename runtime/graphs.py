@@ -231,6 +231,7 @@ class Buffers:
         self.pool = pool
         self.pool_bytes = 0
         self.static_bytes = 0
+        self.weights: tuple[int, ...] | None = None
         self.recordings: Latest[Recording | None] = Latest(MOST_RECORDINGS)
         self._statics: dict[Hashable, Static] = {}
         self._user: Callable[[], ContextState | None] = _nothing
@@ -301,16 +302,18 @@ class Buffers:
 
 
 class Graphs:
-    """Recorded steps of one compiled model, on as many sets of buffers as it had contexts at once.
+    """Recorded steps of one model by one compiled code, on as many sets of buffers as it had contexts at once.
 
     Args:
         recorder: of its device.
-        given: numbers of the inputs that calls bring; all others lie where they lie.
+        given: numbers of the inputs that calls bring.
+        own: numbers of those that lie where they lie: parameters, buffers and constants.
     """
 
-    def __init__(self, recorder: Recorder, given: Sequence[int]) -> None:
-        self.recorder, self._given = recorder, tuple(given)
+    def __init__(self, recorder: Recorder, given: Sequence[int], own: Sequence[int] = ()) -> None:
+        self.recorder, self._given, self._own = recorder, tuple(given), tuple(own)
         self._all: list[Buffers] = []
+        self._have_moved = False
 
     @property
     def bytes(self) -> int:
@@ -346,8 +349,9 @@ class Graphs:
             results, chosen = step.outputs(own), step.chosen(own) if keep_chosen else {}
             return Outcome(results, chosen, buffers.keep(step, own, old))
 
+        self._check_weights(buffers, tuple(_address(start[i]) for i in self._own))
         moved = [old[source] for source in step.moves if source is not None and source >= 0]
-        key = (step.key, keep_chosen, *map(_address, (*start, *moved)))
+        key = (step.key, keep_chosen, _settings(), *map(_address, (*start, *moved)))
         outcome, how = self._replayed(buffers, key, compute)
         return self._given_away(outcome), how
 
@@ -361,10 +365,27 @@ class Graphs:
             return outcome, PLAIN
         recording = recordings.get(key)
         if recording is None:
-            recording, how = recordings.put(key, self.recorder.record(compute, buffers.pool)), RECORDED
-            assert recording is not None
-            buffers.pool_bytes = self.recorder.bytes_of(buffers.pool)
+            recording, how = self._recorded(buffers, compute), RECORDED
+            recordings.put(key, recording)
         return recording.replay(), how
+
+    def _check_weights(self, buffers: Buffers, weights: tuple[int, ...]) -> None:
+        """Drop what was recorded with weights that have been moved or replaced since."""
+        if buffers.weights not in (None, weights):
+            buffers.recordings.clear()
+            if not self._have_moved:
+                log.warning("weights were moved or replaced: steps are recorded as CUDA graphs anew whenever they are")
+            self._have_moved = True
+        buffers.weights = weights
+
+    def _recorded(self, buffers: Buffers, compute: Callable[[], Outcome]) -> Recording:
+        try:
+            recording = self.recorder.record(compute, buffers.pool)
+        except BaseException:
+            buffers.pool = self.recorder.new_pool()  # in what state that leaves the old one, nobody knows
+            raise
+        buffers.pool_bytes = self.recorder.bytes_of(buffers.pool)
+        return recording
 
     def trim(self) -> None:
         """Release the buffers that belong to no context, with all that was recorded on them."""
@@ -394,6 +415,19 @@ class Graphs:
 
 def _nothing() -> None:
     return None
+
+
+def _settings() -> tuple[object, ...]:
+    """What kernels ask for when they are launched, and no compiled code depends on."""
+    cuda = torch.backends.cuda
+    return (
+        torch.get_float32_matmul_precision(),
+        torch.are_deterministic_algorithms_enabled(),
+        cuda.flash_sdp_enabled(),
+        cuda.mem_efficient_sdp_enabled(),
+        cuda.math_sdp_enabled(),
+        cuda.cudnn_sdp_enabled(),
+    )
 
 
 def _address(value: Any) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -18,25 +18,33 @@ class Owner:
         link: to its schedule.
 
     Attributes:
-        graphs: recorded steps of the code that it ran.
         has_time: some code of it takes a timestep.
         constant: step of the code for which Dynamo made a constant of the timestep, by its signature.
     """
 
     def __init__(self, link: Any) -> None:
         self.link = link
-        self.graphs: weakref.WeakSet[Graphs] = weakref.WeakSet()
+        self._graphs: weakref.WeakKeyDictionary[object, Graphs] = weakref.WeakKeyDictionary()
         self.has_time = False
         self.constant: dict[object, int] = {}
+
+    def graphs_of(self, code: object, make: Callable[[], Graphs]) -> Graphs:
+        """Recorded steps of some code that it runs; they go with it, and with the code."""
+        found = self._graphs.get(code)
+        if found is None:
+            known = weakref.WeakKeyDictionary(self._graphs)  # another thread may be looking through the old one
+            found = known[code] = make()
+            self._graphs = known
+        return found
 
     @property
     def graph_bytes(self) -> int:
         """Bytes that recorded steps hold."""
-        return sum(graphs.bytes for graphs in self.graphs)
+        return sum(graphs.bytes for graphs in self._graphs.values())
 
     def trim(self) -> None:
         """Release recorded steps that no generation uses now."""
-        for graphs in list(self.graphs):
+        for graphs in self._graphs.values():
             graphs.trim()
 
 

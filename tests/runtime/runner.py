@@ -84,7 +84,8 @@ class Runner:
         self.owner = Owner(self.link)
         self.signature = replace(signature(), **changes)
         given = [i for i, item in enumerate(model().capture.inputs) if item.role.is_given]
-        graphs = None if recorder is None else Graphs(recorder, given)
+        own = [i for i, item in enumerate(model().capture.inputs) if not item.role.is_given]
+        graphs = None if recorder is None else functools.partial(Graphs, recorder, given, own)
         self.others: dict[str, Tensor] = {}
         self.executor = Executor(
             self.source, self.signature, seed=seed, offload=offload, check=True, graphs=graphs
