@@ -239,6 +239,7 @@ class Executor:
                 state.report.record(how, owner.graph_bytes)
             if context is not None:
                 self._keep(state, place, context, step)
+                context.chosen = outcome.chosen
             state.report.count(UNCACHED if is_uncached else step.planned.kind, state.cache_bytes)
             if self.signature.remembers and place.is_last and step.planned.sites:
                 _end(state, step.plan.policy)
@@ -257,7 +258,7 @@ class Executor:
         results, chosen = step.outputs(registers), step.chosen(registers) if keep_chosen else {}
         outcome = Outcome(results, chosen, [] if context is None else step.contents(registers, context.store))
         if context is not None:
-            context.store, context.chosen = outcome.store, outcome.chosen
+            context.store = outcome.store
         return outcome
 
     def _replay(
@@ -277,7 +278,7 @@ class Executor:
                 self._load_slots(state, context, step, registers)
             outcome, how = graphs.run(step, registers, context, keep_chosen=keep_chosen)
             if context is not None:
-                context.store, context.chosen = outcome.store, outcome.chosen
+                context.store = outcome.store
         del given  # not before the caller's stream waits for what read it
         return outcome, how
 
