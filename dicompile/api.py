@@ -62,8 +62,12 @@ def optimize(
             steps.
         backend: "inductor" compiles; "eager" runs the rewritten graphs operator by operator, for debugging.
         options: of Inductor, as ``torch.compile`` takes them: ``{"max_autotune": True}``.
-        compile_mode: what ``torch.compile`` calls its mode: "max-autotune". CUDA graphs are never used, whatever it
-            says: they overwrite what they returned, and what a step stores is read steps later.
+        compile_mode: what ``torch.compile`` calls its mode: "max-autotune", or "reduce-overhead" for CUDA graphs. Those
+            of Inductor are never used, since they overwrite what an earlier step stored: each step is recorded as one
+            graph, on slots that never move, when it comes for the second time. They pay where launching kernels takes
+            longer than running them. Slots, copies of the inputs and the pool of the graphs stay after a generation,
+            for as many guidance contexts as there were at once (`RunReport.graph_bytes`), until `free`. Not for models
+            of which anything lies on a CPU, with a budget, or with a cache in host memory.
         warmup: "background" lets other processes compile. Sampling starts when the model is captured; a generation that
             begins before its code is there runs uncached, operator by operator, to its end, and the report says so.
         dynamic: False compiles every size by itself. By default the first size of batch, text or image is compiled by
@@ -98,8 +102,9 @@ def optimize(
 
     Raises:
         UnknownPolicy, InvalidPolicy: the policy does not exist or has an option that does not.
-        InvalidSetting: a backend, an option of Inductor, an attention or a cache option that does not exist, or is not
-            installed.
+        InvalidSetting: a backend, an option of Inductor, an attention or a cache option that does not exist, is not
+            installed, or does not go with another. The first call raises it where steps cannot be recorded as CUDA
+            graphs.
         InvalidSchedule: a caching policy for a module without a schedule.
         AlreadyOptimized: restore it first. A pipeline that shares a denoiser with an optimized one, and has a scheduler
             of its own, is optimized by itself: each has a wrapper around the same weights.
@@ -170,12 +175,12 @@ def enable(model: Any) -> None:
 
 
 def free(model: Any = None) -> None:
-    """Release what a generation that was left before its end has stored.
+    """Release what a generation that was left before its end has stored, and the memory of CUDA graphs.
 
-    A generation that reaches its last step, or fails, releases everything by itself. Only this session is freed (see
-    `dicompile.session`): a generation that runs in another one keeps what it needs. Another session is freed by its own
-    ``clear()``, that of a thread or task with its end. The generation that was left can go on; its next step computes
-    everything anew.
+    A generation that reaches its last step, or fails, releases everything else by itself. Only this session is freed
+    (see `dicompile.session`): a generation that runs in another one keeps what it needs. Another session is freed by
+    its own ``clear()``, that of a thread or task with its end. The generation that was left can go on; its next step
+    computes everything anew.
 
     Args:
         model: what `optimize` returned; nothing for all models, those of the bare backend among them.
@@ -188,7 +193,7 @@ def free(model: Any = None) -> None:
         session.clear()
         return
     for cached in _cached_in(model):
-        session.state_of(record_of(cached).calls.owner).free()
+        session.free(record_of(cached).calls.owner)
 
 
 def session(model: Any = None) -> contextlib.AbstractContextManager[Session]:

@@ -13,13 +13,14 @@ import torch
 from torch import fx, nn
 
 from dicompile.capture import NO_TIMESTEP, Said, ambient, capture_graph, input_names, open_numbers, read_inputs
-from dicompile.compiler import ONE_AT_A_TIME, Options, Same, compile_capture
+from dicompile.compiler import ONE_AT_A_TIME, Options, compile_capture
 from dicompile.errors import CannotCapture, InvalidSetting
 from dicompile.lower import Backend, Hoist, compile_plainly
 from dicompile.model import MOST_FRAMES
 from dicompile.plan import CacheOptions
 from dicompile.policies import get_policy
 from dicompile.runtime import SchedulerLink
+from dicompile.same import Same
 
 log = logging.getLogger("dicompile")
 
@@ -147,7 +148,8 @@ class Specialiser:
             with torch.no_grad():
                 capture = capture_graph(self.graph, self.names, arguments, self._said())
         except CannotCapture as refused:
-            log.warning("compiled without caching: %s (%s)", refused.what, refused.why)
+            without = "caching or CUDA graphs" if self.options.backend.records_steps else "caching"
+            log.warning("compiled without %s: %s (%s)", without, refused.what, refused.why)
             return compile_plainly(self.graph, arguments, self.options.backend)
         compiled = compile_capture(capture, arguments, self.options, Same(key))
         if not compiled.structure.sites:

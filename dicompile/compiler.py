@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from rich.progress import track
-from torch import Tensor, nn
+from torch import Tensor, fx
 
 from dicompile.analysis import ModelStructure, analyse
 from dicompile.capture import CAPTURES, MOST_CAPTURES, NO_TIMESTEP, NOTHING_SAID, Capture, Role, Said
@@ -23,6 +23,7 @@ from dicompile.config import DebugFolder, Settings
 from dicompile.errors import CallOutsideSchedule
 from dicompile.lower import (
     INDUCTOR,
+    PLAIN_TENSORS,
     SIZES,
     VARIANTS,
     Backend,
@@ -34,11 +35,13 @@ from dicompile.lower import (
     Request,
     VariantCache,
     ask_workers,
+    check_can_record,
     count_workers,
     network_predictor,
     requests_of,
     table_predictor,
 )
+from dicompile.nodes import results_of
 from dicompile.ops.flash import check_fits
 from dicompile.plan import (
     UNLIMITED,
@@ -55,7 +58,8 @@ from dicompile.plan import (
     make_plan,
 )
 from dicompile.policies import NoCache
-from dicompile.runtime import Executor, Owners, SchedulerLink, Signature, Step, Tables
+from dicompile.runtime import Executor, Graphs, Owners, SchedulerLink, Signature, Step, Tables, recorder_of
+from dicompile.same import Same
 
 log = logging.getLogger("dicompile")
 
@@ -64,9 +68,6 @@ ONE_AT_A_TIME = threading.RLock()
 
 torch.fx and Dynamo trace with global state; compiled code has none.
 """
-
-PLAIN_TENSORS = (Tensor, nn.Parameter, nn.Buffer)
-"""Tensors whose version and place in memory tell whether they have changed."""
 
 MOST_PLANS = 64
 """Plans of one captured model that are kept; a pipeline makes one for every number of steps that it is asked for."""
@@ -96,6 +97,9 @@ class Options:
     said: Said = NOTHING_SAID
     hoist: Hoist | None = None
 
+    def __post_init__(self) -> None:
+        self.backend.check_cache(self.cache)
+
     @functools.cached_property
     def owners(self) -> Owners:
         """Models that were compiled with these very options, where compiled code is shared between them."""
@@ -118,7 +122,7 @@ def compile_capture(capture: Capture, arguments: Sequence[Any], options: Options
 
     Raises:
         PolicyDoesNotFit: the model cannot do what the policy asks for.
-        InvalidSetting: no attention of it can be computed as the user asked.
+        InvalidSetting: no attention of it can be computed as the user asked, or its steps cannot be recorded.
         CacheTooLarge: the plan needs more memory than it may have.
     """
     if not options.backend.is_eager:
@@ -129,6 +133,7 @@ def compile_capture(capture: Capture, arguments: Sequence[Any], options: Options
     pieces = pieces_of(capture, _hoist(capture, arguments, options))
     structure = pieces.structure
     options.debug.write("structure", structure)
+    graphs = _graphs(pieces, arguments) if options.backend.records_steps else None
     predictor, own = _predictor(capture, structure, options)
     programs = Programs(pieces, options, own)
     if options.cache.max_bytes is not None:
@@ -143,6 +148,7 @@ def compile_capture(capture: Capture, arguments: Sequence[Any], options: Options
         offload=options.cache.device == "cpu",
         check=options.settings.check,
         warmup=Warmup(programs, uncached_step(pieces, options)) if options.backend.in_background else None,
+        graphs=graphs,
     )
     return CompiledFrame(structure, programs, executor)
 
@@ -189,6 +195,16 @@ def _tables(capture: Capture, pieces: Pieces) -> Tables | None:
     return Tables(pieces.invariants.functions, capture.input_position(Role.TIMESTEP), given)
 
 
+def _graphs(pieces: Pieces, arguments: Sequence[Any]) -> Callable[[], Graphs]:
+    """What makes a place for recorded steps of a model."""
+    capture = pieces.capture
+    computed = pieces.invariants.left([node for node in results_of(capture.graph) if isinstance(node, fx.Node)])
+    device = check_can_record(capture, arguments, computed)
+    given = [i for i, item in enumerate(capture.inputs) if item.role.is_given]
+    own = [i for i, item in enumerate(capture.inputs) if not item.role.is_given]
+    return functools.partial(Graphs, recorder_of(device), given, own)
+
+
 def reset() -> None:
     """Forget everything that models share in this process: captures, and compiled code that no model uses.
 
@@ -222,25 +238,6 @@ def _signature(
         remembers=bool(options.policy.rules),
         counts_calls=options.said.timestep == NO_TIMESTEP or not structure.sites,
     )
-
-
-class Same:
-    """A value that is compared at every call: hashed once, and found equal at once where it is the very one.
-
-    Args:
-        value: a tuple.
-    """
-
-    __slots__ = ("_hash", "_value")
-
-    def __init__(self, value: tuple[object, ...]) -> None:
-        self._value, self._hash = value, hash(value)
-
-    def __hash__(self) -> int:
-        return self._hash
-
-    def __eq__(self, other: object) -> bool:
-        return self is other or (isinstance(other, Same) and self._hash == other._hash and self._value == other._value)
 
 
 def _predictor(

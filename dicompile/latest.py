@@ -43,5 +43,8 @@ class Latest(Generic[Value]):
         """Drop all entries."""
         self._entries.clear()
 
+    def __contains__(self, key: Hashable) -> bool:
+        return key in self._entries
+
     def __len__(self) -> int:
         return len(self._entries)

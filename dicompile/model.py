@@ -30,11 +30,12 @@ from dicompile.capture import (
     is_number,
     with_python_numbers,
 )
-from dicompile.compiler import ONE_AT_A_TIME, CompiledFrame, Options, Same, compile_capture
+from dicompile.compiler import ONE_AT_A_TIME, CompiledFrame, Options, compile_capture
 from dicompile.errors import CannotCapture, NoSitesFound, TimestepNotFound
 from dicompile.names import sounds_like_time
 from dicompile.offload import check_weights_are_whole
 from dicompile.runtime import Owner
+from dicompile.same import Same
 
 log = logging.getLogger("dicompile")
 

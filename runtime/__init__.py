@@ -3,6 +3,7 @@
 from dicompile.runtime import kernels
 from dicompile.runtime.clock import SchedulerLink
 from dicompile.runtime.execute import Executor, Step, StepSource
+from dicompile.runtime.graphs import Graphs, recorder_of
 from dicompile.runtime.identify import Signature
 from dicompile.runtime.invariants import Tables
 from dicompile.runtime.owner import Owner, Owners
@@ -11,6 +12,7 @@ from dicompile.runtime.session import Session, cache_context, current_session, s
 
 __all__ = [
     "Executor",
+    "Graphs",
     "Owner",
     "Owners",
     "RunReport",
@@ -23,5 +25,6 @@ __all__ = [
     "cache_context",
     "current_session",
     "kernels",
+    "recorder_of",
     "session",
 ]

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 import torch
 
 from dicompile.plan import TimestepSchedule
+from dicompile.runtime.graphs import Buffers
 from dicompile.runtime.stamps import Stamps
 
 log = logging.getLogger("dicompile")
@@ -100,6 +101,7 @@ class ContextState:
         held: bytes of them.
         stamps: what is known of them, where reads are checked.
         chosen: tokens that sites refreshed at that step; kept only in a session that was told to.
+        buffers: memory in which its slots lie, where steps are recorded as CUDA graphs.
     """
 
     name: str
@@ -115,10 +117,11 @@ class ContextState:
     held: int = 0
     stamps: Stamps = field(default_factory=Stamps)
     chosen: dict[int, torch.Tensor] = field(default_factory=dict)
+    buffers: Buffers | None = None
 
     def forget(self) -> None:
         """Release everything."""
-        self.given, self.latent, self.held = {}, None, 0
+        self.given, self.latent, self.held, self.buffers = {}, None, 0, None
         self.store.clear()
         self.chosen.clear()
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -17,14 +17,19 @@ from dicompile.errors import StaleRead
 from dicompile.lower import Constant, Program
 from dicompile.plan import HISTORIC, Plan, Slot, StepPlan, TimestepSchedule
 from dicompile.runtime.contexts import ContextState
+from dicompile.runtime.graphs import Graphs, Outcome
 from dicompile.runtime.identify import Place, Signature, identify
-from dicompile.runtime.invariants import Kept, Tables
+from dicompile.runtime.invariants import Doubt, Kept, Tables
 from dicompile.runtime.owner import Owner
 from dicompile.runtime.report import UNCACHED
 from dicompile.runtime.session import ModelState, current_session
 from dicompile.runtime.storage import Lane, lane_for, run_calls
+from dicompile.same import Same
 
 log = logging.getLogger("dicompile")
+
+Load = Callable[..., Doubt | None]
+"""Loads what is computed outside of the steps: with or without doubts, for the first time or again."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +48,8 @@ class Step:
         held: bytes that are held after the step.
         results: register of every output and whether it has to be copied, or the output itself if it is no tensor.
         stored_copies: registers that are stored, and have to be copied since somebody else may write to them.
+        loads: name and register of what is put there before the first call, besides inputs, slots and numbers.
+        key: equal for steps of which one recording will do, but for numbers and places in memory.
     """
 
     plan: Plan
@@ -55,6 +62,8 @@ class Step:
     held: int
     results: tuple[tuple[int, bool] | Constant, ...]
     stored_copies: tuple[int, ...]
+    loads: tuple[tuple[Hashable, int], ...]
+    key: Same
 
     @classmethod
     def of(cls, plan: Plan, index: int, program: Program) -> Step:
@@ -84,12 +93,36 @@ class Step:
             held=sum(plan.slot_bytes[slot] for slot in contents),
             results=tuple(r if isinstance(r, Constant) else (r, r in program.shared_results) for r in program.results),
             stored_copies=tuple(sorted(program.shared_writes)),
+            loads=(
+                *((("invariant", name), register) for name, register in program.invariants),
+                *((("noise", item.site), item.register) for item in program.noise),
+                *((("weights", item.site), item.register) for item in program.weights),
+                *((("predicted", item.block), item.register) for item in program.predicted),
+            ),
+            key=Same((program, tuple(moves), slots)),
         )
 
     @functools.cached_property
     def is_repeatable(self) -> bool:
         """True if it takes no slot's content for the last time, so that running it twice holds no more memory."""
         return all(stays for _, _, stays in self.reads)
+
+    def outputs(self, registers: Sequence[Any]) -> list[Any]:
+        """What the model returns; copies where slots may lie in the same memory."""
+        return [
+            r.value if isinstance(r, Constant) else registers[r[0]].clone() if r[1] else registers[r[0]]
+            for r in self.results
+        ]
+
+    def chosen(self, registers: Sequence[Any]) -> dict[int, torch.Tensor]:
+        """Tokens that sites refreshed."""
+        return {int(site): registers[register] for site, register in self.program.chosen}
+
+    def contents(self, registers: list[Any], old: Sequence[torch.Tensor | None]) -> list[torch.Tensor | None]:
+        """Slots after the step: fresh tensors are the new entries, and what no later step reads is dropped."""
+        for register in self.stored_copies:
+            registers[register] = registers[register].clone()
+        return [None if source is None else registers[~source] if source < 0 else old[source] for source in self.moves]
 
 
 class StepSource(Protocol):
@@ -130,6 +163,7 @@ class Executor:
         offload: whether slots are in host memory between the calls that use them.
         check: whether every read is held against the plan (see `dicompile.runtime.stamps`).
         warmup: what runs before steps are compiled; None if they are compiled when they are first wanted.
+        graphs: makes a place for steps that are recorded as CUDA graphs; None if they are not.
     """
 
     def __init__(  # noqa: PLR0913 - named one by one
@@ -144,8 +178,9 @@ class Executor:
         offload: bool = False,
         check: bool = False,
         warmup: Warmup | None = None,
+        graphs: Callable[[], Graphs] | None = None,
     ) -> None:
-        self.steps, self.signature, self.warmup = steps, signature, warmup
+        self.steps, self.signature, self.warmup, self.graphs = steps, signature, warmup, graphs
         self.seed, self.predictor, self.offload, self.check = seed, predictor, offload, check
         self.constants, self.tables = tuple(constants), tables
 
@@ -163,8 +198,7 @@ class Executor:
             with torch.no_grad(), torch._C._DisableAutocast():  # its casts are part of the code
                 place = identify(self.signature, owner, session, inputs)
                 step = self._step(state, owner, place)
-                whole = owner.link.schedule
-                return self._run(state, place, step, inputs, whole, keep_chosen=session.keep_chosen)
+                return self._run(owner, state, place, step, inputs, keep_chosen=session.keep_chosen)
         except BaseException:
             state.begin(None)
             raise
@@ -193,60 +227,88 @@ class Executor:
         return True
 
     def _run(
-        self,
-        state: ModelState,
-        place: Place,
-        step: Step,
-        inputs: Sequence[Any],
-        whole: TimestepSchedule,
-        *,
-        keep_chosen: bool,
+        self, owner: Owner, state: ModelState, place: Place, step: Step, inputs: Sequence[Any], *, keep_chosen: bool
     ) -> Sequence[Any]:
         program, context = step.program, place.context
         registers: list[Any] = [*inputs, *[None] * (program.registers - len(inputs))]
         try:
-            if context is not None:
-                self._load_slots(state, place, context, step, registers)
             self._load(registers, step, inputs, place.step)
-            self._run_calls(state, place, step, registers, whole)
-            results = [
-                r.value if isinstance(r, Constant) else registers[r[0]].clone() if r[1] else registers[r[0]]
-                for r in step.results
-            ]
-            if context is not None:
-                self._keep(state, place, context, step, registers)
-                context.chosen = {int(site): registers[r] for site, r in program.chosen} if keep_chosen else {}
+            load = self._loading(state, owner, step, registers, place.step)
             is_uncached = self.warmup is not None and step is self.warmup.uncached
+            if self.graphs is None or is_uncached:
+                outcome = self._compute(state, place, step, registers, load, keep_chosen=keep_chosen)
+            else:
+                load()  # a recording stores when it runs, so it cannot run twice
+                graphs = owner.graphs_of(self, self.graphs)
+                outcome, how = self._replay(graphs, state, context, step, registers, keep_chosen=keep_chosen)
+                state.report.record(how, owner.graph_bytes)
+            if context is not None:
+                self._keep(state, place, context, step)
+                context.chosen = outcome.chosen
             state.report.count(UNCACHED if is_uncached else step.planned.kind, state.cache_bytes)
             if self.signature.remembers and place.is_last and step.planned.sites:
                 _end(state, step.plan.policy)
-            return results
+            return outcome.results
         finally:
             registers.clear()  # the traceback of an error may hold on to this frame
 
-    def _run_calls(
-        self, state: ModelState, place: Place, step: Step, registers: list[Any], whole: TimestepSchedule
-    ) -> None:
-        """Run the program; once more, if its timestep was not the one that was foretold."""
-        program, lane = step.program, self._lane(place.call.latent)
-        if not program.invariants:
-            run_calls(program, registers, lane)
-            return
-        assert self.tables is not None
-        kept = state.tables.setdefault(self, Kept())
-        load = functools.partial(self.tables.load, program.invariants, registers, kept, whole, place.step)
+    def _loading(self, state: ModelState, owner: Owner, step: Step, registers: list[Any], number: int) -> Load:
+        """What loads values that are computed outside of the steps; see `Tables.load`."""
+
+        def load(**how: bool) -> Doubt | None:
+            if not step.program.invariants:
+                return None
+            assert self.tables is not None
+            kept = state.tables.setdefault(self, Kept())
+            doubt = self.tables.load(step.program.invariants, registers, kept, owner.link.schedule, number, **how)
+            state.report.hoist(sum(each.bytes for each in state.tables.values()))
+            return doubt
+
+        return load
+
+    def _compute(
+        self, state: ModelState, place: Place, step: Step, registers: list[Any], load: Load, *, keep_chosen: bool
+    ) -> Outcome:
+        """Run a step call by call; once more, if its timestep was not the one that was foretold."""
+        context = place.context
+        if context is not None:
+            self._load_slots(state, context, step, registers)
+        lane = self._lane(place.call.latent)
         doubt = load(may_doubt=lane is None and step.is_repeatable)
-        state.report.hoist(sum(each.bytes for each in state.tables.values()))
         before = [] if doubt is None else registers.copy()
-        run_calls(program, registers, lane)
+        run_calls(step.program, registers, lane)
         if doubt is not None and doubt.is_justified:
             registers[:] = before
             load(is_again=True)
-            run_calls(program, registers, lane)
+            run_calls(step.program, registers, lane)
+        results, chosen = step.outputs(registers), step.chosen(registers) if keep_chosen else {}
+        outcome = Outcome(results, chosen, [] if context is None else step.contents(registers, context.store))
+        if context is not None:
+            context.store = outcome.store
+        return outcome
 
-    def _load_slots(
-        self, state: ModelState, place: Place, context: ContextState, step: Step, registers: list[Any]
-    ) -> None:
+    def _replay(
+        self,
+        graphs: Graphs,
+        state: ModelState,
+        context: ContextState | None,
+        step: Step,
+        registers: list[Any],
+        *,
+        keep_chosen: bool,
+    ) -> tuple[Outcome, str]:
+        """Run a step as a whole, if it was recorded; and how it ran."""
+        given = tuple(registers)
+        with graphs.turn():
+            if context is not None:
+                self._load_slots(state, context, step, registers)
+            outcome, how = graphs.run(step, registers, context, keep_chosen=keep_chosen)
+            if context is not None:
+                context.store = outcome.store
+        del given  # not before the caller's stream waits for what read it
+        return outcome, how
+
+    def _load_slots(self, state: ModelState, context: ContextState, step: Step, registers: list[Any]) -> None:
         store = context.store
         if self.check:
             reads = [number for number, _, _ in step.reads]
@@ -259,17 +321,12 @@ class Executor:
             if not stays:
                 store[number] = None
 
-    def _keep(self, state: ModelState, place: Place, context: ContextState, step: Step, registers: list[Any]) -> None:
-        """Rebind slots: fresh tensors are the new entries, and what no later step reads is dropped."""
-        for register in step.stored_copies:
-            registers[register] = registers[register].clone()
-        old = context.store
-        context.store = [
-            None if source is None else registers[~source] if source < 0 else old[source] for source in step.moves
-        ]
+    def _keep(self, state: ModelState, place: Place, context: ContextState, step: Step) -> None:
+        """Note that a call of a context is done, and what its slots hold now."""
         context.held = step.held
         if self.check:
-            context.stamps.advance(step, context.store, state.generation)
+            are_copied = context.buffers is not None
+            context.stamps.advance(step, context.store, state.generation, are_copied=are_copied)
         context.follow(place.call, place.step)
         if place.is_last:
             context.forget()  # nothing goes on from here

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor
+
+from dicompile.runtime.graphs import Graphs
 
 
 class Owner:
@@ -22,8 +24,28 @@ class Owner:
 
     def __init__(self, link: Any) -> None:
         self.link = link
+        self._graphs: weakref.WeakKeyDictionary[object, Graphs] = weakref.WeakKeyDictionary()
         self.has_time = False
         self.constant: dict[object, int] = {}
+
+    def graphs_of(self, code: object, make: Callable[[], Graphs]) -> Graphs:
+        """Recorded steps of some code that it runs; they go with it, and with the code."""
+        found = self._graphs.get(code)
+        if found is None:
+            known = weakref.WeakKeyDictionary(self._graphs)  # another thread may be looking through the old one
+            found = known[code] = make()
+            self._graphs = known
+        return found
+
+    @property
+    def graph_bytes(self) -> int:
+        """Bytes that recorded steps hold."""
+        return sum(graphs.bytes for graphs in self._graphs.values())
+
+    def trim(self) -> None:
+        """Release recorded steps that no generation uses now."""
+        for graphs in self._graphs.values():
+            graphs.trim()
 
 
 class Owners:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, field
 
+from dicompile.runtime.graphs import RECORDED, REPLAYED
 from dicompile.text import size_text
 
 UNCACHED = "uncached"
@@ -24,6 +25,11 @@ class RunReport:
         cache_bytes: bytes of the slots held now.
         peak_cache_bytes: the most that was held between two calls.
         hoisted_bytes: the most that was held of what is computed outside of the steps.
+        recorded: calls for which a CUDA graph was recorded.
+        replayed: calls that ran as one that was there.
+        graph_bytes: what CUDA graphs held at the last call, and hold after the generation: all slots, wherever
+            something lies in them, copies of the inputs, and a pool for the rest. Kernels and their arguments, which
+            the driver keeps, are not in it.
     """
 
     kinds: Counter[str] = field(default_factory=Counter)
@@ -34,6 +40,9 @@ class RunReport:
     cache_bytes: int = 0
     peak_cache_bytes: int = 0
     hoisted_bytes: int = 0
+    recorded: int = 0
+    replayed: int = 0
+    graph_bytes: int = 0
 
     def count(self, kind: str, cache_bytes: int) -> None:
         """Note a call, and how many bytes are held after it."""
@@ -53,6 +62,12 @@ class RunReport:
         """Note how many bytes are held of what is computed outside of the steps."""
         self.hoisted_bytes = max(self.hoisted_bytes, held)
 
+    def record(self, how: str, held: int) -> None:
+        """Note how a call ran where steps are recorded, and how many bytes that takes."""
+        self.recorded += how == RECORDED
+        self.replayed += how == REPLAYED
+        self.graph_bytes = held
+
     def add(self, other: RunReport) -> None:
         """Add what another model, or the same one with other shapes, did in the same generation.
 
@@ -66,6 +81,9 @@ class RunReport:
         self.cache_bytes += other.cache_bytes
         self.peak_cache_bytes += other.peak_cache_bytes
         self.hoisted_bytes += other.hoisted_bytes
+        self.recorded += other.recorded
+        self.replayed += other.replayed
+        self.graph_bytes += other.graph_bytes
 
     def __str__(self) -> str:
         kinds = ", ".join(f"{count} {kind}" for kind, count in self.kinds.items())
@@ -77,4 +95,5 @@ class RunReport:
         peak, now = size_text(self.peak_cache_bytes), size_text(self.cache_bytes)
         cache = f"; cache {peak} at most, {now} now" if self.peak_cache_bytes else ""
         hoisted = f"; hoisted {size_text(self.hoisted_bytes)}" if self.hoisted_bytes else ""
-        return f"{self.kinds.total()} calls: {kinds}{began}{cold}{cache}{hoisted}"
+        graphs = f"; CUDA graphs {self.recorded} recorded, {self.replayed} replayed, {size_text(self.graph_bytes)}"
+        return f"{self.kinds.total()} calls: {kinds}{began}{cold}{cache}{hoisted}{graphs if self.graph_bytes else ''}"

@@ -181,10 +181,16 @@ class Session:
             if state.schedule_token is schedule_token:
                 state.leave(before)
 
+    def free(self, owner: Owner) -> None:
+        """Release what a generation of a model that was left has stored, and the memory of its recorded steps."""
+        self.state_of(owner).free()
+        owner.trim()
+
     def clear(self) -> None:
         """Forget everything, reports included."""
-        for state in self._states.values():
+        for owner, state in list(self._states.items()):
             state.begin(None)
+            owner.trim()
         self._states.clear()
         self.leads.clear()
         self.counts.clear()

@@ -8,7 +8,7 @@ computed at the k-th step before it that computed anything, and is of the kind t
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -67,8 +67,7 @@ class Stamp:
     @classmethod
     def on(cls, tensor: torch.Tensor, generation: int, step: int, what: What) -> Stamp:
         """Stamp of a tensor that is stored now."""
-        version = 0 if tensor.is_inference() else tensor._version
-        return cls(generation, step, what, tuple(tensor.shape), tensor.dtype, version)
+        return cls(generation, step, what, tuple(tensor.shape), tensor.dtype, _version(tensor))
 
 
 @dataclass
@@ -108,14 +107,24 @@ class Stamps:
             if stamp != expected or size != planned:
                 raise _stale(slot, f"{stamp}, {size} bytes", f"{expected}, {planned} bytes")
 
-    def advance(self, step: Stepped, store: Store, generation: int) -> None:
-        """Follow a step: stamps go the way of the tensors."""
+    def advance(self, step: Stepped, store: Store, generation: int, *, are_copied: bool = False) -> None:
+        """Follow a step: stamps go the way of the tensors.
+
+        Args:
+            step: the step.
+            store: the tensors of all slots after it.
+            generation: the current one.
+            are_copied: what moves from slot to slot is copied, not the tensor itself.
+        """
         old = self.found
         self.found = [
             None if source is None or tensor is None else old[source] if source >= 0
             else Stamp.on(tensor, generation, step.index, _what(step, slot))
             for slot, source, tensor in zip(step.slots, step.moves, store, strict=True)
         ]  # fmt: skip
+        for number, (source, tensor, stamp) in enumerate(zip(step.moves, store, self.found, strict=True)):
+            if are_copied and stamp is not None and tensor is not None and source not in (None, number):
+                self.found[number] = replace(stamp, version=_version(tensor))
 
 
 def written_at(plan: Plan, index: int, slot: Slot) -> int | None:
@@ -130,6 +139,10 @@ def written_at(plan: Plan, index: int, slot: Slot) -> int | None:
             return step
         age -= slot.kind in HISTORIC and site.action.tokens is None  # refreshed tokens do not make a value older
     return None
+
+
+def _version(tensor: torch.Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version
 
 
 def _what(step: Stepped, slot: Slot) -> What:

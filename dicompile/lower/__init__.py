@@ -1,6 +1,6 @@
 """Lower: rewritten segments -> compiled functions, deduplicated, and programs that call them in order."""
 
-from dicompile.lower.hoist import CHUNK, Hoist, Invariant, Invariants
+from dicompile.lower.hoist import CHUNK, PLAIN_TENSORS, Hoist, Invariant, Invariants
 from dicompile.lower.inductor import (
     INDUCTOR,
     SIZES,
@@ -14,12 +14,14 @@ from dicompile.lower.inductor import (
 from dicompile.lower.pieces import Piece, Pieces
 from dicompile.lower.predictor import network_predictor, table_predictor
 from dicompile.lower.program import Call, Constant, IntRef, NoiseRead, Program, ProgramBuilder
+from dicompile.lower.recordable import check_can_record
 from dicompile.lower.variants import VARIANTS, Variant, VariantCache
 from dicompile.lower.workers import Request, count_workers
 
 __all__ = [
     "CHUNK",
     "INDUCTOR",
+    "PLAIN_TENSORS",
     "SIZES",
     "VARIANTS",
     "Backend",
@@ -39,6 +41,7 @@ __all__ = [
     "Variant",
     "VariantCache",
     "ask_workers",
+    "check_can_record",
     "compile_plainly",
     "compile_segment",
     "count_workers",

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from dicompile.analysis import ModelStructure, Pace
@@ -23,6 +23,9 @@ from dicompile.capture import Capture, Role
 from dicompile.errors import InvalidSetting
 from dicompile.nodes import walk
 from dicompile.passes import boundary
+
+PLAIN_TENSORS = (Tensor, nn.Parameter, nn.Buffer)
+"""Tensors whose version and place in memory tell whether they have changed."""
 
 CHUNK = 16
 """Steps that are computed at once. It is always this many, so that rounding does not depend on the schedule."""

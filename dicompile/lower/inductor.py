@@ -21,9 +21,11 @@ from dicompile.lower.sizes import Compile, Sizes
 from dicompile.lower.workers import Request, ask
 from dicompile.ops.flash import check_installed
 from dicompile.passes import Segment, Value
+from dicompile.plan import CacheOptions
 
 BACKENDS = ("inductor", "eager")
-MODES = ("default", "max-autotune", "max-autotune-no-cudagraphs")
+GRAPHS_MODE = "reduce-overhead"
+MODES = ("default", GRAPHS_MODE, "max-autotune", "max-autotune-no-cudagraphs")
 """Sets of options of Inductor, under torch's names for them, that can be had."""
 ATTENTIONS = ("sdpa", "cudnn", "flash-attn")
 """Who computes attention: whatever torch chooses, cuDNN before all others of torch's, or the package flash-attn."""
@@ -32,7 +34,7 @@ CUDNN_FIRST = [
     SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH,
 ]  # fmt: skip
 _GRAPHS = "triton.cudagraphs"
-_OVERWRITES = "CUDA graphs overwrite what an earlier step stored"
+_OVERWRITES = "Inductor's CUDA graphs overwrite what an earlier step stored"
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,7 @@ class Backend:
         in_background: other processes compile, and generations that begin before they are done run uncached.
         is_static: every size gets code of its own.
         attention: one of `ATTENTIONS`.
+        records_steps: every step runs as one CUDA graph (see `dicompile.runtime.graphs`).
     """
 
     name: str = "inductor"
@@ -52,6 +55,7 @@ class Backend:
     in_background: bool = False
     is_static: bool = False
     attention: str = "sdpa"
+    records_steps: bool = False
 
     @classmethod
     def of(
@@ -68,8 +72,8 @@ class Backend:
         Args:
             name: see above.
             options: of Inductor; they go before those of the mode.
-            mode: one of `MODES`. CUDA graphs are never used: what they return is overwritten when they run again, and
-                what a step stores is read steps later.
+            mode: one of `MODES`. CUDA graphs of Inductor are never used: what they return is overwritten when they run
+                again, and what a step stores is read steps later. "reduce-overhead" records whole steps instead.
             warmup: "background", or None.
             dynamic: False for code of its own for every size; by default what varies is a symbol from the second on.
             attention: one of `ATTENTIONS`; "sdpa" by default.
@@ -87,7 +91,6 @@ class Backend:
             raise InvalidSetting(
                 f"mode {mode!r} cannot be had",
                 where="compile_mode",
-                why=_OVERWRITES if mode == "reduce-overhead" else "",
                 fix=f"use one of: {', '.join(MODES)}",
             )
         if warmup not in (None, BACKGROUND):
@@ -126,12 +129,33 @@ class Backend:
                 f"option {(unknown or [_GRAPHS])[0]!r} of Inductor cannot be had",
                 where="options",
                 why="Inductor has none of this name" if unknown else _OVERWRITES,
-                fix="see torch._inductor.list_options()" if unknown else "leave it out",
+                fix="see torch._inductor.list_options()" if unknown else f"compile_mode={GRAPHS_MODE!r}",
             )
         of_mode = list_mode_options(mode) if mode is not None else {}
         every = {**of_mode, **chosen, **({_GRAPHS: False} if of_mode else {})}
         made = tuple(sorted(every.items()))
-        return cls(name, made, warmup is not None, dynamic is False, attention or "sdpa")
+        return cls(name, made, warmup is not None, dynamic is False, attention or "sdpa", mode == GRAPHS_MODE)
+
+    def check_cache(self, cache: CacheOptions) -> None:
+        """Check that steps can be recorded although the cache is limited as it is.
+
+        Raises:
+            InvalidSetting: they cannot.
+        """
+        if not self.records_steps:
+            return
+        limits = {
+            "cache_device": (cache.device, "what comes back from the host lies elsewhere at every step"),
+            "max_cache_bytes": (cache.max_bytes, "recorded steps keep every slot, and a pool that no plan knows"),
+        }
+        for name, (value, why) in limits.items():
+            if value is not None:
+                raise InvalidSetting(
+                    f"compile_mode {GRAPHS_MODE!r} takes no {name}",
+                    where=name,
+                    why=why,
+                    fix="leave out one of them",
+                )
 
     @property
     def is_eager(self) -> bool:

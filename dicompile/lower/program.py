@@ -93,9 +93,9 @@ class Call:
     frees: tuple[int, ...] = ()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Program:
-    """Everything one step executes.
+    """Everything one step executes; one that is built twice is another program.
 
     Registers below the number of model inputs hold those; the others start empty.
 

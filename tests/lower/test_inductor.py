@@ -122,10 +122,9 @@ def test_eager_mode_runs_the_rewritten_graph_itself() -> None:
             "backend 'triton' does not exist\n  where: dicompile\n  fix:   use one of: inductor, eager",
         ),
         (
-            {"compile_mode": "reduce-overhead"},
-            "mode 'reduce-overhead' cannot be had\n  where: compile_mode\n"
-            "  why:   CUDA graphs overwrite what an earlier step stored\n"
-            "  fix:   use one of: default, max-autotune, max-autotune-no-cudagraphs",
+            {"compile_mode": "fast"},
+            "mode 'fast' cannot be had\n  where: compile_mode\n"
+            "  fix:   use one of: default, reduce-overhead, max-autotune, max-autotune-no-cudagraphs",
         ),
         (
             {"options": {"max_autotone": True}},
@@ -135,7 +134,24 @@ def test_eager_mode_runs_the_rewritten_graph_itself() -> None:
         (
             {"options": {"triton.cudagraphs": True}},
             "option 'triton.cudagraphs' of Inductor cannot be had\n  where: options\n"
-            "  why:   CUDA graphs overwrite what an earlier step stored\n  fix:   leave it out",
+            "  why:   Inductor's CUDA graphs overwrite what an earlier step stored\n"
+            "  fix:   compile_mode='reduce-overhead'",
+        ),
+        (
+            {"compile_mode": "reduce-overhead", "cache_device": "cpu"},
+            "compile_mode 'reduce-overhead' takes no cache_device\n  where: cache_device\n"
+            "  why:   what comes back from the host lies elsewhere at every step\n  fix:   leave out one of them",
+        ),
+        (
+            {"compile_mode": "reduce-overhead", "max_cache_bytes": "1GiB"},
+            "compile_mode 'reduce-overhead' takes no max_cache_bytes\n  where: max_cache_bytes\n"
+            "  why:   recorded steps keep every slot, and a pool that no plan knows\n  fix:   leave out one of them",
+        ),
+        (
+            {"compile_mode": "reduce-overhead", "backend": "eager"},
+            "backend 'eager' takes no compile_mode\n  where: compile_mode\n"
+            "  why:   it is about compiling, and nothing is compiled\n"
+            "  fix:   leave it out, or use backend='inductor'",
         ),
         (
             {"backend": "eager", "options": {"max_autotune": True}},
@@ -177,6 +193,9 @@ def test_eager_mode_runs_the_rewritten_graph_itself() -> None:
         "mode",
         "option",
         "CUDA graphs",
+        "recorded, cache_device",
+        "recorded, max_cache_bytes",
+        "recorded, eager",
         "options, eager",
         "mode, eager",
         "warmup, eager",

@@ -14,8 +14,9 @@ from torch import Tensor
 from dicompile.capture import Role
 from dicompile.compiler import Programs
 from dicompile.plan import Plan
-from dicompile.runtime import Executor, Owner, SchedulerLink, Signature, StepSource, current_session
+from dicompile.runtime import Executor, Graphs, Owner, SchedulerLink, Signature, StepSource, current_session
 from dicompile.runtime.contexts import ContextState
+from dicompile.runtime.graphs import Recorder
 from dicompile.runtime.session import ModelState
 from tests.lower.captured import Captured, captured
 from tests.models import plain_dit, timesteps
@@ -66,24 +67,34 @@ class Runner:
         schedule: where the steps come from.
         seed: of random scores.
         offload: whether slots go to host memory.
+        recorder: records steps, or None.
         changes: of the signature.
+
+    Attributes:
+        others: tensors in the place of parameters of the model, by name.
     """
 
     def __init__(
         self, policy: str | StepSource = "toca", schedule: Any = SCHEDULE, seed: int = 0, *, offload: bool = False,
-        **changes: Any,
+        recorder: Recorder | None = None, **changes: Any,
     ) -> None:  # fmt: skip
         current_session().keep_chosen = True
         self.source = programs(policy) if isinstance(policy, str) else policy
         self.link = SchedulerLink(schedule)
         self.owner = Owner(self.link)
         self.signature = replace(signature(), **changes)
-        self.executor = Executor(self.source, self.signature, seed=seed, offload=offload, check=True)
+        given = [i for i, item in enumerate(model().capture.inputs) if item.role.is_given]
+        own = [i for i, item in enumerate(model().capture.inputs) if not item.role.is_given]
+        graphs = None if recorder is None else functools.partial(Graphs, recorder, given, own)
+        self.others: dict[str, Tensor] = {}
+        self.executor = Executor(
+            self.source, self.signature, seed=seed, offload=offload, check=True, graphs=graphs
+        )  # fmt: skip
 
     def __call__(self, timestep: float | Tensor, x: Tensor, labels: Tensor = LABELS) -> Tensor:
         """One call of the model, as front ends make it: without gradients."""
         time = timestep if isinstance(timestep, Tensor) else torch.full((len(x),), timestep)
-        arguments = model().arguments(x=x, t=time.expand(len(x)), y=labels)
+        arguments = model().arguments(x=x, t=time.expand(len(x)), y=labels, **self.others)
         with torch.no_grad():
             output: Tensor = self.executor.run(self.owner, arguments)[0]
         return output

@@ -1,0 +1,22 @@
+"""Equality that is asked for at every call."""
+
+from __future__ import annotations
+
+
+class Same:
+    """A value that is compared at every call: hashed once, and found equal at once where it is the very one.
+
+    Args:
+        value: a tuple.
+    """
+
+    __slots__ = ("_hash", "_value")
+
+    def __init__(self, value: tuple[object, ...]) -> None:
+        self._value, self._hash = value, hash(value)
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    def __eq__(self, other: object) -> bool:
+        return self is other or (isinstance(other, Same) and self._hash == other._hash and self._value == other._value)
