@@ -4,6 +4,7 @@ What was recorded reads and writes the addresses that it was recorded with. So w
 step has a place that never moves: inputs, tables, weights and random scores are copied there before, what the step
 stores is copied into its slots at its end, and the caller gets copies of the results. What is not copied, the weights
 of the model, stands with its addresses in the key of a recording, as do token counts and clocks, which are baked in.
+Whatever else a kernel asks of torch when it is launched is as it was when it was recorded.
 
 A step that was never seen runs as it is, on the very same memory: that loads and tunes its kernels. The second time it
 is recorded, the third time replayed. Memory and recordings outlive the generation; they belong to one context at a
@@ -112,6 +113,10 @@ class CudaRecording:
         return self.outcome
 
 
+_ONE_AT_A_TIME = threading.Lock()
+"""Held while something is recorded: torch can do so once at a time in a process."""
+
+
 class CudaRecorder:
     """Records CUDA graphs, on one stream for all models of a device.
 
@@ -157,7 +162,7 @@ class CudaRecorder:
         try:
             # A workspace that was there before the recording could be freed while recordings still write to it; one
             # that is made during the recording is part of the pool.
-            with clear_cublas_manager(), recording:
+            with _ONE_AT_A_TIME, clear_cublas_manager(), recording:
                 outcome = compute()
         except torch.OutOfMemoryError:
             raise

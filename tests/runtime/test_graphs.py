@@ -26,7 +26,7 @@ from dicompile.wrapper import CachedModel, record_of
 from tests import models
 from tests.models import Sample, run, timesteps
 from tests.runtime.rerun import Recorder, address
-from tests.runtime.runner import LABELS, OTHER_LABELS, STEPS, Runner, model, same
+from tests.runtime.runner import LABELS, OTHER_LABELS, SCHEDULE, STEPS, Runner, latent, model, same
 
 POLICIES = ["fora", "toca", "taylorseer", "duca"]
 WEIGHT = "blocks.0.mlp.0.weight"
@@ -214,6 +214,13 @@ def test_weights_that_change_in_the_middle_of_a_run_count_at_once(
         for _ in range(3):
             assert same(outputs(runner), wanted)
     assert caplog.text.count("weights were moved or replaced") == 1
+
+
+def test_a_latent_that_is_written_to_in_place_is_read_at_every_step() -> None:
+    runner, x = recording("fora"), latent(0)
+    for _ in range(3):
+        outputs = [runner(timestep, x.copy_(latent(step))) for step, timestep in enumerate(SCHEDULE)]
+        assert same(outputs, plain("fora"))
 
 
 def test_a_slot_that_somebody_else_wrote_to_is_still_noticed() -> None:
