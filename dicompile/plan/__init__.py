@@ -16,6 +16,7 @@ from dicompile.plan.action import (
 )
 from dicompile.plan.cadence import Cadence, Window
 from dicompile.plan.fits import (
+    SAME_TIMESTEP,
     check_fits,
     check_parameters,
     check_predictor,
@@ -23,9 +24,10 @@ from dicompile.plan.fits import (
     first_span,
     score_source,
 )
+from dicompile.plan.frozen import Origin
 from dicompile.plan.memory import DTYPES, UNLIMITED, CacheOptions, check_can_compile, needs_scale
 from dicompile.plan.plan import Dropped, Plan, SiteStep, StepPlan
-from dicompile.plan.planner import attention_owner, make_plan, plan_actions
+from dicompile.plan.planner import attention_owner, make_plan, plan_actions, recording_plan
 from dicompile.plan.predictor import Predictor, PredictorFacts, load_predictor
 from dicompile.plan.recall import Fitted, Forecast, Reuse
 from dicompile.plan.rows import make_rows
@@ -33,7 +35,6 @@ from dicompile.plan.schedule import TimestepSchedule
 from dicompile.plan.schema import (
     Elsewhere,
     Line,
-    Origin,
     Policy,
     Refresh,
     Rule,
@@ -49,6 +50,7 @@ __all__ = [
     "DTYPES",
     "HISTORIC",
     "REUSE",
+    "SAME_TIMESTEP",
     "SKIP",
     "UNLIMITED",
     "Action",
@@ -95,6 +97,7 @@ __all__ = [
     "needs_scale",
     "plan_actions",
     "polynomial_weights",
+    "recording_plan",
     "score_source",
     "taylor_weights",
 ]

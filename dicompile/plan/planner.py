@@ -95,6 +95,25 @@ def plan_actions(
     )
 
 
+def recording_plan(structure: ModelStructure, schedule: TimestepSchedule) -> Plan:
+    """A plan of which every step computes everything and writes what it computes, and of which nothing is kept.
+
+    Of sites the core is written, of the stack its update; they are for whoever watches the run
+    (`dicompile.runtime.Observer`).
+    """
+    sites = tuple(
+        SiteStep(Action(what=What.UPDATE if site.kind.is_span else What.CORE), writes=_recorded(site))
+        for site in structure.everything
+    )
+    step = with_cost(structure, StepPlan("full", sites, frozenset()))
+    plan = plan_actions(structure, [(COMPUTE,) * len(structure.sites)] * schedule.steps, schedule, "record")
+    return replace(plan, steps=(step,) * schedule.steps)
+
+
+def _recorded(site: Site) -> tuple[Slot, ...]:
+    return () if site.kind is SiteKind.BLOCK else (Slot.of(site.id, SlotKind.VALUE),)
+
+
 def _whats(rows: Sequence[Row]) -> dict[int, What]:
     """Which value is stored of every site and span of which one is."""
     return {i: action.what for row in rows for i, action in enumerate(row) if len(action.weights) > 1}
