@@ -53,9 +53,10 @@ from dicompile.plan import (
     first_span,
     load_predictor,
     make_plan,
+    recording_plan,
 )
 from dicompile.policies import NoCache
-from dicompile.runtime import Executor, Owners, SchedulerLink, Signature, Step, Tables
+from dicompile.runtime import Executor, Observer, Owners, SchedulerLink, Signature, Step, Tables
 
 log = logging.getLogger("dicompile")
 
@@ -86,6 +87,7 @@ class Options:
         cache: how much may be remembered, in which numbers, and where.
         said: which inputs are what.
         hoist: what is computed outside of the steps, if the user said so.
+        observer: who is shown the value of every site and of the stack; then everything is computed, and nothing kept.
     """
 
     policy: Policy
@@ -95,6 +97,7 @@ class Options:
     cache: CacheOptions = UNLIMITED
     said: Said = NOTHING_SAID
     hoist: Hoist | None = None
+    observer: Observer | None = None
 
     @functools.cached_property
     def owners(self) -> Owners:
@@ -143,6 +146,7 @@ def compile_capture(capture: Capture, arguments: Sequence[Any], options: Options
         offload=options.cache.device == "cpu",
         check=options.settings.check,
         warmup=Warmup(programs, uncached_step(pieces, options)) if options.backend.in_background else None,
+        observer=options.observer,
     )
     return CompiledFrame(structure, programs, executor)
 
@@ -219,7 +223,7 @@ def _signature(
         signals=frozenset(item.name for _, item in roles if item.is_signal),
         geometry=Same((shapes, sites)),
         way=way,
-        remembers=bool(options.policy.rules),
+        remembers=bool(options.policy.rules) or options.observer is not None,
         counts_calls=options.said.timestep == NO_TIMESTEP or not structure.sites,
     )
 
@@ -280,6 +284,7 @@ class Programs:
         self.backend, self._beside = options.backend, beside
         self.structure, self.policy = pieces.structure, options.policy
         self.cache, self.debug = options.cache, options.debug
+        self._is_watched = options.observer is not None
         self.variants = VariantCache(options.backend, options.settings, options.debug)
         self._builder = ProgramBuilder(pieces, self.variants, options.cache.torch_dtype)
         self._plans: dict[TimestepSchedule, tuple[Plan, dict[int, Step]]] = {}
@@ -331,7 +336,10 @@ class Programs:
             return known
         with ONE_AT_A_TIME:
             if schedule not in self._plans:
-                plan = make_plan(self.structure, self.policy, schedule, self.cache)
+                if self._is_watched:
+                    plan = recording_plan(self.structure, schedule)
+                else:
+                    plan = make_plan(self.structure, self.policy, schedule, self.cache)
                 self.debug.write("plan", plan)
                 for note in plan.notes() if not schedule.before else ():
                     log.warning("policy %s: %s", plan.policy, note)

@@ -5,16 +5,19 @@ from dicompile.runtime.clock import SchedulerLink
 from dicompile.runtime.execute import Executor, Step, StepSource
 from dicompile.runtime.identify import Signature
 from dicompile.runtime.invariants import Tables
+from dicompile.runtime.observe import Observer, Seen
 from dicompile.runtime.owner import Owner, Owners
 from dicompile.runtime.report import RunReport
 from dicompile.runtime.session import Session, cache_context, current_session, session
 
 __all__ = [
     "Executor",
+    "Observer",
     "Owner",
     "Owners",
     "RunReport",
     "SchedulerLink",
+    "Seen",
     "Session",
     "Signature",
     "Step",

@@ -19,6 +19,7 @@ from dicompile.plan import HISTORIC, Plan, Slot, StepPlan, TimestepSchedule
 from dicompile.runtime.contexts import ContextState
 from dicompile.runtime.identify import Place, Signature, identify
 from dicompile.runtime.invariants import Kept, Tables
+from dicompile.runtime.observe import Observer, Seen, Watch
 from dicompile.runtime.owner import Owner
 from dicompile.runtime.report import UNCACHED
 from dicompile.runtime.session import ModelState, current_session
@@ -83,7 +84,7 @@ class Step:
             moves=tuple(moves),
             held=sum(plan.slot_bytes[slot] for slot in contents),
             results=tuple(r if isinstance(r, Constant) else (r, r in program.shared_results) for r in program.results),
-            stored_copies=tuple(sorted(program.shared_writes)),
+            stored_copies=tuple(sorted(program.shared_writes.intersection(~m for m in moves if m is not None))),
         )
 
 
@@ -125,6 +126,7 @@ class Executor:
         offload: whether slots are in host memory between the calls that use them.
         check: whether every read is held against the plan (see `dicompile.runtime.stamps`).
         warmup: what runs before steps are compiled; None if they are compiled when they are first wanted.
+        observer: who is shown what the steps write.
     """
 
     def __init__(  # noqa: PLR0913 - named one by one
@@ -139,8 +141,9 @@ class Executor:
         offload: bool = False,
         check: bool = False,
         warmup: Warmup | None = None,
+        observer: Observer | None = None,
     ) -> None:
-        self.steps, self.signature, self.warmup = steps, signature, warmup
+        self.steps, self.signature, self.warmup, self.observer = steps, signature, warmup, observer
         self.seed, self.predictor, self.offload, self.check = seed, predictor, offload, check
         self.constants, self.tables = tuple(constants), tables
 
@@ -208,17 +211,20 @@ class Executor:
                 kept = state.tables.setdefault(self, Kept())
                 self.tables.load(program.invariants, registers, kept, whole, place.step)
                 state.report.hoist(sum(each.bytes for each in state.tables.values()))
-            run_calls(program, registers, self._lane(place.call.latent))
+            watch = self._watch(state, place, step, whole)
+            run_calls(program, registers, self._lane(place.call.latent), watch)
             results = [
                 r.value if isinstance(r, Constant) else registers[r[0]].clone() if r[1] else registers[r[0]]
                 for r in step.results
             ]
+            if watch is not None:
+                watch.end(results)
             if context is not None:
                 self._keep(state, place, context, step, registers)
                 context.chosen = {int(site): registers[r] for site, r in program.chosen} if keep_chosen else {}
             is_uncached = self.warmup is not None and step is self.warmup.uncached
             state.report.count(UNCACHED if is_uncached else step.planned.kind, state.cache_bytes)
-            if self.signature.remembers and place.is_last and step.planned.sites:
+            if self.signature.remembers and watch is None and place.is_last and step.planned.sites:
                 _end(state, step.plan.policy)
             return results
         finally:
@@ -271,6 +277,14 @@ class Executor:
             importance = self.predictor(inputs, number)
             for predicted in program.predicted:
                 registers[predicted.register] = importance[..., predicted.block].contiguous()
+
+    def _watch(self, state: ModelState, place: Place, step: Step, whole: TimestepSchedule) -> Watch | None:
+        """What shows this call to the observer, if there is one and the call belongs to a step."""
+        if self.observer is None or place.context is None:
+            return None
+        label = state.contexts.label_of(place.context)
+        call = Seen(state.generation, label, place.step, whole, place.call.latent)
+        return Watch(self.observer, call, step.program.writes, frozenset(~m for m in step.moves if m is not None))
 
     def _lane(self, latent: torch.Tensor | None) -> Lane | None:
         """How slots go to host memory and back; None where they stay."""

@@ -18,7 +18,7 @@ from dicompile.plan.action import ScoreBase
 from dicompile.plan.plan import Plan
 from dicompile.plan.recall import Fitted, Forecast, Reuse
 from dicompile.plan.schedule import TimestepSchedule
-from dicompile.plan.schema import Origin, Policy, Refresh, Rule, Table, TokenScore, TokenTable
+from dicompile.plan.schema import Policy, Refresh, Rule, Table, TokenScore, TokenTable
 from dicompile.text import size_text
 
 SAME_TIMESTEP = 1e-3

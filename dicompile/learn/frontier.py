@@ -1,0 +1,289 @@
+"""How little has to go wrong for how much compute: what `auto` chooses from.
+
+For both levels, single branches and the whole stack, and every number of full steps, the steps and weights are searched
+(`dicompile.learn.search`) and the error of the last latent is predicted: of a step's forecast to the model's output by
+its sensitivity, from there to the latent by how far the sampler moves at that step.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+from dicompile.errors import InvalidSetting
+from dicompile.learn.search import (
+    RIDGE,
+    RIDGES,
+    Array,
+    Choice,
+    choose_steps,
+    fit,
+    histories,
+    sensitivity,
+    squared_error,
+    step_errors,
+)
+from dicompile.learn.trace import Facts, Trace, pooled
+from dicompile.plan import Cadence, Fitted, Origin, Policy, Rule
+from dicompile.text import size_text
+
+MOST_STORED = 3
+"""Values of one branch that a forecast takes: what the best published ones take, too."""
+LITTLE = 0.85
+"""Share of the compute from which on caching is of no use, whatever it costs in quality."""
+
+Level = Literal["site", "stack"]
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    """One plan that could be chosen.
+
+    Attributes:
+        level: forecast are single branches, which are gated anew, or the whole stack.
+        full: numbers of the steps that compute everything.
+        compute: operations of the run over those without caching.
+        error: relative L2 error that is expected of the last latent.
+        cache_bytes: what one guidance context holds at most.
+        stored: values that a forecast takes at most.
+        fewer_steps: error that is expected of fewer steps without caching, for the same compute or a little more.
+    """
+
+    level: Level
+    full: tuple[int, ...]
+    compute: float
+    error: float
+    cache_bytes: int
+    stored: int
+    fewer_steps: float
+
+    def __str__(self) -> str:
+        how = "branch by branch" if self.level == "site" else "as a whole stack"
+        return (
+            f"{len(self.full)} full steps, the others forecast {how}: {self.compute:.1%} of the compute, "
+            f"expected error {self.error:.2g}, cache {size_text(self.cache_bytes)}"
+        )
+
+
+class Frontier:
+    """The plans of which none is better in both compute and error, by falling compute.
+
+    Args:
+        facts: of the recording.
+        traces: at least one.
+        max_bytes: of one guidance context; None for no limit.
+    """
+
+    def __init__(self, facts: Facts, traces: Sequence[Trace], max_bytes: int | None = None) -> None:
+        self.facts, self.traces, self.max_bytes = facts, traces, max_bytes
+        sites, spans = len(facts.sites), len(facts.spans)
+        self._values: dict[Level, range] = {"site": range(sites)}
+        if spans:
+            self._values["stack"] = range(sites, sites + spans)
+        self._output, self._latent = sites + spans, sites + spans + 1
+
+    @functools.cached_property
+    def points(self) -> tuple[Point, ...]:
+        """From everything computed to one full step."""
+        best: list[Point] = []
+        for point in sorted(self.candidates(), key=lambda point: (point.compute, point.error)):
+            if not best or point.error < best[-1].error:
+                best.append(point)
+        return tuple(reversed(best))
+
+    def candidates(self) -> Iterator[Point]:
+        """For both levels the best plan of every number of full steps, as far as memory allows it."""
+        fewer = self._fewer_steps()
+        for level in self._values:
+            for number, choice in enumerate(self._choices(level), 1):
+                stored = self._stored(level, number)
+                if stored is not None:
+                    held = 0 if number == self.facts.steps else stored * self._bytes(level)
+                    compute = self._compute(level, number)
+                    rival = float(fewer[math.ceil(compute * self.facts.steps - 1e-9) - 1])
+                    yield Point(level, choice.full, compute, choice.error, held, stored, rival)
+
+    def point(
+        self, *, budget: float | None = None, speedup: float | None = None, max_error: float | None = None
+    ) -> Point:
+        """The plan for one goal; see `dicompile.learn.recording.Recording.policy`.
+
+        Raises:
+            InvalidSetting: not one goal is given, or it cannot be reached.
+        """
+        goals = {"budget": budget, "speedup": speedup, "max_error": max_error}
+        given = {name: value for name, value in goals.items() if value is not None}
+        if len(given) != 1 or any(value <= 0 for value in given.values()):
+            raise InvalidSetting(
+                f"auto needs one goal above 0, and got {given or 'none'}",
+                where="auto",
+                fix="give budget=0.34 (share of the compute), speedup=3, or max_error=0.02",
+            )
+        if max_error is not None:
+            return min((p for p in self.points if p.error <= max_error), key=lambda point: point.compute)
+        share = 1 / speedup if speedup is not None else budget or 1.0
+        within = [point for point in self.points if point.compute <= share + 1e-9]
+        if not within:
+            least = self.points[-1]
+            raise InvalidSetting(
+                f"{share:.1%} of the compute are not enough",
+                where="auto",
+                why=f"one full step of {self.facts.steps} and forecasts take {least.compute:.1%}",
+                fix="sample in fewer steps, or ask for less",
+            )
+        return min(within, key=lambda point: point.error)
+
+    def policy(self, point: Point) -> Policy:
+        """The plan as a policy: explicit full steps, and weights for every branch or span.
+
+        Args:
+            point: one of the frontier's.
+        """
+        weights = self._weights(point)
+        recall = Fitted(
+            weights=weights,
+            what="core" if point.level == "site" else "update",
+            origin=Origin(
+                file=f"the calibration of {self.facts.model}",
+                sites=self.facts.sites if point.level == "site" else self.facts.spans,
+                timesteps=self.facts.timesteps,
+            ),
+        )
+        rule = Rule(sites=() if point.level == "site" else ("stack",), do=recall)
+        rules = (rule,) if len(point.full) < self.facts.steps else ()
+        return Policy(name=f"auto-{len(point.full)}", cadence=Cadence(at=point.full), rules=rules)
+
+    @property
+    def verdict(self) -> str:
+        """One line about whether caching is expected to gain anything."""
+        useful = [point for point in self.points if point.compute <= LITTLE]
+        better = [point for point in useful if point.error < point.fewer_steps]
+        if not better:
+            return "no gain expected: fewer steps are better here" if useful else "no gain expected: there is no plan"
+        least, most = better[-1].compute, better[0].compute
+        return f"better than fewer steps between {least:.0%} and {most:.0%} of the compute"
+
+    def table(self, rows: int = 12) -> Table:
+        """The frontier for the terminal, at about as many computes."""
+        table = Table(title=f"{self.facts.model}, {self.facts.steps} steps", caption=self.verdict, box=SIMPLE_HEAD)
+        headings = (
+            "full steps",
+            "compute",
+            "speedup",
+            "forecast",
+            "cache",
+            "expected error",
+            "as many steps, uncached",
+        )
+        for heading in headings:
+            table.add_column(heading, justify="right")
+        wanted = np.linspace(0, len(self.points) - 1, min(rows, len(self.points))).round().astype(int)
+        for point in (self.points[number] for number in wanted):
+            table.add_row(
+                str(len(point.full)),
+                f"{point.compute:.1%}",
+                f"{1 / point.compute:.2f}x",
+                "branches" if point.level == "site" else "stack",
+                size_text(point.cache_bytes),
+                f"{point.error:.2g}",
+                f"{point.fewer_steps:.2g}",
+            )
+        return table
+
+    def __str__(self) -> str:
+        console = Console(width=110)
+        with console.capture() as capture:
+            console.print(self.table())
+        return capture.get()
+
+    @functools.cached_property
+    def _moves(self) -> Array:
+        """How far the latent moves at every step, relative to its norm at the end; [steps]."""
+        grams = np.stack([trace.gram[self._latent].numpy() for trace in self.traces])
+        size = np.diagonal(grams, axis1=1, axis2=2)
+        following = np.diagonal(grams, offset=1, axis1=1, axis2=2)
+        squared = np.maximum(size[:, 1:] + size[:, :-1] - 2 * following, 0.0) / size[:, -1:]
+        moves = np.sqrt(squared.mean(0))
+        if not len(moves):
+            return np.ones(1)
+        deltas = np.abs(np.diff(self.facts.sigmas)) if self.facts.sigmas else np.ones(self.facts.steps)
+        last = moves[-1] * deltas[-1] / deltas[-2]  # where the last step leads, no call of the model sees
+        return np.append(moves, last)
+
+    @functools.lru_cache  # noqa: B019 - as long as the frontier
+    def _gram(self, level: Level) -> Array:
+        return np.asarray(pooled(self.traces, self._values[level]).numpy())
+
+    @functools.cached_property
+    def _output_gram(self) -> Array:
+        return np.asarray(pooled(self.traces, [self._output]).numpy())
+
+    def _choices(self, level: Level) -> tuple[Choice, ...]:
+        errors = step_errors(self._gram(level), order=1)
+        return choose_steps(errors * (self._moves * sensitivity(self._output_gram, errors)))
+
+    def _fewer_steps(self) -> Array:
+        """Error expected of 1, 2, ... evenly spaced steps: each goes on with the output of its first one."""
+        steps = self.facts.steps
+        reuse = np.sqrt(np.maximum(_reuse_errors(self._output_gram[0]), 0.0)) * self._moves
+        errors = np.zeros(steps)
+        for number in range(1, steps):
+            full = [round(k * steps / number) for k in range(number)]
+            ends = [*full[1:], steps]
+            errors[number - 1] = np.sqrt(sum(reuse[j, j + 1 : k].sum() ** 2 for j, k in zip(full, ends, strict=True)))
+        return errors
+
+    def _stored(self, level: Level, number: int) -> int | None:
+        """Values of a branch that are kept; None if memory does not hold one of each."""
+        most = min(MOST_STORED, number)
+        if self.max_bytes is None or number == self.facts.steps:
+            return most
+        fits = min(most, self.max_bytes // max(self._bytes(level), 1))
+        return fits or None
+
+    def _bytes(self, level: Level) -> int:
+        return self.facts.site_bytes if level == "site" else self.facts.stack_bytes
+
+    def _compute(self, level: Level, number: int) -> float:
+        facts = self.facts
+        cached = facts.site_flops if level == "site" else facts.stack_flops
+        return (number * facts.full_flops + (facts.steps - number) * cached) / (facts.steps * facts.full_flops)
+
+    def _weights(self, point: Point) -> tuple[tuple[tuple[float, ...], ...], ...]:
+        stored = histories(point.full, self.facts.steps, point.stored - 1)
+        ridge = self._ridge(point.level, stored)
+        rows = {step: fit(self._gram(point.level), step, history, ridge) for step, history in stored.items()}
+        return tuple(
+            tuple(tuple(float(f"{weight:.7g}") for weight in row) for row in rows[step].tolist())
+            if step in rows
+            else ()
+            for step in range(self.facts.steps)
+        )
+
+    def _ridge(self, level: Level, stored: dict[int, tuple[int, ...]]) -> float:
+        """The ridge whose weights are best on traces that they were not fitted to."""
+        if len(self.traces) < 2:
+            return RIDGE
+        totals = np.zeros(len(RIDGES))
+        for held_out in range(len(self.traces)):
+            others = [trace for number, trace in enumerate(self.traces) if number != held_out]
+            known = np.asarray(pooled(others, self._values[level]).numpy())
+            unseen = np.asarray(pooled([self.traces[held_out]], self._values[level]).numpy())
+            for number, ridge in enumerate(RIDGES):
+                for step, history in stored.items():
+                    totals[number] += squared_error(unseen, step, history, fit(known, step, history, ridge)).mean()
+        return RIDGES[int(np.argmin(totals))]
+
+
+def _reuse_errors(gram: Array) -> Array:
+    """Squared relative error of the value at one step in the place of that at another, [stored, wanted]."""
+    size = np.diag(gram)
+    return (size[:, None] + size[None, :] - 2 * gram) / np.maximum(size[None, :], np.finfo(np.float64).tiny)
