@@ -13,6 +13,7 @@ import typer
 
 from dicompile.cli.bench import bench
 from dicompile.cli.cache import cache_app
+from dicompile.cli.calibrate import calibrate_command, frontier_command
 from dicompile.cli.fit_forecast import fit_forecast_command
 from dicompile.cli.inspect import inspect
 from dicompile.cli.router import router_app
@@ -66,6 +67,8 @@ def demo(
 
 app.command()(inspect)
 app.command()(bench)
+app.command("calibrate")(calibrate_command)
+app.command("frontier")(frontier_command)
 app.command("fit-forecast")(fit_forecast_command)
 app.command("train-router")(train_router_command)
 app.command("train-predictor")(train_predictor_command)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from dicompile.learn.graph import LearnableModel, learnable
 from dicompile.learn.latents import LATENTS, Data
+from dicompile.learn.runs import both_halves
 from dicompile.learn.samplers import Ddim
 from dicompile.plan import Cadence, Fitted, Policy, Rule, SiteName, What
 
@@ -113,7 +114,9 @@ def _run(
     conditioning = dict(data(generator))
     like: Tensor = conditioning.pop(LATENTS)
     latent = torch.randn(like.shape, generator=generator).to(model.device)
-    conditioning = {name: _both(value, null.get(name)) if doubled else value for name, value in conditioning.items()}
+    conditioning = {
+        name: both_halves(value, null.get(name)) if doubled else value for name, value in conditioning.items()
+    }
     for call, timestep in enumerate(sampler.timesteps):
         seen = torch.cat([latent, latent]) if doubled else latent
         output, values = model.record(model.inputs(seen, timestep, conditioning))
@@ -129,13 +132,6 @@ def _known(output: Tensor, latent: Tensor, timestep: float) -> Tensor:
     """A prediction that was made already."""
     del latent, timestep
     return output
-
-
-def _both(value: Tensor, null: float | Tensor | None) -> Tensor:
-    """Conditioning of both guidance halves."""
-    if null is None:
-        return torch.cat([value, value])
-    return torch.cat([value, torch.as_tensor(null, dtype=value.dtype).expand_as(value)])
 
 
 def _pose(

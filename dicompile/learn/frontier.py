@@ -1,8 +1,9 @@
 """How little has to go wrong for how much compute: what `auto` chooses from.
 
-For both levels, single branches and the whole stack, and every number of full steps, the steps and weights are searched
-(`dicompile.learn.search`) and the error of the last latent is predicted: of a step's forecast to the model's output by
-its sensitivity, from there to the latent by how far the sampler moves at that step.
+For every number of full steps the best ones are searched (`dicompile.learn.search`) and the error of the last latent is
+predicted: from a step's forecast to the model's output by its sensitivity, from there to the latent by how far the
+sampler moves at that step. The sampler's own feedback is not part of it: measured errors were 1.4 to 1.6 times as large
+on a flow-matching model (docs/benchmarks.md), and much smaller than predicted on models of random weights.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from dicompile.learn.search import (
     squared_error,
     step_errors,
 )
-from dicompile.learn.trace import Facts, Trace, pooled
+from dicompile.learn.trace import EXTRAS, Facts, Trace, pooled
 from dicompile.plan import Cadence, Fitted, Origin, Policy, Rule
 from dicompile.text import size_text
 
@@ -84,11 +85,7 @@ class Frontier:
 
     def __init__(self, facts: Facts, traces: Sequence[Trace], max_bytes: int | None = None) -> None:
         self.facts, self.traces, self.max_bytes = facts, traces, max_bytes
-        sites, spans = len(facts.sites), len(facts.spans)
-        self._values: dict[Level, range] = {"site": range(sites)}
-        if spans:
-            self._values["stack"] = range(sites, sites + spans)
-        self._output, self._latent = sites + spans, sites + spans + 1
+        self._output, self._latent = (facts.values.index(name) for name in EXTRAS)
 
     @functools.cached_property
     def points(self) -> tuple[Point, ...]:
@@ -99,17 +96,48 @@ class Frontier:
                 best.append(point)
         return tuple(reversed(best))
 
+    @functools.cached_property
+    def level(self) -> Level:
+        """Single branches, gated anew, wherever memory holds a value of each; else the whole stack.
+
+        From inner products alone both would be expected to do alike; what a model really returns is nearer to the
+        truth where modulation and gates are those of the step.
+
+        Raises:
+            InvalidSetting: memory does not even hold the latter.
+        """
+        held: dict[Level, int] = {"site": self.facts.site_bytes}
+        if self.facts.spans:
+            held["stack"] = self.facts.stack_bytes
+        fits = [level for level, size in held.items() if self.max_bytes is None or size <= self.max_bytes]
+        if not fits:
+            raise InvalidSetting(
+                f"{size_text(self.max_bytes or 0)} do not hold anything that could be forecast",
+                where="max_cache_bytes",
+                why=", ".join(f"one value of every {level} takes {size_text(size)}" for level, size in held.items()),
+                fix="allow more, or sample in fewer steps",
+            )
+        return fits[0]
+
     def candidates(self) -> Iterator[Point]:
-        """For both levels the best plan of every number of full steps, as far as memory allows it."""
-        fewer = self._fewer_steps()
-        for level in self._values:
-            for number, choice in enumerate(self._choices(level), 1):
-                stored = self._stored(level, number)
-                if stored is not None:
-                    held = 0 if number == self.facts.steps else stored * self._bytes(level)
-                    compute = self._compute(level, number)
-                    rival = float(fewer[math.ceil(compute * self.facts.steps - 1e-9) - 1])
-                    yield Point(level, choice.full, compute, choice.error, held, stored, rival)
+        """The best plan of every number of full steps."""
+        fewer, facts = self._fewer_steps(), self.facts
+        size = facts.site_bytes if self.level == "site" else facts.stack_bytes
+        cached = facts.site_flops if self.level == "site" else facts.stack_flops
+        for number, choice in enumerate(self._choices, 1):
+            stored = min(MOST_STORED, number)
+            if self.max_bytes is not None:
+                stored = min(stored, self.max_bytes // max(size, 1))
+            compute = (number * facts.full_flops + (facts.steps - number) * cached) / (facts.steps * facts.full_flops)
+            yield Point(
+                level=self.level,
+                full=choice.full,
+                compute=compute,
+                error=choice.error,
+                cache_bytes=stored * size if number < facts.steps else 0,
+                stored=stored,
+                fewer_steps=float(fewer[math.ceil(compute * facts.steps - 1e-9) - 1]),
+            )
 
     def point(
         self, *, budget: float | None = None, speedup: float | None = None, max_error: float | None = None
@@ -218,16 +246,23 @@ class Frontier:
         last = moves[-1] * deltas[-1] / deltas[-2]  # where the last step leads, no call of the model sees
         return np.append(moves, last)
 
-    @functools.lru_cache  # noqa: B019 - as long as the frontier
-    def _gram(self, level: Level) -> Array:
-        return np.asarray(pooled(self.traces, self._values[level]).numpy())
+    @functools.cached_property
+    def _values(self) -> range:
+        """Numbers of the values that are forecast."""
+        sites, spans = len(self.facts.sites), len(self.facts.spans)
+        return range(sites) if self.level == "site" else range(sites, sites + spans)
+
+    @functools.cached_property
+    def _gram(self) -> Array:
+        return np.asarray(pooled(self.traces, self._values).numpy())
 
     @functools.cached_property
     def _output_gram(self) -> Array:
         return np.asarray(pooled(self.traces, [self._output]).numpy())
 
-    def _choices(self, level: Level) -> tuple[Choice, ...]:
-        errors = step_errors(self._gram(level), order=1)
+    @functools.cached_property
+    def _choices(self) -> tuple[Choice, ...]:
+        errors = step_errors(self._gram, order=1)
         return choose_steps(errors * (self._moves * sensitivity(self._output_gram, errors)))
 
     def _fewer_steps(self) -> Array:
@@ -241,26 +276,10 @@ class Frontier:
             errors[number - 1] = np.sqrt(sum(reuse[j, j + 1 : k].sum() ** 2 for j, k in zip(full, ends, strict=True)))
         return errors
 
-    def _stored(self, level: Level, number: int) -> int | None:
-        """Values of a branch that are kept; None if memory does not hold one of each."""
-        most = min(MOST_STORED, number)
-        if self.max_bytes is None or number == self.facts.steps:
-            return most
-        fits = min(most, self.max_bytes // max(self._bytes(level), 1))
-        return fits or None
-
-    def _bytes(self, level: Level) -> int:
-        return self.facts.site_bytes if level == "site" else self.facts.stack_bytes
-
-    def _compute(self, level: Level, number: int) -> float:
-        facts = self.facts
-        cached = facts.site_flops if level == "site" else facts.stack_flops
-        return (number * facts.full_flops + (facts.steps - number) * cached) / (facts.steps * facts.full_flops)
-
     def _weights(self, point: Point) -> tuple[tuple[tuple[float, ...], ...], ...]:
         stored = histories(point.full, self.facts.steps, point.stored - 1)
-        ridge = self._ridge(point.level, stored)
-        rows = {step: fit(self._gram(point.level), step, history, ridge) for step, history in stored.items()}
+        ridge = self._ridge(stored)
+        rows = {step: fit(self._gram, step, history, ridge) for step, history in stored.items()}
         return tuple(
             tuple(tuple(float(f"{weight:.7g}") for weight in row) for row in rows[step].tolist())
             if step in rows
@@ -268,15 +287,15 @@ class Frontier:
             for step in range(self.facts.steps)
         )
 
-    def _ridge(self, level: Level, stored: dict[int, tuple[int, ...]]) -> float:
+    def _ridge(self, stored: dict[int, tuple[int, ...]]) -> float:
         """The ridge whose weights are best on traces that they were not fitted to."""
         if len(self.traces) < 2:
             return RIDGE
         totals = np.zeros(len(RIDGES))
         for held_out in range(len(self.traces)):
             others = [trace for number, trace in enumerate(self.traces) if number != held_out]
-            known = np.asarray(pooled(others, self._values[level]).numpy())
-            unseen = np.asarray(pooled([self.traces[held_out]], self._values[level]).numpy())
+            known = np.asarray(pooled(others, self._values).numpy())
+            unseen = np.asarray(pooled([self.traces[held_out]], self._values).numpy())
             for number, ridge in enumerate(RIDGES):
                 for step, history in stored.items():
                     totals[number] += squared_error(unseen, step, history, fit(known, step, history, ridge)).mean()

@@ -15,6 +15,7 @@ from typing import NamedTuple
 from dicompile.analysis import ModelStructure, Site, SiteId, SiteKind, TokenWise
 from dicompile.errors import CacheTooLarge, PolicyDoesNotFit
 from dicompile.plan.action import ScoreBase
+from dicompile.plan.frozen import Origin
 from dicompile.plan.plan import Plan
 from dicompile.plan.recall import Fitted, Forecast, Reuse
 from dicompile.plan.schedule import TimestepSchedule

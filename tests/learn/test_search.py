@@ -43,7 +43,8 @@ def test_polynomials_of_the_right_order_are_forecast_exactly(order: int) -> None
     history = (4, 2, 0)[: order + 1]
     exact = squared_error(gram(moving), 6, history, fit(gram(moving), 6, history, ridge=1e-13))
     short = squared_error(gram(moving), 6, history[:-1], fit(gram(moving), 6, history[:-1], ridge=1e-13))
-    assert exact.max() < 1e-9 < 1e-6 < short.min()
+    assert exact.max() < 1e-9
+    assert short.min() > 1e-6
 
 
 def test_step_errors_are_those_of_every_history_of_two() -> None:
@@ -88,7 +89,7 @@ def test_sensitivity_tells_how_much_arrives_in_the_output() -> None:
     # An output of which most stands still has a part of the branch's error.
     diluted = sensitivity(gram(np.concatenate([moving, still], -1)), step_errors(gram(moving), 1))
     assert alone == pytest.approx(np.ones(20), rel=1e-6)
-    assert diluted.max() < 0.8
+    assert diluted[3:].max() < 0.3
 
 
 def test_a_large_model_takes_seconds() -> None:

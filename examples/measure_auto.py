@@ -1,0 +1,85 @@
+"""What ``auto`` gains on a flow-matching model, at equal compute: PSNR to the uncached pictures, as a Markdown table.
+
+    python examples/train_flow_model.py --out flow_model
+    python examples/measure_auto.py --model flow_model
+
+Calibration and measurement use different labels and noise.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from diffusers import DiTTransformer2DModel, FlowMatchEulerDiscreteScheduler
+
+import dicompile
+from dicompile.demo import metrics
+from dicompile.demo.sample import balanced_labels, sample
+from dicompile.learn.frontier import Frontier, Point
+
+STEPS, BATCH = 50, 12
+INTERVALS = {17: 3, 10: 5}
+"""Of the published policies, by number of full steps."""
+
+
+def record(model: torch.nn.Module, scheduler: FlowMatchEulerDiscreteScheduler, runs: int) -> dicompile.Recording:
+    """Record a few runs of guided sampling."""
+    fast = dicompile.optimize(model, "none", schedule=scheduler, backend="eager")
+    labels = balanced_labels(150)
+    with dicompile.calibrate(fast) as recording:
+        for run in range(runs):
+            chosen = labels[(torch.arange(BATCH) + 40 + run * BATCH) % len(labels)]
+            sample(fast, scheduler, chosen, STEPS, seed=100 + run)
+    dicompile.restore(fast)
+    return recording
+
+
+def contestants(frontier: Frontier, full: int) -> Iterator[tuple[str, dicompile.Policy | str, int, Point | None]]:
+    """Name, policy, number of steps and, of ours, what was expected."""
+    interval = INTERVALS[full]
+    point = next(point for point in frontier.candidates() if len(point.full) == full)
+    even = replace(point, full=tuple(range(0, STEPS, interval))[:full])
+    yield "auto", frontier.policy(point), STEPS, point
+    yield "the same weights, evenly spaced", frontier.policy(even), STEPS, None
+    for order in (1, 2):
+        yield (
+            f"TaylorSeer, interval {interval}, order {order}",
+            dicompile.TaylorSeer(interval, order=order),
+            STEPS,
+            None,
+        )
+    yield f"FORA, interval {interval}", dicompile.FORA(interval), STEPS, None
+    yield f"{full} steps", "none", full, None
+
+
+def main() -> None:
+    """Parse arguments, calibrate, measure, print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, default=Path("flow_model"))
+    parser.add_argument("--runs", type=int, default=2, help="calibration runs of 12 pictures each")
+    parser.add_argument("--samples", type=int, default=36)
+    arguments = parser.parse_args()
+    model = DiTTransformer2DModel.from_pretrained(arguments.model).eval().requires_grad_(False)
+    scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(arguments.model)
+    frontier = record(model, scheduler, arguments.runs).frontier()
+    print(frontier)
+    labels = balanced_labels(arguments.samples)
+    uncached = sample(model, scheduler, labels, STEPS)
+    print("| | compute | PSNR, dB | relative error | expected |\n|---|---|---|---|---|")
+    for full in INTERVALS:
+        for name, policy, steps, point in contestants(frontier, full):
+            fast = dicompile.optimize(model, policy, schedule=scheduler, backend="eager")
+            pictures = sample(fast, scheduler, labels, steps)
+            compute = dicompile.plan_of(fast).flops / dicompile.plan_of(fast).baseline_flops * steps / STEPS
+            dicompile.restore(fast)
+            psnr, error = metrics.psnr(pictures, uncached), metrics.relative_error(pictures, uncached)
+            expected = "" if point is None else f"{point.error:.4f}"
+            print(f"| {name} | {compute:.3f} | {psnr:.1f} | {error:.4f} | {expected} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
