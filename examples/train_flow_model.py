@@ -65,6 +65,13 @@ def train(steps: int, batch: int, peak: float, seed: int) -> DiTTransformer2DMod
     return average
 
 
+def save(out: Path, steps: int, batch: int = 16, peak: float = 5e-4, seed: int = 0) -> None:
+    """Train, and save model and scheduler to a folder; arguments as `train` takes them."""
+    train(steps, batch, peak, seed).save_pretrained(out)
+    FlowMatchEulerDiscreteScheduler().save_pretrained(out)
+    print(f"saved to {out}")
+
+
 def main() -> None:
     """Parse arguments, train, save."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -74,9 +81,7 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=5e-4)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
-    train(arguments.steps, arguments.batch, arguments.lr, arguments.seed).save_pretrained(arguments.out)
-    FlowMatchEulerDiscreteScheduler().save_pretrained(arguments.out)
-    print(f"saved to {arguments.out}")
+    save(arguments.out, arguments.steps, arguments.batch, arguments.lr, arguments.seed)
 
 
 if __name__ == "__main__":
