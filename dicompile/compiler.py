@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import logging
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, as_completed
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -17,7 +17,7 @@ import torch
 from rich.progress import track
 from torch import Tensor, nn
 
-from dicompile.analysis import ModelStructure, analyse
+from dicompile.analysis import ModelStructure, SiteKind, analyse
 from dicompile.capture import CAPTURES, MOST_CAPTURES, NO_TIMESTEP, NOTHING_SAID, Capture, Role, Said
 from dicompile.config import DebugFolder, Settings
 from dicompile.errors import CallOutsideSchedule
@@ -54,6 +54,7 @@ from dicompile.plan import (
     load_predictor,
     make_plan,
     recording_plan,
+    reusing_plan,
 )
 from dicompile.policies import NoCache
 from dicompile.runtime import Executor, Observer, Owners, SchedulerLink, Signature, Step, Tables
@@ -87,7 +88,7 @@ class Options:
         cache: how much may be remembered, in which numbers, and where.
         said: which inputs are what.
         hoist: what is computed outside of the steps, if the user said so.
-        observer: who is shown the value of every site and of the stack; then everything is computed, and nothing kept.
+        observer: who is shown the value of every site and of the stack; then every step computes everything.
     """
 
     policy: Policy
@@ -308,6 +309,16 @@ class Programs:
             if index not in steps:
                 steps[index] = self._make(plan, index)
             return steps[index]
+
+    @functools.cached_property
+    def trials(self) -> Mapping[str, Step]:
+        """What is tried beside every step that is watched: reuse of all sites, or of the stack if there is one."""
+        if not self._is_watched:
+            return {}
+        has_stack = any(span.kind is SiteKind.STACK for span in self.structure.spans)
+        plans = [reusing_plan(self.structure, kind) for kind in (("site", "stack") if has_stack else ("site",))]
+        with ONE_AT_A_TIME:
+            return {plan.policy: self._make(plan, 1) for plan in plans}
 
     def codes(self, schedule: TimestepSchedule) -> list[Code]:
         """Everything that the steps of a run need, of which nothing is compiled for being asked for here."""

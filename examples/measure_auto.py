@@ -46,7 +46,7 @@ def contestants(frontier: Frontier, interval: int) -> Iterator[tuple[str, dicomp
     steps = frontier.facts.steps
     evenly = tuple(range(0, steps, interval))
     full = len(evenly)
-    point = next(point for point in frontier.candidates() if len(point.full) == full)
+    point = min((point for point in frontier.candidates() if len(point.full) == full), key=lambda point: point.error)
     even = replace(point, full=evenly)
     yield "auto", frontier.policy(point), steps, point
     yield "the same weights, evenly spaced", frontier.policy(even), steps, None

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -97,6 +97,11 @@ class StepSource(Protocol):
 
     def step(self, schedule: TimestepSchedule, index: int) -> Step:
         """What to run at a step."""
+        ...
+
+    @property
+    def trials(self) -> Mapping[str, Step]:
+        """What is tried beside every step that is watched, by kind of reuse."""
         ...
 
 
@@ -218,7 +223,7 @@ class Executor:
                 for r in step.results
             ]
             if watch is not None:
-                watch.end(results)
+                watch.end(results, self._tried(place, step, inputs))
             if context is not None:
                 self._keep(state, place, context, step, registers)
                 context.chosen = {int(site): registers[r] for site, r in program.chosen} if keep_chosen else {}
@@ -277,6 +282,23 @@ class Executor:
             importance = self.predictor(inputs, number)
             for predicted in program.predicted:
                 registers[predicted.register] = importance[..., predicted.block].contiguous()
+
+    def _tried(self, place: Place, step: Step, inputs: Sequence[Any]) -> dict[str, list[Any]]:
+        """What the call would have returned, had it reused what the step before has stored, by kind of reuse."""
+        assert place.context is not None
+        if not place.context.store:
+            return {}
+        stored = dict(zip(step.slots, place.context.store, strict=True))
+        found = {}
+        for kind, trial in self.steps.trials.items():
+            program = trial.program
+            registers: list[Any] = [*inputs, *[None] * (program.registers - len(inputs))]
+            for slot, register in program.reads:
+                registers[register] = stored[slot]
+            self._load(registers, trial, inputs, place.step)
+            run_calls(program, registers, None)
+            found[kind] = [r.value if isinstance(r, Constant) else registers[r[0]] for r in trial.results]
+        return found
 
     def _watch(self, state: ModelState, place: Place, step: Step, whole: TimestepSchedule) -> Watch | None:
         """What shows this call to the observer, if there is one and the call belongs to a step."""

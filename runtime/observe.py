@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -37,8 +37,15 @@ class Observer(Protocol):
         """A value that the step writes; nothing else holds it afterwards unless a later step reads it."""
         ...
 
-    def ended(self, call: Seen, results: Sequence[Any]) -> None:
-        """The call is done; `results` are the outputs of the model."""
+    def ended(self, call: Seen, results: Sequence[Any], tried: Mapping[str, Sequence[Any]]) -> None:
+        """The call is done.
+
+        Args:
+            call: what was watched.
+            results: the outputs of the model.
+            tried: what they would have been, had the step reused what the one before has stored, by kind of reuse (see
+                `dicompile.plan.reusing_plan`); none at the first step of a context.
+        """
         ...
 
 
@@ -68,6 +75,6 @@ class Watch:
             if register not in self._kept:
                 registers[register] = None
 
-    def end(self, results: Sequence[Any]) -> None:
-        """Show what the model returns."""
-        self._observer.ended(self._call, results)
+    def end(self, results: Sequence[Any], tried: Mapping[str, Sequence[Any]]) -> None:
+        """Show what the model returns, and what it would have returned."""
+        self._observer.ended(self._call, results, tried)

@@ -1,15 +1,16 @@
 """Calibration by the user's own runs: whatever scheduler, guidance, adapters and shapes they have is what is recorded.
 
 Inside `calibrate` every step computes everything, exactly as without a cache, and lets the value of every branch and of
-the stack leave its segment; of each a sketch is taken, and the value dropped. At the last step of a run the sketches
-become a Gram matrix, which is all that is kept.
+the stack leave its segment; of each a sketch is taken. At the last step of a run the sketches become a Gram matrix,
+which is all that is kept. The values themselves stay until the next step, which tries what its output would have been
+with them: so much memory a policy takes, too, that reuses every branch.
 """
 
 from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -25,7 +26,7 @@ from dicompile.learn.trace import Facts, Trace
 from dicompile.lower import Backend, Hoist
 from dicompile.model import ModelCalls
 from dicompile.pipelines import optimized_components
-from dicompile.plan import UNLIMITED, Cadence, Policy, Reuse, Rule, Slot, TimestepSchedule, make_plan
+from dicompile.plan import UNLIMITED, Slot, TimestepSchedule, reusing_plan
 from dicompile.policies import NoCache
 from dicompile.runtime import Seen
 from dicompile.wrapper import CachedModel, Record, record_of
@@ -104,10 +105,11 @@ def _single(model: Any) -> Record:
 
 @dataclass
 class _Open:
-    """A context of a run that has not come to its end: sketches, by step and value."""
+    """A context of a run that has not come to its end: sketches by step and value, errors by kind and step."""
 
     label: str
     steps: dict[int, dict[int, Tensor]] = field(default_factory=dict)
+    reused: dict[str, dict[int, float]] = field(default_factory=dict)
 
 
 class Recorder:
@@ -135,12 +137,16 @@ class Recorder:
         """Take the sketch of a value."""
         self._values(call)[int(slot.site)] = self._sketch(value)
 
-    def ended(self, call: Seen, results: Sequence[Any]) -> None:
+    def ended(self, call: Seen, results: Sequence[Any], tried: Mapping[str, Sequence[Any]]) -> None:
         """Take the sketches of output and latent; after the last step the context becomes a trace."""
         values = self._values(call)
-        output = next(result for result in results if isinstance(result, Tensor))
+        output = _first(results)
         values[_OUTPUT] = self._sketch(output)
         values[_LATENT] = self._sketch(output if call.latent is None else call.latent)
+        reused = self._open[call.generation, call.context].reused
+        for kind, outputs in tried.items():
+            wrong = (_first(outputs) - output).float().norm() / output.float().norm()
+            reused.setdefault(kind, {})[call.step] = float(wrong)
         if call.step + 1 == call.schedule.steps:
             self._close(call)
 
@@ -178,9 +184,19 @@ class Recorder:
         latent = () if call.latent is None else tuple(call.latent.shape)
         facts = facts_of(self._name, structure, call.schedule, latent, self._sigmas(call.schedule.steps))
         numbers = [*_recorded(structure), _OUTPUT, _LATENT]
+        if any(set(values) != set(numbers) for values in open_.steps.values()):
+            raise InvalidRecording(
+                f"calls of one run go through {self._name} in different ways",
+                where="dicompile.calibrate",
+                why="not every step has the same branches",
+                fix="calibrate without the guidance or setting that skips some",
+            )
         rows = [torch.stack([open_.steps[step][i] for step in range(call.schedule.steps)]) for i in numbers]
         run = self._runs.setdefault(call.generation, len(self._runs))
-        trace = Trace(run, open_.label or "-", torch.cat([gram_of(row[None]) for row in rows]))
+        gram = torch.cat([gram_of(row[None]) for row in rows])
+        steps = range(call.schedule.steps)
+        reused = [[open_.reused.get(level, {}).get(step, 0.0) for step in steps] for level in facts.levels]
+        trace = Trace(run, open_.label or "-", gram, torch.tensor(reused, dtype=torch.float64))
         known = self.recording
         if known.facts is NOTHING:
             known.facts = facts
@@ -189,6 +205,11 @@ class Recorder:
                 "the runs of one calibration differ", where=self._name, why=why, fix="calibrate each by itself"
             )
         known.traces = (*known.traces, trace)
+
+
+def _first(results: Sequence[Any]) -> Tensor:
+    """The model's output."""
+    return next(result for result in results if isinstance(result, Tensor))
 
 
 _OUTPUT, _LATENT = -1, -2
@@ -204,11 +225,9 @@ def facts_of(
     sigmas: tuple[float, ...] = (),
 ) -> Facts:
     """What a recording says of a model and a sampler; costs are those of the plans that will use it."""
-    cadence, short = Cadence(at=(0,)), TimestepSchedule(2)
-    site = make_plan(structure, Policy(name="site", cadence=cadence, rules=(Rule(do=Reuse()),)), short)
     spans = tuple(span.label for span in structure.spans if span.kind is SiteKind.STACK)
-    rule = Rule(sites=("stack",), do=Reuse(what="update"))
-    stack = make_plan(structure, Policy(name="stack", cadence=cadence, rules=(rule,)), short) if spans else site
+    site = reusing_plan(structure, "site")
+    stack = reusing_plan(structure, "stack") if spans else site
     return Facts(
         model=name,
         sites=tuple(s.label for s in structure.sites),

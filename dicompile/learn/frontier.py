@@ -2,8 +2,7 @@
 
 For every number of full steps the best ones are searched (`dicompile.learn.search`) and the error of the last latent is
 predicted: from a step's forecast to the model's output by its sensitivity, from there to the latent by how far the
-sampler moves at that step. The sampler's own feedback is not part of it: measured errors were 1.4 to 1.6 times as large
-on a flow-matching model (docs/benchmarks.md), and much smaller than predicted on models of random weights.
+sampler moves at that step. What the sampler makes of an error at later steps is not part of it.
 """
 
 from __future__ import annotations
@@ -12,7 +11,6 @@ import functools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 from rich.box import SIMPLE_HEAD
@@ -32,7 +30,7 @@ from dicompile.learn.search import (
     squared_error,
     step_errors,
 )
-from dicompile.learn.trace import EXTRAS, Facts, Trace, pooled
+from dicompile.learn.trace import EXTRAS, Facts, Level, Trace, pooled
 from dicompile.plan import Cadence, Fitted, Origin, Policy, Rule
 from dicompile.text import size_text
 
@@ -40,8 +38,6 @@ MOST_STORED = 3
 """Values of one branch that a forecast takes: what the best published ones take, too."""
 LITTLE = 0.85
 """Share of the compute from which on caching is of no use, whatever it costs in quality."""
-
-Level = Literal["site", "stack"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,55 +85,53 @@ class Frontier:
 
     @functools.cached_property
     def points(self) -> tuple[Point, ...]:
-        """From everything computed to one full step."""
+        """From everything computed to one full step.
+
+        Raises:
+            InvalidSetting: memory does not hold one value of anything.
+        """
         best: list[Point] = []
         for point in sorted(self.candidates(), key=lambda point: (point.compute, point.error)):
             if not best or point.error < best[-1].error:
                 best.append(point)
-        return tuple(reversed(best))
-
-    @functools.cached_property
-    def level(self) -> Level:
-        """Single branches, gated anew, wherever memory holds a value of each; else the whole stack.
-
-        From inner products alone both would be expected to do alike; what a model really returns is nearer to the
-        truth where modulation and gates are those of the step.
-
-        Raises:
-            InvalidSetting: memory does not even hold the latter.
-        """
-        held: dict[Level, int] = {"site": self.facts.site_bytes}
-        if self.facts.spans:
-            held["stack"] = self.facts.stack_bytes
-        fits = [level for level, size in held.items() if self.max_bytes is None or size <= self.max_bytes]
-        if not fits:
+        if not best:
+            sizes = {level: size_text(self._bytes(level)) for level in self.facts.levels}
             raise InvalidSetting(
                 f"{size_text(self.max_bytes or 0)} do not hold anything that could be forecast",
                 where="max_cache_bytes",
-                why=", ".join(f"one value of every {level} takes {size_text(size)}" for level, size in held.items()),
+                why=", ".join(f"one value of every {level} takes {size}" for level, size in sizes.items()),
                 fix="allow more, or sample in fewer steps",
             )
-        return fits[0]
+        return tuple(reversed(best))
 
     def candidates(self) -> Iterator[Point]:
-        """The best plan of every number of full steps."""
-        fewer, facts = self._fewer_steps(), self.facts
-        size = facts.site_bytes if self.level == "site" else facts.stack_bytes
-        cached = facts.site_flops if self.level == "site" else facts.stack_flops
-        for number, choice in enumerate(self._choices, 1):
+        """For both levels the best plan of every number of full steps, as far as memory allows it."""
+        for level in self.facts.levels:
+            held = self._bytes(level)
+            if self.max_bytes is None or held <= self.max_bytes:
+                yield from self._candidates(level)
+
+    def _candidates(self, level: Level) -> Iterator[Point]:
+        facts, size = self.facts, self._bytes(level)
+        cached = facts.site_flops if level == "site" else facts.stack_flops
+        for number, choice in enumerate(self._choices(level), 1):
             stored = min(MOST_STORED, number)
             if self.max_bytes is not None:
                 stored = min(stored, self.max_bytes // max(size, 1))
             compute = (number * facts.full_flops + (facts.steps - number) * cached) / (facts.steps * facts.full_flops)
             yield Point(
-                level=self.level,
+                level=level,
                 full=choice.full,
                 compute=compute,
                 error=choice.error,
                 cache_bytes=stored * size if number < facts.steps else 0,
                 stored=stored,
-                fewer_steps=float(fewer[math.ceil(compute * facts.steps - 1e-9) - 1]),
+                fewer_steps=float(self._fewer_steps[math.ceil(compute * facts.steps - 1e-9) - 1]),
             )
+
+    def _bytes(self, level: Level) -> int:
+        """What remembering one value of everything takes."""
+        return self.facts.site_bytes if level == "site" else self.facts.stack_bytes
 
     def point(
         self, *, budget: float | None = None, speedup: float | None = None, max_error: float | None = None
@@ -242,33 +236,31 @@ class Frontier:
         moves = np.sqrt(squared.mean(0))
         if not len(moves):
             return np.ones(1)
-        deltas = np.abs(np.diff(self.facts.sigmas)) if self.facts.sigmas else np.ones(self.facts.steps)
-        last = moves[-1] * deltas[-1] / deltas[-2]  # where the last step leads, no call of the model sees
+        last = moves[-1]  # where the last step leads, no call of the model sees
+        if self.facts.sigmas:
+            before, at = np.abs(np.diff(self.facts.sigmas))[-2:]
+            last *= at / before if before else 1.0
         return np.append(moves, last)
 
     @functools.cached_property
-    def _values(self) -> range:
+    def _grams(self) -> dict[Level, Array]:
+        return {level: _pooled(self.traces, self._values(level)) for level in self.facts.levels}
+
+    def _values(self, level: Level) -> range:
         """Numbers of the values that are forecast."""
         sites, spans = len(self.facts.sites), len(self.facts.spans)
-        return range(sites) if self.level == "site" else range(sites, sites + spans)
+        return range(sites) if level == "site" else range(sites, sites + spans)
+
+    def _choices(self, level: Level) -> tuple[Choice, ...]:
+        gram, number = self._grams[level], self.facts.levels.index(level)
+        reused = np.sqrt(np.mean([trace.reused[number].square().numpy() for trace in self.traces], axis=0))
+        return choose_steps(step_errors(gram, order=1) * (self._moves * sensitivity(gram, reused)))
 
     @functools.cached_property
-    def _gram(self) -> Array:
-        return np.asarray(pooled(self.traces, self._values).numpy())
-
-    @functools.cached_property
-    def _output_gram(self) -> Array:
-        return np.asarray(pooled(self.traces, [self._output]).numpy())
-
-    @functools.cached_property
-    def _choices(self) -> tuple[Choice, ...]:
-        errors = step_errors(self._gram, order=1)
-        return choose_steps(errors * (self._moves * sensitivity(self._output_gram, errors)))
-
     def _fewer_steps(self) -> Array:
         """Error expected of 1, 2, ... evenly spaced steps: each goes on with the output of its first one."""
         steps = self.facts.steps
-        reuse = np.sqrt(np.maximum(_reuse_errors(self._output_gram[0]), 0.0)) * self._moves
+        reuse = np.sqrt(np.maximum(_reuse_errors(_pooled(self.traces, [self._output])[0]), 0.0)) * self._moves
         errors = np.zeros(steps)
         for number in range(1, steps):
             full = [round(k * steps / number) for k in range(number)]
@@ -278,8 +270,8 @@ class Frontier:
 
     def _weights(self, point: Point) -> tuple[tuple[tuple[float, ...], ...], ...]:
         stored = histories(point.full, self.facts.steps, point.stored - 1)
-        ridge = self._ridge(stored)
-        rows = {step: fit(self._gram, step, history, ridge) for step, history in stored.items()}
+        ridge = self._ridge(point.level, stored)
+        rows = {step: fit(self._grams[point.level], step, history, ridge) for step, history in stored.items()}
         return tuple(
             tuple(tuple(float(f"{weight:.7g}") for weight in row) for row in rows[step].tolist())
             if step in rows
@@ -287,19 +279,23 @@ class Frontier:
             for step in range(self.facts.steps)
         )
 
-    def _ridge(self, stored: dict[int, tuple[int, ...]]) -> float:
+    def _ridge(self, level: Level, stored: dict[int, tuple[int, ...]]) -> float:
         """The ridge whose weights are best on traces that they were not fitted to."""
         if len(self.traces) < 2:
             return RIDGE
         totals = np.zeros(len(RIDGES))
         for held_out in range(len(self.traces)):
             others = [trace for number, trace in enumerate(self.traces) if number != held_out]
-            known = np.asarray(pooled(others, self._values).numpy())
-            unseen = np.asarray(pooled([self.traces[held_out]], self._values).numpy())
+            known = _pooled(others, self._values(level))
+            unseen = _pooled([self.traces[held_out]], self._values(level))
             for number, ridge in enumerate(RIDGES):
                 for step, history in stored.items():
                     totals[number] += squared_error(unseen, step, history, fit(known, step, history, ridge)).mean()
         return RIDGES[int(np.argmin(totals))]
+
+
+def _pooled(traces: Sequence[Trace], values: Sequence[int]) -> Array:
+    return np.asarray(pooled(traces, values).numpy())
 
 
 def _reuse_errors(gram: Array) -> Array:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -63,7 +64,7 @@ class Recording:
                 fix="record both with the same model, number of steps, scheduler and size",
             )
         first = max(self.runs, default=-1) + 1 - min(other.runs, default=0)
-        later = (Trace(trace.run + first, trace.context, trace.gram) for trace in other.traces)
+        later = (replace(trace, run=trace.run + first) for trace in other.traces)
         return Recording(self.facts, (*self.traces, *later))
 
     def frontier(self, max_cache_bytes: int | str | None = None) -> Frontier:
@@ -104,7 +105,8 @@ class Recording:
 
     def save(self, path: str | Path) -> None:
         """Write a safetensors file: a Gram matrix for every run and context, the facts in its header."""
-        tensors = {f"{trace.run}/{trace.context}": trace.gram.contiguous() for trace in self.traces}
+        tensors = {f"gram/{trace.run}/{trace.context}": trace.gram.contiguous() for trace in self.traces}
+        tensors |= {f"reused/{trace.run}/{trace.context}": trace.reused.contiguous() for trace in self.traces}
         save_file(tensors, path, metadata={"dicompile.recording": self.facts.to_json()})
 
     @classmethod
@@ -118,8 +120,9 @@ class Recording:
             with safe_open(str(path), "pt") as file:
                 facts = Facts.from_json((file.metadata() or {})["dicompile.recording"], str(path))
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
-            traces = [Trace(int(run), context, gram) for run, context, gram in map(_named, tensors.items())]
-            wrong = [t for t in traces if tuple(t.gram.shape) != (len(facts.values), facts.steps, facts.steps)]
+            traces = [_trace(name, tensors) for name in tensors if name.startswith("gram/")]
+            shapes = (len(facts.values), facts.steps, facts.steps), (len(facts.levels), facts.steps)
+            wrong = [t for t in traces if (tuple(t.gram.shape), tuple(t.reused.shape)) != shapes]
             if wrong or facts.version != VERSION:
                 raise ValueError(f"format {facts.version}, matrices of shape {[list(t.gram.shape) for t in wrong]}")
         except (OSError, SafetensorError, KeyError, ValueError, InvalidPolicy) as error:
@@ -139,9 +142,10 @@ class Recording:
         )
 
 
-def _named(item: tuple[str, Tensor]) -> tuple[str, str, Tensor]:
-    run, _, context = item[0].partition("/")
-    return run, context, item[1]
+def _trace(name: str, tensors: Mapping[str, Tensor]) -> Trace:
+    """The trace whose Gram matrix has this name in a file."""
+    _, run, context = name.split("/", 2)
+    return Trace(int(run), context, tensors[name], tensors[f"reused/{run}/{context}"])
 
 
 class Goal:

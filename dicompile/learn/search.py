@@ -102,28 +102,19 @@ def _error_of_two(
     return np.maximum(error, 0.0) / size[t]
 
 
-def sensitivity(output: Array, errors: Array) -> Array:
+def sensitivity(gram: Array, reused: Array) -> Array:
     """How much of the relative error of the values at a step arrives in the model's output, [steps].
 
-    Forecast errors of the output itself, from the same histories, tell. Before the second full step branches forecast
-    far better than their output: what follows it stands in.
-
     Args:
-        output: Gram matrix of the output, [1, steps, steps].
-        errors: of the values, see `step_errors`.
+        gram: of the values, [values, steps, steps].
+        reused: relative error of the output at a step that takes all values from the step before, [steps].
     """
-    steps = output.shape[-1]
-    of_output = step_errors(output, 1)
-    ratios = np.full(steps, np.nan)
-    for step in range(2, steps):
-        # Both full steps within a tenth of the run: histories that a plan would have.
-        near = slice(max(0, step - 1 - steps // 10), step)
-        first, second = of_output[1:][near, near, step], errors[1:][near, near, step]
-        seen = np.isfinite(first) & (second > 0) & (first > 0)
-        if seen.any():
-            ratios[step] = np.exp(np.mean(np.log(first[seen] / second[seen])))
-    known = np.flatnonzero(np.isfinite(ratios))
-    return np.interp(np.arange(steps), known, ratios[known]) if len(known) else np.ones(steps)
+    steps = gram.shape[-1]
+    now = np.arange(1, steps)
+    size = np.maximum(gram[:, now, now], np.finfo(np.float64).tiny)
+    moved = gram[:, now, now] + gram[:, now - 1, now - 1] - 2 * gram[:, now, now - 1]
+    wrong = np.sqrt(np.mean(np.maximum(moved, 0.0) / size, axis=0))
+    return np.append(1.0, reused[1:] / np.maximum(wrong, np.finfo(np.float64).tiny))
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from pydantic import NonNegativeInt, PositiveInt
@@ -15,6 +16,9 @@ from torch import Tensor
 
 from dicompile.plan import SAME_TIMESTEP
 from dicompile.plan.yaml_json import YamlJson
+
+Level = Literal["site", "stack"]
+"""What is forecast: single branches, which are gated anew, or what the whole stack adds."""
 
 VERSION = 1
 EXTRAS = ("output", "latent")
@@ -55,6 +59,11 @@ class Facts(YamlJson):
     version: int = VERSION
 
     @property
+    def levels(self) -> tuple[Level, ...]:
+        """What can be forecast: single branches, and the whole stack where there is one."""
+        return ("site", "stack") if self.spans else ("site",)
+
+    @property
     def values(self) -> tuple[str, ...]:
         """Labels of all that is recorded, as in the rows of a Gram matrix."""
         return (*self.sites, *self.spans, *EXTRAS)
@@ -86,11 +95,14 @@ class Trace:
         run: number of the run.
         context: its label.
         gram: float64, [values, steps, steps]; see the module docstring.
+        reused: float64, [levels, steps]: relative error of the model's output at a step that takes every branch, or the
+            update of the stack, from the step before; 0 at the first one.
     """
 
     run: int
     context: str
     gram: Tensor = field(repr=False)
+    reused: Tensor = field(repr=False)
 
 
 def pooled(traces: Sequence[Trace], values: Sequence[int]) -> Tensor:

@@ -27,7 +27,7 @@ from dicompile.plan.fits import (
 from dicompile.plan.frozen import Origin
 from dicompile.plan.memory import DTYPES, UNLIMITED, CacheOptions, check_can_compile, needs_scale
 from dicompile.plan.plan import Dropped, Plan, SiteStep, StepPlan
-from dicompile.plan.planner import attention_owner, make_plan, plan_actions, recording_plan
+from dicompile.plan.planner import attention_owner, make_plan, plan_actions, recording_plan, reusing_plan
 from dicompile.plan.predictor import Predictor, PredictorFacts, load_predictor
 from dicompile.plan.recall import Fitted, Forecast, Reuse
 from dicompile.plan.rows import make_rows
@@ -98,6 +98,7 @@ __all__ = [
     "plan_actions",
     "polynomial_weights",
     "recording_plan",
+    "reusing_plan",
     "score_source",
     "taylor_weights",
 ]

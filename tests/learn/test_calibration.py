@@ -95,6 +95,29 @@ def test_inner_products_are_those_of_the_values_of_a_run() -> None:
     assert torch.allclose(recorded.traces[0].gram[-1].diagonal(), exact.square().sum(1), rtol=0.1)
 
 
+def test_what_reuse_would_have_returned_is_what_it_returns() -> None:
+    sample, times = plain_dit(layers=2), timesteps(3)
+    inputs = [{**sample.inputs, "x": torch.randn(4, 4, 16, 16), "t": torch.full((4,), time)} for time in times]
+    model = dicompile.optimize(sample.model, "none", schedule=times, backend="eager")
+    with dicompile.calibrate(model) as recorded:
+        true = [model(**each) for each in inputs]
+    dicompile.restore(model)
+    cadence = dicompile.Cadence(at=(0, 1))
+    for level, rule in enumerate(
+        (
+            dicompile.Rule(do=dicompile.Reuse()),
+            dicompile.Rule(sites=("stack",), do=dicompile.Reuse(what="update")),
+        )
+    ):
+        policy = dicompile.Policy(name="last", cadence=cadence, rules=(rule,))
+        model = dicompile.optimize(sample.model, policy, schedule=times, backend="eager")
+        found = [model(**each) for each in inputs]
+        dicompile.restore(model)
+        reused = recorded.traces[0].reused[level]
+        assert reused[0] == 0.0
+        assert float(reused[2]) == pytest.approx(relative(found[2], true[2]), rel=1e-4)
+
+
 def test_runs_add_up_and_can_be_held_out(recording: dicompile.Recording) -> None:
     assert recording.runs == (0, 1)
     first, second = recording.of_runs([0]), recording.of_runs([1])
@@ -126,6 +149,7 @@ def test_a_file_holds_all_of_it(recording: dicompile.Recording, tmp_path: Path) 
     recording.save(file)
     read = dicompile.Recording.load(file)
     assert read.facts == recording.facts
+    assert [(trace.run, trace.context) for trace in read.traces] == [(0, "-"), (1, "-")]
     assert read.policy(budget=0.3) == recording.policy(budget=0.3)
 
 
