@@ -45,11 +45,14 @@ def frontier_command(
     max_error: Annotated[float | None, typer.Option(help="Expected relative error that it may have.")] = None,
     max_cache_bytes: Annotated[str | None, typer.Option(help="Memory that it may take, '2GiB'.")] = None,
     out: Annotated[Path | None, typer.Option(help="The policy for one of these goals, as .json or .yaml.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="A picture of the frontier; needs matplotlib.")] = None,
 ) -> None:
     """Print expected error against compute, with fewer steps as the rival; write the policy for one goal."""
     frontier = Recording.load(recording).frontier(max_cache_bytes)
     console = Console()
     console.print(frontier.table())
+    if plot is not None:
+        frontier.plot().savefig(plot)
     if out is None:
         return
     point = frontier.point(budget=budget, speedup=speedup, max_error=max_error)

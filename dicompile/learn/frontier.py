@@ -11,6 +11,7 @@ import functools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 from rich.box import SIMPLE_HEAD
@@ -33,6 +34,9 @@ from dicompile.learn.search import (
 from dicompile.learn.trace import EXTRAS, Facts, Level, Trace, pooled
 from dicompile.plan import Cadence, Fitted, Origin, Policy, Rule
 from dicompile.text import size_text
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 MOST_STORED = 3
 """Values of one branch that a forecast takes: what the best published ones take, too."""
@@ -219,6 +223,20 @@ class Frontier:
                 f"{point.fewer_steps:.2g}",
             )
         return table
+
+    def plot(self) -> Figure:
+        """Expected error against compute, of these plans and of fewer steps; needs matplotlib (extra "demo")."""
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(6, 4), layout="constrained")
+        axes = figure.subplots()
+        drawn = [point for point in self.points if point.error and point.fewer_steps]
+        computes = [point.compute for point in drawn]
+        axes.plot(computes, [point.error for point in drawn], marker=".", label="auto")
+        axes.plot(computes, [point.fewer_steps for point in drawn], marker=".", label="fewer steps")
+        axes.set(xlabel="compute", ylabel="expected relative error", yscale="log", title=self.verdict)
+        axes.legend()
+        return figure
 
     def __str__(self) -> str:
         console = Console(width=110)

@@ -53,8 +53,9 @@ def test_the_scheduler_is_the_one_that_was_saved(recorded: Path) -> None:
 @pytest.mark.parametrize("name", ["p.json", "p.yaml"])
 def test_the_frontier_is_printed_and_a_policy_written(recorded: Path, name: str) -> None:
     out = recorded.with_name(name)
-    result = run("frontier", recorded, "--budget", 0.6, "--out", out)
+    result = run("frontier", recorded, "--budget", 0.6, "--out", out, "--plot", out.with_suffix(".png"))
     assert result.exit_code == 0, result.output
+    assert out.with_suffix(".png").stat().st_size > 1000
     assert "full steps" in result.stdout
     policy = dicompile.Recording.load(recorded).policy(budget=0.6)
     assert f"{policy.name}:" in result.stdout
