@@ -7,11 +7,8 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.progress import track
 
-from dicompile.api import optimize
 from dicompile.cli.trainable import trainable
-from dicompile.learn.calibrate import calibrate
 from dicompile.learn.recording import Recording
 from dicompile.learn.runs import Runs
 
@@ -30,10 +27,7 @@ def calibrate_command(  # noqa: PLR0913, PLR0917 - options
     """Record runs of a model with the scheduler that it was saved with; a pipeline of your own: dicompile.calibrate."""
     subject = trainable(model, batch, data, device, as_saved=True)
     made = Runs(subject.inputs, subject.scheduler, subject.data, subject.null, steps, guidance, seed)
-    fast = optimize(subject.module, "none", schedule=subject.scheduler, backend="eager")
-    with calibrate(fast) as recording:
-        for run in track(range(runs), "recording"):
-            made.sample(fast, run)
+    recording = made.record(subject.module, runs)
     recording.save(out)
     Console().print(f"{recording}\nwrote {out}; see what it allows with: dicompile frontier {out}")
 

@@ -32,7 +32,7 @@ from dicompile.learn.search import (
     step_errors,
 )
 from dicompile.learn.trace import EXTRAS, Facts, Level, Trace, pooled
-from dicompile.plan import Cadence, Fitted, Origin, Policy, Rule
+from dicompile.plan import Cadence, Fitted, Origin, Policy, Rule, WhatName
 from dicompile.text import size_text
 
 if TYPE_CHECKING:
@@ -173,19 +173,25 @@ class Frontier:
         Args:
             point: one of the frontier's.
         """
-        weights = self._weights(point)
-        recall = Fitted(
-            weights=weights,
-            what="core" if point.level == "site" else "update",
-            origin=Origin(
-                file=f"the calibration of {self.facts.model}",
-                sites=self.facts.sites if point.level == "site" else self.facts.spans,
-                timesteps=self.facts.timesteps,
-            ),
-        )
-        rule = Rule(sites=() if point.level == "site" else ("stack",), do=recall)
-        rules = (rule,) if len(point.full) < self.facts.steps else ()
+        rules = (self._rule(point.level, point.full, point.stored),) if len(point.full) < self.facts.steps else ()
         return Policy(name=f"auto-{len(point.full)}", cadence=Cadence(at=point.full), rules=rules)
+
+    def fitted(self, cadence: Cadence, order: int, level: Level) -> Policy:
+        """A policy for full steps that somebody else has chosen; see `dicompile.learn.recording.Recording.fitted`."""
+        full = tuple(moment.step for moment in cadence.moments(self.facts.steps) if moment.others)
+        rule = self._rule(level, full, order + 1)
+        return Policy(name=f"fitted-{cadence.interval}-{order}", cadence=cadence, rules=(rule,))
+
+    def _rule(self, level: Level, full: Sequence[int], stored: int) -> Rule:
+        facts = self.facts
+        origin = Origin(
+            file=f"the calibration of {facts.model}",
+            sites=facts.sites if level == "site" else facts.spans,
+            timesteps=facts.timesteps,
+        )
+        what: WhatName = "core" if level == "site" else "update"
+        recall = Fitted(weights=self._weights(level, full, stored), what=what, origin=origin)
+        return Rule(sites=() if level == "site" else ("stack",), do=recall)
 
     @property
     def verdict(self) -> str:
@@ -286,10 +292,10 @@ class Frontier:
             errors[number - 1] = np.sqrt(sum(reuse[j, j + 1 : k].sum() ** 2 for j, k in zip(full, ends, strict=True)))
         return errors
 
-    def _weights(self, point: Point) -> tuple[tuple[tuple[float, ...], ...], ...]:
-        stored = histories(point.full, self.facts.steps, point.stored - 1)
-        ridge = self._ridge(point.level, stored)
-        rows = {step: fit(self._grams[point.level], step, history, ridge) for step, history in stored.items()}
+    def _weights(self, level: Level, full: Sequence[int], stored: int) -> tuple[tuple[tuple[float, ...], ...], ...]:
+        histories_of = histories(full, self.facts.steps, stored - 1)
+        ridge = self._ridge(level, histories_of)
+        rows = {step: fit(self._grams[level], step, history, ridge) for step, history in histories_of.items()}
         return tuple(
             tuple(tuple(float(f"{weight:.7g}") for weight in row) for row in rows[step].tolist())
             if step in rows

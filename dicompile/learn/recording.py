@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from dicompile.errors import InvalidPolicy, InvalidRecording, InvalidSetting
 from dicompile.learn.frontier import Frontier
-from dicompile.learn.trace import VERSION, Facts, Trace
-from dicompile.plan import CacheOptions, Policy
+from dicompile.learn.trace import VERSION, Facts, Level, Trace
+from dicompile.plan import CacheOptions, Cadence, Policy
 
 
 class Recording:
@@ -102,6 +102,22 @@ class Recording:
         """
         frontier = self.frontier(max_cache_bytes)
         return frontier.policy(frontier.point(budget=budget, speedup=speedup, max_error=max_error))
+
+    def fitted(self, cadence: Cadence, order: int = 2, level: Level = "site") -> Policy:
+        """Weights for every branch, or for the stack, at full steps that are given.
+
+        Args:
+            cadence: which steps compute everything.
+            order: stored values used besides the latest one.
+            level: "site" forecasts every branch, "stack" what the whole stack adds.
+
+        Raises:
+            InvalidRecording: nothing was recorded.
+
+        Reference:
+            L2P, arXiv 2604.26365.
+        """
+        return self.frontier().fitted(cadence, order, level)
 
     def save(self, path: str | Path) -> None:
         """Write a safetensors file: a Gram matrix for every run and context, the facts in its header."""

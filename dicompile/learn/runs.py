@@ -7,10 +7,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from rich.progress import track
 from torch import Tensor, nn
 
+from dicompile.api import optimize
 from dicompile.errors import CannotCapture
+from dicompile.learn.calibrate import calibrate
 from dicompile.learn.latents import LATENTS, Data
+from dicompile.learn.recording import Recording
 from dicompile.names import sounds_like_latent, sounds_like_time
 
 
@@ -36,6 +40,20 @@ class Runs:
     guidance: float = 1.0
     seed: int = 0
 
+    def record(self, module: nn.Module, count: int, *, progress: bool = True) -> Recording:
+        """Record some runs of a module that is not optimized; it stays as it is.
+
+        Args:
+            module: in eval mode.
+            count: of runs.
+            progress: show a bar.
+        """
+        fast = optimize(module, "none", schedule=self.scheduler, backend="eager")
+        with calibrate(fast) as recording:
+            for run in track(range(count), "recording", disable=not progress):
+                self.sample(fast, run)
+        return recording
+
     @torch.no_grad()
     def sample(self, model: nn.Module, run: int) -> Tensor:
         """Latents at the end of a run.
@@ -54,7 +72,7 @@ class Runs:
         name, time = self._named("latent", sounds_like_latent), self._named("timestep", sounds_like_time)
         given = {key: value for key, value in {**self.inputs, **drawn}.items() if key not in (name, time)}
         if doubled:
-            given = {k: both_halves(v, self.null.get(k)) if isinstance(v, Tensor) else v for k, v in given.items()}
+            given = {k: _both_halves(v, self.null.get(k)) if isinstance(v, Tensor) else v for k, v in given.items()}
         given = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in given.items()}
         self.scheduler.set_timesteps(self.steps, device=device)
         latent = torch.randn(like.shape, generator=generator).to(device)
@@ -83,7 +101,7 @@ class Runs:
         return found[0]
 
 
-def both_halves(value: Tensor, null: float | Tensor | None) -> Tensor:
+def _both_halves(value: Tensor, null: float | Tensor | None) -> Tensor:
     """Conditioning of both guidance halves; what has no null is the same for both."""
     if not value.ndim:
         return value

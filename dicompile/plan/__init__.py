@@ -29,7 +29,7 @@ from dicompile.plan.memory import DTYPES, UNLIMITED, CacheOptions, check_can_com
 from dicompile.plan.plan import Dropped, Plan, SiteStep, StepPlan
 from dicompile.plan.planner import attention_owner, make_plan, plan_actions, recording_plan, reusing_plan
 from dicompile.plan.predictor import Predictor, PredictorFacts, load_predictor
-from dicompile.plan.recall import Fitted, Forecast, Reuse
+from dicompile.plan.recall import Fitted, Forecast, Reuse, WhatName
 from dicompile.plan.rows import make_rows
 from dicompile.plan.schedule import TimestepSchedule
 from dicompile.plan.schema import (
@@ -83,6 +83,7 @@ __all__ = [
     "TokenScore",
     "TokenTable",
     "What",
+    "WhatName",
     "Window",
     "attention_owner",
     "check_can_compile",

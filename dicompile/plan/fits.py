@@ -201,7 +201,7 @@ def check_stored(
             f"there are {len(stored)}",
             where="Fitted",
             why="weights were fitted for another cadence",
-            fix="fit them again with dicompile.learn.fit_forecast for this cadence",
+            fix="fit them again for this cadence: recording.fitted(cadence)",
         )
 
 

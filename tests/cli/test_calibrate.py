@@ -62,6 +62,18 @@ def test_the_frontier_is_printed_and_a_policy_written(recorded: Path, name: str)
     assert dicompile.get_policy(str(out)) == policy
 
 
+def test_a_forecast_is_fitted_for_evenly_spaced_steps(recorded: Path) -> None:
+    out, folder = recorded.with_name("f.json"), recorded.parent
+    options = ("--data", folder / "l.safetensors", "--steps", STEPS, "--interval", 2, "--runs", 1, "--batch", 2)
+    result = run("fit-forecast", folder, *options, "--out", out)
+    assert result.exit_code == 0, result.output
+    policy = dicompile.get_policy(str(out))
+    assert policy.cadence == dicompile.Cadence(interval=2, anchor="last", warmup=2)
+    recall = policy.rules[0].do
+    assert isinstance(recall, dicompile.Fitted)
+    assert [bool(row) for row in recall.weights] == [False, False, True, False, True, False]
+
+
 def test_what_is_missing_is_said(recorded: Path, tmp_path: Path) -> None:
     assert isinstance(run("frontier", tmp_path / "gone.safetensors").exception, InvalidRecording)
     assert isinstance(run("frontier", recorded, "--out", tmp_path / "p.json").exception, InvalidSetting)
