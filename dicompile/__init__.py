@@ -12,6 +12,8 @@ from dicompile.api import session as session
 from dicompile.api import structure_of as structure_of
 from dicompile.compiler import reset as reset
 from dicompile.errors import DicompileError as DicompileError
+from dicompile.learn.calibrate import calibrate as calibrate
+from dicompile.learn.recording import Recording as Recording
 from dicompile.ops.registry import register_attention as register_attention
 from dicompile.ops.registry import register_operator as register_operator
 from dicompile.plan import Cadence as Cadence

@@ -6,6 +6,7 @@ import contextlib
 import copy
 import logging
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from dicompile.analysis import ModelStructure
 from dicompile.capture import Said, check_names
 from dicompile.compiler import CompiledFrame, Options, compile_ahead
 from dicompile.errors import AlreadyOptimized, InvalidSchedule, NotOptimized, NotYetRun
+from dicompile.learn.recording import Goal, Recording
 from dicompile.lower import Backend, Hoist
 from dicompile.pipelines import (
     is_denoiser_of,
@@ -51,13 +53,18 @@ def optimize(
     hoist: str | None = None,
     attention: str | None = None,
     mode: str | None = None,
+    recording: Recording | str | Path | None = None,
+    budget: float | None = None,
+    speedup: float | None = None,
+    max_error: float | None = None,
 ) -> Any:
     """Compile a diffusion transformer with feature caching.
 
     Args:
         model: a module, or a diffusers pipeline, whose denoiser is then replaced in place and whose scheduler is
             followed.
-        policy: a policy, the name of a published one, plain data, or the path of a YAML or JSON file.
+        policy: a policy, the name of a published one, plain data, or the path of a YAML or JSON file; or "auto": the
+            best plan that follows from `recording` for one goal: `budget`, `speedup` or `max_error`.
         schedule: for a module: the diffusers scheduler that drives the sampling, a list of timesteps, or a number of
             steps.
         backend: "inductor" compiles; "eager" runs the rewritten graphs operator by operator, for debugging.
@@ -95,6 +102,10 @@ def optimize(
             is installed), for all attention that it can compute. What it cannot stays with torch, and a log line says
             how much and why.
         mode: an older word for `backend`.
+        recording: of "auto": what `calibrate` has recorded, or its file.
+        budget: of "auto": operations of the run over those without caching, in (0, 1].
+        speedup: of "auto": the inverse of `budget`.
+        max_error: of "auto": relative L2 error of the last latent that is expected, unitless, for the least compute.
 
     Returns:
         The pipeline itself, or a wrapper of the module that is called like it and passes every attribute through. The
@@ -103,14 +114,16 @@ def optimize(
     Raises:
         UnknownPolicy, InvalidPolicy: the policy does not exist or has an option that does not.
         InvalidSetting: a backend, an option of Inductor, an attention or a cache option that does not exist, is not
-            installed, or does not go with another. The first call raises it where steps cannot be recorded as CUDA
-            graphs.
+            installed, or does not go with another; or a goal of "auto" that is missing, not asked for, or out of reach.
+            The first call raises it where steps cannot be recorded as CUDA graphs.
+        InvalidRecording: the recording is damaged, or of another model.
         InvalidSchedule: a caching policy for a module without a schedule.
         AlreadyOptimized: restore it first. A pipeline that shares a denoiser with an optimized one, and has a scheduler
             of its own, is optimized by itself: each has a wrapper around the same weights.
         UnsupportedModel: neither a module nor a pipeline with a denoiser.
     """
-    chosen = get_policy(policy)
+    goal = Goal(recording, budget, speedup, max_error, max_cache_bytes)
+    chosen = goal.policy if policy == "auto" else goal.unused(get_policy(policy))
     code = Backend.of(backend if mode is None else mode, options, compile_mode, warmup, dynamic, attention)
     cache = CacheOptions.of(max_cache_bytes, over_budget, cache_dtype, cache_device)
     said, hoisted = Said(timestep, latent), Hoist.of(hoist)
@@ -121,10 +134,12 @@ def optimize(
         )
     if isinstance(model, nn.Module):
         check_names(model, said)
+        goal.check_model(model)
         return CachedModel(model, Options(chosen, _link(schedule, chosen), code, cache=cache, said=said, hoist=hoisted))
 
     def wrap(module: nn.Module) -> CachedModel:
         check_names(module, said)
+        goal.check_model(module)
         link = SchedulerLink(model)
         return CachedModel(module, Options(chosen, link, code, cache=cache, said=said, hoist=hoisted))
 
@@ -157,7 +172,7 @@ def disable(model: Any) -> None:
         NotOptimized: it was not optimized.
     """
     free(model)
-    for cached in _cached_in(model):
+    for cached in cached_in(model):
         record_of(cached).is_enabled = False
 
 
@@ -170,7 +185,7 @@ def enable(model: Any) -> None:
     Raises:
         NotOptimized: it was not optimized.
     """
-    for cached in _cached_in(model):
+    for cached in cached_in(model):
         record_of(cached).is_enabled = True
 
 
@@ -192,7 +207,7 @@ def free(model: Any = None) -> None:
     if model is None:
         session.clear()
         return
-    for cached in _cached_in(model):
+    for cached in cached_in(model):
         session.free(record_of(cached).calls.owner)
 
 
@@ -208,7 +223,7 @@ def session(model: Any = None) -> contextlib.AbstractContextManager[Session]:
     """
     if model is None or isinstance(model, Session):
         return open_session(model)
-    return open_session(Session(links=[record_of(cached).options.link for cached in _cached_in(model)]))
+    return open_session(Session(links=[record_of(cached).options.link for cached in cached_in(model)]))
 
 
 def structure_of(model: Any) -> ModelStructure:
@@ -230,7 +245,7 @@ def plan_of(model: Any) -> Plan:
     Raises:
         NotOptimized, NotYetRun: nothing was captured yet.
     """
-    frame, record = _frame_of(model), record_of(_cached_in(model)[0])
+    frame, record = _frame_of(model), record_of(cached_in(model)[0])
     return frame.programs.plan(_schedule_of(record))
 
 
@@ -250,7 +265,7 @@ def prepare(model: Any, *, late: bool = True, progress: bool = False) -> None:
     Raises:
         NotOptimized, NotYetRun: nothing was captured yet.
     """
-    records = [record_of(cached) for cached in _cached_in(model)]
+    records = [record_of(cached) for cached in cached_in(model)]
     if not any(record.frames for record in records):
         _frame_of(model)  # raises
     runs = []
@@ -272,7 +287,7 @@ def report(model: Any) -> RunReport:
     """
     _frame_of(model)
     session = current_session()
-    cached = _cached_in(model)
+    cached = cached_in(model)
     denoising = [one for one in cached if is_denoiser_of(model, one)] or cached
     records = [record_of(one) for one in denoising]
     states = [session.state_of(record.calls.owner) for record in records]
@@ -298,7 +313,7 @@ def _link(schedule: Any, policy: Policy) -> SchedulerLink:
     return SchedulerLink(1)
 
 
-def _cached_in(model: Any) -> list[CachedModel]:
+def cached_in(model: Any) -> list[CachedModel]:
     """The optimized module that was given, or those of a pipeline, denoisers first; at least one."""
     if isinstance(model, nn.Module):
         cached = [model] if isinstance(model, CachedModel) else []
@@ -318,7 +333,7 @@ def _schedule_of(record: Record) -> TimestepSchedule:
 
 def _frame_of(model: Any) -> CompiledFrame:
     """What ran last."""
-    record = record_of(_cached_in(model)[0])
+    record = record_of(cached_in(model)[0])
     if not record.frames:
         raise NotYetRun(
             f"{type(record.module).__name__} has not run yet",

@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import logging
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, as_completed
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -17,7 +17,7 @@ import torch
 from rich.progress import track
 from torch import Tensor, fx
 
-from dicompile.analysis import ModelStructure, analyse
+from dicompile.analysis import ModelStructure, SiteKind, analyse
 from dicompile.capture import CAPTURES, MOST_CAPTURES, NO_TIMESTEP, NOTHING_SAID, Capture, Role, Said
 from dicompile.config import DebugFolder, Settings
 from dicompile.errors import CallOutsideSchedule
@@ -56,9 +56,11 @@ from dicompile.plan import (
     first_span,
     load_predictor,
     make_plan,
+    recording_plan,
+    reusing_plan,
 )
 from dicompile.policies import NoCache
-from dicompile.runtime import Executor, Graphs, Owners, SchedulerLink, Signature, Step, Tables, recorder_of
+from dicompile.runtime import Executor, Graphs, Observer, Owners, SchedulerLink, Signature, Step, Tables, recorder_of
 from dicompile.same import Same
 
 log = logging.getLogger("dicompile")
@@ -87,6 +89,7 @@ class Options:
         cache: how much may be remembered, in which numbers, and where.
         said: which inputs are what.
         hoist: what is computed outside of the steps, if the user said so.
+        observer: who is shown the value of every site and of the stack; then every step computes everything.
     """
 
     policy: Policy
@@ -96,6 +99,7 @@ class Options:
     cache: CacheOptions = UNLIMITED
     said: Said = NOTHING_SAID
     hoist: Hoist | None = None
+    observer: Observer | None = None
 
     def __post_init__(self) -> None:
         self.backend.check_cache(self.cache)
@@ -133,7 +137,8 @@ def compile_capture(capture: Capture, arguments: Sequence[Any], options: Options
     pieces = pieces_of(capture, _hoist(capture, arguments, options))
     structure = pieces.structure
     options.debug.write("structure", structure)
-    graphs = _graphs(pieces, arguments) if options.backend.records_steps else None
+    records = options.backend.records_steps and options.observer is None
+    graphs = _graphs(pieces, arguments) if records else None
     predictor, own = _predictor(capture, structure, options)
     programs = Programs(pieces, options, own)
     if options.cache.max_bytes is not None:
@@ -149,6 +154,7 @@ def compile_capture(capture: Capture, arguments: Sequence[Any], options: Options
         check=options.settings.check,
         warmup=Warmup(programs, uncached_step(pieces, options)) if options.backend.in_background else None,
         graphs=graphs,
+        observer=options.observer,
     )
     return CompiledFrame(structure, programs, executor)
 
@@ -235,7 +241,7 @@ def _signature(
         signals=frozenset(item.name for _, item in roles if item.is_signal),
         geometry=Same((shapes, sites)),
         way=way,
-        remembers=bool(options.policy.rules),
+        remembers=bool(options.policy.rules) or options.observer is not None,
         counts_calls=options.said.timestep == NO_TIMESTEP or not structure.sites,
     )
 
@@ -277,6 +283,7 @@ class Programs:
         self.backend, self._beside = options.backend, beside
         self.structure, self.policy = pieces.structure, options.policy
         self.cache, self.debug = options.cache, options.debug
+        self._is_watched = options.observer is not None
         self.variants = VariantCache(options.backend, options.settings, options.debug)
         self._builder = ProgramBuilder(pieces, self.variants, options.cache.torch_dtype)
         self._plans: dict[TimestepSchedule, tuple[Plan, dict[int, Step]]] = {}
@@ -300,6 +307,16 @@ class Programs:
             if index not in steps:
                 steps[index] = self._make(plan, index)
             return steps[index]
+
+    @functools.cached_property
+    def trials(self) -> Mapping[str, Step]:
+        """What is tried beside every step that is watched: reuse of all sites, or of the stack if there is one."""
+        if not self._is_watched:
+            return {}
+        has_stack = any(span.kind is SiteKind.STACK for span in self.structure.spans)
+        plans = [reusing_plan(self.structure, kind) for kind in (("site", "stack") if has_stack else ("site",))]
+        with ONE_AT_A_TIME:
+            return {plan.policy: self._make(plan, 1) for plan in plans}
 
     def codes(self, schedule: TimestepSchedule) -> list[Code]:
         """Everything that the steps of a run need, of which nothing is compiled for being asked for here."""
@@ -328,7 +345,10 @@ class Programs:
             return known
         with ONE_AT_A_TIME:
             if schedule not in self._plans:
-                plan = make_plan(self.structure, self.policy, schedule, self.cache)
+                if self._is_watched:
+                    plan = recording_plan(self.structure, schedule)
+                else:
+                    plan = make_plan(self.structure, self.policy, schedule, self.cache)
                 self.debug.write("plan", plan)
                 for note in plan.notes() if not schedule.before else ():
                     log.warning("policy %s: %s", plan.policy, note)

@@ -55,6 +55,10 @@ class InvalidTrainingData(DicompileError, ValueError):
     """A file of latents to train on lacks something, or its tensors do not go together."""
 
 
+class InvalidRecording(DicompileError, ValueError):
+    """A recording is damaged, empty, or of another model, sampler or shape than it is used for."""
+
+
 class CacheTooLarge(DicompileError, ValueError):
     """A plan needs more memory than it may have."""
 

@@ -1,4 +1,4 @@
-"""Fit the forecasts of the bundled model: one policy file per interval, about half a minute each.
+"""Fit the forecasts of the bundled model: one policy file per interval, from one recorded run.
 
 python examples/fit_demo_forecast.py --out dicompile/demo/assets
 """
@@ -8,11 +8,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-import torch
-
 from dicompile.cli.trainable import trainable
-from dicompile.learn.forecast import ForecastOptions, fit_forecast, learnable_for
-from dicompile.learn.samplers import Ddim
+from dicompile.learn.runs import Runs
 from dicompile.plan import Cadence
 
 BATCH, GUIDANCE = 12, 2.0
@@ -26,12 +23,10 @@ def main() -> None:
     parser.add_argument("--intervals", type=int, nargs="+", default=[3, 4, 6])
     arguments = parser.parse_args()
     subject = trainable("demo", BATCH, data=None, device="cpu")
-    both = {k: torch.cat([v, v]) if isinstance(v, torch.Tensor) else v for k, v in subject.inputs.items()}
+    runs = Runs(subject.inputs, subject.scheduler, subject.data, subject.null, arguments.steps, GUIDANCE)
+    recording = runs.record(subject.module, 1)
     for interval in arguments.intervals:
-        cadence = Cadence(interval=interval, anchor="last", warmup=2)
-        options = ForecastOptions(cadence, order=2, guidance=GUIDANCE, runs=1)
-        model = learnable_for(subject.module, both, options)
-        policy = fit_forecast(model, Ddim(subject.scheduler, arguments.steps), subject.data, options, subject.null)
+        policy = recording.fitted(Cadence(interval=interval, anchor="last", warmup=2))
         file = arguments.out / f"fitted_{interval}.json"
         file.write_text(policy.to_json() + "\n", encoding="utf-8")
         print(f"wrote {file}")

@@ -6,6 +6,7 @@ from dicompile.runtime.execute import Executor, Step, StepSource
 from dicompile.runtime.graphs import Graphs, recorder_of
 from dicompile.runtime.identify import Signature
 from dicompile.runtime.invariants import Tables
+from dicompile.runtime.observe import Observer, Seen
 from dicompile.runtime.owner import Owner, Owners
 from dicompile.runtime.report import RunReport
 from dicompile.runtime.session import Session, cache_context, current_session, session
@@ -13,10 +14,12 @@ from dicompile.runtime.session import Session, cache_context, current_session, s
 __all__ = [
     "Executor",
     "Graphs",
+    "Observer",
     "Owner",
     "Owners",
     "RunReport",
     "SchedulerLink",
+    "Seen",
     "Session",
     "Signature",
     "Step",

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -20,6 +20,7 @@ from dicompile.runtime.contexts import ContextState
 from dicompile.runtime.graphs import Graphs, Outcome
 from dicompile.runtime.identify import Place, Signature, identify
 from dicompile.runtime.invariants import Doubt, Kept, Tables
+from dicompile.runtime.observe import Observer, Seen, Watch
 from dicompile.runtime.owner import Owner
 from dicompile.runtime.report import UNCACHED
 from dicompile.runtime.session import ModelState, current_session
@@ -92,7 +93,7 @@ class Step:
             moves=tuple(moves),
             held=sum(plan.slot_bytes[slot] for slot in contents),
             results=tuple(r if isinstance(r, Constant) else (r, r in program.shared_results) for r in program.results),
-            stored_copies=tuple(sorted(program.shared_writes)),
+            stored_copies=tuple(sorted(program.shared_writes.intersection(~m for m in moves if m is not None))),
             loads=(
                 *((("invariant", name), register) for name, register in program.invariants),
                 *((("noise", item.site), item.register) for item in program.noise),
@@ -136,6 +137,11 @@ class StepSource(Protocol):
         """What to run at a step."""
         ...
 
+    @property
+    def trials(self) -> Mapping[str, Step]:
+        """What is tried beside every step that is watched, by kind of reuse."""
+        ...
+
 
 class Warmup(Protocol):
     """What runs while steps are compiled."""
@@ -164,6 +170,7 @@ class Executor:
         check: whether every read is held against the plan (see `dicompile.runtime.stamps`).
         warmup: what runs before steps are compiled; None if they are compiled when they are first wanted.
         graphs: makes a place for steps that are recorded as CUDA graphs; None if they are not.
+        observer: who is shown what the steps write.
     """
 
     def __init__(  # noqa: PLR0913 - named one by one
@@ -179,8 +186,10 @@ class Executor:
         check: bool = False,
         warmup: Warmup | None = None,
         graphs: Callable[[], Graphs] | None = None,
+        observer: Observer | None = None,
     ) -> None:
-        self.steps, self.signature, self.warmup, self.graphs = steps, signature, warmup, graphs
+        self.steps, self.signature, self.warmup = steps, signature, warmup
+        self.graphs, self.observer = graphs, observer
         self.seed, self.predictor, self.offload, self.check = seed, predictor, offload, check
         self.constants, self.tables = tuple(constants), tables
 
@@ -234,9 +243,10 @@ class Executor:
         try:
             self._load(registers, step, inputs, place.step)
             load = self._loading(state, owner, step, registers, place.step)
+            watch = self._watch(state, place, step, owner.link.schedule, inputs)
             is_uncached = self.warmup is not None and step is self.warmup.uncached
             if self.graphs is None or is_uncached:
-                outcome = self._compute(state, place, step, registers, load, keep_chosen=keep_chosen)
+                outcome = self._compute(state, place, step, registers, load, watch, keep_chosen=keep_chosen)
             else:
                 load()  # a recording stores when it runs, so it cannot run twice
                 graphs = owner.graphs_of(self, self.graphs)
@@ -246,7 +256,7 @@ class Executor:
                 self._keep(state, place, context, step)
                 context.chosen = outcome.chosen
             state.report.count(UNCACHED if is_uncached else step.planned.kind, state.cache_bytes)
-            if self.signature.remembers and place.is_last and step.planned.sites:
+            if self.signature.remembers and watch is None and place.is_last and step.planned.sites:
                 _end(state, step.plan.policy)
             return outcome.results
         finally:
@@ -267,7 +277,15 @@ class Executor:
         return load
 
     def _compute(
-        self, state: ModelState, place: Place, step: Step, registers: list[Any], load: Load, *, keep_chosen: bool
+        self,
+        state: ModelState,
+        place: Place,
+        step: Step,
+        registers: list[Any],
+        load: Load,
+        watch: Watch | None,
+        *,
+        keep_chosen: bool,
     ) -> Outcome:
         """Run a step call by call; once more, if its timestep was not the one that was foretold."""
         context = place.context
@@ -276,12 +294,14 @@ class Executor:
         lane = self._lane(place.call.latent)
         doubt = load(may_doubt=lane is None and step.is_repeatable)
         before = [] if doubt is None else registers.copy()
-        run_calls(step.program, registers, lane)
+        run_calls(step.program, registers, lane, watch)
         if doubt is not None and doubt.is_justified:
             registers[:] = before
             load(is_again=True)
             run_calls(step.program, registers, lane)
         results, chosen = step.outputs(registers), step.chosen(registers) if keep_chosen else {}
+        if watch is not None:
+            watch.end(results)
         outcome = Outcome(results, chosen, [] if context is None else step.contents(registers, context.store))
         if context is not None:
             context.store = outcome.store
@@ -348,6 +368,36 @@ class Executor:
             importance = self.predictor(inputs, number)
             for predicted in program.predicted:
                 registers[predicted.register] = importance[..., predicted.block].contiguous()
+
+    def _tried(self, place: Place, step: Step, inputs: Sequence[Any]) -> dict[str, list[Any]]:
+        """What the call would have returned, had it reused what the step before has stored, by kind of reuse."""
+        assert place.context is not None
+        if not place.context.store:
+            return {}
+        stored = dict(zip(step.slots, place.context.store, strict=True))
+        found = {}
+        for kind, trial in self.steps.trials.items():
+            program = trial.program
+            registers: list[Any] = [*inputs, *[None] * (program.registers - len(inputs))]
+            for slot, register in program.reads:
+                registers[register] = stored[slot]
+            self._load(registers, trial, inputs, place.step)
+            run_calls(program, registers, None)
+            found[kind] = [r.value if isinstance(r, Constant) else registers[r[0]] for r in trial.results]
+        return found
+
+    def _watch(
+        self, state: ModelState, place: Place, step: Step, whole: TimestepSchedule, inputs: Sequence[Any]
+    ) -> Watch | None:
+        """What shows this call to the observer, if there is one and the call belongs to a step."""
+        if self.observer is None or place.context is None:
+            return None
+        label = state.contexts.label_of(place.context)
+        call = Seen(state.generation, label, place.step, whole, place.call.latent)
+        kept = frozenset(~source for source in step.moves if source is not None)
+        return Watch(
+            self.observer, call, step.program.writes, kept, functools.partial(self._tried, place, step, inputs)
+        )
 
     def _lane(self, latent: torch.Tensor | None) -> Lane | None:
         """How slots go to host memory and back; None where they stay."""

@@ -19,6 +19,7 @@ from typing import Any, Protocol
 import torch
 
 from dicompile.lower import Program
+from dicompile.runtime.observe import Watch
 
 AHEAD = 1
 """How many calls before the one that reads it a slot is fetched."""
@@ -171,8 +172,8 @@ class Offload:
         self._going.clear()
 
 
-def run_calls(program: Program, registers: list[Any], lane: Lane | None) -> None:
-    """Run the calls of a program on registers, with slots in host memory if there is a lane."""
+def run_calls(program: Program, registers: list[Any], lane: Lane | None, watch: Watch | None = None) -> None:
+    """Run the calls of a program on registers, with slots in host memory if there is a lane, and watched if asked."""
     moves = None if lane is None else Offload(program, lane)
     try:
         for number, call in enumerate(program.calls):
@@ -181,6 +182,8 @@ def run_calls(program: Program, registers: list[Any], lane: Lane | None) -> None
             _run_call(call.function, call.inputs, call.outputs, registers)
             for register in call.frees:
                 registers[register] = None
+            if watch is not None:
+                watch.after(call.outputs, registers)
             if moves is not None:
                 moves.after(number, registers)
     finally:

@@ -338,6 +338,14 @@ CASES: list[tuple[type[errors.DicompileError], Callable[[], Any], str]] = [
         "  fix:   write a safetensors file with latents [n, c, ...] and conditioning [n, ...] by forward argument",
     ),
     (
+        errors.InvalidRecording,
+        lambda: dicompile.Recording.load("gone.safetensors"),
+        "gone.safetensors is not a recording\n"
+        "  where: gone.safetensors\n"
+        "  why:   No such file or directory: gone.safetensors\n"
+        "  fix:   make one: with dicompile.calibrate(pipe) as recording: ...; recording.save(file)",
+    ),
+    (
         errors.NotYetRun,
         lambda: dicompile.plan_of(dicompile.optimize(plain_dit())),
         "PlainDiT has not run yet\n"

@@ -24,6 +24,11 @@ class Example(NamedTuple):
 
 EXAMPLES = {
     "fit_demo_forecast.py": Example("--steps 6 --intervals 3", prints="wrote", writes=("fitted_3.json",)),
+    "measure_auto.py": Example(
+        "--model flow --training-steps 1 --runs 1 --samples 1 --steps 8",
+        prints="| auto |",
+        writes=("flow/config.json", "flow/scheduler_config.json"),
+    ),
     "overhead.py": Example("--quick", prints="dit, 28 blocks"),
     "train_demo_classifier.py": Example(
         "--steps 2 --batch 4 --out classifier.safetensors", prints="saved", writes=("classifier.safetensors",)
@@ -33,6 +38,9 @@ EXAMPLES = {
         prints="saved",
         writes=("model/config.json", "model/diffusion_pytorch_model.safetensors", "model/scheduler_config.json"),
         environment=(("TORCHDYNAMO_DISABLE", "1"),),  # torch.compile of the training graph takes a minute
+    ),
+    "train_flow_model.py": Example(
+        "--steps 2 --batch 4 --out model", prints="saved", writes=("model/config.json", "model/scheduler_config.json")
     ),
     "train_demo_predictor.py": Example(
         "--iterations 2 --steps 4 --samples 2 --out predictor.safetensors",

@@ -5,13 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal
 
-import torch
 import typer
 from rich.console import Console
 
 from dicompile.cli.trainable import trainable
-from dicompile.learn.forecast import ForecastOptions, fit_forecast, learnable_for
-from dicompile.learn.samplers import Ddim
+from dicompile.learn.runs import Runs
 from dicompile.plan import Cadence
 
 
@@ -31,14 +29,10 @@ def fit_forecast_command(  # noqa: PLR0913, PLR0917 - options
     device: Annotated[str, typer.Option(help="Where to run.")] = "cpu",
 ) -> None:
     """Fit a forecast; the model stays as it is."""
-    subject = trainable(model, batch, data, device)
+    subject = trainable(model, batch, data, device, as_saved=True)
+    made = Runs(subject.inputs, subject.scheduler, subject.data, subject.null, steps, guidance, seed)
     cadence = Cadence(interval=interval, anchor="last", warmup=warmup)
-    options = ForecastOptions(cadence, order, level, guidance, runs, seed)
-    inputs = subject.inputs
-    if guidance != 1.0:
-        inputs = {k: torch.cat([v, v]) if isinstance(v, torch.Tensor) and v.ndim else v for k, v in inputs.items()}
-    learned = learnable_for(subject.module, inputs, options)
-    policy = fit_forecast(learned, Ddim(subject.scheduler, steps), subject.data, options, subject.null)
+    policy = made.record(subject.module, runs).fitted(cadence, order=order, level=level)
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(policy.to_json() + "\n", encoding="utf-8")
     Console().print(f"policy: {out}")

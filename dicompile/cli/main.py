@@ -13,6 +13,7 @@ import typer
 
 from dicompile.cli.bench import bench
 from dicompile.cli.cache import cache_app
+from dicompile.cli.calibrate import calibrate_command, frontier_command
 from dicompile.cli.compare import EXTRA, compare_command
 from dicompile.cli.fit_forecast import fit_forecast_command
 from dicompile.cli.inspect import inspect
@@ -75,6 +76,8 @@ app.command()(policies)
 app.add_typer(policy_app, name="policy")
 app.command()(bench)
 app.command("compare")(compare_command)
+app.command("calibrate")(calibrate_command)
+app.command("frontier")(frontier_command)
 app.command("fit-forecast")(fit_forecast_command)
 app.command("train-router")(train_router_command)
 app.command("train-predictor")(train_predictor_command)

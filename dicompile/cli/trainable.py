@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,7 @@ class Trainable:
     null: dict[str, float | Tensor] = field(default_factory=dict)
 
 
-def trainable(model: str, batch: int, data: Path | None, device: str) -> Trainable:
+def trainable(model: str, batch: int, data: Path | None, device: str, *, as_saved: bool = False) -> Trainable:
     """Resolve MODEL: "demo", a folder that a diffusers pipeline or model was saved to, or ``module:factory``.
 
     Args:
@@ -44,6 +45,7 @@ def trainable(model: str, batch: int, data: Path | None, device: str) -> Trainab
         batch: samples per iteration.
         data: safetensors file of latents and conditioning, see `dicompile.learn.latents`; the demo draws its own.
         device: where to train.
+        as_saved: with the scheduler that was saved beside the model; by default its DDIM form, which is trained with.
 
     Raises:
         DicompileError: it is none of these, or something is missing.
@@ -52,7 +54,7 @@ def trainable(model: str, batch: int, data: Path | None, device: str) -> Trainab
     if model == "demo":
         found = _demo(batch)
     elif Path(model).is_dir():
-        found = _from_folder(Path(model), batch, _latents(model, data))
+        found = _from_folder(Path(model), batch, _latents(model, data), as_saved=as_saved)
     elif ":" in model:
         found = _from_factory(model, _latents(model, data))
     else:
@@ -79,13 +81,14 @@ def _demo(batch: int) -> Trainable:
     return Trainable(module, _zeros(example_inputs(module, batch, None)), load_scheduler(), data, dict(null))
 
 
-def _from_folder(folder: Path, batch: int, latents: Latents) -> Trainable:
+def _from_folder(folder: Path, batch: int, latents: Latents, *, as_saved: bool) -> Trainable:
     path, kind = transformer_of(folder)
     module = kind.from_pretrained(path, local_files_only=True)
     inputs = _zeros(example_inputs(module, batch, latents.rows[LATENTS].shape[-1]))
     drawn = latents.draw(batch, torch.Generator())
     inputs |= {name: value for name, value in drawn.items() if name != LATENTS}
-    return Trainable(module, inputs, _scheduler(folder), lambda g: latents.draw(batch, g), dict(latents.null))
+    scheduler = _scheduler(folder, as_saved=as_saved)
+    return Trainable(module, inputs, scheduler, lambda g: latents.draw(batch, g), dict(latents.null))
 
 
 def _from_factory(spelled: str, latents: Latents) -> Trainable:
@@ -119,9 +122,9 @@ def _latents(model: str, data: Path | None) -> Latents:
     return Latents.load(data)
 
 
-def _scheduler(folder: Path) -> Any:
-    """The DDIM form of the scheduler that was saved beside a model."""
-    from diffusers import DDIMScheduler
+def _scheduler(folder: Path, *, as_saved: bool) -> Any:
+    """The scheduler that was saved beside a model, or its DDIM form."""
+    import diffusers
 
     path = next((p for p in (folder / "scheduler", folder) if (p / "scheduler_config.json").is_file()), None)
     if path is None:
@@ -131,4 +134,12 @@ def _scheduler(folder: Path) -> Any:
             why="neither scheduler_config.json nor scheduler/scheduler_config.json is there",
             fix="scheduler.save_pretrained(folder) with the scheduler that you sample with",
         )
-    return DDIMScheduler.from_pretrained(path, local_files_only=True)
+    name = json.loads((path / "scheduler_config.json").read_text(encoding="utf-8")).get("_class_name")
+    kind = getattr(diffusers, str(name), None) if as_saved else diffusers.DDIMScheduler
+    if kind is None:
+        raise DicompileError(
+            f"diffusers {diffusers.__version__} has no scheduler {name!r}",
+            where=str(path / "scheduler_config.json"),
+            fix="install the diffusers version that saved it",
+        )
+    return kind.from_pretrained(path, local_files_only=True)

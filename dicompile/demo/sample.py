@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import DDIMScheduler, DiTTransformer2DModel
@@ -38,7 +39,7 @@ def load_scheduler(folder: Path = MODEL_FOLDER) -> DDIMScheduler:
 @torch.no_grad()
 def sample(
     model: nn.Module,
-    scheduler: DDIMScheduler,
+    scheduler: Any,
     labels: Tensor,
     steps: int,
     guidance: float = 2.0,
@@ -50,7 +51,7 @@ def sample(
 
     Args:
         model: predicts the velocity; called like ``DiTTransformer2DModel``.
-        scheduler: its timesteps are set here.
+        scheduler: of diffusers, a flow-matching one among them; its timesteps are set here.
         labels: int, [b], each in [0, shapes.NUM_CLASSES).
         steps: number of model calls.
         guidance: 1 follows the label without amplification, unitless.
@@ -64,10 +65,12 @@ def sample(
     device, count = labels.device, len(labels)
     scheduler.set_timesteps(steps, device=device)
     noise = torch.randn(count, 3, shapes.IMAGE_SIZE, shapes.IMAGE_SIZE, generator=torch.Generator().manual_seed(seed))
-    latents: Tensor = noise.to(device) * scheduler.init_noise_sigma
+    latents: Tensor = noise.to(device) * getattr(scheduler, "init_noise_sigma", 1.0)
     both_labels = torch.cat([labels, torch.full_like(labels, shapes.NUM_CLASSES)])
     for timestep in scheduler.timesteps[:stop_after]:
-        both = scheduler.scale_model_input(torch.cat([latents, latents]), timestep)
+        both = torch.cat([latents, latents])
+        if hasattr(scheduler, "scale_model_input"):  # flow-matching ones take it as it is
+            both = scheduler.scale_model_input(both, timestep)
         t_batch = timestep.expand(2 * count)
         predicted = model(both, timestep=t_batch, class_labels=both_labels, return_dict=False)[0]
         cond, uncond = predicted.chunk(2)

@@ -16,6 +16,7 @@ from dicompile.plan.action import (
 )
 from dicompile.plan.cadence import Cadence, Window
 from dicompile.plan.fits import (
+    SAME_TIMESTEP,
     check_fits,
     check_parameters,
     check_predictor,
@@ -23,17 +24,17 @@ from dicompile.plan.fits import (
     first_span,
     score_source,
 )
+from dicompile.plan.frozen import Origin
 from dicompile.plan.memory import DTYPES, UNLIMITED, CacheOptions, check_can_compile, needs_scale
 from dicompile.plan.plan import Dropped, Plan, SiteStep, StepPlan
-from dicompile.plan.planner import attention_owner, make_plan, plan_actions
+from dicompile.plan.planner import attention_owner, make_plan, plan_actions, recording_plan, reusing_plan
 from dicompile.plan.predictor import Predictor, PredictorFacts, load_predictor
-from dicompile.plan.recall import Fitted, Forecast, Reuse
+from dicompile.plan.recall import Fitted, Forecast, Reuse, WhatName
 from dicompile.plan.rows import make_rows
 from dicompile.plan.schedule import TimestepSchedule
 from dicompile.plan.schema import (
     Elsewhere,
     Line,
-    Origin,
     Policy,
     Refresh,
     Rule,
@@ -49,6 +50,7 @@ __all__ = [
     "DTYPES",
     "HISTORIC",
     "REUSE",
+    "SAME_TIMESTEP",
     "SKIP",
     "UNLIMITED",
     "Action",
@@ -81,6 +83,7 @@ __all__ = [
     "TokenScore",
     "TokenTable",
     "What",
+    "WhatName",
     "Window",
     "attention_owner",
     "check_can_compile",
@@ -95,6 +98,8 @@ __all__ = [
     "needs_scale",
     "plan_actions",
     "polynomial_weights",
+    "recording_plan",
+    "reusing_plan",
     "score_source",
     "taylor_weights",
 ]

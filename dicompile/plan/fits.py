@@ -15,10 +15,11 @@ from typing import NamedTuple
 from dicompile.analysis import ModelStructure, Site, SiteId, SiteKind, TokenWise
 from dicompile.errors import CacheTooLarge, PolicyDoesNotFit
 from dicompile.plan.action import ScoreBase
+from dicompile.plan.frozen import Origin
 from dicompile.plan.plan import Plan
 from dicompile.plan.recall import Fitted, Forecast, Reuse
 from dicompile.plan.schedule import TimestepSchedule
-from dicompile.plan.schema import Origin, Policy, Refresh, Rule, Table, TokenScore, TokenTable
+from dicompile.plan.schema import Policy, Refresh, Rule, Table, TokenScore, TokenTable
 from dicompile.text import size_text
 
 SAME_TIMESTEP = 1e-3
@@ -122,19 +123,15 @@ def check_table(policy: Policy, rule: Rule, sites: Sequence[Site], steps: int) -
     Raises:
         PolicyDoesNotFit: it is.
     """
-    if isinstance(rule.recall, Fitted) and len(rule.recall.weights) != steps:
-        fitted = len(rule.recall.weights)
-        raise PolicyDoesNotFit(
-            f"the forecast of policy {policy.name!r} was fitted to {fitted} steps, the schedule has {steps}",
-            where=f"rule for {', '.join(rule.sites) or 'all sites'}",
-            why="fitted weights hold for one number of steps",
-            fix=f"sample in {fitted} steps, or fit a forecast for {steps}",
-        )
+    origin = _origin(rule)
+    where = origin.file if origin else f"rule for {', '.join(rule.sites) or 'all sites'}"
+    if isinstance(rule.recall, Fitted):
+        _check_fitted(policy, rule.recall, sites, steps, where)
+    if origin and origin.sites:
+        _check_labels(policy, origin, [site.label for site in sites])
     if not isinstance(rule.do, (Table, TokenTable)):
         return
     rows = rule.do.compute if isinstance(rule.do, Table) else rule.do.counts
-    origin = _origin(rule)
-    where = origin.file if origin else f"rule for {', '.join(rule.sites) or 'all sites'}"
     if len(rows) != steps:
         raise PolicyDoesNotFit(
             f"the table of policy {policy.name!r} has {len(rows)} steps, the schedule {steps}",
@@ -150,12 +147,34 @@ def check_table(policy: Policy, rule: Rule, sites: Sequence[Site], steps: int) -
             why="a learned table holds for one model",
             fix="use the table of this model, or learn one for it",
         )
-    if origin and origin.sites:
-        _check_labels(policy, origin, [site.label for site in sites])
+
+
+def _check_fitted(policy: Policy, fitted: Fitted, sites: Sequence[Site], steps: int, where: str) -> None:
+    if len(fitted.weights) != steps:
+        raise PolicyDoesNotFit(
+            f"the forecast of policy {policy.name!r} was fitted to {len(fitted.weights)} steps, "
+            f"the schedule has {steps}",
+            where=where,
+            why="fitted weights hold for one number of steps",
+            fix=f"sample in {len(fitted.weights)} steps, or fit a forecast for {steps}",
+        )
+    wrong = next((n for n in map(fitted.sites_at, range(steps)) if n not in (None, len(sites))), None)
+    if wrong is not None:
+        raise PolicyDoesNotFit(
+            f"the forecast of policy {policy.name!r} has weights for {wrong} sites, the model has {len(sites)}",
+            where=where,
+            why="weights per site hold for one model",
+            fix="use the weights of this model, or fit a forecast to it",
+        )
 
 
 def check_stored(
-    policy: Policy, site: Site, recall: Reuse | Forecast | Fitted | TokenTable, stored: Sequence[int], step: int
+    policy: Policy,
+    site: Site,
+    recall: Reuse | Forecast | Fitted | TokenTable,
+    stored: Sequence[int],
+    step: int,
+    place: int = 0,
 ) -> None:
     """Raise if a site is to be recalled at a step before enough of it was stored.
 
@@ -165,6 +184,7 @@ def check_stored(
         recall: what stands in for its value.
         stored: steps at which it was stored, newest first.
         step: where it is recalled.
+        place: of the site among those that its rule names.
 
     Raises:
         PolicyDoesNotFit: nothing was stored, or less than fitted weights are for.
@@ -175,13 +195,13 @@ def check_stored(
             where=site.name,
             fix="compute everything at the first step",
         )
-    if isinstance(recall, Fitted) and not 0 < len(recall.weights[step]) <= len(stored):
+    if isinstance(recall, Fitted) and not 0 < len(recall.weights_at(step, place)) <= len(stored):
         raise PolicyDoesNotFit(
-            f"fitted weights for step {step + 1} are for {len(recall.weights[step])} stored values, "
+            f"fitted weights for step {step + 1} are for {len(recall.weights_at(step, place))} stored values, "
             f"there are {len(stored)}",
             where="Fitted",
             why="weights were fitted for another cadence",
-            fix="fit them again with dicompile.learn.fit_forecast for this cadence",
+            fix="fit them again for this cadence: recording.fitted(cadence)",
         )
 
 
@@ -472,7 +492,8 @@ def _asked_of(policy: Policy, site: Site) -> Refresh | TokenTable | None:
 
 
 def _origin(rule: Rule) -> Origin | None:
-    return rule.do.origin if isinstance(rule.do, (Table, TokenTable)) else None
+    learned = rule.do if isinstance(rule.do, (Table, TokenTable)) else rule.recall
+    return None if isinstance(learned, (Reuse, Forecast)) else learned.origin
 
 
 def _check_labels(policy: Policy, origin: Origin, labels: Sequence[str]) -> None:

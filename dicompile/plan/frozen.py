@@ -21,6 +21,20 @@ class Frozen(BaseModel):
             raise invalid_policy(type(self).__name__, error) from None
 
 
+class Origin(Frozen):
+    """Where a learned table comes from and what it was learned for; it holds for nothing else.
+
+    Attributes:
+        file: what messages call it.
+        sites: labels of the sites that the rule names, "3.mlp", in order; empty if nobody wrote them down.
+        timesteps: of the sampler, in calling order, as its scheduler counts them; empty if nobody wrote them down.
+    """
+
+    file: str
+    sites: tuple[str, ...] = ()
+    timesteps: tuple[float, ...] = ()
+
+
 def invalid_policy(source: str, error: ValidationError) -> InvalidPolicy:
     """The first complaint of pydantic as one of our errors."""
     first = error.errors(include_url=False)[0]

@@ -6,10 +6,22 @@ import itertools
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from dicompile.analysis import ModelStructure, Site, SiteId, SiteKind, TokenWise
-from dicompile.plan.action import COMPUTE, HISTORIC, Action, Context, Score, ScoreBase, Selection, Slot, SlotKind, What
+from dicompile.plan.action import (
+    COMPUTE,
+    HISTORIC,
+    SKIP,
+    Action,
+    Context,
+    Score,
+    ScoreBase,
+    Selection,
+    Slot,
+    SlotKind,
+    What,
+)
 from dicompile.plan.budget import fit_budget
 from dicompile.plan.cost import baseline_time, with_cost, with_predictor
 from dicompile.plan.fits import check_timesteps, choose_setting, reused_whole, score_source, unmatched_rules
@@ -95,6 +107,48 @@ def plan_actions(
         labels=tuple(site.label for site in structure.everything),
         cache=cache,
     )
+
+
+def recording_plan(structure: ModelStructure, schedule: TimestepSchedule) -> Plan:
+    """A plan of which every step computes everything and stores what it computed until the next step.
+
+    Of sites the core is stored, of the stack its update; they are for whoever watches the run
+    (`dicompile.runtime.Observer`).
+    """
+    sites = tuple(
+        SiteStep(Action(what=What.UPDATE if site.kind.is_span else What.CORE), writes=_recorded(site))
+        for site in structure.everything
+    )
+    live = frozenset(slot for site in sites for slot in site.writes)
+    step = with_cost(structure, StepPlan("full", sites, live))
+    plan = plan_actions(structure, [(COMPUTE,) * len(structure.sites)] * schedule.steps, schedule, "record")
+    size = {
+        slot: slot_bytes(structure.everything[slot.site], slot.kind, sites[slot.site].action.what, UNLIMITED)
+        for slot in live
+    }
+    return replace(plan, steps=(step,) * schedule.steps, slot_bytes=size)
+
+
+def reusing_plan(structure: ModelStructure, kind: Literal["site", "stack"]) -> Plan:
+    """A plan of two steps, of which the second one reuses every site, or the stack, as `recording_plan` stores them.
+
+    Args:
+        structure: the model; for "stack" one with such spans.
+        kind: what is reused.
+    """
+    reused = Action((0.0, 1.0), What.CORE if kind == "site" else What.UPDATE)
+    inside = {int(i) for span in structure.spans if span.kind is SiteKind.STACK for i in span.inside}
+    row = tuple(
+        reused if site.kind.is_span == (kind == "stack") and site.kind is not SiteKind.BLOCK
+        else SKIP if kind == "stack" and int(site.id) in inside
+        else COMPUTE
+        for site in structure.everything
+    )  # fmt: skip
+    return plan_actions(structure, [(COMPUTE,) * len(row), row], TimestepSchedule(2), kind)
+
+
+def _recorded(site: Site) -> tuple[Slot, ...]:
+    return () if site.kind is SiteKind.BLOCK else (Slot.of(site.id, SlotKind.VALUE),)
 
 
 def _whats(rows: Sequence[Row]) -> dict[int, What]:

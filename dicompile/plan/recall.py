@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated, Literal
+from typing import Annotated, Literal, cast
 
 from pydantic import Field, NonNegativeInt
 
 from dicompile.plan.action import Action, What
-from dicompile.plan.frozen import Frozen
+from dicompile.plan.frozen import Frozen, Origin
 from dicompile.plan.weights import polynomial_weights, taylor_weights
 
 WhatName = Literal["core", "update", "attention", "stream"]
@@ -24,9 +24,9 @@ class Reuse(Frozen):
     do: Literal["reuse"] = "reuse"
     what: WhatName = "core"
 
-    def action(self, stored: Sequence[int], step: int) -> Action:
+    def action(self, stored: Sequence[int], step: int, place: int = 0) -> Action:
         """Action at `step` for values stored at the steps `stored`, newest first."""
-        del stored, step
+        del stored, step, place
         return Action((0.0, 1.0), What(self.what))
 
 
@@ -51,40 +51,63 @@ class Forecast(Frozen):
     differences: Literal["backward", "divided"] = "backward"
     what: WhatName = "core"
 
-    def action(self, stored: Sequence[int], step: int) -> Action:
+    def action(self, stored: Sequence[int], step: int, place: int = 0) -> Action:
         """Action at `step` for values stored at the steps `stored`, newest first."""
+        del place
         weights = taylor_weights if self.differences == "backward" else polynomial_weights
         return Action((0.0, *weights(stored, step, self.order)), What(self.what))
+
+
+Weights = tuple[float, ...]
+"""Of stored values, newest first."""
 
 
 class Fitted(Frozen):
     """Combine the stored values with weights that were fitted for every step.
 
     Attributes:
-        weights: per step, weights of the stored values, newest first; of a full step none. Values that were not stored
-            yet must not have weights.
+        weights: per step, weights of the stored values, newest first, or one row of them for each site or span that the
+            rule names, in order; of a full step none. Values that were not stored yet must not have weights.
         what: which value is stored.
+        origin: what the weights were fitted to, if somebody wrote it down.
 
     Reference:
         L2P, arXiv 2604.26365: published forecasts are linear in the history, so the best ones can be fitted.
     """
 
     do: Literal["fitted"] = "fitted"
-    weights: tuple[tuple[float, ...], ...]
+    weights: tuple[Weights | tuple[Weights, ...], ...]
     what: WhatName = "core"
+    origin: Origin | None = None
 
-    def action(self, stored: Sequence[int], step: int) -> Action:
-        """Action at `step` for values stored at the steps `stored`, newest first."""
+    def weights_at(self, step: int, place: int = 0) -> Weights:
+        """Weights of one site at a step.
+
+        Args:
+            step: counted from 0.
+            place: of the site among those that the rule names.
+        """
+        row = self.weights[step]
+        own = row[place] if row and isinstance(row[0], tuple) else row
+        return cast("Weights", own)
+
+    def sites_at(self, step: int) -> int | None:
+        """For how many sites there are weights at a step; None where all share them, or it is full."""
+        row = self.weights[step]
+        return len(row) if row and isinstance(row[0], tuple) else None
+
+    def action(self, stored: Sequence[int], step: int, place: int = 0) -> Action:
+        """Action at `step` for values stored at the steps `stored`, newest first; `place` as in `weights_at`."""
         del stored
-        return Action((0.0, *self.weights[step]), What(self.what))
+        return Action((0.0, *self.weights_at(step, place)), What(self.what))
 
-    def for_stored(self, stored: Sequence[int], step: int) -> Fitted | Forecast:
+    def for_stored(self, stored: Sequence[int], step: int, place: int = 0) -> Fitted | Forecast:
         """The fitted weights, or, where other steps are stored than they were fitted to, the polynomial through those.
 
         A run that begins in the middle of the schedule has a shorter history until as many full steps have passed.
         """
         fitted_to = [other for other in range(step - 1, -1, -1) if not self.weights[other]]
-        count = len(self.weights[step])
+        count = len(self.weights_at(step, place))
         if count and list(stored[:count]) == fitted_to[:count]:
             return self
         return Forecast(order=max(count - 1, 0), differences="divided", what=self.what)

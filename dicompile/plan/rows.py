@@ -43,11 +43,11 @@ class _Rows:
         self.begin = begin
         self.stored: list[list[int]] = [[] for _ in structure.everything]
         self.moments: dict[Cadence, tuple[Moment, ...]] = {}
-        named = {rule: [site for site in structure.everything if rule.names(site)] for rule in policy.rules}
-        self.positions = {rule: {site.id: n for n, site in enumerate(sites)} for rule, sites in named.items()}
+        named = [[site for site in structure.everything if rule.names(site)] for rule in policy.rules]
+        self.places = [{site.id: place for place, site in enumerate(sites)} for sites in named]
         self.mixed = reused_whole(structure, policy)
-        for rule in policy.rules:
-            check_table(policy, rule, named[rule], steps)
+        for rule, sites in zip(policy.rules, named, strict=True):
+            check_table(policy, rule, sites, steps)
 
     def rows(self) -> list[Row]:
         """One row per step of the run."""
@@ -82,26 +82,26 @@ class _Rows:
     def by_rules(self, site: Site, step: int) -> Action:
         """What the first rule that holds says; a site that no rule names is computed."""
         enters = step == self.begin > 0  # where the policy's table may reuse already
-        for rule in () if enters or site.id in self.dropped else self.policy.rules:
-            if not rule.names(site):
+        rules = zip(self.policy.rules, self.places, strict=True)
+        for rule, places in () if enters or site.id in self.dropped else rules:
+            place = places.get(site.id)
+            if place is None:
                 continue
             cadence = rule.cadence or self.policy.cadence
             moment = self.moment(cadence, step)
             if isinstance(rule.do, Table):
-                return (
-                    COMPUTE if rule.do.compute[step][self.positions[rule][site.id]] else self.recall(rule, site, step)
-                )
+                return COMPUTE if rule.do.compute[step][place] else self.recall(rule, site, step, place)
             if isinstance(rule.do, TokenTable):
-                return self.by_count(rule.do, rule.do.counts[step][self.positions[rule][site.id]], site, step)
+                return self.by_count(rule.do, rule.do.counts[step][place], site, step)
             if moment.others if site.kind is SiteKind.STACK else moment.is_full(site.block):
                 return COMPUTE
             if rule.holds(moment):
-                return self.instead(rule, site, moment, cadence.interval)
+                return self.instead(rule, site, moment, cadence.interval, place)
         return COMPUTE
 
-    def instead(self, rule: Rule, site: Site, moment: Moment, interval: int) -> Action:
+    def instead(self, rule: Rule, site: Site, moment: Moment, interval: int, place: int) -> Action:
         """Action on a step that is not full."""
-        recalled = self.recall(rule, site, moment.step)
+        recalled = self.recall(rule, site, moment.step, place)
         if not isinstance(rule.do, Refresh) or site.id in self.mixed:
             return recalled
         count = rule.do.count(moment.q, self.structure.blocks[site.block].depth, site.tokens.count)
@@ -119,14 +119,14 @@ class _Rows:
             return Action((0.0, 1.0), What(table.what))
         return Action.refresh(Selection(score_of(table.score, 1), count, Context(table.context)), What(table.what))
 
-    def recall(self, rule: Rule, site: Site, step: int) -> Action:
-        """Action that takes what is stored."""
+    def recall(self, rule: Rule, site: Site, step: int, place: int) -> Action:
+        """Action that takes what is stored; `place` is that of the site among those that the rule names."""
         recall, stored = rule.recall, self.stored[site.id]
         assert not isinstance(recall, TokenTable)
         if self.begin and isinstance(recall, Fitted):
-            recall = recall.for_stored(stored, step)
-        check_stored(self.policy, site, recall, stored, step)
-        return recall.action(stored, step)
+            recall = recall.for_stored(stored, step, place)
+        check_stored(self.policy, site, recall, stored, step, place)
+        return recall.action(stored, step, place)
 
     def moment(self, cadence: Cadence, step: int) -> Moment:
         """What `step` is to a cadence."""

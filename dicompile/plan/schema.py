@@ -10,7 +10,7 @@ from pydantic import Field, InstanceOf, NonNegativeInt, PositiveInt
 from dicompile.analysis import Site
 from dicompile.errors import InvalidPolicy
 from dicompile.plan.cadence import Cadence, Moment
-from dicompile.plan.frozen import Frozen
+from dicompile.plan.frozen import Frozen, Origin
 from dicompile.plan.predictor import Predictor
 from dicompile.plan.recall import Fitted, Forecast, Recall, Reuse, WhatName
 from dicompile.plan.yaml_json import YamlJson
@@ -91,20 +91,6 @@ class Refresh(Frozen):
         denominator = self.depth_denominator or max(depth[1] - 1, 1)
         share = self.ratio * self.by_step.at(q) * self.by_depth.at(depth[0] / denominator) * self.factor
         return int(np.clip(np.float32(share), np.float32(0), np.float32(1)) * tokens)
-
-
-class Origin(Frozen):
-    """Where a learned table comes from and what it was learned for; it holds for nothing else.
-
-    Attributes:
-        file: what messages call it.
-        sites: labels of the sites that the rule names, "3.mlp", in order; empty if nobody wrote them down.
-        timesteps: of the sampler, in calling order, as its scheduler counts them; empty if nobody wrote them down.
-    """
-
-    file: str
-    sites: tuple[str, ...] = ()
-    timesteps: tuple[float, ...] = ()
 
 
 class Table(Frozen):

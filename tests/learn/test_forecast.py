@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -11,9 +11,8 @@ from torch import Tensor
 
 import dicompile
 from dicompile.errors import PolicyDoesNotFit
-from dicompile.learn.forecast import ForecastOptions, fit_forecast, learnable_for
 from dicompile.learn.latents import LATENTS
-from dicompile.learn.samplers import Ddim
+from dicompile.learn.runs import Runs
 from dicompile.plan import Cadence, Forecast, Policy, Reuse, Rule
 from tests.models import dit
 
@@ -25,12 +24,12 @@ def data(generator: torch.Generator) -> dict[str, Tensor]:
     return {LATENTS: torch.randn(2, 4, 16, 16, generator=generator), "class_labels": labels}
 
 
-def fit(**options: Any) -> Policy:
+def fit(order: int = 2, level: Literal["site", "stack"] = "site") -> Policy:
     sample = dit(layers=2)
-    chosen = ForecastOptions(CADENCE, **{"guidance": 1.5, "runs": 1, **options})
-    model = learnable_for(sample.model, sample.inputs, chosen)
-    sampler = Ddim(DDIMScheduler(clip_sample=False), STEPS)
-    return fit_forecast(model, sampler, data, chosen, {"class_labels": 10}, progress=False)
+    inputs = {key: value for key, value in sample.inputs.items() if key != "return_dict"}
+    inputs = {key: value[:2] for key, value in inputs.items()} | {"return_dict": False}
+    runs = Runs(inputs, DDIMScheduler(clip_sample=False), data, {"class_labels": 10}, STEPS, guidance=1.5)
+    return runs.record(sample.model, 1, progress=False).fitted(CADENCE, order, level)
 
 
 def errors(policy: Policy) -> float:
@@ -67,8 +66,8 @@ def test_fitted_weights_beat_reuse_and_taylor_on_the_run_they_were_fitted_to(lev
 
 def test_order_nought_is_the_best_multiple_of_the_last_value() -> None:
     rows = fit(order=0).rules[0].do.weights
-    assert [len(row) for row in rows] == [0 if m.others else 1 for m in CADENCE.moments(STEPS)]
-    assert all(0.5 < row[0] < 1.5 for row in rows if row)
+    assert [len(row) for row in rows] == [0 if m.others else 4 for m in CADENCE.moments(STEPS)]
+    assert all(len(own) == 1 and 0.5 < own[0] < 1.5 for row in rows for own in row)
 
 
 def test_it_is_a_policy_file_like_any_other() -> None:

@@ -228,7 +228,7 @@ def test_fitted_weights_for_another_cadence_are_refused(weights: tuple[float, ..
         f"fitted weights for step 2 are for {len(weights)} stored values, there are 1\n"
         "  where: Fitted\n"
         "  why:   weights were fitted for another cadence\n"
-        "  fix:   fit them again with dicompile.learn.fit_forecast for this cadence"
+        "  fix:   fit them again for this cadence: recording.fitted(cadence)"
     )
 
 

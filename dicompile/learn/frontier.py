@@ -1,0 +1,328 @@
+"""How little has to go wrong for how much compute: what `auto` chooses from.
+
+For every number of full steps the best ones are searched (`dicompile.learn.search`) and the error of the last latent is
+predicted: from a step's forecast to the model's output by its sensitivity, from there to the latent by how far the
+sampler moves at that step. What the sampler makes of an error at later steps is not part of it.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+from dicompile.errors import InvalidSetting
+from dicompile.learn.search import (
+    RIDGE,
+    RIDGES,
+    Array,
+    Choice,
+    choose_steps,
+    fit,
+    histories,
+    sensitivity,
+    squared_error,
+    step_errors,
+)
+from dicompile.learn.trace import EXTRAS, Facts, Level, Trace, pooled
+from dicompile.plan import Cadence, Fitted, Origin, Policy, Rule, WhatName
+from dicompile.text import size_text
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+MOST_STORED = 3
+"""Values of one branch that a forecast takes: what the best published ones take, too."""
+LITTLE = 0.85
+"""Share of the compute from which on caching is of no use, whatever it costs in quality."""
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    """One plan that could be chosen.
+
+    Attributes:
+        level: forecast are single branches, which are gated anew, or the whole stack.
+        full: numbers of the steps that compute everything.
+        compute: operations of the run over those without caching.
+        error: relative L2 error that is expected of the last latent.
+        cache_bytes: what one guidance context holds at most.
+        stored: values that a forecast takes at most.
+        fewer_steps: error that is expected of fewer steps without caching, for the same compute or a little more.
+    """
+
+    level: Level
+    full: tuple[int, ...]
+    compute: float
+    error: float
+    cache_bytes: int
+    stored: int
+    fewer_steps: float
+
+    def __str__(self) -> str:
+        how = "branch by branch" if self.level == "site" else "as a whole stack"
+        return (
+            f"{len(self.full)} full steps, the others forecast {how}: {self.compute:.1%} of the compute, "
+            f"expected error {self.error:.2g}, cache {size_text(self.cache_bytes)}"
+        )
+
+
+class Frontier:
+    """The plans of which none is better in both compute and error, by falling compute.
+
+    Args:
+        facts: of the recording.
+        traces: at least one.
+        max_bytes: of one guidance context; None for no limit.
+    """
+
+    def __init__(self, facts: Facts, traces: Sequence[Trace], max_bytes: int | None = None) -> None:
+        self.facts, self.traces, self.max_bytes = facts, traces, max_bytes
+        self._output, self._latent = (facts.values.index(name) for name in EXTRAS)
+
+    @functools.cached_property
+    def points(self) -> tuple[Point, ...]:
+        """From everything computed to one full step.
+
+        Raises:
+            InvalidSetting: memory does not hold one value of anything.
+        """
+        best: list[Point] = []
+        for point in sorted(self.candidates(), key=lambda point: (point.compute, point.error)):
+            if not best or point.error < best[-1].error:
+                best.append(point)
+        if not best:
+            sizes = {level: size_text(self._bytes(level)) for level in self.facts.levels}
+            raise InvalidSetting(
+                f"{size_text(self.max_bytes or 0)} do not hold anything that could be forecast",
+                where="max_cache_bytes",
+                why=", ".join(f"one value of every {level} takes {size}" for level, size in sizes.items()),
+                fix="allow more, or sample in fewer steps",
+            )
+        return tuple(reversed(best))
+
+    def candidates(self) -> Iterator[Point]:
+        """For both levels the best plan of every number of full steps, as far as memory allows it."""
+        for level in self.facts.levels:
+            held = self._bytes(level)
+            if self.max_bytes is None or held <= self.max_bytes:
+                yield from self._candidates(level)
+
+    def _candidates(self, level: Level) -> Iterator[Point]:
+        facts, size = self.facts, self._bytes(level)
+        cached = facts.site_flops if level == "site" else facts.stack_flops
+        for number, choice in enumerate(self._choices(level), 1):
+            stored = min(MOST_STORED, number)
+            if self.max_bytes is not None:
+                stored = min(stored, self.max_bytes // max(size, 1))
+            compute = (number * facts.full_flops + (facts.steps - number) * cached) / (facts.steps * facts.full_flops)
+            yield Point(
+                level=level,
+                full=choice.full,
+                compute=compute,
+                error=choice.error,
+                cache_bytes=stored * size if number < facts.steps else 0,
+                stored=stored,
+                fewer_steps=float(self._fewer_steps[math.ceil(compute * facts.steps - 1e-9) - 1]),
+            )
+
+    def _bytes(self, level: Level) -> int:
+        """What remembering one value of everything takes."""
+        return self.facts.site_bytes if level == "site" else self.facts.stack_bytes
+
+    def point(
+        self, *, budget: float | None = None, speedup: float | None = None, max_error: float | None = None
+    ) -> Point:
+        """The plan for one goal; see `dicompile.learn.recording.Recording.policy`.
+
+        Raises:
+            InvalidSetting: not one goal is given, or it cannot be reached.
+        """
+        goals = {"budget": budget, "speedup": speedup, "max_error": max_error}
+        given = {name: value for name, value in goals.items() if value is not None}
+        if len(given) != 1 or any(value <= 0 for value in given.values()):
+            raise InvalidSetting(
+                f"auto needs one goal above 0, and got {given or 'none'}",
+                where="auto",
+                fix="give budget=0.34 (share of the compute), speedup=3, or max_error=0.02",
+            )
+        if max_error is not None:
+            return min((p for p in self.points if p.error <= max_error), key=lambda point: point.compute)
+        share = 1 / speedup if speedup is not None else budget or 1.0
+        within = [point for point in self.points if point.compute <= share + 1e-9]
+        if not within:
+            least = self.points[-1]
+            raise InvalidSetting(
+                f"{share:.1%} of the compute are not enough",
+                where="auto",
+                why=f"one full step of {self.facts.steps} and forecasts take {least.compute:.1%}",
+                fix="sample in fewer steps, or ask for less",
+            )
+        return min(within, key=lambda point: point.error)
+
+    def policy(self, point: Point) -> Policy:
+        """The plan as a policy: explicit full steps, and weights for every branch or span.
+
+        Args:
+            point: one of the frontier's.
+        """
+        rules = (self._rule(point.level, point.full, point.stored),) if len(point.full) < self.facts.steps else ()
+        return Policy(name=f"auto-{len(point.full)}", cadence=Cadence(at=point.full), rules=rules)
+
+    def fitted(self, cadence: Cadence, order: int, level: Level) -> Policy:
+        """A policy for full steps that somebody else has chosen; see `dicompile.learn.recording.Recording.fitted`."""
+        full = tuple(moment.step for moment in cadence.moments(self.facts.steps) if moment.others)
+        rule = self._rule(level, full, order + 1)
+        return Policy(name=f"fitted-{cadence.interval}-{order}", cadence=cadence, rules=(rule,))
+
+    def _rule(self, level: Level, full: Sequence[int], stored: int) -> Rule:
+        facts = self.facts
+        origin = Origin(
+            file=f"the calibration of {facts.model}",
+            sites=facts.sites if level == "site" else facts.spans,
+            timesteps=facts.timesteps,
+        )
+        what: WhatName = "core" if level == "site" else "update"
+        recall = Fitted(weights=self._weights(level, full, stored), what=what, origin=origin)
+        return Rule(sites=() if level == "site" else ("stack",), do=recall)
+
+    @property
+    def verdict(self) -> str:
+        """One line about whether caching is expected to gain anything."""
+        useful = [point for point in self.points if point.compute <= LITTLE]
+        better = [point for point in useful if point.error < point.fewer_steps]
+        if not better:
+            return "no gain expected: fewer steps are better here" if useful else "no gain expected: there is no plan"
+        least, most = better[-1].compute, better[0].compute
+        return f"better than fewer steps between {least:.0%} and {most:.0%} of the compute"
+
+    def table(self, rows: int = 12) -> Table:
+        """The frontier for the terminal, at about as many computes."""
+        table = Table(title=f"{self.facts.model}, {self.facts.steps} steps", caption=self.verdict, box=SIMPLE_HEAD)
+        headings = (
+            "full steps",
+            "compute",
+            "speedup",
+            "forecast",
+            "cache",
+            "expected error",
+            "as many steps, uncached",
+        )
+        for heading in headings:
+            table.add_column(heading, justify="right")
+        wanted = np.linspace(0, len(self.points) - 1, min(rows, len(self.points))).round().astype(int)
+        for point in (self.points[number] for number in wanted):
+            table.add_row(
+                str(len(point.full)),
+                f"{point.compute:.1%}",
+                f"{1 / point.compute:.2f}x",
+                "branches" if point.level == "site" else "stack",
+                size_text(point.cache_bytes),
+                f"{point.error:.2g}",
+                f"{point.fewer_steps:.2g}",
+            )
+        return table
+
+    def plot(self) -> Figure:
+        """Expected error against compute, of these plans and of fewer steps; needs matplotlib (extra "demo")."""
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(6, 4), layout="constrained")
+        axes = figure.subplots()
+        drawn = [point for point in self.points if point.error and point.fewer_steps]
+        computes = [point.compute for point in drawn]
+        axes.plot(computes, [point.error for point in drawn], marker=".", label="auto")
+        axes.plot(computes, [point.fewer_steps for point in drawn], marker=".", label="fewer steps")
+        axes.set(xlabel="compute", ylabel="expected relative error", yscale="log", title=self.verdict)
+        axes.legend()
+        return figure
+
+    def __str__(self) -> str:
+        console = Console(width=110)
+        with console.capture() as capture:
+            console.print(self.table())
+        return capture.get()
+
+    @functools.cached_property
+    def _moves(self) -> Array:
+        """How far the latent moves at every step, relative to its norm at the end; [steps]."""
+        grams = np.stack([trace.gram[self._latent].numpy() for trace in self.traces])
+        size = np.diagonal(grams, axis1=1, axis2=2)
+        following = np.diagonal(grams, offset=1, axis1=1, axis2=2)
+        squared = np.maximum(size[:, 1:] + size[:, :-1] - 2 * following, 0.0) / size[:, -1:]
+        moves = np.sqrt(squared.mean(0))
+        if not len(moves):
+            return np.ones(1)
+        last = moves[-1]  # where the last step leads, no call of the model sees
+        if self.facts.sigmas:
+            before, at = np.abs(np.diff(self.facts.sigmas))[-2:]
+            last *= at / before if before else 1.0
+        return np.append(moves, last)
+
+    @functools.cached_property
+    def _grams(self) -> dict[Level, Array]:
+        return {level: _pooled(self.traces, self._values(level)) for level in self.facts.levels}
+
+    def _values(self, level: Level) -> range:
+        """Numbers of the values that are forecast."""
+        sites, spans = len(self.facts.sites), len(self.facts.spans)
+        return range(sites) if level == "site" else range(sites, sites + spans)
+
+    def _choices(self, level: Level) -> tuple[Choice, ...]:
+        gram, number = self._grams[level], self.facts.levels.index(level)
+        reused = np.sqrt(np.mean([trace.reused[number].square().numpy() for trace in self.traces], axis=0))
+        return choose_steps(step_errors(gram, order=1) * (self._moves * sensitivity(gram, reused)))
+
+    @functools.cached_property
+    def _fewer_steps(self) -> Array:
+        """Error expected of 1, 2, ... evenly spaced steps: each goes on with the output of its first one."""
+        steps = self.facts.steps
+        reuse = np.sqrt(np.maximum(_reuse_errors(_pooled(self.traces, [self._output])[0]), 0.0)) * self._moves
+        errors = np.zeros(steps)
+        for number in range(1, steps):
+            full = [round(k * steps / number) for k in range(number)]
+            ends = [*full[1:], steps]
+            errors[number - 1] = np.sqrt(sum(reuse[j, j + 1 : k].sum() ** 2 for j, k in zip(full, ends, strict=True)))
+        return errors
+
+    def _weights(self, level: Level, full: Sequence[int], stored: int) -> tuple[tuple[tuple[float, ...], ...], ...]:
+        histories_of = histories(full, self.facts.steps, stored - 1)
+        ridge = self._ridge(level, histories_of)
+        rows = {step: fit(self._grams[level], step, history, ridge) for step, history in histories_of.items()}
+        return tuple(
+            tuple(tuple(float(f"{weight:.7g}") for weight in row) for row in rows[step].tolist())
+            if step in rows
+            else ()
+            for step in range(self.facts.steps)
+        )
+
+    def _ridge(self, level: Level, stored: dict[int, tuple[int, ...]]) -> float:
+        """The ridge whose weights are best on traces that they were not fitted to."""
+        if len(self.traces) < 2:
+            return RIDGE
+        totals = np.zeros(len(RIDGES))
+        for held_out in range(len(self.traces)):
+            others = [trace for number, trace in enumerate(self.traces) if number != held_out]
+            known = _pooled(others, self._values(level))
+            unseen = _pooled([self.traces[held_out]], self._values(level))
+            for number, ridge in enumerate(RIDGES):
+                for step, history in stored.items():
+                    totals[number] += squared_error(unseen, step, history, fit(known, step, history, ridge)).mean()
+        return RIDGES[int(np.argmin(totals))]
+
+
+def _pooled(traces: Sequence[Trace], values: Sequence[int]) -> Array:
+    return np.asarray(pooled(traces, values).numpy())
+
+
+def _reuse_errors(gram: Array) -> Array:
+    """Squared relative error of the value at one step in the place of that at another, [stored, wanted]."""
+    size = np.diag(gram)
+    return (size[:, None] + size[None, :] - 2 * gram) / np.maximum(size[None, :], np.finfo(np.float64).tiny)

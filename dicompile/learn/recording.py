@@ -1,0 +1,232 @@
+"""Recordings: what calibration runs have left, their file, and the policies that follow from them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from dicompile.errors import InvalidPolicy, InvalidRecording, InvalidSetting
+from dicompile.learn.frontier import Frontier
+from dicompile.learn.trace import VERSION, Facts, Level, Trace
+from dicompile.plan import CacheOptions, Cadence, Policy
+
+
+class Recording:
+    """What was recorded in calibration runs.
+
+    Args:
+        facts: see `Facts`.
+        traces: see `Trace`.
+
+    Example:
+        >>> with dicompile.calibrate(pipe) as recording:
+        ...     pipe(prompt, num_inference_steps=50)
+        >>> print(recording.frontier())
+        >>> pipe = dicompile.optimize(pipe, recording.policy(speedup=3))
+    """
+
+    def __init__(self, facts: Facts, traces: Sequence[Trace] = ()) -> None:
+        self.facts, self.traces = facts, tuple(traces)
+
+    @property
+    def runs(self) -> tuple[int, ...]:
+        """Numbers of the runs."""
+        return tuple(sorted({trace.run for trace in self.traces}))
+
+    def of_runs(self, runs: Sequence[int]) -> Recording:
+        """The part of some runs, so that others can be held out.
+
+        Raises:
+            InvalidRecording: none of them is there.
+        """
+        traces = [trace for trace in self.traces if trace.run in runs]
+        if not traces:
+            raise InvalidRecording(f"the recording has no run {list(runs)}", fix=f"choose of {list(self.runs)}")
+        return Recording(self.facts, traces)
+
+    def __add__(self, other: Recording) -> Recording:
+        """All runs of both.
+
+        Raises:
+            InvalidRecording: they are of different models, samplers or shapes.
+        """
+        why = self.facts.why_not(other.facts)
+        if why:
+            raise InvalidRecording(
+                "two recordings do not add up",
+                where=self.facts.model,
+                why=why,
+                fix="record both with the same model, number of steps, scheduler and size",
+            )
+        first = max(self.runs, default=-1) + 1 - min(other.runs, default=0)
+        later = (replace(trace, run=trace.run + first) for trace in other.traces)
+        return Recording(self.facts, (*self.traces, *later))
+
+    def frontier(self, max_cache_bytes: int | str | None = None) -> Frontier:
+        """The least error that is expected for every compute.
+
+        Args:
+            max_cache_bytes: of one guidance context, as `dicompile.optimize` takes it.
+
+        Raises:
+            InvalidRecording: nothing was recorded.
+        """
+        if not self.traces:
+            raise InvalidRecording("nothing was recorded", where="Recording", fix="sample inside of the with")
+        return Frontier(self.facts, self.traces, CacheOptions.of(max_cache_bytes).max_bytes)
+
+    def policy(
+        self,
+        *,
+        budget: float | None = None,
+        speedup: float | None = None,
+        max_error: float | None = None,
+        max_cache_bytes: int | str | None = None,
+    ) -> Policy:
+        """The best policy that was found for one of three goals.
+
+        Args:
+            budget: operations of the run over those without caching, in (0, 1].
+            speedup: its inverse.
+            max_error: relative L2 error of the last latent that is expected, unitless; the least compute that keeps it.
+            max_cache_bytes: of one guidance context, as `dicompile.optimize` takes it.
+
+        Raises:
+            InvalidSetting: not one goal is given, or it cannot be reached.
+            InvalidRecording: nothing was recorded.
+        """
+        frontier = self.frontier(max_cache_bytes)
+        return frontier.policy(frontier.point(budget=budget, speedup=speedup, max_error=max_error))
+
+    def fitted(self, cadence: Cadence, order: int = 2, level: Level = "site") -> Policy:
+        """Weights for every branch, or for the stack, at full steps that are given.
+
+        Args:
+            cadence: which steps compute everything.
+            order: stored values used besides the latest one.
+            level: "site" forecasts every branch, "stack" what the whole stack adds.
+
+        Raises:
+            InvalidRecording: nothing was recorded.
+
+        Reference:
+            L2P, arXiv 2604.26365.
+        """
+        return self.frontier().fitted(cadence, order, level)
+
+    def save(self, path: str | Path) -> None:
+        """Write a safetensors file: a Gram matrix for every run and context, the facts in its header."""
+        tensors = {f"gram/{trace.run}/{trace.context}": trace.gram.contiguous() for trace in self.traces}
+        tensors |= {f"reused/{trace.run}/{trace.context}": trace.reused.contiguous() for trace in self.traces}
+        save_file(tensors, path, metadata={"dicompile.recording": self.facts.to_json()})
+
+    @classmethod
+    def load(cls, path: str | Path) -> Recording:
+        """Read what `save` wrote.
+
+        Raises:
+            InvalidRecording: it is missing, damaged, or something else.
+        """
+        try:
+            with safe_open(str(path), "pt") as file:
+                facts = Facts.from_json((file.metadata() or {})["dicompile.recording"], str(path))
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+            traces = [_trace(name, tensors) for name in tensors if name.startswith("gram/")]
+            shapes = (len(facts.values), facts.steps, facts.steps), (len(facts.levels), facts.steps)
+            wrong = [t for t in traces if (tuple(t.gram.shape), tuple(t.reused.shape)) != shapes]
+            if wrong or facts.version != VERSION:
+                raise ValueError(f"format {facts.version}, matrices of shape {[list(t.gram.shape) for t in wrong]}")
+        except (OSError, SafetensorError, KeyError, ValueError, InvalidPolicy) as error:
+            raise InvalidRecording(
+                f"{Path(path).name} is not a recording",
+                where=str(path),
+                why=str(error).partition("\n")[0],
+                fix="make one: with dicompile.calibrate(pipe) as recording: ...; recording.save(file)",
+            ) from None
+        return cls(facts, sorted(traces, key=lambda trace: (trace.run, trace.context)))
+
+    def __str__(self) -> str:
+        facts, contexts = self.facts, len({trace.context for trace in self.traces})
+        return (
+            f"{facts.model}: {len(self.runs)} runs of {facts.steps} steps, {contexts} contexts, "
+            f"{len(facts.sites)} branches"
+        )
+
+
+def _trace(name: str, tensors: Mapping[str, Tensor]) -> Trace:
+    """The trace whose Gram matrix has this name in a file."""
+    _, run, context = name.split("/", 2)
+    return Trace(int(run), context, tensors[name], tensors[f"reused/{run}/{context}"])
+
+
+class Goal:
+    """What a user asks of "auto".
+
+    Args:
+        recording: or its file, if one is given.
+        budget, speedup, max_error, max_cache_bytes: see `Recording.policy`.
+    """
+
+    def __init__(
+        self,
+        recording: Recording | str | Path | None,
+        budget: float | None,
+        speedup: float | None,
+        max_error: float | None,
+        max_cache_bytes: int | str | None,
+    ) -> None:
+        self._goals = {"budget": budget, "speedup": speedup, "max_error": max_error}
+        self._max_cache_bytes = max_cache_bytes
+        self._recording = Recording.load(recording) if isinstance(recording, str | Path) else recording
+
+    @property
+    def policy(self) -> Policy:
+        """The best policy that was found.
+
+        Raises:
+            InvalidSetting: there is no recording, not one goal, or one that cannot be reached.
+        """
+        if self._recording is None:
+            raise InvalidSetting(
+                "policy 'auto' needs a recording",
+                where="dicompile.optimize",
+                why="what can be left out follows from how the values of this model move",
+                fix="with dicompile.calibrate(pipe) as recording: pipe(...); then optimize(pipe, 'auto', "
+                "recording=recording, speedup=3)",
+            )
+        return self._recording.policy(max_cache_bytes=self._max_cache_bytes, **self._goals)
+
+    def unused(self, policy: Policy) -> Policy:
+        """Another policy, beside which nothing of "auto" may be given.
+
+        Raises:
+            InvalidSetting: something is.
+        """
+        given = [name for name, value in {"recording": self._recording, **self._goals}.items() if value is not None]
+        if given:
+            raise InvalidSetting(
+                f"{', '.join(given)} is given, but the policy is {policy.name!r}",
+                where="dicompile.optimize",
+                fix="policy='auto', or leave it out",
+            )
+        return policy
+
+    def check_model(self, module: nn.Module) -> None:
+        """Raise if the recording is of another model.
+
+        Raises:
+            InvalidRecording: it is.
+        """
+        made_of = None if self._recording is None else self._recording.facts.model
+        original = getattr(module, "_orig_mod", module)
+        if made_of is not None and made_of != type(original).__name__:
+            raise InvalidRecording(
+                f"the recording is of {made_of}, the model is {type(original).__name__}",
+                where="dicompile.optimize",
+                fix="calibrate this model",
+            )

@@ -1,0 +1,80 @@
+"""``dicompile calibrate`` and ``dicompile frontier``, from the command line to a policy file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import DiTTransformer2DModel, FlowMatchEulerDiscreteScheduler
+from safetensors.torch import save_file
+from typer.testing import CliRunner, Result
+
+import dicompile
+from dicompile.cli.main import app
+from dicompile.errors import DicompileError, InvalidRecording, InvalidSetting
+from tests.models import redraw
+
+STEPS = 6
+
+
+def run(*arguments: object) -> Result:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments], env={"COLUMNS": "200"})
+
+
+@pytest.fixture(scope="module")
+def recorded(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("flow")
+    model = DiTTransformer2DModel(
+        num_attention_heads=2, attention_head_dim=8, in_channels=4, out_channels=4, num_layers=1, sample_size=8,
+        patch_size=2, num_embeds_ada_norm=4, norm_type="ada_norm_zero", norm_elementwise_affine=False,
+    )  # fmt: skip
+    redraw(model)
+    model.save_pretrained(folder)
+    FlowMatchEulerDiscreteScheduler().save_pretrained(folder)
+    latents = {"latents": torch.randn(5, 4, 8, 8), "class_labels": torch.arange(5) % 4}
+    save_file({**latents, "null.class_labels": torch.tensor(4)}, folder / "l.safetensors")
+    out = folder / "c.safetensors"
+    options = ("--data", folder / "l.safetensors", "--steps", STEPS, "--guidance", 2, "--batch", 2, "--out", out)
+    result = run("calibrate", folder, *options)
+    assert result.exit_code == 0, result.output
+    assert "2 runs of 6 steps" in result.stdout
+    return out
+
+
+def test_the_scheduler_is_the_one_that_was_saved(recorded: Path) -> None:
+    facts = dicompile.Recording.load(recorded).facts
+    scheduler = FlowMatchEulerDiscreteScheduler()
+    scheduler.set_timesteps(STEPS)
+    assert facts.timesteps == tuple(scheduler.timesteps.tolist())
+    assert facts.latent == (4, 4, 8, 8)
+
+
+@pytest.mark.parametrize("name", ["p.json", "p.yaml"])
+def test_the_frontier_is_printed_and_a_policy_written(recorded: Path, name: str) -> None:
+    out = recorded.with_name(name)
+    result = run("frontier", recorded, "--budget", 0.6, "--out", out, "--plot", out.with_suffix(".png"))
+    assert result.exit_code == 0, result.output
+    assert out.with_suffix(".png").stat().st_size > 1000
+    assert "full steps" in result.stdout
+    policy = dicompile.Recording.load(recorded).policy(budget=0.6)
+    assert f"{policy.name}:" in result.stdout
+    assert dicompile.get_policy(str(out)) == policy
+
+
+def test_a_forecast_is_fitted_for_evenly_spaced_steps(recorded: Path) -> None:
+    out, folder = recorded.with_name("f.json"), recorded.parent
+    options = ("--data", folder / "l.safetensors", "--steps", STEPS, "--interval", 2, "--runs", 1, "--batch", 2)
+    result = run("fit-forecast", folder, *options, "--out", out)
+    assert result.exit_code == 0, result.output
+    policy = dicompile.get_policy(str(out))
+    assert policy.cadence == dicompile.Cadence(interval=2, anchor="last", warmup=2)
+    recall = policy.rules[0].do
+    assert isinstance(recall, dicompile.Fitted)
+    assert [bool(row) for row in recall.weights] == [False, False, True, False, True, False]
+
+
+def test_what_is_missing_is_said(recorded: Path, tmp_path: Path) -> None:
+    assert isinstance(run("frontier", tmp_path / "gone.safetensors").exception, InvalidRecording)
+    assert isinstance(run("frontier", recorded, "--out", tmp_path / "p.json").exception, InvalidSetting)
+    assert isinstance(run("calibrate", "gone").exception, DicompileError)
