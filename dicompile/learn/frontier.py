@@ -41,8 +41,10 @@ if TYPE_CHECKING:
 MOST_STORED = 3
 """Values of one branch that a forecast takes: what the best published ones take, too."""
 DOUBT = {"site": 1.0, "stack": 2.0}
-"""Factors of expected errors. In two trained models (docs/benchmarks.md) forecasts of the stack were 0.9 to 2.2 times as
-wrong as steps by themselves tell, those of branches 0.8 to 1.5 times: an update is added to the stream of another latent.
+"""Factors of expected errors.
+
+In two trained models (docs/benchmarks.md) forecasts of the stack were 0.9 to 2.2 times as wrong as steps by themselves
+tell, those of branches 0.8 to 1.5 times: an update is added to the stream of another latent.
 """
 LITTLE = 0.85
 """Share of the compute from which on caching is of no use, whatever it costs in quality."""
