@@ -15,6 +15,7 @@ from dicompile.cli.bench import bench
 from dicompile.cli.cache import cache_app
 from dicompile.cli.calibrate import calibrate_command, frontier_command
 from dicompile.cli.compare import EXTRA, compare_command
+from dicompile.cli.doctor import doctor
 from dicompile.cli.fit_forecast import fit_forecast_command
 from dicompile.cli.inspect import inspect
 from dicompile.cli.plan import plan_command
@@ -75,6 +76,7 @@ app.command()(models)
 app.command()(policies)
 app.add_typer(policy_app, name="policy")
 app.command()(bench)
+app.command()(doctor)
 app.command("compare")(compare_command)
 app.command("calibrate")(calibrate_command)
 app.command("frontier")(frontier_command)
