@@ -1,4 +1,4 @@
-"""Fit the forecasts of the bundled model: one policy file per interval, from one recorded run.
+"""Fit the forecasts of the bundled model: a policy file for every interval, and for every speedup of "auto".
 
 python examples/fit_demo_forecast.py --out dicompile/demo/assets
 """
@@ -21,13 +21,17 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path())
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--intervals", type=int, nargs="+", default=[3, 4, 6])
+    parser.add_argument("--speedups", type=float, nargs="+", default=[3, 4, 6])
+    parser.add_argument("--runs", type=int, default=2)
     arguments = parser.parse_args()
     subject = trainable("demo", BATCH, data=None, device="cpu")
     runs = Runs(subject.inputs, subject.scheduler, subject.data, subject.null, arguments.steps, GUIDANCE)
-    recording = runs.record(subject.module, 1)
-    for interval in arguments.intervals:
-        policy = recording.fitted(Cadence(interval=interval, anchor="last", warmup=2))
-        file = arguments.out / f"fitted_{interval}.json"
+    recording = runs.record(subject.module, arguments.runs)
+    spaced = {n: recording.fitted(Cadence(interval=n, anchor="last", warmup=2)) for n in arguments.intervals}
+    chosen = {x: recording.policy(speedup=x) for x in arguments.speedups}
+    files = {f"fitted_{n}": policy for n, policy in spaced.items()} | {f"auto_{x:g}": p for x, p in chosen.items()}
+    for name, policy in files.items():
+        file = arguments.out / f"{name}.json"
         file.write_text(policy.to_json() + "\n", encoding="utf-8")
         print(f"wrote {file}")
 

@@ -23,7 +23,9 @@ class Example(NamedTuple):
 
 
 EXAMPLES = {
-    "fit_demo_forecast.py": Example("--steps 6 --intervals 3", prints="wrote", writes=("fitted_3.json",)),
+    "fit_demo_forecast.py": Example(
+        "--steps 6 --intervals 3 --speedups 2 --runs 1", prints="wrote", writes=("fitted_3.json", "auto_2.json")
+    ),
     "measure_auto.py": Example(
         "--model flow --training-steps 1 --runs 1 --samples 1 --steps 8",
         prints="| auto |",

@@ -47,11 +47,12 @@ def methods(steps: int, every: bool = True) -> tuple[Method, ...]:
         found += [
             *(Method("L2C", f"threshold {t:g}", LearningToCache(ROUTER, threshold=t)) for t in (0.1, 0.9)),
             *(Method("TokenCache", f"phases {a}+{b}", TokenCache(PREDICTOR, 0.9, intervals=(a, b))) for a, b in phases),
-            *(Method("fitted", f"interval {n}", fitted(n)) for n in (3, 4, 6)),
+            *(Method("fitted", f"interval {n}", bundled(f"fitted_{n}")) for n in ((3, 4, 6) if every else (3,))),
+            *(Method("auto", f"speedup {x}", bundled(f"auto_{x}")) for x in (3, 4, 6)),
         ]
     return tuple(found)
 
 
-def fitted(interval: int) -> Policy:
-    """The bundled forecast with weights fitted to the demo model."""
-    return get_policy(str(ASSETS / f"fitted_{interval}.json"))
+def bundled(name: str) -> Policy:
+    """A forecast that was fitted to the demo model (`examples/fit_demo_forecast.py`)."""
+    return get_policy(str(ASSETS / f"{name}.json"))

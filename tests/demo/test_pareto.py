@@ -25,7 +25,7 @@ def test_every_family_has_a_line_over_its_compute() -> None:
 
 def test_every_published_method_takes_part_at_two_speeds_or_more() -> None:
     families = [method.family for method in methods(STEPS)]
-    assert {"FORA", "ToCa", "DuCa", "L2C", "TokenCache", "TaylorSeer", "fitted"} == set(families)
+    assert {"FORA", "ToCa", "DuCa", "L2C", "TokenCache", "TaylorSeer", "fitted", "auto"} == set(families)
     assert min(families.count(family) for family in set(families)) >= 2
     assert {method.family for method in methods(STEPS, every=False)} == set(families)
 
