@@ -383,7 +383,7 @@ class Executor:
                 registers[register] = stored[slot]
             self._load(registers, trial, inputs, place.step)
             run_calls(program, registers, None)
-            found[kind] = [r.value if isinstance(r, Constant) else registers[r[0]] for r in trial.results]
+            found[kind] = trial.outputs(registers)
         return found
 
     def _watch(

@@ -107,12 +107,25 @@ def fewer_steps(compiled: Contestant, flop_speedups: Sequence[float]) -> list[Co
         compiled: the uncached model.
         flop_speedups: of the others.
     """
-    nearest = {max(1, round(compiled.steps / speedup)) for speedup in flop_speedups}
+    return [
+        Contestant(f"{count} steps", compiled.model, count)
+        for count in steps_of_equal_work(compiled.steps, flop_speedups)
+    ]
+
+
+def steps_of_equal_work(steps: int, flop_speedups: Sequence[float]) -> list[int]:
+    """Numbers of steps that cost what others cost, from many to few; at least two apart, without the full number.
+
+    Args:
+        steps: of the uncached run.
+        flop_speedups: operations of the uncached run over those of the others.
+    """
+    nearest = {max(1, round(steps / speedup)) for speedup in flop_speedups}
     counts: list[int] = []
-    for count in sorted(nearest - {compiled.steps}, reverse=True):
+    for count in sorted(nearest - {steps}, reverse=True):
         if not counts or counts[-1] - count >= 2:
             counts.append(count)
-    return [Contestant(f"{count} steps", compiled.model, count) for count in counts]
+    return counts
 
 
 def _share(share: float) -> str:

@@ -78,8 +78,7 @@ class Workload:
 
     def copy(self) -> nn.Module:
         """The model once more around the same weights: hooks and compiled blocks of a contestant stay on its own."""
-        weights = [*self.module.parameters(), *self.module.buffers()]
-        return copy.deepcopy(self.module, {id(weight): weight for weight in weights})
+        return around_same_weights(self.module)
 
     def calls(self, model: Callable[..., Any], steps: int) -> Iterator[float]:
         """Run a generation; after every call, the seconds that it took.
@@ -104,3 +103,9 @@ class Workload:
         """Let the device finish."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
+
+
+def around_same_weights(module: nn.Module) -> nn.Module:
+    """A module once more, with the very parameters and buffers of the first one."""
+    weights = [*module.parameters(), *module.buffers()]
+    return copy.deepcopy(module, {id(weight): weight for weight in weights})

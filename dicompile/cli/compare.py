@@ -12,14 +12,13 @@ import yaml
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
+from dicompile.cli.extras import needed_for
 from dicompile.errors import DicompileError
 from dicompile.policies import get_policy
 
 if TYPE_CHECKING:
     from dicompile.compare import Subject
 
-EXTRA = {"diffusers": "diffusers", "jinja2": "jinja2", "PIL": "pillow", "skimage": "scikit-image"}
-"""Packages that comparing needs and the compiler does not, with the names that pip knows."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -38,18 +37,8 @@ def compare_command(  # noqa: PLR0913, PLR0917 - options
     out: Annotated[Path, typer.Option(help="Folder for index.html and results.json.")] = Path("report"),
 ) -> None:
     """Time, memory and likeness of policies, and of fewer steps, on one model: a table and an HTML report."""
-    try:
+    with needed_for("comparing", "compare"):
         from dicompile.compare import compare, write_report
-    except ModuleNotFoundError as error:
-        package = (error.name or "").partition(".")[0]
-        if package not in EXTRA:
-            raise
-        raise DicompileError(
-            f"comparing needs {EXTRA[package]}, which is not installed",
-            where="dicompile compare",
-            why="the compiler itself does without it",
-            fix="pip install 'dicompile[compare]'",
-        ) from None
     given = {"prompt": list(prompt)} if prompt else {}
     subject = _subject(model, steps, {**given, **_values(call or [])}, samples, seed, device, dtype)
     console = Console()

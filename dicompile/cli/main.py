@@ -14,8 +14,9 @@ import typer
 from dicompile.cli.bench import bench
 from dicompile.cli.cache import cache_app
 from dicompile.cli.calibrate import calibrate_command, frontier_command
-from dicompile.cli.compare import EXTRA, compare_command
+from dicompile.cli.compare import compare_command
 from dicompile.cli.doctor import doctor
+from dicompile.cli.extras import needed_for
 from dicompile.cli.fit_forecast import fit_forecast_command
 from dicompile.cli.inspect import inspect
 from dicompile.cli.plan import plan_command
@@ -25,9 +26,6 @@ from dicompile.cli.train_predictor import train_predictor_command
 from dicompile.cli.train_router import train_router_command
 from dicompile.cli.zoo import models
 from dicompile.errors import DicompileError
-
-DEMO_EXTRA = {**EXTRA, "matplotlib": "matplotlib"}
-"""Packages that the demo imports and the compiler does not need, with the names that pip knows."""
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
@@ -55,18 +53,8 @@ def demo(
     quick: Annotated[bool, typer.Option("--quick", help="12 samples and 20 steps, if not given.")] = False,
 ) -> None:
     """Compare cache policies on the bundled model: time, FLOPs, distance to the uncached samples, pictures."""
-    try:
+    with needed_for("the demo", "demo"):
         from dicompile.demo.run import run_demo
-    except ModuleNotFoundError as error:
-        package = (error.name or "").partition(".")[0]
-        if package not in DEMO_EXTRA:
-            raise
-        raise DicompileError(
-            f"the demo needs {DEMO_EXTRA[package]}, which is not installed",
-            where="dicompile demo",
-            why="the compiler itself does without it",
-            fix="pip install 'dicompile[demo]'",
-        ) from None
     run_demo(out, samples=samples or (12 if quick else 24), steps=steps or (20 if quick else 50), every=every)
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import dicompile
+from dicompile.bench.contestants import steps_of_equal_work
 from dicompile.bench.machine import Machine
 from dicompile.compare.quality import quality_of
 from dicompile.compare.results import Call, Comparison, Run
@@ -24,8 +25,6 @@ from dicompile.plan import Plan, Policy
 from dicompile.policies import NoCache
 
 AS_IT_IS, UNCACHED = "as it is", "no cache"
-APART = 2
-"""Numbers of fewer steps that are compared are at least so far apart."""
 
 Tick = Callable[[str], object]
 """Called with what comes next."""
@@ -108,13 +107,9 @@ def _warm_up(contestant: _Contestant, subject: Subject, tick: Tick) -> None:
 def _with_fewer_steps(contestants: Sequence[_Contestant], subject: Subject, tick: Tick) -> list[_Contestant]:
     plain = contestants[1]
     assert plain.plan is not None
-    works = [c.plan.flops / plain.plan.flops for c in contestants[2:] if c.plan is not None]
-    counts: list[int] = []
-    for count in sorted({max(1, round(work * subject.steps)) for work in works} - {subject.steps}, reverse=True):
-        if not counts or counts[-1] - count >= APART:
-            counts.append(count)
+    speedups = [plain.plan.flops / c.plan.flops for c in contestants[2:] if c.plan is not None]
     found = []
-    for count in counts:
+    for count in steps_of_equal_work(subject.steps, speedups):
         contestant = _Contestant(f"{count} steps", plain.target, count, is_cached=False)
         _warm_up(contestant, subject, tick)
         found.append(contestant)

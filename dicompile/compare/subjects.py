@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import dicompile
+from dicompile.bench.workload import around_same_weights
 from dicompile.errors import DicompileError
 from dicompile.pipelines import denoisers
 from dicompile.plan import Policy
@@ -147,8 +148,7 @@ class ModuleSubject:
 
     def copy(self) -> nn.Module:
         """The module once more around the same weights."""
-        weights = [*self.module.parameters(), *self.module.buffers()]
-        return copy.deepcopy(self.module, {id(weight): weight for weight in weights})
+        return around_same_weights(self.module)
 
     def optimize(self, target: Any, policy: Policy) -> Any:
         """See `Subject`."""
