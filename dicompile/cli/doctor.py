@@ -6,7 +6,6 @@ import importlib.util
 import math
 import os
 import platform
-import shutil
 import time
 
 import torch
@@ -14,6 +13,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
+from torch._inductor.cpp_builder import get_cpp_compiler
+from torch._inductor.exc import InvalidCxxCompiler
 
 import dicompile
 from dicompile.bench.machine import Machine
@@ -62,13 +63,12 @@ def facts() -> dict[str, str]:
         for i in range(torch.cuda.device_count())
     ]
     missing = {extra: [name for name in names if not _is_there(name)] for extra, names in EXTRAS.items()}
-    compiler = os.environ.get("CXX") or next(filter(None, map(shutil.which, ("g++", "clang++", "cl"))), None)
     return {
         "versions": ", ".join(f"{name} {version}" for name, version in machine.versions.items()),
         "system": platform.platform(),
         "CPU": f"{os.cpu_count()} cores, {torch.get_num_threads()} threads",
         "GPU": "; ".join(gpus) or "none",
-        "C++ compiler": compiler or "none, so that nothing compiles for a CPU",
+        "C++ compiler": _cpp_compiler() or "none, so that nothing compiles for a CPU",
         "extras": ", ".join(extra for extra, names in missing.items() if not names) or "none",
         "missing": "; ".join(f"{extra} ({', '.join(names)})" for extra, names in missing.items() if names) or "none",
         "cache folder": f"{store.folder}, at most {size_text(store.most_bytes)}" if store.folder else "off",
@@ -99,6 +99,14 @@ def _advice(device: str) -> str:
     if device == "cpu":
         return "install a C++ compiler (Debian: apt-get install g++), or use backend='eager' for debugging"
     return "check that torch.compile works on this GPU, and that triton is the version that torch asks for"
+
+
+def _cpp_compiler() -> str | None:
+    """The compiler that Inductor takes: its setting, else ``CXX``, else what is installed."""
+    try:
+        return get_cpp_compiler()
+    except (InvalidCxxCompiler, RuntimeError):
+        return None
 
 
 def _is_there(name: str) -> bool:
