@@ -78,8 +78,9 @@ def optimize(
         warmup: "background" lets other processes compile. Sampling starts when the model is captured; a generation that
             begins before its code is there runs uncached, operator by operator, to its end, and the report says so.
         dynamic: False compiles every size by itself. By default the first size of batch, text or image is compiled by
-            itself, and from the second on whatever varied is a symbol. True is refused: which numbers of a graph follow
-            from a size, only a second size tells; marks of ``mark_dynamic`` on arguments change nothing, either.
+            itself, and from the second on whatever varied is a symbol. True makes symbols at once: the model is traced
+            and captured with other sizes, too; ``torch._dynamo.mark_dynamic`` does so for the dimensions that it marks.
+            What cannot be found that way is a symbol when it varies; a log line says what was found.
         max_cache_bytes: budget of what one guidance context remembers between two steps: bytes, or text such as "2GiB".
             A sampler that calls the model for the conditional and the unconditional half in turn has two contexts.
         over_budget: what becomes of a plan that needs more: "refuse" raises at the first call, before anything is

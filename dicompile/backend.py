@@ -12,7 +12,17 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from dicompile.capture import NO_TIMESTEP, Said, ambient, capture_graph, input_names, open_numbers, read_inputs
+from dicompile.capture import (
+    NO_TIMESTEP,
+    Capture,
+    Said,
+    ambient,
+    capture_graph,
+    input_names,
+    open_numbers,
+    read_inputs,
+    resized_inputs,
+)
 from dicompile.compiler import ONE_AT_A_TIME, Options, compile_capture
 from dicompile.errors import CannotCapture, InvalidSetting
 from dicompile.lower import Backend, Hoist, compile_plainly
@@ -91,6 +101,13 @@ def read_options(options: dict[str, Any]) -> Options:
         source = 1
     name = options.get("mode", options.get("backend", "inductor"))  # the older word first
     words = ("options", "compile_mode", "warmup", "dynamic", "attention")
+    if options.get("dynamic") is True:
+        raise InvalidSetting(
+            "whether sizes are symbols at once is not for the backend to say",
+            where="torch.compile(backend='dicache')",
+            why="Dynamo has made constants of them before it asks the backend",
+            fix="torch.compile(model, backend='dicache', dynamic=True)",
+        )
     code = Backend.of(name, *map(options.get, words))
     cache = CacheOptions.of(
         **{name: options[name] for name in CACHE_OPTIONS if name in options}, where="torch.compile(backend='dicache')"
@@ -143,6 +160,20 @@ class Specialiser:
         timestep = NO_TIMESTEP if said.timestep not in (None, *given) else said.timestep
         return Said(timestep, said.latent if said.latent in given else None)
 
+    def _resized(self, arguments: Sequence[Any]) -> Capture | None:
+        """The graph for other sizes, where Dynamo has symbols for them."""
+        if self._frames or self.options.backend.is_eager or self.options.backend.dynamic is False:
+            return None
+        other = resized_inputs(self.graph.graph, arguments)
+        if other is None:
+            return None
+        try:
+            with torch.no_grad():
+                return capture_graph(self.graph, self.names, other, self._said())
+        except CannotCapture as refused:
+            log.info("sizes become symbols when they vary: %s", refused.what)
+            return None
+
     def _compile(self, key: tuple[object, ...], arguments: Sequence[Any]) -> Callable[..., Any]:
         try:
             with torch.no_grad():
@@ -151,7 +182,7 @@ class Specialiser:
             without = "caching or CUDA graphs" if self.options.backend.records_steps else "caching"
             log.warning("compiled without %s: %s (%s)", without, refused.what, refused.why)
             return compile_plainly(self.graph, arguments, self.options.backend)
-        compiled = compile_capture(capture, arguments, self.options, Same(key))
+        compiled = compile_capture(capture, arguments, self.options, Same(key), self._resized(arguments))
         if not compiled.structure.sites:
             log.info("no cacheable branch in this graph: compiled without caching")
         # Of a dynamic graph, a module's Python numbers are tensors, too, made anew for every call.

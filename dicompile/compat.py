@@ -207,3 +207,14 @@ def without_dynamo() -> contextlib.AbstractContextManager[None]:
 
 
 _NOTHING = contextlib.nullcontext()
+
+
+@contextlib.contextmanager
+def meta_errors_unsaid() -> Iterator[None]:
+    """While open, torch does not log which operators fake tensors do not fit (torch 2.11 to 2.14)."""
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    before, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        logger.disabled = before

@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import logging
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from concurrent.futures import Future, as_completed
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -20,7 +20,7 @@ from torch import Tensor, fx
 from dicompile.analysis import ModelStructure, SiteKind, analyse
 from dicompile.capture import CAPTURES, MOST_CAPTURES, NO_TIMESTEP, NOTHING_SAID, Capture, Role, Said
 from dicompile.config import DebugFolder, Settings
-from dicompile.errors import CallOutsideSchedule
+from dicompile.errors import CallOutsideSchedule, DicompileError
 from dicompile.lower import (
     INDUCTOR,
     PLAIN_TENSORS,
@@ -38,6 +38,7 @@ from dicompile.lower import (
     check_can_record,
     count_workers,
     network_predictor,
+    note_sizes,
     requests_of,
     table_predictor,
 )
@@ -115,7 +116,9 @@ class Options:
         return DebugFolder(self.settings.debug)
 
 
-def compile_capture(capture: Capture, arguments: Sequence[Any], options: Options, way: object) -> CompiledFrame:
+def compile_capture(
+    capture: Capture, arguments: Sequence[Any], options: Options, way: object, resized: Capture | None = None
+) -> CompiledFrame:
     """Compile one captured graph for the shapes of `arguments`.
 
     Args:
@@ -123,6 +126,7 @@ def compile_capture(capture: Capture, arguments: Sequence[Any], options: Options
         arguments: values of its placeholders but for its constants.
         options: what the user asked for.
         way: what it depends on besides tensors, see `dicompile.runtime.contexts.Call`.
+        resized: the graph for other sizes; what differs becomes a symbol at once.
 
     Raises:
         PolicyDoesNotFit: the model cannot do what the policy asks for.
@@ -134,13 +138,15 @@ def compile_capture(capture: Capture, arguments: Sequence[Any], options: Options
     if options.backend.attention == "flash-attn":
         check_fits(capture.graph)
     options.debug.write("captured", capture)
-    pieces = pieces_of(capture, _hoist(capture, arguments, options))
+    hoist = _hoist(capture, arguments, options)
+    pieces = pieces_of(capture, hoist)
     structure = pieces.structure
     options.debug.write("structure", structure)
     records = options.backend.records_steps and options.observer is None
     graphs = _graphs(pieces, arguments) if records else None
     predictor, own = _predictor(capture, structure, options)
-    programs = Programs(pieces, options, own)
+    rehearsal = None if resized is None else Rehearsal(pieces_of(resized, hoist), options)
+    programs = Programs(pieces, options, own, rehearsal)
     if options.cache.max_bytes is not None:
         programs.plan(options.link.schedule)  # refuses before anything is compiled, a predictor included
     executor = Executor(
@@ -277,10 +283,13 @@ class Programs:
         pieces: of the model.
         options: what the user asked for.
         beside: code that every step needs, beside the pieces.
+        rehearsal: of steps with other sizes.
     """
 
-    def __init__(self, pieces: Pieces, options: Options, beside: Sequence[Code] = ()) -> None:
-        self.backend, self._beside = options.backend, beside
+    def __init__(
+        self, pieces: Pieces, options: Options, beside: Sequence[Code] = (), rehearsal: Rehearsal | None = None
+    ) -> None:
+        self.backend, self._beside, self._rehearsal = options.backend, beside, rehearsal
         self.structure, self.policy = pieces.structure, options.policy
         self.cache, self.debug = options.cache, options.debug
         self._is_watched = options.observer is not None
@@ -321,7 +330,8 @@ class Programs:
     def codes(self, schedule: TimestepSchedule) -> list[Code]:
         """Everything that the steps of a run need, of which nothing is compiled for being asked for here."""
         with ONE_AT_A_TIME, torch.inference_mode(mode=False), torch.no_grad():
-            for planned in self._planned(schedule)[0].steps:
+            for index, planned in enumerate(self._planned(schedule)[0].steps):
+                self._rehearse(schedule, index)
                 self._builder.try_out(planned)
             return [*self._beside, *(variant.function for variant in self.variants.variants)]
 
@@ -336,8 +346,9 @@ class Programs:
             self.step(schedule, index)
         for first in range(1, schedule.steps) if late else ():
             with ONE_AT_A_TIME:
-                for planned in make_plan(self.structure, self.policy, schedule.rest(first), self.cache).steps:
-                    self._program(planned)
+                rest = schedule.rest(first)
+                for index, planned in enumerate(make_plan(self.structure, self.policy, rest, self.cache).steps):
+                    self._program(rest, index, planned)
 
     def _planned(self, schedule: TimestepSchedule) -> tuple[Plan, dict[int, Step]]:
         known = self._plans.get(schedule)
@@ -364,15 +375,56 @@ class Programs:
                 fix="set the scheduler's timesteps before sampling",
             )
         planned = plan.steps[index]
-        program = self._program(planned)
+        program = self._program(plan.schedule, index, planned)
         self.debug.write(f"step{index}-{planned.kind}", program)
         return Step.of(plan, index, program)
 
-    def _program(self, planned: StepPlan) -> Program:
+    def _rehearse(self, schedule: TimestepSchedule, index: int) -> None:
+        if self._rehearsal is not None:
+            self._rehearsal.note(schedule, index)
+
+    def _program(self, schedule: TimestepSchedule, index: int, planned: StepPlan) -> Program:
         with torch.inference_mode(mode=False), torch.no_grad():
+            self._rehearse(schedule, index)
             for code in self._beside:
                 code.compile()
             return self._builder.program(planned)
+
+
+class Rehearsal:
+    """The same model with other sizes, of which nothing is compiled: it tells what in the code of a step is a size.
+
+    Args:
+        pieces: of the model with other sizes.
+        options: what the user asked for.
+    """
+
+    def __init__(self, pieces: Pieces, options: Options) -> None:
+        self._structure, self._options = pieces.structure, options
+        self._cache = replace(options.cache, max_bytes=None)
+        self._variants = VariantCache(options.backend, options.settings, DebugFolder(None))
+        self._builder = ProgramBuilder(pieces, self._variants, options.cache.torch_dtype)
+        self._plan = functools.lru_cache(maxsize=MOST_PLANS)(self._planned)
+        self._noted: set[Hashable] = set()
+
+    def _planned(self, schedule: TimestepSchedule) -> Plan | None:
+        try:
+            return make_plan(self._structure, self._options.policy, schedule, self._cache)
+        except DicompileError as error:
+            log.info("sizes become symbols when they vary: with others the policy does not fit: %s", error.what)
+            return None
+
+    def note(self, schedule: TimestepSchedule, index: int) -> None:
+        """Note the sizes of whatever a step runs."""
+        plan = self._plan(schedule)
+        if plan is None or plan.steps[index].signature in self._noted:
+            return
+        self._noted.add(plan.steps[index].signature)
+        self._builder.try_out(plan.steps[index])
+        for variant in self._variants.variants:
+            if variant.function not in self._noted and variant.function.segment is not None:
+                self._noted.add(variant.function)
+                note_sizes(variant.function.segment, self._options.backend)
 
 
 def compile_ahead(wanted: Sequence[tuple[Programs, TimestepSchedule]], *, late: bool, progress: bool) -> None:

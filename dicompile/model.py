@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import itertools
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,11 +27,13 @@ from dicompile.capture import (
     ambient,
     bind_positions,
     capture_functional,
+    capture_resized,
     is_number,
+    marked_dims,
     with_python_numbers,
 )
 from dicompile.compiler import ONE_AT_A_TIME, CompiledFrame, Options, compile_capture
-from dicompile.errors import CannotCapture, NoSitesFound, TimestepNotFound
+from dicompile.errors import CannotCapture, InvalidSetting, NoSitesFound, TimestepNotFound
 from dicompile.names import sounds_like_time
 from dicompile.offload import check_weights_are_whole
 from dicompile.runtime import Owner
@@ -91,6 +93,7 @@ class ModelCalls:
         self.owner = Owner(options.link)
         self._frames: dict[tuple[Any, ...], tuple[Frame, ...]] = {}
         self._times = _names_of_time(module, options.said)
+        self._kinds: set[Hashable] = set()
         self._takes_any_number = True
         self._by_running = False
 
@@ -167,7 +170,7 @@ class ModelCalls:
             inputs = known.captured.pick(tensors)
             way = Same((arguments.key, str(known.captured.guards)))
             self._require_timestep(known.capture, arguments)
-            compiled = compile_capture(known.capture, inputs, self.options, way)
+            compiled = compile_capture(known.capture, inputs, self.options, way, self._resized(arguments))
         except CannotCapture:
             if not arguments.numbers:
                 raise
@@ -177,6 +180,27 @@ class ModelCalls:
         frame = Frame(known, compiled, pins, next(_CALLS))
         self._keep(key, frame)
         return frame, tensors, inputs
+
+    def _resized(self, arguments: Arguments) -> Capture | None:
+        """The graph for other sizes, if sizes are to be symbols at once; of every kind of call it is made once.
+
+        Raises:
+            InvalidSetting: a dimension was marked as dynamic, and cannot be.
+        """
+        marked, dynamic = marked_dims(arguments), self.options.backend.dynamic
+        if marked and dynamic is False:
+            raise InvalidSetting(
+                f"dimensions of the arguments of {type(self.module).__name__} are marked, and may not be dynamic",
+                where="mark_dynamic",
+                why="dynamic=False compiles every size by itself",
+                fix="leave out dynamic=False, or take the marks off",
+            )
+        kind = arguments.without_sizes, marked
+        if self.options.backend.is_eager or not (marked or dynamic) or kind in self._kinds:
+            return None
+        found = capture_resized(self.module, arguments, self.options.said)
+        self._kinds.add(kind)
+        return found
 
     def _known(self, key: tuple[object, ...], arguments: Arguments) -> tuple[Known, Pins]:
         """The capture for a call, one that another model or policy has led to or a new one; what its guards found."""

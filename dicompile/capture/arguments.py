@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import inspect
 import numbers
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from operator import is_not
 from typing import Any, NamedTuple
@@ -107,6 +107,15 @@ class Arguments:
         """The tensors without the numbers."""
         return self.tensors[: len(self.tensors) - len(self.numbers)]
 
+    @property
+    def without_sizes(self) -> tuple[object, ...]:
+        """Equal for calls that differ in nothing but sizes; one of 1 is something else."""
+        return tuple(
+            part._replace(shape=torch.Size(min(size, 2) for size in part.shape), strides=())
+            if isinstance(part, Like) else part
+            for part in self.key if type(part) is not int and not (type(part) is tuple and part[:1] == (int,))
+        )  # fmt: skip
+
     def names(self, module: nn.Module) -> list[str]:
         """Dotted name of each tensor (``added_cond_kwargs.resolution``), by the forward's own argument names."""
         parameters = list(inspect.signature(module.forward).parameters.values())
@@ -116,9 +125,12 @@ class Arguments:
 
     def filled(self, tensors: Sequence[Tensor]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The same arguments with other tensors in the places of `given`, objects copied."""
-        leaves, spec = flatten_arguments((self.args, dict(self.kwargs)))
         other = dict(zip(map(id, self.given), tensors, strict=True))
-        args, kwargs = pytree.tree_unflatten([other.get(id(leaf), leaf) for leaf in leaves], spec)
+        return self.mapped(lambda _, leaf: other.get(id(leaf), leaf))
+
+    def mapped(self, function: Callable[[tuple[Any, ...], Any], Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The same arguments with what a function makes of every path and leaf, objects copied."""
+        args, kwargs = pytree.tree_map_with_path(function, _opened((self.args, dict(self.kwargs))))
         return tuple(args), dict(kwargs)
 
     def laid_out_as(self, key: tuple[object, ...]) -> Arguments | None:

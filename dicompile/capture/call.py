@@ -18,6 +18,7 @@ from dicompile.capture.captured import Captured, Unsettled
 from dicompile.capture.dynamo import capture_by_dynamo
 from dicompile.capture.members import capture_by_members
 from dicompile.capture.normalise import Capture, capture_graph
+from dicompile.capture.resized import resized, unmarked
 from dicompile.capture.roles import NOTHING_SAID, Said
 from dicompile.capture.trace import capture_by_running, check_reads, module_tensors
 from dicompile.errors import CannotCapture
@@ -56,6 +57,7 @@ def _in_parts() -> Iterator[None]:
 
 
 def _capture(module: nn.Module, arguments: Arguments, *, by_running: bool) -> Captured:
+    arguments = unmarked(arguments)
     own = set(map(id, module_tensors(module).values()))
     if any(id(tensor) in own for tensor in arguments.given):  # another call gives another tensor there
         arguments = arguments.copied()
@@ -130,6 +132,29 @@ def capture_functional(
         with _in_parts(), without_trackers():
             captured = _with_timestep(_run_instead(module, arguments, refused), module, arguments)
     return captured, normalised(module, captured, values_of(module, captured, arguments), said)
+
+
+def capture_resized(module: nn.Module, arguments: Arguments, said: Said = NOTHING_SAID) -> Capture | None:
+    """Capture a module for a call of other sizes, which tells what in its graph are sizes; None if none may vary.
+
+    Args:
+        module: the module; it is not run.
+        arguments: of a call that it was captured for.
+        said: what the user says of the inputs.
+
+    Raises:
+        InvalidSetting: a dimension was marked as dynamic, and cannot be.
+    """
+    with _in_parts(), without_trackers():
+        found = resized(module, arguments)
+    if found is None:
+        return None
+    other, captured = found[0], _with_timestep(found[1], module, found[0])
+    try:
+        return normalised(module, captured, values_of(module, captured, other), said)
+    except CannotCapture as refused:
+        log.info("%s: no graph of other sizes: %s", type(module).__name__, refused)
+        return None
 
 
 def _with_timestep(captured: Captured, module: nn.Module, arguments: Arguments) -> Captured:

@@ -43,7 +43,7 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 _OWN = object()
 
 
-class _Whole(Exception):
+class Whole(Exception):
     """The forward has to be traced as a whole."""
 
 
@@ -58,11 +58,22 @@ def capture_by_members(module: nn.Module, arguments: Arguments) -> Captured | No
         None if it has no lists of blocks, or has to be traced as a whole.
     """
     try:
-        traced = _trace(module, arguments)
-        return None if traced is None else traced.captured(module, arguments)
+        return capture_members(module, arguments)
     except Exception as reason:  # the whole forward tells whether it is the model's
         log.debug("%s is traced as a whole: %r", type(module).__name__, reason)
         return None
+
+
+def capture_members(module: nn.Module, arguments: Arguments) -> Captured | None:
+    """The same, where whatever is wrong is raised.
+
+    Raises:
+        Whole: it has to be traced as a whole.
+        CannotCapture: Dynamo cannot take it as one graph.
+        Unsettled: the forward changes what it keeps.
+    """
+    traced = _trace(module, arguments)
+    return None if traced is None else traced.captured(module, arguments)
 
 
 def _trace(module: nn.Module, arguments: Arguments) -> Traced | None:
@@ -152,7 +163,7 @@ class _Kind:
         made = [laid_out_like(_example(node)) for node in results_of(self.captured.graph.graph)]
         results = [result for result in made if result is not None]
         if len(results) < len(made):
-            raise _Whole
+            raise Whole
         return results
 
     def packed(self, results: Sequence[Any], given: Sequence[Any]) -> Any:
@@ -165,7 +176,7 @@ def _capture_kind(block: nn.Module, arguments: Arguments) -> _Kind:
     real = _real(block, arguments)
     traced = _trace(block, real) or trace(block, real)
     if traced.writes or traced.taken_out:
-        raise _Whole
+        raise Whole
     return _Kind(block, arguments, traced.captured(block, real))
 
 
@@ -212,11 +223,11 @@ class _Blocks:
         def forward(*args: Any, **kwargs: Any) -> Any:
             arguments = Arguments.of(args, kwargs)
             if ambient() != self._state or not all(type(tensor) is FakeTensor for tensor in arguments.tensors):
-                raise _Whole
+                raise Whole
             kind = self.kind_of(block, arguments) or self._new_kind(block, arguments)
             result = kind.packed(kind.results(), arguments.tensors)
             if not _can_return(result):
-                raise _Whole
+                raise Whole
             return result
 
         return forward
@@ -235,7 +246,7 @@ class _Blocks:
 
     def _new_kind(self, block: nn.Module, arguments: Arguments) -> _Kind:
         if len(self.kinds) == self._most:
-            raise _Whole
+            raise Whole
         self.kinds.append(_capture_kind(block, arguments))
         return self.kinds[-1]
 
@@ -268,7 +279,7 @@ class _Inlined:
         """The whole.
 
         Raises:
-            _Whole: a result of a block is used in a way that is not known.
+            Whole: a result of a block is used in a way that is not known.
         """
         source = self.outer.graph.graph
         anchor = self._graph.output(())
@@ -303,7 +314,7 @@ class _Inlined:
     def _node(self, node: fx.Node) -> fx.Node:
         made = self._made[node]
         if not isinstance(made, fx.Node):
-            raise _Whole  # a tuple of tensors goes where nobody takes it apart
+            raise Whole  # a tuple of tensors goes where nobody takes it apart
         return made
 
     def _copied(self, node: fx.Node) -> Any:
@@ -318,7 +329,7 @@ class _Inlined:
         given = Arguments.of(tuple(args), dict(kwargs))
         kind = self.blocks.kind_of(block, given)
         if kind is None:
-            raise _Whole
+            raise Whole
         nodes = {id(_example(node)): self._node(node) for node in reversed(call.all_input_nodes)}
         captured, own = kind.captured, self._own_tensors(path, block, kind)
         tensors: list[Any] = [*own, *(nodes[id(tensor)] for tensor in given.tensors)]
@@ -327,7 +338,7 @@ class _Inlined:
             known[node] = self._placeholder(node, own[place]) if place < len(own) else tensors[place]
         for node in captured.graph.graph.nodes:
             if node.op == "get_attr":
-                raise _Whole
+                raise Whole
             if node.op not in ("placeholder", "output"):
                 known[node] = self._graph.node_copy(node, known.__getitem__)
                 known[node].meta["nn_module_stack"] = _below(path, block, node)

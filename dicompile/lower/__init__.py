@@ -9,6 +9,7 @@ from dicompile.lower.inductor import (
     ask_workers,
     compile_plainly,
     compile_segment,
+    note_sizes,
     requests_of,
 )
 from dicompile.lower.pieces import Piece, Pieces
@@ -46,6 +47,7 @@ __all__ = [
     "compile_segment",
     "count_workers",
     "network_predictor",
+    "note_sizes",
     "requests_of",
     "table_predictor",
 ]

@@ -45,7 +45,7 @@ class Backend:
         name: "inductor", or "eager" to run rewritten graphs operator by operator.
         options: of Inductor, by name.
         in_background: other processes compile, and generations that begin before they are done run uncached.
-        is_static: every size gets code of its own.
+        dynamic: False if every size gets code of its own, True if sizes are symbols at once.
         attention: one of `ATTENTIONS`.
         records_steps: every step runs as one CUDA graph (see `dicompile.runtime.graphs`).
     """
@@ -53,7 +53,7 @@ class Backend:
     name: str = "inductor"
     options: tuple[tuple[str, Any], ...] = ()
     in_background: bool = False
-    is_static: bool = False
+    dynamic: bool | None = None
     attention: str = "sdpa"
     records_steps: bool = False
 
@@ -75,13 +75,13 @@ class Backend:
             mode: one of `MODES`. CUDA graphs of Inductor are never used: what they return is overwritten when they run
                 again, and what a step stores is read steps later. "reduce-overhead" records whole steps instead.
             warmup: "background", or None.
-            dynamic: False for code of its own for every size; by default what varies is a symbol from the second on.
+            dynamic: False for code of its own for every size, True for symbols at once; by default what varies is a
+                symbol from the second on.
             attention: one of `ATTENTIONS`; "sdpa" by default.
 
         Raises:
             InvalidSetting: there is no such backend, mode, option, warm-up or attention, the option is one of CUDA
-                graphs, sizes would have to be symbols before any varied, nothing is compiled, or flash-attn is not
-                installed.
+                graphs, nothing is compiled, or flash-attn is not installed.
         """
         if name not in BACKENDS:
             raise InvalidSetting(
@@ -97,12 +97,11 @@ class Backend:
             raise InvalidSetting(
                 f"warmup {warmup!r} cannot be had", where="warmup", fix=f"use {BACKGROUND!r}, or leave it out"
             )
-        if dynamic not in (None, False):
+        if dynamic not in (None, False, True):
             raise InvalidSetting(
                 f"dynamic={dynamic!r} cannot be had",
                 where="dynamic",
-                why="which of a graph's numbers follow from which size, only a second size tells",
-                fix="leave it out: from the second size on, what varied is a symbol; or dynamic=False",
+                fix="True makes symbols of sizes at once, False of none; None of what varied",
             )
         if attention not in (None, *ATTENTIONS):
             raise InvalidSetting(
@@ -134,7 +133,7 @@ class Backend:
         of_mode = list_mode_options(mode) if mode is not None else {}
         every = {**of_mode, **chosen, **({_GRAPHS: False} if of_mode else {})}
         made = tuple(sorted(every.items()))
-        return cls(name, made, warmup is not None, dynamic is False, attention or "sdpa", mode == GRAPHS_MODE)
+        return cls(name, made, warmup is not None, dynamic, attention or "sdpa", mode == GRAPHS_MODE)
 
     def check_cache(self, cache: CacheOptions) -> None:
         """Check that steps can be recorded although the cache is limited as it is.
@@ -175,7 +174,7 @@ class Backend:
         if self.is_eager:
             return (self.attention,)
         with self.in_effect():
-            return *settings_of_inductor(), self.is_static, self.attention
+            return *settings_of_inductor(), self.dynamic, self.attention
 
 
 INDUCTOR = Backend()
@@ -271,10 +270,44 @@ def compile_segment(
         # Not by nn.Module.__call__, which tracing in another thread replaces for a while.
         function: Compiled = segment.graph_module.forward
         return function
-    placeholders: list[fx.Node] = segment.graph.find_nodes(op="placeholder")
-    places = [placeholders.index(node) if node.op == "placeholder" else None for node in segment.results]
+    places = _places(segment)
     if None not in places:
         return PassOn(nothing, tuple(places))
+    graph_module, own = _computed(segment, places)
+    with backend.in_effect():
+        function = (sizes or SIZES).code(
+            graph_module,
+            segment.fake_mode,
+            _how(backend),
+            compile_ or _compiled,
+            own,
+            is_static=backend.dynamic is False,
+        )
+    return function if graph_module is segment.graph_module else PassOn(function, tuple(places))
+
+
+def note_sizes(segment: Segment, backend: Backend) -> None:
+    """Let a segment that is never compiled tell which numbers of another one like it are sizes."""
+    places = _places(segment)
+    if None in places:
+        graph_module, own = _computed(segment, places)
+        with backend.in_effect():
+            SIZES.note(graph_module, _how(backend), own)
+
+
+def _how(backend: Backend) -> tuple[object, ...]:
+    return *settings_of_inductor(), backend.attention
+
+
+def _places(segment: Segment) -> list[int | None]:
+    """Number of the input that each result is, if it is one."""
+    placeholders: list[fx.Node] = segment.graph.find_nodes(op="placeholder")
+    return [placeholders.index(node) if node.op == "placeholder" else None for node in segment.results]
+
+
+def _computed(segment: Segment, places: Sequence[int | None]) -> tuple[fx.GraphModule, set[fx.Node]]:
+    """The graph of the results that are no inputs, and its inputs that are tensors of the model."""
+    placeholders: list[fx.Node] = segment.graph.find_nodes(op="placeholder")
     graph_module, copies = segment.graph_module, {node: node for node in placeholders}
     if any(place is not None for place in places):
         made, copies = fx.Graph(), {}
@@ -282,13 +315,7 @@ def compile_segment(
         made.output([copies[node] for node in segment.results if node.op != "placeholder"])
         graph_module = fx.GraphModule(segment.graph_module, made)
     given = zip(placeholders, segment.inputs, strict=True)
-    own = {copies[node] for node, item in given if isinstance(item, Value) and item.index in segment.owned}
-    with backend.in_effect():
-        how = *settings_of_inductor(), backend.attention
-        function = (sizes or SIZES).code(
-            graph_module, segment.fake_mode, how, compile_ or _compiled, own, is_static=backend.is_static
-        )
-    return function if graph_module is segment.graph_module else PassOn(function, tuple(places))
+    return graph_module, {copies[n] for n, item in given if isinstance(item, Value) and item.index in segment.owned}
 
 
 def _compiled(graph_module: fx.GraphModule, arguments: Sequence[Any], mode: FakeTensorMode) -> Compiled:

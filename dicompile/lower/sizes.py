@@ -257,6 +257,11 @@ class _Family:
             return self.fixed[numbers]
         return next(filter(None, (made.bound(numbers) for made in self.symbolic)), None)
 
+    def note(self, numbers: Numbers) -> None:
+        """Note numbers that there are."""
+        if numbers not in self.samples:
+            self.samples = [*self.samples[1 - _SAMPLES :], numbers]
+
     def pattern(self, form: Form) -> Pattern | None:
         """A pattern for what was seen, and another form; None where code of its own is better.
 
@@ -303,7 +308,7 @@ class Sizes:
             is_static: no size may be a symbol.
         """
         form = Form.of(graph_module.graph, fixed)
-        family = self._families.get((form.key, how)) or self._families.put((form.key, how), _Family())
+        family = self._family(form, how)
         found = family.fixed.get(form.numbers) if is_static else family.find(form.numbers)
         if found is not None:
             return found
@@ -312,8 +317,16 @@ class Sizes:
             inputs = graph_module.graph.find_nodes(op="placeholder")
             made = compile_(graph_module, [node.meta["val"] for node in inputs], mode)
             family.fixed[form.numbers] = made
-        family.samples = [*family.samples[1 - _SAMPLES :], form.numbers]
+        family.note(form.numbers)
         return made
+
+    def note(self, graph_module: fx.GraphModule, how: Hashable, fixed: Collection[fx.Node] = ()) -> None:
+        """Note the sizes of a graph that is not compiled, so that the first code of its form has symbols."""
+        form = Form.of(graph_module.graph, fixed)
+        self._family(form, how).note(form.numbers)
+
+    def _family(self, form: Form, how: Hashable) -> _Family:
+        return self._families.get((form.key, how)) or self._families.put((form.key, how), _Family())
 
     def _symbolic(
         self,

@@ -182,10 +182,9 @@ def test_eager_mode_runs_the_rewritten_graph_itself() -> None:
             "  fix:   leave it out, or use backend='inductor'",
         ),
         (
-            {"dynamic": True},
-            "dynamic=True cannot be had\n  where: dynamic\n"
-            "  why:   which of a graph's numbers follow from which size, only a second size tells\n"
-            "  fix:   leave it out: from the second size on, what varied is a symbol; or dynamic=False",
+            {"dynamic": "auto"},
+            "dynamic='auto' cannot be had\n  where: dynamic\n"
+            "  fix:   True makes symbols of sizes at once, False of none; None of what varied",
         ),
     ],
     ids=[

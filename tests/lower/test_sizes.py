@@ -169,6 +169,56 @@ def test_prompts_pictures_and_batches_of_any_size_are_compiled_a_few_times(
     assert seen[3] == 0
 
 
+@pytest.mark.parametrize("prepares", [False, True])
+def test_dynamic_sizes_are_symbols_at_once(prepares: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    counted = Counted()
+    monkeypatch.setattr(inductor, "_compiled", counted)
+    model = flux(1).model
+    compiled = dicompile.optimize(model, "fora", schedule=T, dynamic=True)
+    for sizes in ((20, 8, 2), (33, 12, 3), (256, 14, 4)):
+        inputs = given(*sizes)
+        if prepares and not counted.calls:
+            with torch.no_grad():
+                compiled(**{**inputs, "timestep": torch.full((sizes[2],), float(T[0]))})
+            dicompile.free(compiled)
+            with torch._inductor.config.patch(compile_threads=1):
+                dicompile.prepare(compiled)
+        plain = dicompile.optimize(model, "fora", schedule=T, mode="eager")
+        for a, b in zip(run(compiled, inputs, T), run(plain, inputs, T), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+        if sizes[0] == 20:
+            assert min(counted.calls) > 0
+            counted.calls.clear()
+    assert counted.calls == []
+
+
+def test_marked_sizes_are_symbols_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    counted = Counted()
+    monkeypatch.setattr(inductor, "_compiled", counted)
+    compiled = dicompile.optimize(flux(1).model, "none", schedule=T)
+    for text in (20, 33):
+        inputs = given(text, 8, 1)
+        torch._dynamo.mark_dynamic(inputs["encoder_hidden_states"], 1)
+        torch._dynamo.mark_dynamic(inputs["txt_ids"], 0)
+        run(compiled, inputs, T)
+        assert bool(counted.calls) == (text == 20)
+        counted.calls.clear()
+
+
+@pytest.mark.parametrize("at_once", [True, False])
+def test_symbols_of_dynamo_are_symbols_at_once(at_once: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    counted = Counted()
+    monkeypatch.setattr(inductor, "_compiled", counted)
+    sample, options = dit(2), {"policy": "fora", "steps": len(T), **({} if at_once else {"dynamic": False})}
+    compiled = torch.compile(sample.model, backend="dicache", dynamic=True, options=options)
+    for batch in (2, 4):
+        inputs = {name: value[:1].repeat(batch, *[1] * (value.ndim - 1)) if isinstance(value, Tensor) else value
+                  for name, value in sample.inputs.items()}  # fmt: skip
+        run(compiled, inputs, T)
+        assert bool(counted.calls) == (batch == 2 or not at_once)
+        counted.calls.clear()
+
+
 def test_a_compiled_model_takes_other_sizes_without_compiling(monkeypatch: pytest.MonkeyPatch) -> None:
     compiled: list[int] = []
     original = inductor._compiled
