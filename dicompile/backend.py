@@ -25,6 +25,7 @@ from dicompile.capture import (
 )
 from dicompile.compiler import ONE_AT_A_TIME, Options, compile_capture
 from dicompile.errors import CannotCapture, InvalidSetting
+from dicompile.garbage import uncollected
 from dicompile.lower import Backend, Hoist, compile_plainly
 from dicompile.model import MOST_FRAMES
 from dicompile.plan import CacheOptions
@@ -174,6 +175,7 @@ class Specialiser:
             log.info("sizes become symbols when they vary: %s", refused.what)
             return None
 
+    @uncollected()
     def _compile(self, key: tuple[object, ...], arguments: Sequence[Any]) -> Callable[..., Any]:
         try:
             with torch.no_grad():

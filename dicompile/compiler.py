@@ -21,6 +21,7 @@ from dicompile.analysis import ModelStructure, SiteKind, analyse
 from dicompile.capture import CAPTURES, MOST_CAPTURES, NO_TIMESTEP, NOTHING_SAID, Capture, Role, Said
 from dicompile.config import DebugFolder, Settings
 from dicompile.errors import CallOutsideSchedule, DicompileError
+from dicompile.garbage import uncollected
 from dicompile.lower import (
     INDUCTOR,
     PLAIN_TENSORS,
@@ -329,7 +330,7 @@ class Programs:
 
     def codes(self, schedule: TimestepSchedule) -> list[Code]:
         """Everything that the steps of a run need, of which nothing is compiled for being asked for here."""
-        with ONE_AT_A_TIME, torch.inference_mode(mode=False), torch.no_grad():
+        with ONE_AT_A_TIME, torch.inference_mode(mode=False), torch.no_grad(), uncollected():
             for index, planned in enumerate(self._planned(schedule)[0].steps):
                 self._rehearse(schedule, index)
                 self._builder.try_out(planned)
@@ -384,7 +385,7 @@ class Programs:
             self._rehearsal.note(schedule, index)
 
     def _program(self, schedule: TimestepSchedule, index: int, planned: StepPlan) -> Program:
-        with torch.inference_mode(mode=False), torch.no_grad():
+        with torch.inference_mode(mode=False), torch.no_grad(), uncollected():
             self._rehearse(schedule, index)
             for code in self._beside:
                 code.compile()

@@ -34,6 +34,7 @@ from dicompile.capture import (
 )
 from dicompile.compiler import ONE_AT_A_TIME, CompiledFrame, Options, compile_capture
 from dicompile.errors import CannotCapture, InvalidSetting, NoSitesFound, TimestepNotFound
+from dicompile.garbage import uncollected
 from dicompile.names import sounds_like_time
 from dicompile.offload import check_weights_are_whole
 from dicompile.runtime import Owner
@@ -162,6 +163,7 @@ class ModelCalls:
                 return frame, *valid
         return None
 
+    @uncollected()
     def _capture(self, key: tuple[object, ...], arguments: Arguments) -> tuple[Frame, Sequence[Tensor], Sequence[Any]]:
         check_weights_are_whole(self.module)
         try:

@@ -18,8 +18,9 @@ from rich.text import Text
 
 from dicompile.analysis import Block, ModelStructure, Pace, Site, SiteKind, TokenWise
 from dicompile.cli import options
-from dicompile.cli.models import Loaded, Shape, load, uncollected
+from dicompile.cli.models import Loaded, Shape, load
 from dicompile.cli.show import BAD, FAINT, Candidates, candidates, lane_lines, make_console, plan_table, refusals
+from dicompile.garbage import uncollected
 from dicompile.plan import CacheOptions, TimestepSchedule
 from dicompile.plan.plan import FLOPS_PER_BYTE
 from dicompile.policies import POLICIES, required_options

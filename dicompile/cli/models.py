@@ -5,14 +5,12 @@ A model is built of fake tensors: structure and plans need shapes, not weights, 
 
 from __future__ import annotations
 
-import contextlib
-import gc
 import importlib
 import inspect
 import json
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -110,18 +108,6 @@ class Loaded(NamedTuple):
         with self.fake_mode:
             capture = capture_model(self.module, self.inputs)
             return capture, analyse(capture)
-
-
-@contextlib.contextmanager
-def uncollected() -> Iterator[None]:
-    """Without Python's garbage collector, which takes a sixth of the time where so much is made that stays."""
-    was_on = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_on:
-            gc.enable()
 
 
 def load(model: str, shape: Shape = Shape(), *, download: bool = False) -> Loaded:

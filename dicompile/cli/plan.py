@@ -18,8 +18,9 @@ from rich.text import Text
 from dicompile.analysis import ModelStructure
 from dicompile.cli import options
 from dicompile.cli.files import make_folder, write_whole
-from dicompile.cli.models import Shape, load, uncollected
+from dicompile.cli.models import Shape, load
 from dicompile.cli.show import BAD, FAINT, GOOD, Candidate, difference_lines, lane_lines, make_console, plan_table
+from dicompile.garbage import uncollected
 from dicompile.html import page
 from dicompile.plan import CacheOptions, Plan, TimestepSchedule, make_plan
 from dicompile.policies import get_policy

@@ -28,6 +28,7 @@ from torch.fx._graph_pickler import GraphPickler
 from torch.fx._graph_pickler import Options as PicklerOptions
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
+from dicompile.garbage import uncollected
 from dicompile.latest import Latest
 from dicompile.text import layout_text
 
@@ -103,6 +104,7 @@ class Request:
         return Path(cache_dir()) / "dicompile" / self.name
 
 
+@uncollected()
 def compile_here(request: Request, compile_: Compile) -> None:
     """Compile what was asked for; runs in a worker."""
     mode = FakeTensorMode(shape_env=ShapeEnv())

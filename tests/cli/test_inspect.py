@@ -20,10 +20,11 @@ from dicompile.analysis import ModelStructure, SiteKind
 from dicompile.capture import Capture
 from dicompile.cli.dataflow import block_flow
 from dicompile.cli.inspect import facts, site_table
-from dicompile.cli.models import Loaded, Shape, load, uncollected
+from dicompile.cli.models import Loaded, Shape, load
 from dicompile.cli.pictures import draw_blocks
 from dicompile.cli.show import candidates, plan_table, refusals
 from dicompile.errors import DicompileError
+from dicompile.garbage import uncollected
 from dicompile.plan import UNLIMITED, TimestepSchedule
 from dicompile.policies import POLICIES, required_options
 from dicompile.zoo import MODELS
