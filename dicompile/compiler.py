@@ -332,7 +332,7 @@ class Programs:
         """Everything that the steps of a run need, of which nothing is compiled for being asked for here."""
         with ONE_AT_A_TIME, torch.inference_mode(mode=False), torch.no_grad(), uncollected():
             for index, planned in enumerate(self._planned(schedule)[0].steps):
-                self._rehearse(schedule, index)
+                self._rehearse(schedule, index, planned)
                 self._builder.try_out(planned)
             return [*self._beside, *(variant.function for variant in self.variants.variants)]
 
@@ -380,13 +380,16 @@ class Programs:
         self.debug.write(f"step{index}-{planned.kind}", program)
         return Step.of(plan, index, program)
 
-    def _rehearse(self, schedule: TimestepSchedule, index: int) -> None:
+    def _rehearse(self, schedule: TimestepSchedule, index: int, planned: StepPlan) -> None:
+        """Note other sizes of what a step compiles, if it compiles anything."""
         if self._rehearsal is not None:
-            self._rehearsal.note(schedule, index)
+            self._builder.try_out(planned)
+            if not all(variant.function.is_compiled for variant in self.variants.variants):
+                self._rehearsal.note(schedule, index)
 
     def _program(self, schedule: TimestepSchedule, index: int, planned: StepPlan) -> Program:
         with torch.inference_mode(mode=False), torch.no_grad(), uncollected():
-            self._rehearse(schedule, index)
+            self._rehearse(schedule, index, planned)
             for code in self._beside:
                 code.compile()
             return self._builder.program(planned)

@@ -172,7 +172,7 @@ class ModelCalls:
             inputs = known.captured.pick(tensors)
             way = Same((arguments.key, str(known.captured.guards)))
             self._require_timestep(known.capture, arguments)
-            compiled = compile_capture(known.capture, inputs, self.options, way, self._resized(arguments))
+            compiled = compile_capture(known.capture, inputs, self.options, way, self._resized(key, arguments))
         except CannotCapture:
             if not arguments.numbers:
                 raise
@@ -183,7 +183,7 @@ class ModelCalls:
         self._keep(key, frame)
         return frame, tensors, inputs
 
-    def _resized(self, arguments: Arguments) -> Capture | None:
+    def _resized(self, key: tuple[object, ...], arguments: Arguments) -> Capture | None:
         """The graph for other sizes, if sizes are to be symbols at once; of every kind of call it is made once.
 
         Raises:
@@ -200,14 +200,25 @@ class ModelCalls:
         kind = arguments.without_sizes, marked
         if self.options.backend.is_eager or not (marked or dynamic) or kind in self._kinds:
             return None
-        found = capture_resized(self.module, arguments, self.options.said)
+        key, store = ("resized", marked, *self._shared_key(key)), self.options.settings.store
+        found = CAPTURES.find(key, self.module, arguments, store)
+        if found is not None:
+            known: Known | None = found[0]
+        else:
+            made = capture_resized(self.module, arguments, self.options.said)
+            known = None if made is None else Known(*made, {})
+            if known is not None:
+                CAPTURES.keep(key, known, self.module, store)
         self._kinds.add(kind)
-        return found
+        return None if known is None else known.capture
+
+    def _shared_key(self, key: tuple[object, ...]) -> tuple[object, ...]:
+        """What a capture is one of, for all models of the process."""
+        return type(self.module), self.options.said.timestep, self.options.said.latent, *key
 
     def _known(self, key: tuple[object, ...], arguments: Arguments) -> tuple[Known, Pins]:
         """The capture for a call, one that another model or policy has led to or a new one; what its guards found."""
-        key = (type(self.module), self.options.said.timestep, self.options.said.latent, *key)
-        store = self.options.settings.store
+        key, store = self._shared_key(key), self.options.settings.store
         found = CAPTURES.find(key, self.module, arguments, store)
         if found is not None:
             return found

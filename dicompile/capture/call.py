@@ -134,7 +134,9 @@ def capture_functional(
     return captured, normalised(module, captured, values_of(module, captured, arguments), said)
 
 
-def capture_resized(module: nn.Module, arguments: Arguments, said: Said = NOTHING_SAID) -> Capture | None:
+def capture_resized(
+    module: nn.Module, arguments: Arguments, said: Said = NOTHING_SAID
+) -> tuple[Captured, Capture] | None:
     """Capture a module for a call of other sizes, which tells what in its graph are sizes; None if none may vary.
 
     Args:
@@ -151,7 +153,7 @@ def capture_resized(module: nn.Module, arguments: Arguments, said: Said = NOTHIN
         return None
     other, captured = found[0], _with_timestep(found[1], module, found[0])
     try:
-        return normalised(module, captured, values_of(module, captured, other), said)
+        return captured, normalised(module, captured, values_of(module, captured, other), said)
     except CannotCapture as refused:
         log.info("%s: no graph of other sizes: %s", type(module).__name__, refused)
         return None

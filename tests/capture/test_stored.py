@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 import dicompile
-from dicompile.capture import capture_functional
+from dicompile.capture import capture_functional, capture_resized
 from dicompile.capture.guards import python_module
 from tests.models import flux, pixart, plain_dit, timesteps
 
@@ -273,3 +273,21 @@ def test_models_are_captured_once_for_all_processes_and_policies(make: Any, capt
     assert len(captured) == 1
     assert torch.equal(outputs[0], outputs[2])
     assert torch.equal(outputs[1], outputs[3])
+
+
+def test_other_sizes_are_traced_once_for_all_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    traced: list[str] = []
+
+    def resized(module: nn.Module, *args: Any) -> Any:
+        traced.append(type(module).__name__)
+        return capture_resized(module, *args)
+
+    monkeypatch.setattr("dicompile.model.capture_resized", resized)
+    monkeypatch.setattr("dicompile.lower.inductor._compiled", lambda graph_module, *_: graph_module.forward)
+    sample = plain_dit(1)
+    for _ in range(2):
+        dicompile.reset()
+        model = dicompile.optimize(sample.model, "none", dynamic=True)
+        with torch.no_grad():
+            model(**sample.inputs)
+        assert len(traced) == 1
