@@ -17,6 +17,7 @@ from dicompile.analysis.structure import Pace, Site
 from dicompile.capture import Capture, Role
 from dicompile.ops.kinds import SINUSOIDS, is_heavy
 from dicompile.ops.registry import HeadsFirst, is_unknown
+from dicompile.ops.wrapped import WRAPPED_LINEAR
 
 
 def find_invariants(flow: Dataflow, capture: Capture, sites: Sequence[Site]) -> dict[str, Pace]:
@@ -77,7 +78,8 @@ def _may_differ(node: fx.Node) -> bool:
     if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
         return node.op == "call_function" and isinstance(node.target, HeadsFirst)
     is_random = torch.Tag.nondeterministic_seeded in node.target.tags
-    return is_random or is_unknown(node) or node.target.namespace not in ("aten", "prims")
+    is_known = node.target.namespace in ("aten", "prims") or node.target is WRAPPED_LINEAR
+    return is_random or is_unknown(node) or not is_known
 
 
 def _is_worth(node: fx.Node, pace: Pace, batch: int) -> bool:

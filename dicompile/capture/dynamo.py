@@ -25,6 +25,7 @@ from dicompile.capture.arguments import Arguments, TakenOut, Watched
 from dicompile.capture.captured import Captured, Changes, Unsettled, packer
 from dicompile.capture.guards import PARTS, By, Fact, Guards, Path, below, find_place, python_module
 from dicompile.capture.numbers import open_numbers
+from dicompile.capture.wrapped import open_wrapped, take_apart
 from dicompile.compat import METHODS_ARE_GUARDED, DynamoCapture, dynamo_capture, noting_writes
 from dicompile.errors import CannotCapture
 
@@ -147,12 +148,16 @@ def trace(module: nn.Module, arguments: Arguments, stand_in: nn.Module | None = 
     _refuse_reads(module, made.graph)
     read = _Read(module, made)
     results = [torch.empty((), device="meta") for _ in range(made.results)]
-    guards = Guards.of(module, read.facts, read.tensors, read.modules)
-    own = [read.value(path) for path in read.tensors]
+    own, wrapped = take_apart({path: read.value(path) for path in read.tensors})
+    guards = Guards.of(module, {**read.facts, **wrapped}, list(own), read.modules)
     changes = [Changes(path, container) for path, container in read.containers.items()]
     inputs, result = made.run(results)
     taken_out = watched.taken_out(type(module).__name__)
-    return Traced(made.graph, guards, own, inputs, result, results, changes, taken_out, any(writes), made.codes)
+    inputs = open_wrapped(made.graph, inputs, {id(read.value(path)) for path in read.tensors})
+    own_tensors = list(own.values())
+    return Traced(
+        made.graph, guards, own_tensors, inputs, result, results, changes, taken_out, any(writes), made.codes
+    )
 
 
 def _traced(entry: str, numbers: Sequence[str], at_the_end: Callable[[Any], None]) -> Callable[..., Any]:

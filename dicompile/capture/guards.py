@@ -27,6 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from dicompile.compat import tensor_check
+from dicompile.ops.wrapped import is_wrapped, wrapper_of
 
 PLAIN = (bool, int, float, complex, str, bytes, type(None), type(Ellipsis), torch.dtype, torch.device, torch.layout,
          torch.memory_format, enum.Enum, slice, range)  # fmt: skip
@@ -135,7 +136,8 @@ class Fact:
         path: where.
         kind: "value" (a number or a name: `expected` is it), "fixed" (a function, class or Python module: `expected`
             is the object), "object" (its type is `expected`), "container" (type and keys, or elements of a set),
-            "same" (it is the object at the path `expected`), or "absent" (there is no such attribute).
+            "same" (it is the object at the path `expected`), "wrapped" (a tensor of a class of its own, put together as
+            `expected` says), or "absent" (there is no such attribute).
         expected: see `kind`.
     """
 
@@ -160,6 +162,8 @@ class Fact:
             return is_same_value(self.expected, value)
         if self.kind == "fixed":
             return value is self.expected or (isinstance(value, types.MethodType) and value == self.expected)
+        if self.kind == "wrapped":
+            return is_wrapped(value) and wrapper_of(value) is self.expected
         if self.kind == "container":
             return type(value) is self.expected[0] and keys_of(value) == self.expected[1]
         return type(value) is self.expected
@@ -178,6 +182,8 @@ class Fact:
             is_module = isinstance(self.expected, types.ModuleType)  # torch.classes answers to any attribute
             name = self.expected.__name__ if is_module else getattr(self.expected, "__qualname__", None)
             return f"{self.path} is {name or self.expected.__class__.__name__}"
+        if self.kind == "wrapped":
+            return f"{self.path} is a {self.expected.kind.__qualname__}: {self.expected.context}"
         return f"{self.path} is a {self.expected.__qualname__}"
 
 

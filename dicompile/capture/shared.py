@@ -143,6 +143,8 @@ def _is_portable_path(path: Path) -> bool:
 def _is_portable_fact(fact: Fact) -> bool:
     if fact.kind == "same":
         return _is_portable_path(fact.expected)
+    if fact.kind == "wrapped":
+        return _is_plain(fact.expected.kind)
     return _is_plain(fact.expected)
 
 

@@ -157,6 +157,7 @@ def _is_of_torch(node: fx.Node) -> bool:
 
 
 def _fact_to(fact: Fact, walk: Walk, sources: Sources) -> list[Any]:
+    _check(fact.kind != "wrapped", "a tensor of a class of its own")
     if fact.kind == "absent":
         return [_path_to(fact.path), fact.kind]
     if fact.kind == "same":

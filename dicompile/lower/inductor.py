@@ -19,6 +19,7 @@ from dicompile.errors import InvalidSetting
 from dicompile.lower.artifact import Compiled, PassOn, compiled_code, nothing
 from dicompile.lower.sizes import Compile, Sizes
 from dicompile.lower.workers import Request, ask
+from dicompile.lower.written_out import written_out
 from dicompile.ops.flash import check_installed
 from dicompile.passes import Segment, Value
 from dicompile.plan import CacheOptions
@@ -274,12 +275,17 @@ def compile_segment(
     if None not in places:
         return PassOn(nothing, tuple(places))
     graph_module, own = _computed(segment, places)
+    made_of = compile_ or _compiled
+
+    def compiled(graph: fx.GraphModule, arguments: Sequence[Any], mode: FakeTensorMode) -> Compiled:
+        return made_of(written_out(graph, arguments, mode), arguments, mode)
+
     with backend.in_effect():
         function = (sizes or SIZES).code(
             graph_module,
             segment.fake_mode,
             _how(backend),
-            compile_ or _compiled,
+            compiled,
             own,
             is_static=backend.dynamic is False,
         )

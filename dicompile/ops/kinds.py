@@ -9,6 +9,7 @@ from torch import fx
 from torch.utils.flop_counter import flop_registry
 
 from dicompile.ops.registry import REGISTERED, Flops, HeadsFirst, is_unknown
+from dicompile.ops.wrapped import WRAPPED_LINEAR
 
 aten = torch.ops.aten
 
@@ -19,9 +20,10 @@ PADDED_CONVOLUTIONS = (aten.conv1d.padding, aten.conv2d.padding, aten.conv3d.pad
 TRANSPOSED_CONVOLUTIONS = (aten.conv_transpose1d.default, aten.conv_transpose2d.input, aten.conv_transpose3d.input)
 ADDED_PRODUCTS = (aten.addmm.default, aten.baddbmm.default)
 PRODUCTS = (aten.matmul.default, aten.mm.default, aten.bmm.default, *ADDED_PRODUCTS)
-HEAVY = (ATTENTION, LINEAR, *CONVOLUTIONS, *PADDED_CONVOLUTIONS, *TRANSPOSED_CONVOLUTIONS, *PRODUCTS)
+LINEARS = (LINEAR, WRAPPED_LINEAR)
+HEAVY = (ATTENTION, *LINEARS, *CONVOLUTIONS, *PADDED_CONVOLUTIONS, *TRANSPOSED_CONVOLUTIONS, *PRODUCTS)
 # Picking rows of a table is a product with rows of zeros and a one.
-CONTRACTIONS = (ATTENTION, LINEAR, aten.conv2d.default, aten.embedding.default)
+CONTRACTIONS = (ATTENTION, *LINEARS, aten.conv2d.default, aten.embedding.default)
 
 ELEMENTWISE = frozenset({
     aten.add.Tensor, aten.add.Scalar, aten.sub.Tensor, aten.sub.Scalar, aten.rsub.Scalar, aten.mul.Tensor,

@@ -8,7 +8,7 @@ import torch
 from torch import fx
 
 from dicompile.nodes import list_argument, node_argument, tensor_of
-from dicompile.ops.kinds import CONVOLUTIONS, LINEAR, PADDED_CONVOLUTIONS, TRANSPOSED_CONVOLUTIONS
+from dicompile.ops.kinds import CONVOLUTIONS, LINEARS, PADDED_CONVOLUTIONS, TRANSPOSED_CONVOLUTIONS
 from dicompile.ops.layout import Layout
 from dicompile.ops.rules import check_apart, combine, sized_as, source_layout
 from dicompile.ops.tokens import Carried, Layouts, MixesTokens, Operator, mixes
@@ -54,7 +54,7 @@ def _of_axis(node: fx.Node, position: int, axis: int, default: int) -> int:
 
 
 OPERATORS: Mapping[object, Operator] = {
-    LINEAR: Operator(_linear),
+    **dict.fromkeys(LINEARS, Operator(_linear)),
     aten.matmul.default: Operator(_product),
     aten.bmm.default: Operator(_product),
     aten.mm.default: Operator(_product),

@@ -17,6 +17,7 @@ from torch._ops import OpOverload, OpOverloadPacket
 from torch.utils.flop_counter import shape_wrapper
 
 from dicompile.errors import InvalidSetting
+from dicompile.ops.wrapped import WRAPPED_LINEAR
 
 Flops = Callable[..., int]
 """Operations of a call, from the shapes of its tensors, its other arguments, and the result's ``out_shape``."""
@@ -106,6 +107,8 @@ def is_unknown(node: fx.Node) -> bool:
 
 def is_of_torch_or_ours(target: object) -> bool:
     """True for operators of torch's own, ours, and arithmetic: the versions of both decide what they mean."""
+    if target is WRAPPED_LINEAR:  # the library of the weight decides
+        return False
     is_arithmetic = target in (operator.getitem, operator.add, operator.mul)
     return is_arithmetic or (isinstance(target, OpOverload) and target.namespace in ("aten", "dicompile"))
 

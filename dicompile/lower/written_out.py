@@ -1,0 +1,34 @@
+"""Operators of ours that stand for what a library makes of its weights are written out before anything compiles."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import fx
+from torch._dispatch.python import enable_python_dispatcher
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from dicompile.ops.wrapped import WRAPPED_LINEAR, linear_of
+
+
+def written_out(graph_module: fx.GraphModule, arguments: Sequence[Any], mode: FakeTensorMode) -> fx.GraphModule:
+    """A graph with the operators of the library in the place of linear maps whose weight is of a class of its own.
+
+    Args:
+        graph_module: is not changed.
+        arguments: examples of its inputs, of the mode; sizes may be symbols.
+        mode: makes the values.
+    """
+    if not graph_module.graph.find_nodes(op="call_function", target=WRAPPED_LINEAR):
+        return graph_module
+    graph = fx.Graph()
+    graph.output(graph.graph_copy(graph_module.graph, {}))
+    for node in graph.find_nodes(op="call_function", target=WRAPPED_LINEAR):
+        node.target = linear_of
+    run = fx.Interpreter(fx.GraphModule(graph_module, graph)).run
+    with torch.no_grad(), torch._C._DisableAutocast(), mode, enable_python_dispatcher():
+        made: fx.GraphModule = make_fx(run, pre_dispatch=True)(*arguments)
+    return made
