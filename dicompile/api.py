@@ -28,7 +28,7 @@ from dicompile.plan import CacheOptions, Plan, Policy, TimestepSchedule
 from dicompile.policies import get_policy
 from dicompile.runtime import RunReport, SchedulerLink, Session, current_session
 from dicompile.runtime import session as open_session
-from dicompile.wrapper import CachedModel, Record, record_of, released
+from dicompile.wrapper import CachedModel, Record, find_optimized, record_of, released, without_compile
 
 log = logging.getLogger("dicompile")
 
@@ -128,18 +128,19 @@ def optimize(
     code = Backend.of(backend if mode is None else mode, options, compile_mode, warmup, dynamic, attention)
     cache = CacheOptions.of(max_cache_bytes, over_budget, cache_dtype, cache_device)
     said, hoisted = Said(timestep, latent), Hoist.of(hoist)
-    if isinstance(model, CachedModel):
+    optimized = find_optimized(model) if isinstance(model, nn.Module) else None
+    if optimized is not None:
         raise AlreadyOptimized(
-            f"this {type(record_of(model).module).__name__} is optimized already",
+            f"this {type(record_of(optimized).module).__name__} is optimized already",
             fix="model = dicompile.restore(model) first",
         )
     if isinstance(model, nn.Module):
-        check_names(model, said)
+        check_names(without_compile(model), said)
         goal.check_model(model)
         return CachedModel(model, Options(chosen, _link(schedule, chosen), code, cache=cache, said=said, hoist=hoisted))
 
     def wrap(module: nn.Module) -> CachedModel:
-        check_names(module, said)
+        check_names(without_compile(module), said)
         goal.check_model(module)
         link = SchedulerLink(model)
         return CachedModel(module, Options(chosen, link, code, cache=cache, said=said, hoist=hoisted))
@@ -155,8 +156,8 @@ def restore(model: Any) -> Any:
         NotOptimized: it was not optimized.
     """
     free(model)
-    if isinstance(model, CachedModel):
-        return released(model)
+    if isinstance(model, nn.Module):
+        return released(cached_in(model)[0])
     restore_components(model)
     return model
 
@@ -317,7 +318,8 @@ def _link(schedule: Any, policy: Policy) -> SchedulerLink:
 def cached_in(model: Any) -> list[CachedModel]:
     """The optimized module that was given, or those of a pipeline, denoisers first; at least one."""
     if isinstance(model, nn.Module):
-        cached = [model] if isinstance(model, CachedModel) else []
+        optimized = find_optimized(model)
+        cached = [] if optimized is None else [optimized]
     else:
         cached = optimized_components(model)
     if not cached:

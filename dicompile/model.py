@@ -13,6 +13,7 @@ from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from dicompile.capture import (
@@ -36,7 +37,7 @@ from dicompile.compiler import ONE_AT_A_TIME, CompiledFrame, Options, compile_ca
 from dicompile.errors import CannotCapture, InvalidSetting, NoSitesFound, TimestepNotFound
 from dicompile.garbage import uncollected
 from dicompile.names import sounds_like_time
-from dicompile.offload import check_weights_are_whole
+from dicompile.offload import check_hooks
 from dicompile.runtime import Owner
 from dicompile.same import Same
 
@@ -118,7 +119,8 @@ class ModelCalls:
             arguments = Arguments.of(args, with_python_numbers(kwargs, self._times))
         frame, tensors, inputs = self._frame(arguments)
         frame.used = next(_CALLS)
-        results = frame.compiled.run.run(self.owner, inputs)
+        with torch._C.DisableTorchFunctionSubclass():  # what operators do to weights, GGUF's say, is in the graph
+            results = frame.compiled.run.run(self.owner, inputs)
         for taken in frame.captured.taken_out:
             taken.repeat(arguments)
         return frame.captured.pack(results, tensors)
@@ -165,7 +167,7 @@ class ModelCalls:
 
     @uncollected()
     def _capture(self, key: tuple[object, ...], arguments: Arguments) -> tuple[Frame, Sequence[Tensor], Sequence[Any]]:
-        check_weights_are_whole(self.module)
+        check_hooks(self.module)
         try:
             known, pins = self._known(key, arguments)
             tensors = known.captured.tensors(pins.tensors, arguments)

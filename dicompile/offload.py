@@ -1,4 +1,4 @@
-"""Hooks by which accelerate and diffusers move weights run around an optimized module, never inside compiled code."""
+"""Hooks of accelerate and diffusers: what moves weights runs around an optimized module, never inside compiled code."""
 
 from __future__ import annotations
 
@@ -21,13 +21,28 @@ def move_hook(source: nn.Module, target: nn.Module) -> None:
     add_hook_to_module(target, hook)
 
 
-def check_weights_are_whole(module: nn.Module) -> None:
-    """Check that the weights are there for a whole call.
+def check_hooks(module: nn.Module) -> None:
+    """Check that the weights are there for a whole call, and that nothing in the module remembers others.
 
     Raises:
         UnsupportedModel: hooks bring the weights of every part when it runs, as sequential offloading and diffusers'
-            group offloading do.
+            group offloading do; or they keep what parts have computed, as diffusers' caches do.
     """
+    _check_weights_are_whole(module)
+    for name, part in module.named_modules():
+        hooks = vars(part).get("_diffusers_hook")
+        for hook in () if hooks is None or hooks._module_ref is not part else hooks.hooks.values():
+            if hook._is_stateful:
+                raise UnsupportedModel(
+                    f"{type(module).__name__} caches by itself",
+                    where=f"{type(hook).__name__} on {name or type(module).__name__}",
+                    why="what it keeps from one call to the next is in no plan, and of two caches each would take what "
+                    "the other reused for computed",
+                    fix="model.disable_cache() first; or leave out dicompile.optimize",
+                )
+
+
+def _check_weights_are_whole(module: nn.Module) -> None:
     root, *parts = module.named_modules()
     for name, part in (*parts, root):
         if name and "_hf_hook" in vars(part):

@@ -13,7 +13,7 @@ from torch import nn
 
 from dicompile.errors import AlreadyOptimized, UnsupportedModel
 from dicompile.names import sounds_like_denoiser
-from dicompile.wrapper import CachedModel, record_of, released
+from dicompile.wrapper import CachedModel, find_optimized, record_of, released, without_compile
 
 
 def components_of(pipeline: Any) -> dict[str, nn.Module]:
@@ -54,7 +54,10 @@ def is_denoiser_of(pipeline: Any, module: nn.Module) -> bool:
     """True for what `denoisers` finds in a pipeline."""
     if isinstance(pipeline, nn.Module):
         return pipeline is module
-    return any(found is module and _is_denoiser(name, found) for name, found in components_of(pipeline).items())
+    return any(
+        module in (found, find_optimized(found)) and _is_denoiser(name, found)
+        for name, found in components_of(pipeline).items()
+    )
 
 
 def replace_components(pipeline: Any, names: Sequence[str] | None, wrap: Callable[[nn.Module], CachedModel]) -> None:
@@ -76,10 +79,7 @@ def replace_components(pipeline: Any, names: Sequence[str] | None, wrap: Callabl
     done = next((name for name, module in found.items() if _is_optimized_for(pipeline, module)), None)
     if done is not None:
         raise AlreadyOptimized(f"the pipeline's {done} is optimized already", fix="dicompile.restore(pipe) first")
-    wrapped = {
-        id(module): wrap(record_of(module).given if isinstance(module, CachedModel) else module)
-        for module in found.values()
-    }
+    wrapped = {id(module): wrap(_given(module)) for module in found.values()}
     for holder, name, module in list(_places(pipeline)):
         if id(module) in wrapped:
             setattr(holder, name, wrapped[id(module)])
@@ -87,7 +87,8 @@ def replace_components(pipeline: Any, names: Sequence[str] | None, wrap: Callabl
 
 def restore_components(pipeline: Any) -> None:
     """Put back what was replaced."""
-    found = {id(module): released(module) for module in optimized_components(pipeline)}
+    optimized = {id(module): find_optimized(module) for module in components_of(pipeline).values()}
+    found = {place: released(module) for place, module in optimized.items() if module is not None}
     for holder, name, module in list(_places(pipeline)):
         if id(module) in found:
             setattr(holder, name, found[id(module)])
@@ -99,9 +100,10 @@ def optimized_components(pipeline: Any) -> list[CachedModel]:
     Raises:
         UnsupportedModel: it is no pipeline.
     """
-    found = [item for item in components_of(pipeline).items() if isinstance(item[1], CachedModel)]
+    items = ((name, find_optimized(module)) for name, module in components_of(pipeline).items())
+    found = [(name, module) for name, module in items if module is not None]
     found.sort(key=lambda item: not _is_denoiser(*item))
-    return [module for _, module in found if isinstance(module, CachedModel)]
+    return [module for _, module in found]
 
 
 def _components_named(pipeline: Any, names: Sequence[str]) -> dict[str, nn.Module]:
@@ -117,11 +119,19 @@ def _components_named(pipeline: Any, names: Sequence[str]) -> dict[str, nn.Modul
 
 
 def _is_optimized_for(pipeline: Any, module: nn.Module) -> bool:
-    return isinstance(module, CachedModel) and record_of(module).options.link.follows(pipeline)
+    optimized = find_optimized(module)
+    return optimized is not None and record_of(optimized).options.link.follows(pipeline)
+
+
+def _given(module: nn.Module) -> nn.Module:
+    """What to wrap: not another pipeline's wrapper, but what that one was made of."""
+    optimized = find_optimized(module)
+    return module if optimized is None else record_of(optimized).given
 
 
 def _is_denoiser(name: str, module: nn.Module) -> bool:
-    original = record_of(module).module if isinstance(module, CachedModel) else module
+    optimized = find_optimized(module)
+    original = without_compile(module) if optimized is None else record_of(optimized).module
     arguments = frozenset(inspect.signature(original.forward).parameters)
     return sounds_like_denoiser(name, type(original).__name__, arguments)
 

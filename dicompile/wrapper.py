@@ -21,7 +21,7 @@ from torch._dynamo.eval_frame import OptimizedModule
 from dicompile.compat import never_traced, without_dynamo
 from dicompile.compiler import CompiledFrame, Options
 from dicompile.model import ModelCalls
-from dicompile.offload import HOOK_ATTRIBUTES, check_weights_are_whole, move_hook
+from dicompile.offload import HOOK_ATTRIBUTES, check_hooks, move_hook
 from dicompile.runtime import cache_context
 
 log = logging.getLogger("dicompile")
@@ -68,8 +68,8 @@ class CachedModel(OptimizedModule):
     _dicompile: Record
 
     def __init__(self, given: nn.Module, options: Options) -> None:
-        module = given._orig_mod if isinstance(given, OptimizedModule) else given
-        check_weights_are_whole(module)
+        module = without_compile(given)
+        check_hooks(module)
         super().__init__(module, None)  # type: ignore[arg-type]
         object.__setattr__(self, "_dicompile", Record(given, module, options, ModelCalls(module, options)))
         move_hook(module, self)
@@ -188,6 +188,19 @@ def _calls_self(function: Any) -> bool:
         return False
     called = (node.func for node in ast.walk(tree) if isinstance(node, ast.Call))
     return any(isinstance(function, ast.Name) and function.id == code.co_varnames[0] for function in called)
+
+
+def find_optimized(module: nn.Module) -> CachedModel | None:
+    """An optimized module, also where somebody put ``torch.compile`` around it; None for all others."""
+    inner = without_compile(module)
+    return inner if isinstance(inner, CachedModel) else None
+
+
+def without_compile(module: nn.Module) -> nn.Module:
+    """A module without what ``torch.compile`` put around it."""
+    while isinstance(module, OptimizedModule) and not isinstance(module, CachedModel):
+        module = module._orig_mod
+    return module
 
 
 def record_of(model: CachedModel) -> Record:

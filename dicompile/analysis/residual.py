@@ -18,7 +18,7 @@ from dicompile.analysis.structure import SiteKind
 from dicompile.analysis.transport import nearest_streams
 from dicompile.nodes import node_argument, walk
 from dicompile.ops.kinds import ADDS, GATES, PRODUCTS, is_attention, is_heavy, is_transport
-from dicompile.ops.registry import REGISTERED, is_unknown
+from dicompile.ops.registry import is_unknown, said_of
 from dicompile.text import block_path, module_path
 
 aten = torch.ops.aten
@@ -136,7 +136,8 @@ def _mixed_operands(flow: Dataflow, node: fx.Node, samples: int) -> tuple[fx.Nod
     """What a node lets tokens see of each other: keys of attention, or both factors of a product of two activations."""
     if is_attention(node):
         return (node_argument(node, 1),)
-    if node.target in REGISTERED and REGISTERED[node.target].tokens == "mixes":
+    said = said_of(node.target)
+    if said is not None and said.tokens == "mixes":
         return tuple(parent for parent in node.all_input_nodes if flow.ancestors[parent] & samples)
     if node.target not in PRODUCTS:
         return ()

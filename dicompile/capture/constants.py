@@ -19,9 +19,11 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from dicompile.capture.canonical import call_before
+from dicompile.errors import CannotCapture
+from dicompile.text import module_path
 
 aten = torch.ops.aten
 
@@ -45,6 +47,9 @@ def lift_constants(graph_module: fx.GraphModule, mode: FakeTensorMode) -> tuple[
 
     Returns:
         Their values.
+
+    Raises:
+        CannotCapture: one is no constant, but was computed where the trace did not see it.
     """
     graph, lifted = graph_module.graph, dict[str, fx.Node]()
     for node in graph.find_nodes(op="get_attr"):
@@ -52,6 +57,8 @@ def lift_constants(graph_module: fx.GraphModule, mode: FakeTensorMode) -> tuple[
             with graph.inserting_after(graph.find_nodes(op="placeholder")[-1]):
                 lifted[node.target] = graph.placeholder(f"constant_{len(lifted)}")
             value = getattr(graph_module, node.target)
+            if isinstance(value, FakeTensor):
+                raise _not_seen(node)
             lifted[node.target].meta["val"] = mode.from_tensor(value, static_shapes=True)
         _replace(node, lifted[node.target])
     values = tuple(getattr(graph_module, name) for name in lifted)
@@ -59,6 +66,16 @@ def lift_constants(graph_module: fx.GraphModule, mode: FakeTensorMode) -> tuple[
         delattr(graph_module, name)
     graph_module.recompile()
     return values
+
+
+def _not_seen(node: fx.Node) -> CannotCapture:
+    where = module_path(next(iter(node.users), node)) or "the model"
+    return CannotCapture(
+        f"how {where} makes a tensor of shape {list(node.meta['val'].shape)} leaves no trace",
+        where="capture",
+        why="it is computed beside torch's operators, and would stay as it was at the first call",
+        fix="compute it by operators of torch",
+    )
 
 
 def _replace(node: fx.Node, made: fx.Node) -> None:

@@ -155,9 +155,7 @@ def trace(module: nn.Module, arguments: Arguments, stand_in: nn.Module | None = 
     taken_out = watched.taken_out(type(module).__name__)
     inputs = open_wrapped(made.graph, inputs, {id(read.value(path)) for path in read.tensors})
     own_tensors = list(own.values())
-    return Traced(
-        made.graph, guards, own_tensors, inputs, result, results, changes, taken_out, any(writes), made.codes
-    )
+    return Traced(made.graph, guards, own_tensors, inputs, result, results, changes, taken_out, any(writes), made.codes)
 
 
 def _traced(entry: str, numbers: Sequence[str], at_the_end: Callable[[Any], None]) -> Callable[..., Any]:

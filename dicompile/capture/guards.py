@@ -182,9 +182,8 @@ class Fact:
             is_module = isinstance(self.expected, types.ModuleType)  # torch.classes answers to any attribute
             name = self.expected.__name__ if is_module else getattr(self.expected, "__qualname__", None)
             return f"{self.path} is {name or self.expected.__class__.__name__}"
-        if self.kind == "wrapped":
-            return f"{self.path} is a {self.expected.kind.__qualname__}: {self.expected.context}"
-        return f"{self.path} is a {self.expected.__qualname__}"
+        kind = self.expected.kind if self.kind == "wrapped" else self.expected
+        return f"{self.path} is a {kind.__qualname__}"
 
 
 def is_same_value(first: object, second: object) -> bool:

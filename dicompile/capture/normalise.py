@@ -19,7 +19,7 @@ from dicompile.capture.autocast import drop_regions, make_autocast_explicit, sha
 from dicompile.capture.constants import lift_constants
 from dicompile.capture.functional import make_functional
 from dicompile.capture.numbers import numbers_in
-from dicompile.capture.parts import inline_regions, write_out_diagonals
+from dicompile.capture.parts import inline_regions, write_out_calls
 from dicompile.capture.roles import NOTHING_SAID, Input, Role, Said, assign_roles
 from dicompile.compat import code_on_demand, transforms_undone
 from dicompile.errors import CannotCapture, DicompileError
@@ -76,7 +76,7 @@ def capture_graph(
     Raises:
         CannotCapture: the graph writes to its inputs, or has sizes that depend on values.
     """
-    dynamo_graph = write_out_diagonals(inline_regions(dynamo_graph))
+    dynamo_graph = write_out_calls(inline_regions(dynamo_graph))
     fake_mode = FakeTensorMode(shape_env=ShapeEnv())
     read = read_inputs(dynamo_graph.graph)
     fakes = [

@@ -120,20 +120,32 @@ def _copied(part: fx.GraphModule, operands: Sequence[Any], before: fx.Node) -> l
     return [known[result] if isinstance(result, fx.Node) else result for result in results_of(part.graph)]
 
 
-def write_out_diagonals(graph_module: fx.GraphModule) -> fx.GraphModule:
-    """The same graph with writes to diagonals as writes under a mask: torch cannot make the former functional.
+def write_out_calls(graph_module: fx.GraphModule) -> fx.GraphModule:
+    """The same graph without calls that torch cannot make functional.
+
+    Writes to diagonals become writes under a mask. ``torch.Tensor(tensor)``, as GGUF weights are read, is that tensor;
+    a trace would take what it returns for a constant.
 
     Args:
         graph_module: as Dynamo made it, or a run; it is not changed.
     """
-    if not any(node.target in _FILLS_DIAGONAL for node in graph_module.graph.nodes):
+    if not any(_written_out(node) for node in graph_module.graph.nodes):
         return graph_module
     made = copy.deepcopy(graph_module)
     for node in made.graph.nodes:
-        if node.target in _FILLS_DIAGONAL:
-            node.op, node.target = "call_function", fill_diagonal
+        written = _written_out(node)
+        if written is not None:
+            node.op, node.target = "call_function", written
     made.recompile()
     return made
+
+
+def _written_out(node: fx.Node) -> Any:
+    """What to call in the place of a call, if not the same."""
+    if node.target in _FILLS_DIAGONAL:
+        return fill_diagonal
+    is_tensor = node.target is Tensor and len(node.args) == 1 and isinstance(node.args[0], fx.Node)
+    return aten.alias.default if is_tensor else None
 
 
 def fill_diagonal(tensor: Tensor, fill_value: float, wrap: bool = False) -> Tensor:

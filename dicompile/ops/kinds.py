@@ -8,7 +8,7 @@ import torch
 from torch import fx
 from torch.utils.flop_counter import flop_registry
 
-from dicompile.ops.registry import REGISTERED, Flops, HeadsFirst, is_unknown
+from dicompile.ops.registry import Flops, HeadsFirst, is_unknown, said_of
 from dicompile.ops.wrapped import WRAPPED_LINEAR
 
 aten = torch.ops.aten
@@ -102,7 +102,10 @@ TRANSPORT = (
 def is_attention(node: fx.Node) -> bool:
     """True for attention as one operator: torch's, or a registered one."""
     target = node.target.operator if isinstance(node.target, HeadsFirst) else node.target
-    return target is ATTENTION or (target in REGISTERED and REGISTERED[target].tokens == "attention")
+    if target is ATTENTION:
+        return True
+    said = said_of(target)
+    return said is not None and said.tokens == "attention"
 
 
 def is_heavy(node: fx.Node) -> bool:
@@ -112,7 +115,7 @@ def is_heavy(node: fx.Node) -> bool:
 
 def flop_formula(node: fx.Node) -> Flops | None:
     """What a user told dicompile of an operator's cost, and else what torch knows of it, or was told."""
-    said = REGISTERED.get(node.target)
+    said = said_of(node.target)
     if said is not None and said.flops is not None:
         return said.flops
     return flop_registry.get(getattr(node.target, "overloadpacket", None))

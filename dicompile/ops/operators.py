@@ -12,7 +12,7 @@ from dicompile.nodes import tensor_of
 from dicompile.ops import attention, axes, products, rows
 from dicompile.ops.kinds import ATTENTION, ELEMENTWISE, is_attention
 from dicompile.ops.layout import Layout
-from dicompile.ops.registry import REGISTERED
+from dicompile.ops.registry import said_of
 from dicompile.ops.rules import combine
 from dicompile.ops.tokens import Carried, ChosenTokens, Layouts, MixesTokens, Operator, mixes
 
@@ -42,8 +42,9 @@ _SAID: Mapping[str, Operator] = {
 def _known(node: fx.Node) -> Operator:
     if is_attention(node):
         return OPERATORS[ATTENTION]
-    if node.target in REGISTERED:
-        return _SAID[REGISTERED[node.target].tokens]
+    said = said_of(node.target)
+    if said is not None:
+        return _SAID[said.tokens]
     return OPERATORS.get(node.target, _UNKNOWN)
 
 

@@ -6,8 +6,9 @@ reused whole or not at all, and is named wherever the model is described.
 
 from __future__ import annotations
 
+import math
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -42,6 +43,22 @@ class Registered:
 
 REGISTERED: dict[object, Registered] = {}
 """By overload."""
+
+
+def _flops_of_linear(source: Sequence[int], *_: Any, out_shape: Sequence[int], **__: Any) -> int:
+    return 2 * math.prod(out_shape) * source[-1]
+
+
+LIBRARIES: Mapping[str, Registered] = {
+    "bitsandbytes::gemm_4bit": Registered("rows", flops=shape_wrapper(_flops_of_linear)),
+}
+"""What is known of operators of other libraries without anybody saying it: linear maps with quantised weights."""
+
+
+def said_of(target: object) -> Registered | None:
+    """What a user said of an operator, and else what is known of other libraries; None for all others."""
+    known = LIBRARIES.get(target.name()) if isinstance(target, OpOverload) else None
+    return REGISTERED.get(target, known)
 
 
 def register_attention(operator: Any, *, layout: Literal["bhnd", "bnhd"] = "bhnd") -> None:
@@ -102,7 +119,7 @@ def registered() -> tuple[tuple[object, Registered], ...]:
 def is_unknown(node: fx.Node) -> bool:
     """True for an operator of another library of which nobody said what it does."""
     target = node.target
-    return isinstance(target, OpOverload) and target.namespace not in _OWN and target not in REGISTERED
+    return isinstance(target, OpOverload) and target.namespace not in _OWN and said_of(target) is None
 
 
 def is_of_torch_or_ours(target: object) -> bool:

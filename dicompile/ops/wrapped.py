@@ -92,7 +92,8 @@ def put_together(name: str, *parts: Tensor) -> Tensor:
 
 def linear_of(source: Tensor, parts: Sequence[Tensor], bias: Tensor | None, wrapper: str) -> Tensor:
     """A linear map whose weight is put together of plain tensors, as its library computes it."""
-    return F.linear(source, put_together(wrapper, *parts), bias)
+    with torch._C._EnableTorchFunction():  # off where compiled code runs, but the library has to be asked
+        return F.linear(source, put_together(wrapper, *parts), bias)
 
 
 @torch.library.custom_op(
@@ -124,7 +125,9 @@ def _(source: Tensor, parts: Sequence[Tensor], bias: Tensor | None, wrapper: str
 def _(_: Any, in_dims: Any, source: Tensor, parts: Sequence[Tensor], bias: Tensor | None, wrapper: str) -> Any:
     """Many times the same weight: rows are rows."""
     at, *others = in_dims
-    assert not any(itertools.chain.from_iterable(d if isinstance(d, (list, tuple)) else [d is not None] for d in others))
+    assert not any(
+        itertools.chain.from_iterable(d if isinstance(d, (list, tuple)) else [d is not None] for d in others)
+    )
     return wrapped_linear(source.movedim(at, 0), parts, bias, wrapper), 0
 
 
