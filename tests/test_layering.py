@@ -13,7 +13,9 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 
-FLOOR = ("errors", "compat", "config", "garbage", "html", "latest", "text", "names", "nodes", "ops", "same", "store")
+FLOOR = (
+    "errors", "compat", "config", "garbage", "html", "latest", "text", "names", "nodes", "ops", "outside", "same", "store",
+)  # fmt: skip
 STAGES = ("capture", "analysis", "plan", "passes", "lower", "runtime")
 FRONT = (
     "api", "backend", "bench", "cli", "compare", "compiler", "demo", "learn", "model", "offload", "pipelines",

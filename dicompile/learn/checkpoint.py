@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from dicompile import outside
 from dicompile.errors import DicompileError
 
 
@@ -31,9 +33,9 @@ def load_checkpoint(path: Path, invalid: type[DicompileError]) -> Mapping[str, A
         DicompileError: it is.
     """
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # whatever a damaged or hostile file makes torch raise
-        state, why = None, str(error).partition("\n")[0]
+        state = outside.read_pickle(path, most=sys.maxsize)
+    except (OSError, outside.Unreadable) as error:
+        state, why = None, str(error)
     else:
         why = "it is not the state of a training"
     if not isinstance(state, Mapping) or "key" not in state:

@@ -9,16 +9,16 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
+from dicompile import outside
 from dicompile.errors import InvalidTrainingData
 
 LATENTS = "latents"
@@ -75,8 +75,8 @@ class Latents:
             InvalidTrainingData: it is missing or damaged, has no latents, or its tensors differ in length.
         """
         try:
-            tensors = load_file(path)
-        except (OSError, SafetensorError) as error:
+            _, tensors = outside.read_safetensors(path, sys.maxsize)  # as many as somebody trains on
+        except (OSError, outside.Unreadable) as error:
             raise _unusable(path, str(error)) from None
         rows = {name: value for name, value in tensors.items() if not name.startswith(_NULL)}
         null = {name.removeprefix(_NULL): value for name, value in tensors.items() if name.startswith(_NULL)}

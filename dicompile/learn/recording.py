@@ -6,11 +6,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from dicompile.errors import InvalidPolicy, InvalidRecording, InvalidSetting
+from dicompile import outside
+from dicompile.errors import InvalidRecording, InvalidSetting
 from dicompile.learn.frontier import Frontier
 from dicompile.learn.trace import VERSION, Facts, Level, Trace
 from dicompile.plan import CacheOptions, Cadence, Policy
@@ -133,15 +133,14 @@ class Recording:
             InvalidRecording: it is missing, damaged, or something else.
         """
         try:
-            with safe_open(str(path), "pt") as file:
-                facts = Facts.from_json((file.metadata() or {})["dicompile.recording"], str(path))
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+            metadata, tensors = outside.read_safetensors(path)
+            facts = Facts.from_json(metadata["dicompile.recording"], str(path))
             traces = [_trace(name, tensors) for name in tensors if name.startswith("gram/")]
             shapes = (len(facts.values), facts.steps, facts.steps), (len(facts.levels), facts.steps)
             wrong = [t for t in traces if (tuple(t.gram.shape), tuple(t.reused.shape)) != shapes]
             if wrong or facts.version != VERSION:
                 raise ValueError(f"format {facts.version}, matrices of shape {[list(t.gram.shape) for t in wrong]}")
-        except (OSError, SafetensorError, KeyError, ValueError, InvalidPolicy) as error:
+        except (OSError, KeyError, ValueError) as error:  # ours among them
             raise InvalidRecording(
                 f"{Path(path).name} is not a recording",
                 where=str(path),

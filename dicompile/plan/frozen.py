@@ -7,6 +7,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from dicompile.errors import InvalidPolicy
+from dicompile.outside import shown
 
 
 class Frozen(BaseModel):
@@ -43,7 +44,10 @@ def invalid_policy(source: str, error: ValidationError) -> InvalidPolicy:
         return told
     key = ".".join(str(part) for part in first["loc"])
     if first["type"] == "extra_forbidden":
-        return InvalidPolicy(f"unknown option {key!r}", where=source, fix="remove it, or check its spelling")
+        return InvalidPolicy(f"unknown option {shown(key)}", where=source, fix="remove it, or check its spelling")
     return InvalidPolicy(
-        f"option {key!r} cannot be {first['input']!r}", where=source, why=first["msg"], fix="see the policy's docstring"
+        f"option {shown(key)} cannot be {shown(first['input'])}",
+        where=source,
+        why=first["msg"],
+        fix="see the policy's docstring",
     )

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from dicompile import outside
 from dicompile.errors import InvalidPredictor
 
 IMPORTANCE = "importance"
@@ -107,10 +106,10 @@ def load_predictor(path: Path | str) -> Predictor:
         InvalidPredictor: there is no such file, or it holds no predictor.
     """
     try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118 (no mapping)
-    except (OSError, SafetensorError) as error:
+        metadata, tensors = outside.read_safetensors(path)
+        if not all(tensor.is_floating_point() for tensor in tensors.values()):
+            raise outside.Unreadable("its tensors are not of floating-point numbers")
+    except (OSError, outside.Unreadable) as error:
         raise InvalidPredictor(
             "this is not a safetensors file",
             where=str(path),
@@ -118,7 +117,7 @@ def load_predictor(path: Path | str) -> Predictor:
             fix="give the file that `dicompile train-predictor` wrote",
         ) from None
     try:
-        facts = PredictorFacts.model_validate(json.loads(metadata.get("facts", "null")))
+        facts = PredictorFacts.model_validate(outside.from_json(metadata.get("facts", "null")))
     except (ValidationError, ValueError) as error:
         raise InvalidPredictor(
             "this file does not say what its predictor was trained for",
@@ -126,6 +125,7 @@ def load_predictor(path: Path | str) -> Predictor:
             why=" ".join(str(error).split()),
             fix="give the file that `dicompile train-predictor` wrote",
         ) from None
+    tensors = {name: tensor.float() for name, tensor in tensors.items()}
     importance = tensors.pop(IMPORTANCE, None)
     if importance is None:
         raise InvalidPredictor("this file holds no importance", where=str(path), fix="train the predictor again")

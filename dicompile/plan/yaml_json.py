@@ -9,6 +9,7 @@ import yaml
 from pydantic import ValidationError
 from typing_extensions import Self
 
+from dicompile import outside
 from dicompile.errors import InvalidPolicy
 from dicompile.plan.frozen import Frozen, invalid_policy
 
@@ -51,11 +52,10 @@ class YamlJson(Frozen):
             InvalidPolicy: the text is not valid YAML, or see `from_dict`.
         """
         try:
-            data = yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            why = " ".join(str(error).split())
+            data = outside.from_yaml(text)
+        except outside.Unreadable as error:
             raise InvalidPolicy(
-                "this is not valid YAML", where=source, why=why, fix="compare policy.to_yaml()"
+                "this is not valid YAML", where=source, why=str(error), fix="compare policy.to_yaml()"
             ) from None
         return cls.from_dict(data, source)
 
@@ -67,7 +67,7 @@ class YamlJson(Frozen):
             InvalidPolicy: the text is not valid JSON, or see `from_dict`.
         """
         try:
-            data = json.loads(text)
-        except ValueError as error:  # also bytes that are no text
+            data = outside.from_json(text)
+        except outside.Unreadable as error:
             raise InvalidPolicy("this is not valid JSON", where=source, why=str(error)) from None
         return cls.from_dict(data, source)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 from dicompile.errors import InvalidPolicy, UnknownPolicy
+from dicompile.outside import read_text
 from dicompile.plan import Policy, Predictor, load_predictor
 from dicompile.policies.anywhere import duca_anywhere, toca_anywhere
 from dicompile.policies.duca import DuCa, DuCaFlux, DuCaOpenSora, DuCaPixArt
@@ -94,7 +95,7 @@ def get_policy(source: Policy | str | dict[str, Any], **options: Any) -> Policy:
     path = Path(source)
     if path.suffix in (".yaml", ".yml", ".json") and path.is_file():
         read = Policy.from_json if path.suffix == ".json" else Policy.from_yaml
-        return read(path.read_bytes(), source)
+        return read(read_text(path, InvalidPolicy), source)
     raise UnknownPolicy(
         f"no policy is called {source!r}",
         why="it is neither a published name nor an existing .yaml or .json file",

@@ -7,7 +7,8 @@ from typing import Literal
 
 from torch import Tensor
 
-from dicompile.errors import InvalidPolicy
+from dicompile.errors import InvalidPolicy, InvalidRouter
+from dicompile.outside import read_text
 from dicompile.plan import Forecast, Origin, Policy, Reuse, Rule, Table
 from dicompile.policies.router import Router
 from dicompile.policies.router_file import load_router
@@ -52,6 +53,5 @@ def _read_schedule(path: Path, threshold: float | None) -> tuple[Tensor, Origin]
             where=str(path),
             fix="leave the threshold out, or give the router itself",
         )
-    text = path.read_bytes() if path.is_file() else b""
-    compute, sites = schedule_from_json(text, str(path))
+    compute, sites = schedule_from_json(read_text(path, InvalidRouter) if path.is_file() else b"", str(path))
     return compute, Origin(file=str(path), sites=sites)

@@ -15,10 +15,10 @@ from typing import Any
 
 import torch
 from pydantic import TypeAdapter, ValidationError
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from dicompile import outside
 from dicompile.errors import InvalidRouter
 from dicompile.policies.router import Grid, Router, RouterFacts
 
@@ -73,20 +73,19 @@ def load_router(path: str | Path) -> Router:
 
 def _load_own(path: Path) -> Router:
     try:
-        with safe_open(path, framework="pt") as file:
-            text = (file.metadata() or {}).get(HEADER)
-            logits = file.get_tensor("logits")
-        header = _HEADERS.validate_json(text or "")
-    except (SafetensorError, ValidationError, OSError) as error:
+        metadata, tensors = outside.read_safetensors(path)
+        header = _HEADERS.validate_python(outside.from_json(metadata.get(HEADER, "")))
+    except (outside.Unreadable, ValidationError, OSError) as error:
         raise _damaged(path, str(error)) from None
-    return Router(logits, header.grid, header.threshold, header.facts, str(path))
+    if "logits" not in tensors:
+        raise _damaged(path, "it holds no logits")
+    return Router(tensors["logits"], header.grid, header.threshold, header.facts, str(path))
 
 
 def _load_published(path: Path) -> Router:
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # whatever a damaged or hostile file makes torch raise
+        content = outside.read_pickle(path, [argparse.Namespace])
+    except (outside.Unreadable, OSError) as error:
         raise _damaged(path, str(error)) from None
     if not isinstance(content, Mapping):
         raise _damaged(path, f"it holds a {type(content).__name__}")
@@ -102,6 +101,10 @@ def _logits(rows: object, path: Path) -> Tensor:
     values = [rows[f"{k}.prob"] for k in range(len(rows))]
     if not all(isinstance(value, Tensor) and value.shape == values[0].shape for value in values):
         raise _damaged(path, "its rows are not tensors of one shape")
+    try:
+        outside.check_tensors(values, path)
+    except outside.Unreadable as error:
+        raise _damaged(path, str(error)) from None
     return torch.stack(values)
 
 
@@ -124,11 +127,9 @@ def _facts(options: object, logits: Tensor) -> RouterFacts:
 
 
 def _damaged(path: Path, complaint: str) -> InvalidRouter:
-    lines = [line.strip() for line in complaint.splitlines() if line.strip()] or ["it is empty"]
-    why = next((line for line in lines if "GLOBAL" in line), lines[0])
     return InvalidRouter(
         f"{path.name} is not a router",
         where=str(path),
-        why=why,
+        why=complaint.partition("\n")[0],
         fix="give the file that `dicompile train-router` wrote, or a published checkpoint",
     )

@@ -17,6 +17,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from dicompile import outside
 from dicompile.errors import InvalidRouter
 
 BRANCHES = {
@@ -27,7 +28,7 @@ BRANCHES = {
     "parallel": "parallel",
 }
 """Their name for a kind of site -> ours, in the order in which a block runs them."""
-_KEY = re.compile(rf"({'|'.join(BRANCHES)})-(\d+)")
+_KEY = re.compile(rf"({'|'.join(BRANCHES)})-([0-9]{{1,6}})")
 
 
 def schedule_to_json(compute: Tensor, sites: Sequence[str]) -> str:
@@ -65,8 +66,8 @@ def schedule_from_json(text: str | bytes, source: str = "JSON") -> tuple[Tensor,
         InvalidRouter: the text is something else.
     """
     try:
-        data = json.loads(text)
-    except ValueError as error:  # also bytes that are no text
+        data = outside.from_json(text)
+    except outside.Unreadable as error:
         raise _no_schedule(source, str(error)) from None
     if not isinstance(data, dict) or not data:
         raise _no_schedule(source, "it is not an object with one list per branch")
@@ -74,9 +75,9 @@ def schedule_from_json(text: str | bytes, source: str = "JSON") -> tuple[Tensor,
     for key, column in data.items():
         match = _KEY.fullmatch(key)
         if match is None:
-            raise _no_schedule(source, f"{key!r} is not attn-0, mlp-0, ...")
+            raise _no_schedule(source, f"{outside.shown(key)} is not attn-0, mlp-0, ...")
         if not isinstance(column, list) or not column or any(entry not in (0, 1) for entry in column):
-            raise _no_schedule(source, f"{key!r} is not a list of 0 and 1")
+            raise _no_schedule(source, f"{outside.shown(key)} is not a list of 0 and 1")
         columns[int(match[2]), list(BRANCHES).index(match[1])] = column
     if len({len(column) for column in columns.values()}) > 1:
         raise _no_schedule(source, "its lists have different lengths")
