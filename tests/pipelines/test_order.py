@@ -101,6 +101,10 @@ CHANGES: dict[str, Callable[[Any], Any]] = {
     "fuse projections": lambda pipe: pipe.transformer.fuse_qkv_projections(),
     "attention backend": lambda pipe: pipe.transformer.set_attention_backend("_native_math"),
 }
+PAIRED = [
+    name for name in CHANGES
+    if name not in ("fuse an adapter", "unload an adapter", "offload", "float64", "attention backend")
+]  # fmt: skip
 # What other tests of this folder do not do, and what costs little.
 OFTEN = ("pipe.transformer = torch.compile(...)", "pipe.transformer.compile()", "compile_repeated_blocks", "quantise")
 
@@ -156,7 +160,7 @@ def test_the_order_of_two_changes_nothing(change: str) -> None:
 
 
 @pytest.mark.nightly
-@pytest.mark.parametrize(("first", "second"), list(itertools.permutations(CHANGES, 2)))
+@pytest.mark.parametrize(("first", "second"), list(itertools.permutations(PAIRED, 2)))
 def test_the_order_of_three_changes_nothing(first: str, second: str) -> None:
     torch._dynamo.reset()
     try:
