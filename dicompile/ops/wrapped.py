@@ -9,7 +9,6 @@ which it stands for. Where code is compiled, the operator is written out.
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -19,6 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from dicompile.errors import CannotCapture
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,18 +63,35 @@ def is_wrapped(value: object) -> bool:
 
 
 def wrapper_of(tensor: Any) -> Wrapper:
-    """How a tensor of a class of its own is put together."""
+    """How a tensor of a class of its own is put together.
+
+    Raises:
+        CannotCapture: its class does not describe it in the same way twice.
+    """
     names, context = tensor.__tensor_flatten__()
+    if not _is_equal(context, tensor.__tensor_flatten__()[1]):
+        raise CannotCapture(
+            f"whether a weight of class {type(tensor).__name__} is put together as it was cannot be told",
+            where="capture",
+            why="what its __tensor_flatten__ says of it does not compare equal to itself",
+            fix="report it to the library of the class",
+        )
     inner = ((name, getattr(tensor, name)) for name in names)
     parts = tuple((name, wrapper_of(value) if is_wrapped(value) else None) for name, value in inner)
     shape, strides = tuple(tensor.shape), tensor.stride()
     for known in _WRAPPERS.values():
-        if (known.kind, known.parts, known.shape, known.strides) == (type(tensor), parts, shape, strides):
-            with contextlib.suppress(Exception):  # a description that cannot be compared is another one
-                if bool(known.context == context):
-                    return known
+        same = (known.kind, known.parts, known.shape, known.strides) == (type(tensor), parts, shape, strides)
+        if same and _is_equal(known.context, context):
+            return known
     made = Wrapper(f"{type(tensor).__name__}_{len(_WRAPPERS)}", type(tensor), parts, context, shape, strides)
     return _WRAPPERS.setdefault(made.name, made)
+
+
+def _is_equal(first: object, second: object) -> bool:
+    try:
+        return bool(first == second)
+    except Exception:  # arrays, and whatever else has no answer
+        return False
 
 
 def plain_tensors(tensor: Any) -> Iterator[Tensor]:

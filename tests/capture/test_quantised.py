@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import dicompile
@@ -263,6 +264,60 @@ def test_what_is_no_linear_map_is_traced_into_its_library() -> None:
     assert len(graph.find_nodes(op="call_function", target=WRAPPED_LINEAR)) == len(blocks_of(model))
     for got, eager in zip(run(optimized(model, "none"), inputs), run(model, inputs), strict=True):
         torch.testing.assert_close(got, eager)
+
+
+class Halved(Tensor):
+    """A weight of half the values, in the simplest class that torch lets consist of others."""
+
+    note: Any
+    half: Tensor
+
+    @staticmethod
+    def __new__(cls, half: Tensor, note: Any) -> Halved:
+        made: Halved = Tensor._make_wrapper_subclass(cls, half.shape, dtype=half.dtype)
+        made.half, made.note = half, note
+        return made
+
+    def __tensor_flatten__(self) -> tuple[list[str], Any]:
+        return ["half"], self.note() if callable(self.note) else self.note
+
+    @staticmethod
+    def __tensor_unflatten__(inner: dict[str, Tensor], note: Any, *_: Any) -> Halved:
+        return Halved(inner["half"], note)
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is F.linear:
+            return F.linear(args[0], args[1].half * 2, *args[2:])
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.detach.default:
+            return Halved(args[0].half.detach(), args[0].note)
+        raise NotImplementedError(func)
+
+
+def halved(note: Any) -> Sample:
+    sample = plain_dit(2)
+    for layer in blocks_of(sample.model).values():
+        layer.weight = nn.Parameter(Halved(layer.weight.detach() / 2, note), requires_grad=False)
+    return sample
+
+
+def test_a_class_that_nobody_has_heard_of_is_captured() -> None:
+    model, inputs = halved("a note")
+    structure = described(analyse(capture_model(plain_dit(2).model, inputs)))
+    assert described(analyse(capture_model(model, inputs))) == structure
+    for got, eager in zip(run(optimized(model, "none"), inputs), run(model, inputs), strict=True):
+        assert torch.equal(got, eager)
+
+
+def test_a_class_that_does_not_say_the_same_twice_is_refused() -> None:
+    model, inputs = halved(object)
+    with pytest.raises(CannotCapture) as caught:
+        run(optimized(model, "none"), inputs)
+    assert "Halved" in f"{caught.value}{caught.value.__cause__}"
 
 
 def test_eight_bits_of_bitsandbytes_that_look_for_outliers_are_refused() -> None:
