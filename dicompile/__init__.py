@@ -30,11 +30,13 @@ from dicompile.plan import TimestepSchedule as TimestepSchedule
 from dicompile.plan import TokenScore as TokenScore
 from dicompile.plan import TokenTable as TokenTable
 from dicompile.policies import FORA as FORA
+from dicompile.policies import PAB as PAB
 from dicompile.policies import DuCa as DuCa
 from dicompile.policies import DuCaFlux as DuCaFlux
 from dicompile.policies import DuCaOpenSora as DuCaOpenSora
 from dicompile.policies import DuCaPixArt as DuCaPixArt
 from dicompile.policies import LearningToCache as LearningToCache
+from dicompile.policies import MagCache as MagCache
 from dicompile.policies import NoCache as NoCache
 from dicompile.policies import Router as Router
 from dicompile.policies import TaylorSeer as TaylorSeer

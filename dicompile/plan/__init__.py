@@ -14,7 +14,7 @@ from dicompile.plan.action import (
     SlotKind,
     What,
 )
-from dicompile.plan.cadence import Cadence, Window
+from dicompile.plan.cadence import Cadence, Magnitudes, Window
 from dicompile.plan.fits import (
     SAME_TIMESTEP,
     check_fits,
@@ -62,6 +62,7 @@ __all__ = [
     "Fitted",
     "Forecast",
     "Line",
+    "Magnitudes",
     "Origin",
     "Plan",
     "Policy",

@@ -92,8 +92,18 @@ def check_timesteps(policy: Policy, schedule: TimestepSchedule) -> None:
     """Raise if a table was learned for a sampler with other timesteps, as far as both are known.
 
     Raises:
-        PolicyDoesNotFit: it was.
+        PolicyDoesNotFit: it was, or the policy asks for timesteps, and only the number of steps is known.
     """
+    cadences = [policy.cadence, *(rule.cadence for rule in policy.rules if rule.cadence is not None)]
+    windows = [cadence.timesteps for cadence in cadences if cadence.timesteps is not None]
+    if windows and not schedule.timesteps:
+        raise PolicyDoesNotFit(
+            f"policy {policy.name!r} reuses between timesteps {windows[0][0]:g} and {windows[0][1]:g}, "
+            "and no timesteps are known",
+            where="schedule",
+            why=f"only the number of steps was given: {schedule.steps}",
+            fix="optimize(..., schedule=scheduler), or a list of timesteps",
+        )
     for rule in policy.rules:
         origin = _origin(rule)
         if origin is None or len(origin.timesteps) != schedule.before + len(schedule.timesteps):

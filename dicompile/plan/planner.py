@@ -51,12 +51,13 @@ def make_plan(
     check_timesteps(policy, schedule)
 
     def plan_without(dropped: frozenset[int], cache: CacheOptions) -> Plan:
-        rows = make_rows(structure, policy, schedule.before + schedule.steps, dropped, schedule.before)
+        steps, begin = schedule.before + schedule.steps, schedule.before
+        rows = make_rows(structure, policy, steps, dropped, begin, schedule.timesteps)
         plan = plan_actions(structure, rows, schedule, policy.name, cache)
         whole = tuple((structure.everything[i].label, reason) for i, reason in reused_whole(structure, policy).items())
-        steps = tuple(with_predictor(structure, step, policy.predictor_cost) for step in plan.steps)
+        planned = tuple(with_predictor(structure, step, policy.predictor_cost) for step in plan.steps)
         unmatched = unmatched_rules(structure, policy)
-        return replace(plan, steps=steps, whole=whole, unmatched=unmatched, meant_for=meant_for, first_that_fits=note)
+        return replace(plan, steps=planned, whole=whole, unmatched=unmatched, meant_for=meant_for, first_that_fits=note)
 
     return fit_budget(structure, plan_without, cache)
 

@@ -16,7 +16,12 @@ Row = tuple[Action, ...]
 
 
 def make_rows(
-    structure: ModelStructure, policy: Policy, steps: int, dropped: frozenset[int] = frozenset(), begin: int = 0
+    structure: ModelStructure,
+    policy: Policy,
+    steps: int,
+    dropped: frozenset[int] = frozenset(),
+    begin: int = 0,
+    timesteps: tuple[float, ...] = (),
 ) -> list[Row]:
     """Actions of a run.
 
@@ -26,21 +31,28 @@ def make_rows(
         steps: number of steps of the schedule.
         dropped: sites and spans that are computed at every step, whatever the policy says.
         begin: step of the schedule at which the run begins, as in image to image; everything is computed there.
+        timesteps: of the run, if they are known.
 
     Raises:
         PolicyDoesNotFit: a table is for another number of steps or sites, or recalls what nobody stored.
     """
-    return _Rows(structure, policy, steps, dropped, begin).rows()
+    return _Rows(structure, policy, steps, dropped, begin, timesteps).rows()
 
 
 class _Rows:
     """Walks through the steps and remembers when each site was computed last."""
 
     def __init__(
-        self, structure: ModelStructure, policy: Policy, steps: int, dropped: frozenset[int], begin: int
+        self,
+        structure: ModelStructure,
+        policy: Policy,
+        steps: int,
+        dropped: frozenset[int],
+        begin: int,
+        timesteps: tuple[float, ...],
     ) -> None:
         self.structure, self.policy, self.steps, self.dropped = structure, policy, steps, dropped
-        self.begin = begin
+        self.begin, self.timesteps = begin, timesteps
         self.stored: list[list[int]] = [[] for _ in structure.everything]
         self.moments: dict[Cadence, tuple[Moment, ...]] = {}
         named = [[site for site in structure.everything if rule.names(site)] for rule in policy.rules]
@@ -131,7 +143,7 @@ class _Rows:
     def moment(self, cadence: Cadence, step: int) -> Moment:
         """What `step` is to a cadence."""
         if cadence not in self.moments:
-            self.moments[cadence] = cadence.moments(self.steps, self.begin)
+            self.moments[cadence] = cadence.moments(self.steps, self.begin, self.timesteps)
         return self.moments[cadence][step - self.begin]
 
 

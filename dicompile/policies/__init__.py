@@ -13,7 +13,9 @@ from dicompile.policies.anywhere import duca_anywhere, toca_anywhere
 from dicompile.policies.duca import DuCa, DuCaFlux, DuCaOpenSora, DuCaPixArt
 from dicompile.policies.fora import FORA
 from dicompile.policies.l2c import LearningToCache
+from dicompile.policies.magcache import MagCache
 from dicompile.policies.none import NoCache
+from dicompile.policies.pab import PAB
 from dicompile.policies.router import Router, RouterFacts
 from dicompile.policies.router_file import load_router, save_router
 from dicompile.policies.schedule_json import schedule_from_json, schedule_to_json
@@ -23,12 +25,14 @@ from dicompile.policies.tokencache import TokenCache
 
 __all__ = [
     "FORA",
+    "PAB",
     "POLICIES",
     "DuCa",
     "DuCaFlux",
     "DuCaOpenSora",
     "DuCaPixArt",
     "LearningToCache",
+    "MagCache",
     "NoCache",
     "Predictor",
     "Router",
@@ -63,6 +67,8 @@ POLICIES: dict[str, Callable[..., Policy]] = {
     "taylorseer": TaylorSeer,
     "tokencache": TokenCache,
     "taylorseer-lite": TaylorSeerLite,
+    "magcache": MagCache,
+    "pab": PAB,
     "l2c": LearningToCache,
 }
 
