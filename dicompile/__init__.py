@@ -20,6 +20,7 @@ from dicompile.plan import Cadence as Cadence
 from dicompile.plan import Elsewhere as Elsewhere
 from dicompile.plan import Fitted as Fitted
 from dicompile.plan import Forecast as Forecast
+from dicompile.plan import Gate as Gate
 from dicompile.plan import Plan as Plan
 from dicompile.plan import Policy as Policy
 from dicompile.plan import Refresh as Refresh
@@ -31,16 +32,19 @@ from dicompile.plan import TokenScore as TokenScore
 from dicompile.plan import TokenTable as TokenTable
 from dicompile.policies import FORA as FORA
 from dicompile.policies import PAB as PAB
+from dicompile.policies import DBCache as DBCache
 from dicompile.policies import DuCa as DuCa
 from dicompile.policies import DuCaFlux as DuCaFlux
 from dicompile.policies import DuCaOpenSora as DuCaOpenSora
 from dicompile.policies import DuCaPixArt as DuCaPixArt
+from dicompile.policies import FirstBlockCache as FirstBlockCache
 from dicompile.policies import LearningToCache as LearningToCache
 from dicompile.policies import MagCache as MagCache
 from dicompile.policies import NoCache as NoCache
 from dicompile.policies import Router as Router
 from dicompile.policies import TaylorSeer as TaylorSeer
 from dicompile.policies import TaylorSeerLite as TaylorSeerLite
+from dicompile.policies import TeaCache as TeaCache
 from dicompile.policies import ToCa as ToCa
 from dicompile.policies import ToCaFlux as ToCaFlux
 from dicompile.policies import ToCaOpenSora as ToCaOpenSora

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from torch import fx
 
@@ -12,7 +13,7 @@ from dicompile.analysis import Block, ModelStructure, Site, SiteKind
 from dicompile.analysis.blocks import structure_key
 from dicompile.capture import Capture
 from dicompile.lower.hoist import Hoist, Invariants
-from dicompile.nodes import results_of
+from dicompile.nodes import results_of, walk
 from dicompile.passes import Outline, outline
 from dicompile.plan import SiteStep, StepPlan
 from dicompile.text import layout_text
@@ -29,6 +30,22 @@ class Piece:
     key: tuple[object, ...]
     outline: Outline
     sites: tuple[Site, ...]
+
+
+class GatedPieces(NamedTuple):
+    """Pieces of a step at which a gate decides.
+
+    Attributes:
+        watched: the step as it runs before: what the gate watches leaves its piece.
+        before: what runs before the gate decides.
+        recalled: what runs after it, where the probe has drifted little.
+        full: what runs otherwise.
+    """
+
+    watched: StepPlan
+    before: list[Piece]
+    recalled: list[Piece]
+    full: list[Piece]
 
 
 class Pieces:
@@ -73,6 +90,26 @@ class Pieces:
             pieces.append(self._piece(name, tuple(node for block in blocks for node in block.nodes), sites))
         pieces.append(self._piece("epilogue", structure.epilogue, ()))
         return [piece for piece in pieces if piece.outline.outputs]
+
+    def around_gate(self, step: StepPlan) -> GatedPieces:
+        """Pieces of a gated step, before its gate decides and after."""
+        probe = self.structure.probe
+        assert probe is not None
+        assert step.full is not None
+        recalled, full = self.of_step(step), self.of_step(step.full)
+        watched = step.full.watching(probe.id)
+        if probe.inside:
+            pieces = self.of_step(watched)
+            later = (i for i, piece in enumerate(pieces) if piece.sites and piece.sites[0].block > probe.block)
+            before = pieces[: next(later)]
+            return GatedPieces(watched, before, recalled[len(before) :], full[len(before) :])
+        nodes = (*self.structure.prologue, *self._leading_to(probe.core))
+        rest = [[piece for piece in pieces if piece.name != "prologue"] for pieces in (recalled, full)]
+        return GatedPieces(watched, [self._piece("probe", nodes, (probe,))], *rest)
+
+    def _leading_to(self, name: str) -> list[str]:
+        """Calls that a value is computed by."""
+        return [node.name for node in walk([self._nodes[name]]) if node.op == "call_function"]
 
     def _piece(self, name: str, nodes: tuple[str, ...], sites: tuple[Site, ...]) -> Piece:
         cut = (nodes, tuple(site.id for site in sites))

@@ -10,6 +10,7 @@ import numpy as np
 from pydantic import Field, NonNegativeInt, PositiveInt
 
 from dicompile.plan.frozen import Frozen
+from dicompile.plan.gate import Gate
 
 
 class Window(Frozen):
@@ -81,6 +82,7 @@ class Cadence(Frozen):
         at: numbers of the full steps, counted from 0; then no other rule holds.
         magnitudes: a table that says which steps are full; then no other rule holds.
         timesteps: between these two timesteps, as the scheduler counts them, the rules hold; all other steps are full.
+        gate: decides while sampling about all steps but those of `warmup`, or of `at`; then no interval holds.
         decide: "step": once for all blocks. "block": again in every block, as the reference code of ToCa does; where
             the interval changes, the first block is then full and the others are not.
     """
@@ -94,6 +96,7 @@ class Cadence(Frozen):
     at: tuple[NonNegativeInt, ...] = ()
     magnitudes: Magnitudes | None = None
     timesteps: tuple[float, float] | None = None
+    gate: Gate | None = None
     decide: Literal["step", "block"] = "step"
 
     def index(self, step: int, steps: int) -> int:
@@ -113,14 +116,18 @@ class Cadence(Frozen):
         for step in range(begin, steps):
             index = self.index(step, steps)
             warm = step - begin < self.warmup or self._is_outside(timesteps, step - begin)
-            first = warm or self._residue(index, step - latest, current) == 0
             if listed is not None:
                 first = step == begin or step in listed
+            elif self.gate is not None:
+                first = warm or step >= steps - self.gate.last
+            else:
+                first = warm or self._residue(index, step - latest, current) == 0
             if first:
                 current, latest = self._interval_at(index, steps), step
             residue = self._residue(index, step - latest, current)
             again = self.decide == "step" or warm or residue == 0
-            result.append(Moment(step, steps, index / steps, first, first and again, residue))
+            gated = self.gate is not None and not first
+            result.append(Moment(step, steps, index / steps, first, first and again, residue, gated))
         return tuple(result)
 
     def _listed(self, steps: int, begin: int) -> Collection[int] | None:
@@ -154,6 +161,7 @@ class Moment:
         first: whether the first block is full.
         others: whether the other blocks are.
         residue: step index modulo the current interval.
+        gated: whether a gate may make it full all the same.
     """
 
     step: int
@@ -162,6 +170,7 @@ class Moment:
     first: bool
     others: bool
     residue: int
+    gated: bool = False
 
     def is_full(self, block: int) -> bool:
         """Whether a block computes everything."""

@@ -11,6 +11,7 @@ from dicompile.errors import InvalidPolicy, UnknownPolicy
 from dicompile.plan import Policy, Predictor, load_predictor
 from dicompile.policies.anywhere import duca_anywhere, toca_anywhere
 from dicompile.policies.duca import DuCa, DuCaFlux, DuCaOpenSora, DuCaPixArt
+from dicompile.policies.first_block import DBCache, FirstBlockCache
 from dicompile.policies.fora import FORA
 from dicompile.policies.l2c import LearningToCache
 from dicompile.policies.magcache import MagCache
@@ -20,6 +21,7 @@ from dicompile.policies.router import Router, RouterFacts
 from dicompile.policies.router_file import load_router, save_router
 from dicompile.policies.schedule_json import schedule_from_json, schedule_to_json
 from dicompile.policies.taylorseer import TaylorSeer, TaylorSeerLite
+from dicompile.policies.teacache import TeaCache
 from dicompile.policies.toca import ToCa, ToCaFlux, ToCaOpenSora, ToCaPixArt
 from dicompile.policies.tokencache import TokenCache
 
@@ -27,10 +29,12 @@ __all__ = [
     "FORA",
     "PAB",
     "POLICIES",
+    "DBCache",
     "DuCa",
     "DuCaFlux",
     "DuCaOpenSora",
     "DuCaPixArt",
+    "FirstBlockCache",
     "LearningToCache",
     "MagCache",
     "NoCache",
@@ -39,6 +43,7 @@ __all__ = [
     "RouterFacts",
     "TaylorSeer",
     "TaylorSeerLite",
+    "TeaCache",
     "ToCa",
     "ToCaFlux",
     "ToCaOpenSora",
@@ -67,6 +72,9 @@ POLICIES: dict[str, Callable[..., Policy]] = {
     "taylorseer": TaylorSeer,
     "tokencache": TokenCache,
     "taylorseer-lite": TaylorSeerLite,
+    "first-block-cache": FirstBlockCache,
+    "dbcache": DBCache,
+    "teacache": TeaCache,
     "magcache": MagCache,
     "pab": PAB,
     "l2c": LearningToCache,

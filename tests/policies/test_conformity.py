@@ -13,9 +13,15 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import CogVideoXTransformer3DModel, MagCacheConfig, PyramidAttentionBroadcastConfig
-from diffusers.hooks import apply_mag_cache, apply_pyramid_attention_broadcast
+from diffusers import (
+    CogVideoXTransformer3DModel,
+    FirstBlockCacheConfig,
+    MagCacheConfig,
+    PyramidAttentionBroadcastConfig,
+)
+from diffusers.hooks import apply_first_block_cache, apply_mag_cache, apply_pyramid_attention_broadcast
 from diffusers.hooks.mag_cache import FLUX_MAG_RATIOS
+from diffusers.models.cache_utils import CacheMixin
 from torch import Tensor, nn
 
 import dicompile
@@ -90,13 +96,12 @@ def by_peer(
     """What a copy of the model returns with a peer's cache, and at which steps one of its modules ran."""
     model = copy.deepcopy(sample.model)
     enable(model)
-    inside = model.cache_context if hasattr(model, "cache_context") else lambda _: contextlib.nullcontext()
     with counted(last(model)) as calls:
 
         @contextlib.contextmanager
         def step() -> Iterator[None]:
             calls.append(0)
-            with inside("cond"):
+            with CacheMixin.cache_context(model, "cond"):  # half of the transformers of diffusers lack it
                 yield
 
         found = outputs(model, sample, step)
@@ -160,3 +165,25 @@ def test_pab_reuses_the_attention_that_diffusers_reuses(build: Callable[[], Samp
     assert 0 < sum(computed) < STEPS
     assert distance(ours, theirs) < SAME
     assert distance(ours, outputs(sample.model, sample)) > 10 * SAME
+
+
+def recalls(model: nn.Module) -> list[bool]:
+    return [decision.recalls for decision in dicompile.report(model).decisions]
+
+
+@pytest.mark.parametrize(
+    ("build", "threshold"), [(models.flux, 0.5), (models.flux, 0.6), (models.pixart, 0.2), (models.pixart, 0.25)]
+)
+def test_first_block_cache_decides_as_diffusers_does(build: Callable[[], Sample], threshold: float) -> None:
+    sample = build()
+    flux = build is models.flux
+    theirs, computed = by_peer(
+        sample,
+        lambda model: apply_first_block_cache(model, FirstBlockCacheConfig(threshold)),
+        lambda model: model.single_transformer_blocks[-1].attn if flux else model.transformer_blocks[-1].attn1,
+    )
+    model = optimized(sample, dicompile.FirstBlockCache(threshold), STEPS)
+    ours = outputs(model, sample)
+    print(computed, dicompile.report(model))
+    assert [False, *recalls(model)] == [not ran for ran in computed]
+    assert distance(ours, theirs) < SAME
