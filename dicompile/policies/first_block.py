@@ -15,7 +15,7 @@ def FirstBlockCache(threshold: float = 0.05) -> Policy:
         threshold: relative L1 distance from which a step is full, unitless.
 
     Reference:
-        Cheng, ParaAttention, "First Block Cache"; diffusers, `FirstBlockCacheConfig`.
+        ParaAttention, 2024
     """
     return _decided(f"first-block-{threshold:g}", Cadence(gate=Gate(threshold=threshold)), (1, 0), 0)
 
@@ -41,7 +41,7 @@ def DBCache(
         order: highest derivative of a forecast from what the last full steps stored; 0 reuses.
 
     Reference:
-        cache-dit, "DBCache: Dual Block Cache", github.com/vipshop/cache-dit.
+        cache-dit, 2025
     """
     gate = Gate(threshold=threshold, longest=longest, most=most)
     return _decided(f"dbcache-{first}-{last}-{threshold:g}", Cadence(warmup=warmup, gate=gate), (first, last), order)
