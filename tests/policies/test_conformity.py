@@ -184,6 +184,36 @@ def test_first_block_cache_decides_as_diffusers_does(build: Callable[[], Sample]
     )
     model = optimized(sample, dicompile.FirstBlockCache(threshold), STEPS)
     ours = outputs(model, sample)
-    print(computed, dicompile.report(model))
     assert [False, *recalls(model)] == [not ran for ran in computed]
+    assert distance(ours, theirs) < SAME
+
+
+@pytest.mark.parametrize(("first", "last", "warmup", "longest"), [(1, 0, 2, None), (2, 1, 1, 2)])
+def test_dbcache_decides_as_cache_dit_does(first: int, last: int, warmup: int, longest: int | None) -> None:
+    cache_dit = pytest.importorskip("cache_dit")
+    sample = models.pixart(4)
+
+    def enable(model: nn.Module) -> None:
+        config = cache_dit.DBCacheConfig(
+            Fn_compute_blocks=first,
+            Bn_compute_blocks=last,
+            residual_diff_threshold=0.25,
+            max_warmup_steps=warmup,
+            max_continuous_cached_steps=-1 if longest is None else longest,
+            enable_separate_cfg=False,
+            num_inference_steps=STEPS,
+        )
+        adapter = cache_dit.BlockAdapter(
+            transformer=model,
+            blocks=model.transformer_blocks,
+            forward_pattern=cache_dit.ForwardPattern.Pattern_3,
+            check_forward_pattern=False,
+        )
+        cache_dit.enable_cache(adapter, cache_config=config)
+
+    theirs, computed = by_peer(sample, enable, lambda model: model.transformer_blocks[first].attn1)
+    model = optimized(sample, dicompile.DBCache(first, last, 0.25, warmup, longest), STEPS)
+    ours = outputs(model, sample)
+    assert [*[False] * warmup, *recalls(model)] == [not ran for ran in computed]
+    assert 0 < sum(recalls(model)) < STEPS - warmup
     assert distance(ours, theirs) < SAME
