@@ -18,13 +18,20 @@ from diffusers import (
     FirstBlockCacheConfig,
     MagCacheConfig,
     PyramidAttentionBroadcastConfig,
+    TaylorSeerCacheConfig,
 )
-from diffusers.hooks import apply_first_block_cache, apply_mag_cache, apply_pyramid_attention_broadcast
+from diffusers.hooks import (
+    apply_first_block_cache,
+    apply_mag_cache,
+    apply_pyramid_attention_broadcast,
+    apply_taylorseer_cache,
+)
 from diffusers.hooks.mag_cache import FLUX_MAG_RATIOS
 from diffusers.models.cache_utils import CacheMixin
 from torch import Tensor, nn
 
 import dicompile
+from dicompile.plan import Cadence, Forecast, Policy, Rule
 from dicompile.policies.magcache import RATIOS
 from tests import models
 from tests.models import Sample, optimized, redraw, timesteps
@@ -217,3 +224,28 @@ def test_dbcache_decides_as_cache_dit_does(first: int, last: int, warmup: int, l
     assert [*[False] * warmup, *recalls(model)] == [not ran for ran in computed]
     assert 0 < sum(recalls(model)) < STEPS - warmup
     assert distance(ours, theirs) < SAME
+
+
+@pytest.mark.parametrize("order", [1, 2])
+def test_taylorseer_forecasts_attention_as_diffusers_does(order: int) -> None:
+    """Theirs has a first interval of its own: after the warmup it forecasts one step, whatever the interval."""
+    sample, interval, warmup = models.flux(), 4, 3
+    config = TaylorSeerCacheConfig(interval, warmup, None, order, torch.float32)
+    theirs, computed = by_peer(
+        sample, lambda model: apply_taylorseer_cache(model, config), lambda model: model.transformer_blocks[0].attn.to_q
+    )
+    full = (*range(warmup), *range(warmup + 1, STEPS, interval))
+    assert [step in full for step in range(STEPS)] == computed
+    by_attention = Policy(
+        name="attention alone",
+        cadence=Cadence(at=full),
+        rules=(
+            Rule(sites=("joint-attention",), do=Forecast(order=order)),
+            Rule(sites=("parallel",), do=Forecast(order=order, what="attention")),
+        ),
+    )
+    ours, plan = by_dicompile(sample, by_attention)
+    assert is_full(plan) == computed
+    assert distance(ours, theirs) < SAME
+    published = dicompile.TaylorSeer(interval, order, warmup).cadence
+    assert [moment.step for moment in published.moments(STEPS) if moment.others] != list(full)
