@@ -14,6 +14,7 @@ import dicompile
 from dicompile.errors import InvalidPolicy, InvalidSetting, PolicyDoesNotFit
 from dicompile.plan import Cadence, Forecast, Gate, Policy, Reuse, Rule
 from dicompile.runtime import gate as runtime_gate
+from dicompile.runtime import invariants
 from tests import models
 from tests.models import PlainDiT, Sample, optimized, timesteps
 
@@ -286,6 +287,24 @@ def test_branches_may_be_recalled_one_by_one(sample: Sample) -> None:
     assert recalls(model) == reference.recalled
     recalled = next(step for step in dicompile.plan_of(model).steps if step.full is not None)
     assert [action.action.symbol for action in recalled.sites[: 2 * LAYERS]] == ["F", "F", *"." * 6]
+
+
+@pytest.mark.parametrize("name", ["first block", "modulated"])
+def test_a_step_with_another_timestep_than_was_foretold_is_decided_anew(
+    sample: Sample, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(invariants, "_is_waited_for", lambda tensor: True)  # as if the CPU were an accelerator
+    off_by, kept, found = {2: 0.3, 5: -0.3}, [], []
+    for hoist in ("off", "all"):
+        model = optimized(sample, GATES[name], STEPS, hoist=hoist)
+        with torch.no_grad():
+            for step, (x, time) in enumerate(zip(latents(), TIMES, strict=True)):
+                found.append(model(x, torch.full((4,), time + off_by.get(step, 0.0)), sample.inputs["y"]))
+                kept += [table.wrong for table in models.state_of(model).tables.values()]
+        found.append(torch.tensor(drifts(model)))
+    for ours, theirs in zip(found[: STEPS + 1], found[STEPS + 1 :], strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+    assert max(kept) == 2, "both were noticed after the step had begun"
 
 
 REFUSED = {
