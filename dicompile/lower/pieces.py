@@ -15,7 +15,7 @@ from dicompile.capture import Capture
 from dicompile.lower.hoist import Hoist, Invariants
 from dicompile.nodes import results_of, walk
 from dicompile.passes import Outline, outline
-from dicompile.plan import SiteStep, StepPlan
+from dicompile.plan import SiteStep, Slot, SlotKind, StepPlan
 from dicompile.text import layout_text
 
 RUNS = (8, 4, 2, 1)
@@ -32,20 +32,16 @@ class Piece:
     sites: tuple[Site, ...]
 
 
-class GatedPieces(NamedTuple):
-    """Pieces of a step at which a gate decides.
+class Part(NamedTuple):
+    """What a part of a step runs.
 
     Attributes:
-        watched: the step as it runs before: what the gate watches leaves its piece.
-        before: what runs before the gate decides.
-        recalled: what runs after it, where the probe has drifted little.
-        full: what runs otherwise.
+        step: what its sites do.
+        pieces: in order.
     """
 
-    watched: StepPlan
-    before: list[Piece]
-    recalled: list[Piece]
-    full: list[Piece]
+    step: StepPlan
+    pieces: list[Piece]
 
 
 class Pieces:
@@ -91,21 +87,29 @@ class Pieces:
         pieces.append(self._piece("epilogue", structure.epilogue, ()))
         return [piece for piece in pieces if piece.outline.outputs]
 
-    def around_gate(self, step: StepPlan) -> GatedPieces:
-        """Pieces of a gated step, before its gate decides and after."""
+    def around_gate(self, step: StepPlan) -> tuple[Part, Part, Part]:
+        """What a gated step runs before its gate decides, where it recalls, and where it does not.
+
+        The value of the probe leaves the first part, and no other.
+        """
         probe = self.structure.probe
         assert probe is not None
         assert step.full is not None
-        recalled, full = self.of_step(step), self.of_step(step.full)
-        watched = step.full.watching(probe.id)
+        watched = step.full.writing(probe.id, (Slot.of(probe.id, SlotKind.VALUE),))
+        recalled, full = (
+            (way, self.of_step(way)) for way in (step.writing(probe.id, ()), step.full.writing(probe.id, ()))
+        )
         if probe.inside:
             pieces = self.of_step(watched)
             later = (i for i, piece in enumerate(pieces) if piece.sites and piece.sites[0].block > probe.block)
             before = pieces[: next(later)]
-            return GatedPieces(watched, before, recalled[len(before) :], full[len(before) :])
-        nodes = (*self.structure.prologue, *self._leading_to(probe.core))
-        rest = [[piece for piece in pieces if piece.name != "prologue"] for pieces in (recalled, full)]
-        return GatedPieces(watched, [self._piece("probe", nodes, (probe,))], *rest)
+            rest = [Part(way, pieces[len(before) :]) for way, pieces in (recalled, full)]
+        else:
+            before = [self._piece("probe", (*self.structure.prologue, *self._leading_to(probe.core)), (probe,))]
+            rest = [
+                Part(way, [piece for piece in pieces if piece.name != "prologue"]) for way, pieces in (recalled, full)
+            ]
+        return Part(watched, before), rest[0], rest[1]
 
     def _leading_to(self, name: str) -> list[str]:
         """Calls that a value is computed by."""

@@ -193,7 +193,7 @@ class ProgramBuilder:
         """Make the variants of a step, but compile none."""
         with self.variants.trial():
             if step.full is not None:
-                self._choose_around_gate(step, step.full)
+                self._choose_around_gate(step)
             elif step.signature not in self._programs:
                 self._choose_variants(step, self.pieces.of_step(step), self._wanted())
 
@@ -212,31 +212,30 @@ class ProgramBuilder:
         return assembly.finish(self._results())
 
     def _build_gated(self, step: StepPlan, full: StepPlan) -> GatedProgram:
-        pieces = self.pieces.around_gate(step)
-        chosen = self._choose_around_gate(step, full)
-        before = _Assembly(self.capture, pieces.watched, self._invariants)
-        before.add_all(chosen[0])
+        (watched, first), *rest = self._choose_around_gate(step)
+        before = _Assembly(self.capture, watched, self._invariants)
+        before.add_all(first)
         ((probe, register),) = before.writes.items()
         ways, count = [], before.count
-        for planned, variants in zip((step, full), chosen[1:], strict=True):
-            way = before.fork(planned, count)
+        for planned, (way, variants) in zip((step, full), rest, strict=True):
+            assembly = before.fork(way, count)
             if planned.sites[probe.site].writes:
-                way.writes[probe] = register
-            way.add_all(variants)
-            ways.append(way)
-            count = way.count
-        programs = [way.finish(self._results()) for way in ways]
-        first = before.finish_before(programs, count)
-        recalled, computed = (replace(program, registers=count, invariants=()) for program in programs)
-        return GatedProgram(first, recalled, computed, (probe, register))
+                assembly.writes[probe] = register
+            assembly.add_all(variants)
+            ways.append(assembly.finish(self._results()))
+            count = assembly.count
+        recalled, computed = (replace(way, registers=count, invariants=()) for way in ways)
+        return GatedProgram(before.finish_before(ways, count), recalled, computed, (probe, register))
 
-    def _choose_around_gate(self, step: StepPlan, full: StepPlan) -> tuple[list[tuple[Piece, Variant]], ...]:
+    def _choose_around_gate(self, step: StepPlan) -> list[tuple[StepPlan, list[tuple[Piece, Variant]]]]:
         """Variants that a gated step runs before its gate decides, where it recalls, and where it does not."""
-        pieces = self.pieces.around_gate(step)
-        needed, needed_by_full = self._wanted(), self._wanted()
-        recalled = self._choose_variants(step, pieces.recalled, needed)
-        computed = self._choose_variants(full, pieces.full, needed_by_full)
-        return self._choose_variants(pieces.watched, pieces.before, needed | needed_by_full), recalled, computed
+        before, *ways = self.pieces.around_gate(step)
+        chosen, needed = [], set[str]()
+        for way in ways:
+            own = self._wanted()
+            chosen.append((way.step, self._choose_variants(way.step, way.pieces, own)))
+            needed |= own
+        return [(before.step, self._choose_variants(before.step, before.pieces, needed)), *chosen]
 
     def _wanted(self) -> set[str]:
         return {node.name for node in self._results() if isinstance(node, fx.Node)}

@@ -7,8 +7,8 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from dicompile.analysis import BlockId, ModelStructure, SiteId
-from dicompile.plan.action import Action, Score, Slot, SlotKind
+from dicompile.analysis import BlockId, ModelStructure
+from dicompile.plan.action import Action, Score, Slot
 from dicompile.plan.gate import Gate
 from dicompile.plan.memory import UNLIMITED, CacheOptions
 from dicompile.plan.recall import Forecast, Reuse
@@ -72,10 +72,9 @@ class StepPlan:
     time: float = 0.0
     full: StepPlan | None = field(repr=False, default=None)
 
-    def watching(self, probe: int) -> StepPlan:
-        """The step with the value of a probe among its results, whether it is stored or not."""
-        slot = Slot.of(SiteId(probe), SlotKind.VALUE)
-        return replace(self, sites=replaced(self.sites, probe, writes=(slot,)))
+    def writing(self, site: int, slots: tuple[Slot, ...]) -> StepPlan:
+        """The step, of which one site writes other slots."""
+        return replace(self, sites=replaced(self.sites, site, writes=slots))
 
     @property
     def signature(self) -> tuple[object, ...]:

@@ -214,6 +214,15 @@ class Policy(YamlJson):
     def _check_gate(self) -> Policy:
         if self.gate is not None:
             check_gated(self)
+        for other in self.elsewhere:
+            if other.policy.trunk != self.trunk:
+                raise InvalidPolicy(
+                    f"policy {self.name!r} has a setting {other.policy.name!r} with another probe or other blocks "
+                    "outside",
+                    where="elsewhere",
+                    why="which blocks are the stack, and what is watched, is analysed once for all settings",
+                    fix="give all settings the same 'outside', and the same probe or none",
+                )
         return self
 
     @property

@@ -347,6 +347,13 @@ def test_rules_that_have_to_be_known_ahead_are_refused(rule: Rule, why: str) -> 
         Policy(name="x", cadence=Cadence(gate=Gate(threshold=0.1)), rules=(rule,))
 
 
+def test_settings_of_one_policy_share_what_is_watched() -> None:
+    other = dicompile.Elsewhere(policy=policy(Gate(threshold=0.1)))
+    with pytest.raises(InvalidPolicy, match="has a setting 'gated' with another probe or other blocks outside"):
+        Policy(name="x", elsewhere=(other,))
+    assert Policy(name="x", outside=(1, 0), cadence=Cadence(gate=Gate(threshold=0.2)), elsewhere=(other,))
+
+
 def test_a_policy_with_a_gate_goes_to_text_and_back() -> None:
     for chosen in (dicompile.TeaCache(), dicompile.DBCache(order=1, longest=3), dicompile.FirstBlockCache()):
         assert Policy.from_yaml(chosen.to_yaml()) == chosen
