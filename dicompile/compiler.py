@@ -17,7 +17,7 @@ import torch
 from rich.progress import track
 from torch import Tensor, fx
 
-from dicompile.analysis import ModelStructure, SiteKind, analyse
+from dicompile.analysis import ModelStructure, SiteKind, Trunk, analyse
 from dicompile.capture import CAPTURES, MOST_CAPTURES, NO_TIMESTEP, NOTHING_SAID, Capture, Role, Said
 from dicompile.config import DebugFolder, Settings
 from dicompile.errors import CallOutsideSchedule, DicompileError
@@ -29,6 +29,7 @@ from dicompile.lower import (
     VARIANTS,
     Backend,
     Code,
+    GatedProgram,
     Hoist,
     Pieces,
     Program,
@@ -54,6 +55,7 @@ from dicompile.plan import (
     StepPlan,
     TimestepSchedule,
     check_can_compile,
+    check_gate,
     check_predictor,
     first_span,
     load_predictor,
@@ -62,7 +64,18 @@ from dicompile.plan import (
     reusing_plan,
 )
 from dicompile.policies import NoCache
-from dicompile.runtime import Executor, Graphs, Observer, Owners, SchedulerLink, Signature, Step, Tables, recorder_of
+from dicompile.runtime import (
+    Executor,
+    GatedStep,
+    Graphs,
+    Observer,
+    Owners,
+    SchedulerLink,
+    Signature,
+    Step,
+    Tables,
+    recorder_of,
+)
 from dicompile.same import Same
 
 log = logging.getLogger("dicompile")
@@ -105,6 +118,7 @@ class Options:
 
     def __post_init__(self) -> None:
         self.backend.check_cache(self.cache)
+        check_gate(self.policy, records_steps=self.backend.records_steps, is_offloaded=self.cache.device == "cpu")
 
     @functools.cached_property
     def owners(self) -> Owners:
@@ -140,13 +154,13 @@ def compile_capture(
         check_fits(capture.graph)
     options.debug.write("captured", capture)
     hoist = _hoist(capture, arguments, options)
-    pieces = pieces_of(capture, hoist)
+    pieces = pieces_of(capture, hoist, options.policy.trunk)
     structure = pieces.structure
     options.debug.write("structure", structure)
     records = options.backend.records_steps and options.observer is None
     graphs = _graphs(pieces, arguments) if records else None
     predictor, own = _predictor(capture, structure, options)
-    rehearsal = None if resized is None else Rehearsal(pieces_of(resized, hoist), options)
+    rehearsal = None if resized is None else Rehearsal(pieces_of(resized, hoist, options.policy.trunk), options)
     programs = Programs(pieces, options, own, rehearsal)
     if options.cache.max_bytes is not None:
         programs.plan(options.link.schedule)  # refuses before anything is compiled, a predictor included
@@ -169,18 +183,20 @@ def compile_capture(
 def uncached_step(pieces: Pieces, options: Options) -> Step:
     """A step that computes everything, operator by operator: nothing is compiled for it."""
     plain = replace(options, policy=NoCache(), backend=Backend("eager"), cache=UNLIMITED)
-    return Programs(pieces, plain).step(TimestepSchedule.of(1), 0)
+    step = Programs(pieces, plain).step(TimestepSchedule.of(1), 0)
+    assert isinstance(step, Step)
+    return step
 
 
 @functools.lru_cache(maxsize=MOST_CAPTURES)
-def pieces_of(capture: Capture, hoist: Hoist) -> Pieces:
+def pieces_of(capture: Capture, hoist: Hoist, trunk: Trunk) -> Pieces:
     """What is known of a captured model whatever the policy: its structure, and the pieces that steps cut it into."""
-    return Pieces(capture, _analysed(capture), hoist)
+    return Pieces(capture, _analysed(capture, trunk), hoist)
 
 
 @functools.lru_cache(maxsize=MOST_CAPTURES)
-def _analysed(capture: Capture) -> ModelStructure:
-    return analyse(capture)
+def _analysed(capture: Capture, trunk: Trunk) -> ModelStructure:
+    return analyse(capture, trunk)
 
 
 def _hoist(capture: Capture, arguments: Sequence[Any], options: Options) -> Hoist:
@@ -296,13 +312,13 @@ class Programs:
         self._is_watched = options.observer is not None
         self.variants = VariantCache(options.backend, options.settings, options.debug)
         self._builder = ProgramBuilder(pieces, self.variants, options.cache.torch_dtype)
-        self._plans: dict[TimestepSchedule, tuple[Plan, dict[int, Step]]] = {}
+        self._plans: dict[TimestepSchedule, tuple[Plan, dict[int, Step | GatedStep]]] = {}
 
     def plan(self, schedule: TimestepSchedule) -> Plan:
         """The plan for a schedule."""
         return self._planned(schedule)[0]
 
-    def step(self, schedule: TimestepSchedule, index: int) -> Step:
+    def step(self, schedule: TimestepSchedule, index: int) -> Step | GatedStep:
         """What to run at a step.
 
         Raises:
@@ -326,7 +342,7 @@ class Programs:
         has_stack = any(span.kind is SiteKind.STACK for span in self.structure.spans)
         plans = [reusing_plan(self.structure, kind) for kind in (("site", "stack") if has_stack else ("site",))]
         with ONE_AT_A_TIME:
-            return {plan.policy: self._make(plan, 1) for plan in plans}
+            return {plan.policy: self._ready(plan, 1) for plan in plans}
 
     def codes(self, schedule: TimestepSchedule) -> list[Code]:
         """Everything that the steps of a run need, of which nothing is compiled for being asked for here."""
@@ -349,9 +365,10 @@ class Programs:
             with ONE_AT_A_TIME:
                 rest = schedule.rest(first)
                 for index, planned in enumerate(make_plan(self.structure, self.policy, rest, self.cache).steps):
-                    self._program(rest, index, planned)
+                    compiled = self._program if planned.full is None else self._gated_program
+                    compiled(rest, index, planned)
 
-    def _planned(self, schedule: TimestepSchedule) -> tuple[Plan, dict[int, Step]]:
+    def _planned(self, schedule: TimestepSchedule) -> tuple[Plan, dict[int, Step | GatedStep]]:
         known = self._plans.get(schedule)
         if known is not None:
             return known
@@ -368,17 +385,25 @@ class Programs:
                 self._plans = {**dict(latest), schedule: (plan, {})}
             return self._plans[schedule]
 
-    def _make(self, plan: Plan, index: int) -> Step:
+    def _make(self, plan: Plan, index: int) -> Step | GatedStep:
         if index >= plan.schedule.steps:
             raise CallOutsideSchedule(
                 f"there is no step {index + 1} in a schedule of {plan.schedule.steps} steps",
                 where="runtime",
                 fix="set the scheduler's timesteps before sampling",
             )
+        return self._ready(plan, index) if plan.steps[index].full is None else self._gated(plan, index)
+
+    def _ready(self, plan: Plan, index: int) -> Step:
         planned = plan.steps[index]
         program = self._program(plan.schedule, index, planned)
         self.debug.write(f"step{index}-{planned.kind}", program)
         return Step.of(plan, index, program)
+
+    def _gated(self, plan: Plan, index: int) -> GatedStep:
+        programs = self._gated_program(plan.schedule, index, plan.steps[index])
+        self.debug.write(f"step{index}-gated", programs)
+        return GatedStep.of(plan, index, programs)
 
     def _rehearse(self, schedule: TimestepSchedule, index: int, planned: StepPlan) -> None:
         """Note other sizes of what a step compiles, if it compiles anything."""
@@ -393,6 +418,11 @@ class Programs:
             for code in self._beside:
                 code.compile()
             return self._builder.program(planned)
+
+    def _gated_program(self, schedule: TimestepSchedule, index: int, planned: StepPlan) -> GatedProgram:
+        with torch.inference_mode(mode=False), torch.no_grad(), uncollected():
+            self._rehearse(schedule, index, planned)
+            return self._builder.gated(planned)
 
 
 class Rehearsal:

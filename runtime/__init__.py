@@ -2,7 +2,7 @@
 
 from dicompile.runtime import kernels
 from dicompile.runtime.clock import SchedulerLink
-from dicompile.runtime.execute import Executor, Step, StepSource
+from dicompile.runtime.execute import Executor, GatedStep, Step, StepSource
 from dicompile.runtime.graphs import Graphs, recorder_of
 from dicompile.runtime.identify import Signature
 from dicompile.runtime.invariants import Tables
@@ -13,6 +13,7 @@ from dicompile.runtime.session import Session, cache_context, current_session, s
 
 __all__ = [
     "Executor",
+    "GatedStep",
     "Graphs",
     "Observer",
     "Owner",

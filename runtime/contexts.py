@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 import torch
 
 from dicompile.plan import TimestepSchedule
+from dicompile.runtime.gate import Drift
 from dicompile.runtime.graphs import Buffers
 from dicompile.runtime.stamps import Stamps
 
@@ -102,6 +103,7 @@ class ContextState:
         stamps: what is known of them, where reads are checked.
         chosen: tokens that sites refreshed at that step; kept only in a session that was told to.
         buffers: memory in which its slots lie, where steps are recorded as CUDA graphs.
+        drift: what its gate remembers, if the policy has one.
     """
 
     name: str
@@ -118,10 +120,12 @@ class ContextState:
     stamps: Stamps = field(default_factory=Stamps)
     chosen: dict[int, torch.Tensor] = field(default_factory=dict)
     buffers: Buffers | None = None
+    drift: Drift = field(default_factory=Drift)
 
     def forget(self) -> None:
         """Release everything."""
         self.given, self.latent, self.held, self.buffers = {}, None, 0, None
+        self.drift = Drift()
         self.store.clear()
         self.chosen.clear()
 

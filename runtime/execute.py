@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import torch
 
 from dicompile.errors import StaleRead
-from dicompile.lower import Constant, Program
+from dicompile.lower import Constant, GatedProgram, Program
 from dicompile.plan import HISTORIC, Plan, Slot, StepPlan, TimestepSchedule
 from dicompile.runtime.contexts import ContextState
 from dicompile.runtime.graphs import Graphs, Outcome
@@ -22,7 +22,7 @@ from dicompile.runtime.identify import Place, Signature, identify
 from dicompile.runtime.invariants import Doubt, Kept, Tables
 from dicompile.runtime.observe import Observer, Seen, Watch
 from dicompile.runtime.owner import Owner
-from dicompile.runtime.report import UNCACHED
+from dicompile.runtime.report import RECALLED, UNCACHED
 from dicompile.runtime.session import ModelState, current_session
 from dicompile.runtime.storage import Lane, lane_for, run_calls
 from dicompile.same import Same
@@ -67,13 +67,19 @@ class Step:
     key: Same
 
     @classmethod
-    def of(cls, plan: Plan, index: int, program: Program) -> Step:
+    def of(cls, plan: Plan, index: int, program: Program, planned: StepPlan | None = None) -> Step:
         """Work out everything that does not depend on values.
+
+        Args:
+            plan: the whole run.
+            index: of the step in it.
+            program: what runs.
+            planned: what the plan says about the step, where it says two things.
 
         Raises:
             StaleRead: the plan reads what it never holds.
         """
-        planned, slots = plan.steps[index], plan.slots
+        planned, slots = planned or plan.steps[index], plan.slots
         number = {slot: i for i, slot in enumerate(slots)}
         for slot, _ in program.reads:
             if slot not in number:
@@ -103,6 +109,24 @@ class Step:
             key=Same((program, tuple(moves), slots)),
         )
 
+    @property
+    def is_recall(self) -> bool:
+        """True if it does what a gated step does where the probe has drifted little."""
+        return self.planned.full is not None
+
+    def weights(self, site: int, number: int, full: Sequence[int]) -> tuple[float, ...]:
+        """Weights of a site; where a gate recalls, they follow from the steps that really were full.
+
+        Args:
+            site: its number.
+            number: of this step in the whole schedule.
+            full: numbers of the full steps before it, the latest first.
+        """
+        planned = self.planned.sites[site].action.weights
+        if not self.is_recall:
+            return planned
+        return self.plan.recalls[site].action(full[: len(planned) - 1], number).weights
+
     @functools.cached_property
     def is_repeatable(self) -> bool:
         """True if it takes no slot's content for the last time, so that running it twice holds no more memory."""
@@ -126,6 +150,31 @@ class Step:
         return [None if source is None else registers[~source] if source < 0 else old[source] for source in self.moves]
 
 
+@dataclass(frozen=True)
+class GatedStep:
+    """A step of which a gate decides in the middle what it does; both ways go on with the same registers.
+
+    Attributes:
+        program: what runs before the gate decides.
+        recalled: how it goes on where the probe has drifted little.
+        full: how it goes on otherwise.
+        probe: number of the slot of the probe, and the register of its value.
+    """
+
+    program: Program
+    recalled: Step
+    full: Step
+    probe: tuple[int, int]
+
+    @classmethod
+    def of(cls, plan: Plan, index: int, programs: GatedProgram) -> GatedStep:
+        """Work out everything that does not depend on values."""
+        planned, (slot, register) = plan.steps[index], programs.probe
+        recalled = Step.of(plan, index, programs.recalled)
+        full = Step.of(plan, index, programs.full, planned.full)
+        return cls(programs.before, recalled, full, (plan.slots.index(slot), register))
+
+
 class StepSource(Protocol):
     """Plans and steps by schedule; made on demand."""
 
@@ -133,7 +182,7 @@ class StepSource(Protocol):
         """The plan for a schedule."""
         ...
 
-    def step(self, schedule: TimestepSchedule, index: int) -> Step:
+    def step(self, schedule: TimestepSchedule, index: int) -> Step | GatedStep:
         """What to run at a step."""
         ...
 
@@ -212,7 +261,7 @@ class Executor:
             state.begin(None)
             raise
 
-    def _step(self, state: ModelState, owner: Owner, place: Place) -> Step:
+    def _step(self, state: ModelState, owner: Owner, place: Place) -> Step | GatedStep:
         if place.context is None:
             whole = owner.link.schedule  # a run of one step computes everything and stores nothing
             schedule, index = whole.rest(whole.steps - 1), 0
@@ -236,13 +285,22 @@ class Executor:
         return True
 
     def _run(
-        self, owner: Owner, state: ModelState, place: Place, step: Step, inputs: Sequence[Any], *, keep_chosen: bool
+        self,
+        owner: Owner,
+        state: ModelState,
+        place: Place,
+        step: Step | GatedStep,
+        inputs: Sequence[Any],
+        *,
+        keep_chosen: bool,
     ) -> Sequence[Any]:
-        program, context = step.program, place.context
-        registers: list[Any] = [*inputs, *[None] * (program.registers - len(inputs))]
+        context = place.context
+        registers: list[Any] = [*inputs, *[None] * (step.program.registers - len(inputs))]
         try:
-            self._load(registers, step, inputs, place.step)
-            load = self._loading(state, owner, step, registers, place.step)
+            if isinstance(step, GatedStep):
+                step = self._decided(owner, state, place, step, registers)
+            self._load(registers, step, inputs, place)
+            load = self._loading(state, owner, step.program, registers, place.step)
             watch = self._watch(state, place, step, owner.link.schedule, inputs)
             is_uncached = self.warmup is not None and step is self.warmup.uncached
             if self.graphs is None or is_uncached:
@@ -255,22 +313,48 @@ class Executor:
             if context is not None:
                 self._keep(state, place, context, step)
                 context.chosen = outcome.chosen
-            state.report.count(UNCACHED if is_uncached else step.planned.kind, state.cache_bytes)
+            kind = UNCACHED if is_uncached else RECALLED if step.is_recall else step.planned.kind
+            state.report.count(kind, state.cache_bytes)
             if self.signature.remembers and watch is None and place.is_last and step.planned.sites:
                 _end(state, step.plan.policy)
             return outcome.results
         finally:
             registers.clear()  # the traceback of an error may hold on to this frame
 
-    def _loading(self, state: ModelState, owner: Owner, step: Step, registers: list[Any], number: int) -> Load:
+    def _decided(self, owner: Owner, state: ModelState, place: Place, step: GatedStep, registers: list[Any]) -> Step:
+        """Run a step until its gate decides; how it goes on. This is the one place that waits for the device."""
+        context = place.context
+        assert context is not None
+        number, register = step.probe
+        gate, reference = step.full.plan.gate, context.store[number] if context.store else None
+        assert gate is not None
+        if reference is None:
+            raise _not_written(step.full.slots[number])
+        if self.check:
+            context.stamps.check([number], context.store, step.full, state.generation)
+        load = self._loading(state, owner, step.program, registers, place.step)
+        doubt = load(may_doubt=True)
+        before = [] if doubt is None else registers.copy()
+        run_calls(step.program, registers, None)
+        decision = context.drift.decide(gate, registers[register], reference)
+        if doubt is not None and doubt.is_justified:
+            registers[:] = before
+            load(is_again=True)
+            run_calls(step.program, registers, None)
+            decision = context.drift.decide(gate, registers[register], reference)
+        context.drift.take(decision)
+        state.report.decide(decision)
+        return step.recalled if decision.recalls else step.full
+
+    def _loading(self, state: ModelState, owner: Owner, program: Program, registers: list[Any], number: int) -> Load:
         """What loads values that are computed outside of the steps; see `Tables.load`."""
 
         def load(**how: bool) -> Doubt | None:
-            if not step.program.invariants:
+            if not program.invariants:
                 return None
             assert self.tables is not None
             kept = state.tables.setdefault(self, Kept())
-            doubt = self.tables.load(step.program.invariants, registers, kept, owner.link.schedule, number, **how)
+            doubt = self.tables.load(program.invariants, registers, kept, owner.link.schedule, number, **how)
             state.report.hoist(sum(each.bytes for each in state.tables.values()))
             return doubt
 
@@ -344,6 +428,8 @@ class Executor:
     def _keep(self, state: ModelState, place: Place, context: ContextState, step: Step) -> None:
         """Note that a call of a context is done, and what its slots hold now."""
         context.held = step.held
+        if step.plan.gate is not None:
+            context.drift.follow(place.step, recalls=step.is_recall)
         if self.check:
             are_copied = context.buffers is not None
             context.stamps.advance(step, context.store, state.generation, are_copied=are_copied)
@@ -351,9 +437,10 @@ class Executor:
         if place.is_last:
             context.forget()  # nothing goes on from here
 
-    def _load(self, registers: list[Any], step: Step, inputs: Sequence[Any], number: int) -> None:
+    def _load(self, registers: list[Any], step: Step, inputs: Sequence[Any], place: Place) -> None:
         """Fill the registers of everything that no call computes and no slot holds."""
-        program, sites = step.program, step.planned.sites
+        program, sites, number = step.program, step.planned.sites, place.step
+        full = place.context.drift.full if place.context is not None and step.is_recall else ()
         for item in program.ints:
             site = sites[item.site]
             registers[item.register] = site.action.tokens.count if item.is_count and site.action.tokens else site.clock
@@ -362,7 +449,7 @@ class Executor:
         for noise in program.noise:
             registers[noise.register] = self._noise(noise.shape, noise.share_guidance, number, int(noise.site), device)
         for weights in program.weights:
-            registers[weights.register] = _on_device(sites[weights.site].action.weights, device)
+            registers[weights.register] = _on_device(step.weights(weights.site, number, full), device)
         if program.predicted:
             assert self.predictor is not None
             importance = self.predictor(inputs, number)
@@ -381,7 +468,7 @@ class Executor:
             registers: list[Any] = [*inputs, *[None] * (program.registers - len(inputs))]
             for slot, register in program.reads:
                 registers[register] = stored[slot]
-            self._load(registers, trial, inputs, place.step)
+            self._load(registers, trial, inputs, place)
             run_calls(program, registers, None)
             found[kind] = trial.outputs(registers)
         return found

@@ -5,11 +5,15 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, field
 
+from dicompile.runtime.gate import Decision
 from dicompile.runtime.graphs import RECORDED, REPLAYED
 from dicompile.text import size_text
 
 UNCACHED = "uncached"
 """Kind of a call that came before its code was compiled."""
+
+RECALLED = "recalled"
+"""Kind of a call at which a gate has decided to recall."""
 
 
 @dataclass
@@ -30,6 +34,7 @@ class RunReport:
         graph_bytes: what CUDA graphs held at the last call, and hold after the generation: all slots, wherever
             something lies in them, copies of the inputs, and a pool for the rest. Kernels and their arguments, which
             the driver keeps, are not in it.
+        decisions: of gates, one for every call at which one decided.
     """
 
     kinds: Counter[str] = field(default_factory=Counter)
@@ -43,6 +48,11 @@ class RunReport:
     recorded: int = 0
     replayed: int = 0
     graph_bytes: int = 0
+    decisions: list[Decision] = field(default_factory=list)
+
+    def decide(self, decision: Decision) -> None:
+        """Note what a gate said."""
+        self.decisions.append(decision)
 
     def count(self, kind: str, cache_bytes: int) -> None:
         """Note a call, and how many bytes are held after it."""
@@ -84,6 +94,22 @@ class RunReport:
         self.recorded += other.recorded
         self.replayed += other.replayed
         self.graph_bytes += other.graph_bytes
+        self.decisions = [*self.decisions, *other.decisions]
+
+    @property
+    def gate(self) -> str:
+        """What gates did, in one line: quartiles of the drift, and a threshold that would have decided otherwise."""
+        recalled = sum(decision.recalls for decision in self.decisions)
+        drifts = sorted(decision.drift for decision in self.decisions if decision.drift is not None)
+        if not drifts:
+            return ""
+        quartiles = " ".join(f"{drifts[round(share * (len(drifts) - 1))]:.3g}" for share in (0.25, 0.5, 0.75))
+        told = f"the gate recalled at {recalled} of {len(self.decisions)} steps, drift {quartiles} (quartiles)"
+        if not recalled:
+            told += f": never, a threshold above {drifts[0]:.3g} would have"
+        elif recalled == len(self.decisions):
+            told += f": always, one of {drifts[-1]:.3g} would not have"
+        return told
 
     def __str__(self) -> str:
         kinds = ", ".join(f"{count} {kind}" for kind, count in self.kinds.items())
@@ -91,6 +117,7 @@ class RunReport:
         cold = f"; computed for want of stored values at steps {self.cold_starts}" if self.cold_starts else ""
         cold += "; its code was still being compiled" if self.kinds[UNCACHED] else ""
         cold += f"; {self.outside} calls outside of the schedule computed whole" if self.outside else ""
+        cold += f"; {self.gate}" if self.gate else ""
         cold += f"; policy {self.unapplied} was never applied" if self.unapplied else ""
         peak, now = size_text(self.peak_cache_bytes), size_text(self.cache_bytes)
         cache = f"; cache {peak} at most, {now} now" if self.peak_cache_bytes else ""

@@ -7,14 +7,14 @@ computed at the k-th step before it that computed anything, and is of the kind t
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Protocol
 
 import torch
 
 from dicompile.errors import StaleRead
-from dicompile.plan import HISTORIC, Plan, Slot, SlotKind, What
+from dicompile.plan import HISTORIC, Plan, Slot, SlotKind, StepPlan, What
 
 if TYPE_CHECKING:
     Store = Sequence[torch.Tensor | None]
@@ -31,6 +31,11 @@ class Stepped(Protocol):
     @property
     def index(self) -> int:
         """Of the step in it."""
+        ...
+
+    @property
+    def planned(self) -> StepPlan:
+        """What the plan says about it."""
         ...
 
     @property
@@ -75,9 +80,14 @@ class Stamps:
     """Stamps of the slots of one context, by their numbers.
 
     A context has stamps of its own, so that those of another one never come into question.
+
+    Attributes:
+        found: the stamps.
+        full: gated steps of the plan that computed everything, as their gate has decided.
     """
 
     found: list[Stamp | None] = field(default_factory=list)
+    full: set[int] = field(default_factory=set)
 
     reads = 0
     """Checked so far, by all contexts."""
@@ -99,7 +109,7 @@ class Stamps:
             slot = step.slots[number]
             stamp = self.found[number] if number < len(self.found) else None
             tensor = store[number] if number < len(store) else None
-            written = written_at(step.plan, step.index, slot)
+            written = written_at(step.plan, step.index, slot, self.full)
             if tensor is None or stamp is None or written is None:
                 raise _stale(slot, stamp, f"a value of step {written}")
             expected = Stamp.on(tensor, generation, written, _what(step, slot))
@@ -116,6 +126,8 @@ class Stamps:
             generation: the current one.
             are_copied: what moves from slot to slot is copied, not the tensor itself.
         """
+        note = self.full.add if step.planned is step.plan.steps[step.index].full else self.full.discard
+        note(step.index)
         old = self.found
         self.found = [
             None if source is None or tensor is None else old[source] if source >= 0
@@ -127,12 +139,21 @@ class Stamps:
                 self.found[number] = replace(stamp, version=_version(tensor))
 
 
-def written_at(plan: Plan, index: int, slot: Slot) -> int | None:
-    """Step at which what a step finds in a slot should have been computed, by the rows of the plan alone."""
+def written_at(plan: Plan, index: int, slot: Slot, full: Collection[int] = ()) -> int | None:
+    """Step at which what a step finds in a slot should have been computed, by the rows of the plan alone.
+
+    Args:
+        plan: the whole run.
+        index: of the step in it.
+        slot: what it reads.
+        full: gated steps before it that computed everything.
+    """
     age, newest = slot.age, Slot.of(slot.site, slot.kind)
     for step in range(index - 1, -1, -1):
-        site = plan.steps[step].sites[slot.site]
+        planned = plan.steps[step]
+        site = (planned.full if planned.full is not None and step in full else planned).sites[slot.site]
         is_whole = site.action.computes and site.action.tokens is None and slot.kind is SlotKind.VALUE
+        is_whole = is_whole and slot.site != plan.probe  # of a gate, which computes it at every step
         if not is_whole and newest not in site.writes:
             continue
         if age == 0:
@@ -147,7 +168,7 @@ def _version(tensor: torch.Tensor) -> int:
 
 def _what(step: Stepped, slot: Slot) -> What:
     """Which value of its site a step reads from a slot, or writes to it; what attention gives has a slot of its own."""
-    what = step.plan.steps[step.index].sites[slot.site].action.what
+    what = step.planned.sites[slot.site].action.what
     return what if slot.kind is SlotKind.VALUE and what is not What.ATTENTION else What.CORE
 
 

@@ -31,6 +31,7 @@ EXAMPLES = {
         prints="| auto |",
         writes=("flow/config.json", "flow/scheduler_config.json"),
     ),
+    "own_policy.py": Example("--steps 8", prints="the gate recalled at "),
     "overhead.py": Example("--quick", prints="dit, 28 blocks"),
     "train_demo_classifier.py": Example(
         "--steps 2 --batch 4 --out classifier.safetensors", prints="saved", writes=("classifier.safetensors",)

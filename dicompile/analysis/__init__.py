@@ -3,10 +3,12 @@
 from dicompile.analysis.analyse import analyse
 from dicompile.analysis.dataflow import Dataflow
 from dicompile.analysis.structure import (
+    WHOLE,
     Block,
     BlockId,
     ModelStructure,
     Pace,
+    Probe,
     Site,
     SiteId,
     SiteKind,
@@ -15,15 +17,18 @@ from dicompile.analysis.structure import (
     StreamId,
     TokenFact,
     TokenWise,
+    Trunk,
 )
 from dicompile.ops.cost import node_flops
 
 __all__ = [
+    "WHOLE",
     "Block",
     "BlockId",
     "Dataflow",
     "ModelStructure",
     "Pace",
+    "Probe",
     "Site",
     "SiteId",
     "SiteKind",
@@ -32,6 +37,7 @@ __all__ = [
     "StreamId",
     "TokenFact",
     "TokenWise",
+    "Trunk",
     "analyse",
     "node_flops",
 ]

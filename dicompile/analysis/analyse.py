@@ -14,13 +14,18 @@ from dicompile.analysis.residual import Branch, find_branches
 from dicompile.analysis.sites import make_sites
 from dicompile.analysis.spans import make_spans
 from dicompile.analysis.streams import chain_streams, make_streams
-from dicompile.analysis.structure import ModelStructure, Pace
+from dicompile.analysis.structure import WHOLE, ModelStructure, Pace, Trunk
 from dicompile.analysis.token_work import token_axis
 from dicompile.capture import Capture, Role
 
 
-def analyse(capture: Capture) -> ModelStructure:
-    """Find streams, sites, blocks, token axes, dependence and cost of a captured model."""
+def analyse(capture: Capture, trunk: Trunk = WHOLE) -> ModelStructure:
+    """Find streams, sites, blocks, token axes, dependence and cost of a captured model.
+
+    Args:
+        capture: the model.
+        trunk: which blocks the spans of the stack cover, and what is watched.
+    """
     flow = Dataflow(capture.graph)
     placeholders = [node for node in flow.nodes if node.op == "placeholder"]
     by_role = {
@@ -51,12 +56,13 @@ def analyse(capture: Capture) -> ModelStructure:
         flops=sum(flops for flops, _ in flow.work.values()),
         bytes=sum(size for _, size in flow.work.values()),
         dependence=dependence,
-        spans=make_spans(flow, branches, sites, groups),
+        spans=make_spans(flow, branches, sites, groups, latent, trunk),
         invariants=invariants,
         invariant_flops={
             pace: sum(flops for node, (flops, _) in flow.work.items() if invariants.get(node.name) is pace)
             for pace in Pace
         },
+        trunk=trunk,
     )
 
 

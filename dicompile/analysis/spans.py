@@ -6,26 +6,42 @@ of the same shape. Streams that are joined (FLUX: text and image, then both as o
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 
 from torch import fx
 
 from dicompile.analysis.dataflow import Dataflow
 from dicompile.analysis.residual import Branch
-from dicompile.analysis.structure import Site, SiteId, SiteKind, Span, TokenFact, TokenWise
+from dicompile.analysis.structure import WHOLE, Probe, Site, SiteId, SiteKind, Span, TokenFact, TokenWise, Trunk
 from dicompile.analysis.token_work import TokenWork, token_axis, token_work
 from dicompile.analysis.transport import carried
 from dicompile.analysis.work import owned_work
 from dicompile.nodes import tensor_of, walk
-from dicompile.ops.kinds import is_attention
+from dicompile.ops.kinds import is_attention, is_heavy
 
 
 def make_spans(
-    flow: Dataflow, branches: Sequence[Branch], sites: Sequence[Site], groups: Sequence[Sequence[int]]
+    flow: Dataflow,
+    branches: Sequence[Branch],
+    sites: Sequence[Site],
+    groups: Sequence[Sequence[int]],
+    latent: fx.Node | None = None,
+    trunk: Trunk = WHOLE,
 ) -> tuple[Span, ...]:
-    """Spans of every block, then of the stack; their numbers follow those of the sites."""
+    """Spans of every block, then of the stack, then the probe; their numbers follow those of the sites.
+
+    Args:
+        flow: of the graph.
+        branches: all branches of the model.
+        sites: the sites made of them.
+        groups: numbers of the sites of every block.
+        latent: the input that is denoised.
+        trunk: what the spans of the stack cover, and what is watched.
+    """
     of_blocks = [run for group in groups for run in find_runs(branches, sites, group)]
-    of_stack = find_runs(branches, sites, range(len(branches)))
+    inner = groups[trunk.before : len(groups) - trunk.after]
+    of_stack = find_runs(branches, sites, sorted(i for group in inner for i in group))
     last = last_adds(flow, branches)
     spans: list[Span] = []
     for kind, runs in ((SiteKind.BLOCK, of_blocks), (SiteKind.STACK, of_stack)):
@@ -34,7 +50,44 @@ def make_spans(
             start, end = branches[run[0]].stream, branches[run[-1]].add
             number = SiteId(len(sites) + len(spans))
             spans.append(_span(flow, start, end, kind, number, [sites[i] for i in run], own, is_last=end in last))
+    number = SiteId(len(sites) + len(spans))
+    of_latent = [i for i, branch in enumerate(branches) if latent and flow.is_ancestor(latent, branch.stream)]
+    if trunk.probe is Probe.RESIDUAL:
+        spans += _first_blocks(flow, branches, sites, of_latent, trunk.before, number)
+    elif trunk.probe is Probe.MODULATED and of_latent:
+        spans += _modulated(flow, branches[of_latent[0]], sites[of_latent[0]], number)
     return tuple(spans)
+
+
+def _first_blocks(
+    flow: Dataflow,
+    branches: Sequence[Branch],
+    sites: Sequence[Site],
+    of_latent: Sequence[int],
+    count: int,
+    number: SiteId,
+) -> Iterator[Span]:
+    """What the first blocks add to the latent's stream, if one stream goes through all of them."""
+    first = [i for i in of_latent if sites[i].block < count]
+    for run in find_runs(branches, sites, first):
+        inside = [sites[i] for i in run]
+        if (inside[0].block, inside[-1].block) == (0, count - 1):
+            start, end = branches[run[0]].stream, branches[run[-1]].add
+            yield _span(flow, start, end, SiteKind.PROBE, number, inside, (0.0, 0.0), is_last=False)
+            return
+
+
+def _modulated(flow: Dataflow, branch: Branch, site: Site, number: SiteId) -> Iterator[Span]:
+    """What enters the first product of a branch."""
+    entering = (
+        node.all_input_nodes[0]
+        for node in flow.members(flow.descendants[branch.source] & branch.region)
+        if is_heavy(node) and flow.is_ancestor(branch.source, node.all_input_nodes[0])
+    )
+    value = next(entering, branch.source)
+    if value is not branch.source:
+        span = _span(flow, branch.source, value, SiteKind.PROBE, number, [site], (0.0, 0.0), is_last=False)
+        yield replace(span, inside=())
 
 
 def _span(
@@ -80,7 +133,7 @@ def _token_work(
     flow: Dataflow, start: fx.Node, end: fx.Node, region: Sequence[fx.Node], inside: Sequence[Site], kind: SiteKind
 ) -> TokenWork:
     """What a span can do with chosen tokens."""
-    if kind is SiteKind.STACK:
+    if kind is not SiteKind.BLOCK:
         why = "tokens of later blocks attend to all tokens of earlier ones"
     elif any(site.kind is SiteKind.JOINT_ATTENTION for site in inside):
         why = "another stream needs the same attention over all tokens"

@@ -29,7 +29,10 @@ class SiteKind(enum.Enum):
     """A span: everything one block adds to a stream."""
 
     STACK = "stack"
-    """A span: everything all blocks add to a stream."""
+    """A span: everything all blocks add to a stream, or those of a `Trunk`."""
+
+    PROBE = "probe"
+    """A span that is only watched, see `Trunk`."""
 
     @property
     def is_attention(self) -> bool:
@@ -39,7 +42,7 @@ class SiteKind(enum.Enum):
     @property
     def is_span(self) -> bool:
         """True for runs of sites."""
-        return self in (SiteKind.BLOCK, SiteKind.STACK)
+        return self in (SiteKind.BLOCK, SiteKind.STACK, SiteKind.PROBE)
 
 
 class Pace(enum.Enum):
@@ -47,6 +50,34 @@ class Pace(enum.Enum):
 
     GENERATION = "once per generation"
     STEP = "once per step of the schedule"
+
+
+class Probe(enum.Enum):
+    """A value early in the model, from which it is told how far everything after it has drifted."""
+
+    RESIDUAL = "residual"
+    """What the blocks before the trunk add to the latent's stream."""
+
+    MODULATED = "modulated"
+    """What enters the first product of the first branch on the latent's stream: normalised and modulated tokens."""
+
+
+@dataclass(frozen=True, slots=True)
+class Trunk:
+    """Which blocks the spans of the stack cover, and what is watched to tell whether they have to run.
+
+    Attributes:
+        before: blocks at the start that are no part of them.
+        after: blocks at the end that are not.
+        probe: see `Probe`; None where nothing is watched.
+    """
+
+    before: int = 0
+    after: int = 0
+    probe: Probe | None = None
+
+
+WHOLE = Trunk()
 
 
 class TokenWise(enum.Enum):
@@ -218,6 +249,7 @@ class ModelStructure:
         spans: runs of sites on one stream, per block and over the whole stack; their numbers follow those of the sites.
         invariants: values that do not depend on the latent, and are worth computing outside of the steps; by node.
         invariant_flops: the part of `flops` that leads to them, by how often they change.
+        trunk: what the spans of the stack cover.
     """
 
     inputs: tuple[Input, ...]
@@ -233,6 +265,12 @@ class ModelStructure:
     spans: tuple[Span, ...] = field(repr=False, default=())
     invariants: dict[str, Pace] = field(repr=False, compare=False, default_factory=dict)
     invariant_flops: dict[Pace, int] = field(default_factory=dict, compare=False)
+    trunk: Trunk = WHOLE
+
+    @property
+    def probe(self) -> Span | None:
+        """What is watched, if the trunk asks for it and the model has it."""
+        return next((span for span in self.spans if span.kind is SiteKind.PROBE), None)
 
     @property
     def everything(self) -> tuple[Site, ...]:

@@ -65,7 +65,7 @@ def inspect(  # noqa: PLR0913, PLR0917 - options
     with uncollected():
         loaded = load(model, Shape(batch, size, frames, text, latent), download=download)
         capture, structure = loaded.structure()
-        found = candidates(structure, names, TimestepSchedule.of(steps), cache)
+        found = candidates(capture, structure, names, TimestepSchedule.of(steps), cache)
     if graph is not None:
         from dicompile.cli.pictures import draw_blocks
 

@@ -22,6 +22,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from dicompile.analysis import ModelStructure, analyse
 from dicompile.capture import Capture, capture_model
 from dicompile.errors import DicompileError
+from dicompile.plan import Policy
 from dicompile.zoo import MODELS, Published, get_diffusers, get_model
 
 DEMO = Path(__file__).resolve().parents[1] / "demo" / "assets" / "shapes_dit"
@@ -108,6 +109,11 @@ class Loaded(NamedTuple):
         with self.fake_mode:
             capture = capture_model(self.module, self.inputs)
             return capture, analyse(capture)
+
+
+def structure_for(policy: Policy, capture: Capture, structure: ModelStructure) -> ModelStructure:
+    """What is to be known of a model for a policy, which may have blocks that run at every step, or a gate."""
+    return structure if policy.trunk == structure.trunk else analyse(capture, policy.trunk)
 
 
 def load(model: str, shape: Shape = Shape(), *, download: bool = False) -> Loaded:

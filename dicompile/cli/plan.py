@@ -18,7 +18,7 @@ from rich.text import Text
 from dicompile.analysis import ModelStructure
 from dicompile.cli import options
 from dicompile.cli.files import make_folder, write_whole
-from dicompile.cli.models import Shape, load
+from dicompile.cli.models import Shape, load, structure_for
 from dicompile.cli.show import BAD, FAINT, GOOD, Candidate, difference_lines, lane_lines, make_console, plan_table
 from dicompile.garbage import uncollected
 from dicompile.html import page
@@ -63,8 +63,11 @@ def plan_command(  # noqa: PLR0913, PLR0917 - options
     policies = [get_policy(name) for name in filter(None, (policy, against))]
     with uncollected():
         loaded = load(model, Shape(batch, size, frames, text, latent), download=download)
-        _, structure = loaded.structure()
-        plans = [make_plan(structure, each, TimestepSchedule.of(steps), cache) for each in policies]
+        capture, structure = loaded.structure()
+        plans = [
+            make_plan(structure_for(each, capture, structure), each, TimestepSchedule.of(steps), cache)
+            for each in policies
+        ]
     _write(loaded.name, structure, plans, picture or (), html)
     if as_json:
         data = {plan.policy: options.plan_data(plan) for plan in plans}
@@ -112,6 +115,7 @@ def head_lines(plan: Plan) -> Iterator[Text]:
     yield Text(
         f"  {operations_text(plan.flops)} instead of {operations_text(plan.baseline_flops)}, "
         f"{plan.flop_speedup:.2f}x fewer"
+        + (f", at best: a gate decides while sampling, up to {operations_text(plan.most_flops)}" if plan.gate else "")
     )
     none = plan.no_gain()
     yield Text(f"  {none}", BAD) if none else Text(f"  predicted {plan.predicted_speedup:.2f}x faster", GOOD)

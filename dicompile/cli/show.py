@@ -12,6 +12,8 @@ from rich.table import Table
 from rich.text import Text
 
 from dicompile.analysis import ModelStructure
+from dicompile.capture import Capture
+from dicompile.cli.models import structure_for
 from dicompile.errors import CacheTooLarge, PolicyDoesNotFit
 from dicompile.plan import CacheOptions, Plan, Policy, TimestepSchedule, choose_setting, make_plan
 from dicompile.plan.lanes import MEANING, make_lanes
@@ -71,7 +73,7 @@ class Candidates(NamedTuple):
 
 
 def candidates(
-    structure: ModelStructure, names: Sequence[str], schedule: TimestepSchedule, cache: CacheOptions
+    capture: Capture, structure: ModelStructure, names: Sequence[str], schedule: TimestepSchedule, cache: CacheOptions
 ) -> Candidates:
     """Plan every policy once, however many names it has."""
     settings: dict[str, Policy] = {}
@@ -80,10 +82,11 @@ def candidates(
     for name in dict.fromkeys(names):
         try:
             policy = get_policy(name)
-            setting = choose_setting(policy, structure).policy.model_copy(update={"name": "", "elsewhere": ()})
-            alias = next((other for other, known in settings.items() if known == setting), None)
+            known = structure_for(policy, capture, structure)
+            setting = choose_setting(policy, known).policy.model_copy(update={"name": "", "elsewhere": ()})
+            alias = next((other for other, chosen in settings.items() if chosen == setting), None)
             if alias is None:
-                plans.append(Candidate((name,), make_plan(structure, policy, schedule, cache)))
+                plans.append(Candidate((name,), make_plan(known, policy, schedule, cache)))
                 settings[name] = setting
             else:
                 plans = [Candidate((*c.names, name), c.plan) if alias in c.names else c for c in plans]
@@ -100,14 +103,15 @@ def plan_table(plans: Sequence[Candidate]) -> Table:
         table.add_column(head, justify="right", no_wrap=True)
     for item in plans:
         plan = item.plan
-        full = sum(step.kind == "full" for step in plan.steps)
+        full = sum(step.kind == "full" for step in plan.at_best)
+        least, most = ("", "") if plan.gate is None else (">=", "<=")  # a gate decides while sampling
         table.add_row(
             Text(item.label),
-            f"{full} of {len(plan.steps)}",
-            operations_text(plan.flops),
-            f"{plan.flop_speedup:.2f}x",
-            f"{1 / plan.predicted_speedup:.0%}",
-            Text(f"{plan.predicted_speedup:.2f}x", GOOD if plan.predicted_speedup >= WORTHWHILE else BAD),
+            f"{least}{full} of {len(plan.steps)}",
+            f"{least}{operations_text(plan.flops)}",
+            f"{most}{plan.flop_speedup:.2f}x",
+            f"{least}{1 / plan.predicted_speedup:.0%}",
+            Text(f"{most}{plan.predicted_speedup:.2f}x", GOOD if plan.predicted_speedup >= WORTHWHILE else BAD),
             size_text(plan.cache_bytes) if plan.cache_bytes else "-",
         )
     return table

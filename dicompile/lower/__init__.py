@@ -14,7 +14,7 @@ from dicompile.lower.inductor import (
 )
 from dicompile.lower.pieces import Piece, Pieces
 from dicompile.lower.predictor import network_predictor, table_predictor
-from dicompile.lower.program import Call, Constant, IntRef, NoiseRead, Program, ProgramBuilder
+from dicompile.lower.program import Call, Constant, GatedProgram, IntRef, NoiseRead, Program, ProgramBuilder
 from dicompile.lower.recordable import check_can_record
 from dicompile.lower.variants import VARIANTS, Variant, VariantCache
 from dicompile.lower.workers import Request, count_workers
@@ -29,6 +29,7 @@ __all__ = [
     "Call",
     "Code",
     "Constant",
+    "GatedProgram",
     "Hoist",
     "IntRef",
     "Invariant",

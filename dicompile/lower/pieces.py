@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from torch import fx
 
@@ -12,9 +13,9 @@ from dicompile.analysis import Block, ModelStructure, Site, SiteKind
 from dicompile.analysis.blocks import structure_key
 from dicompile.capture import Capture
 from dicompile.lower.hoist import Hoist, Invariants
-from dicompile.nodes import results_of
+from dicompile.nodes import results_of, walk
 from dicompile.passes import Outline, outline
-from dicompile.plan import SiteStep, StepPlan
+from dicompile.plan import SiteStep, Slot, SlotKind, StepPlan
 from dicompile.text import layout_text
 
 RUNS = (8, 4, 2, 1)
@@ -29,6 +30,18 @@ class Piece:
     key: tuple[object, ...]
     outline: Outline
     sites: tuple[Site, ...]
+
+
+class Part(NamedTuple):
+    """What a part of a step runs.
+
+    Attributes:
+        step: what its sites do.
+        pieces: in order.
+    """
+
+    step: StepPlan
+    pieces: list[Piece]
 
 
 class Pieces:
@@ -73,6 +86,34 @@ class Pieces:
             pieces.append(self._piece(name, tuple(node for block in blocks for node in block.nodes), sites))
         pieces.append(self._piece("epilogue", structure.epilogue, ()))
         return [piece for piece in pieces if piece.outline.outputs]
+
+    def around_gate(self, step: StepPlan) -> tuple[Part, Part, Part]:
+        """What a gated step runs before its gate decides, where it recalls, and where it does not.
+
+        The value of the probe leaves the first part, and no other.
+        """
+        probe = self.structure.probe
+        assert probe is not None
+        assert step.full is not None
+        watched = step.full.writing(probe.id, (Slot.of(probe.id, SlotKind.VALUE),))
+        recalled, full = (
+            (way, self.of_step(way)) for way in (step.writing(probe.id, ()), step.full.writing(probe.id, ()))
+        )
+        if probe.inside:
+            pieces = self.of_step(watched)
+            later = (i for i, piece in enumerate(pieces) if piece.sites and piece.sites[0].block > probe.block)
+            before = pieces[: next(later)]
+            rest = [Part(way, pieces[len(before) :]) for way, pieces in (recalled, full)]
+        else:
+            before = [self._piece("probe", (*self.structure.prologue, *self._leading_to(probe.core)), (probe,))]
+            rest = [
+                Part(way, [piece for piece in pieces if piece.name != "prologue"]) for way, pieces in (recalled, full)
+            ]
+        return Part(watched, before), rest[0], rest[1]
+
+    def _leading_to(self, name: str) -> list[str]:
+        """Calls that a value is computed by."""
+        return [node.name for node in walk([self._nodes[name]]) if node.op == "call_function"]
 
     def _piece(self, name: str, nodes: tuple[str, ...], sites: tuple[Site, ...]) -> Piece:
         cut = (nodes, tuple(site.id for site in sites))

@@ -6,14 +6,15 @@ blocks, of few lengths, so that a run of reused blocks is few fused kernels and 
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import fx
 
-from dicompile.analysis import SiteId
+from dicompile.analysis import SiteId, SiteKind
 from dicompile.capture import Capture
 from dicompile.lower.pieces import Piece, Pieces
 from dicompile.lower.variants import Variant, VariantCache
@@ -140,6 +141,27 @@ class Program:
         return "\n".join([*loads, *calls, *stores, f"return {self.results}"])
 
 
+@dataclass(frozen=True, eq=False)
+class GatedProgram:
+    """A step at which a gate decides: what runs before, then one of two programs on the same registers.
+
+    Attributes:
+        before: reads no slot; loads what either way needs from outside of the steps.
+        recalled: what runs where the probe has drifted little.
+        full: what runs otherwise.
+        probe: slot of the probe, and the register in which `before` leaves its value.
+    """
+
+    before: Program
+    recalled: Program
+    full: Program
+    probe: tuple[Slot, int]
+
+    def __str__(self) -> str:
+        slot, register = self.probe
+        return "\n".join((str(self.before), f"if {slot} ~ %{register}:", str(self.recalled), "else:", str(self.full)))
+
+
 class ProgramBuilder:
     """Builds programs for one captured model.
 
@@ -159,6 +181,7 @@ class ProgramBuilder:
         self._invariants = frozenset(pieces.invariants.paces)
         self.capture, self.structure = pieces.capture, pieces.structure
         self._programs: dict[object, Program] = {}
+        self._gated: dict[object, GatedProgram] = {}
 
     def program(self, step: StepPlan) -> Program:
         """The program of a step; steps of equal signature share it."""
@@ -168,27 +191,76 @@ class ProgramBuilder:
 
     def try_out(self, step: StepPlan) -> None:
         """Make the variants of a step, but compile none."""
-        if step.signature not in self._programs:
-            with self.variants.trial():
-                self._choose_variants(step, self.pieces.of_step(step))
+        with self.variants.trial():
+            if step.full is not None:
+                self._choose_around_gate(step)
+            elif step.signature not in self._programs:
+                self._choose_variants(step, self.pieces.of_step(step), self._wanted())
+
+    def gated(self, step: StepPlan) -> GatedProgram:
+        """The programs of a step at which a gate decides; steps of equal signatures share them."""
+        assert step.full is not None
+        key = (step.signature, step.full.signature)
+        if key not in self._gated:
+            self._gated[key] = self._build_gated(step, step.full)
+        return self._gated[key]
 
     def _build(self, step: StepPlan) -> Program:
-        pieces = self.pieces.of_step(step)
-        chosen = self._choose_variants(step, pieces)
+        chosen = self._choose_variants(step, self.pieces.of_step(step), self._wanted())
         assembly = _Assembly(self.capture, step, self._invariants)
-        for piece, variant in chosen:
-            assembly.add(piece, variant)
+        assembly.add_all(chosen)
         return assembly.finish(self._results())
 
-    def _choose_variants(self, step: StepPlan, pieces: Sequence[Piece]) -> list[tuple[Piece, Variant]]:
-        """Walk backwards with the values that are still needed, so that every variant computes no more than that."""
-        needed = {node.name for node in self._results() if isinstance(node, fx.Node)}
+    def _build_gated(self, step: StepPlan, full: StepPlan) -> GatedProgram:
+        (watched, first), *rest = self._choose_around_gate(step)
+        before = _Assembly(self.capture, watched, self._invariants)
+        before.add_all(first)
+        ((probe, register),) = before.writes.items()
+        ways, count = [], before.count
+        for planned, (way, variants) in zip((step, full), rest, strict=True):
+            assembly = before.fork(way, count)
+            if planned.sites[probe.site].writes:
+                assembly.writes[probe] = register
+            assembly.add_all(variants)
+            ways.append(assembly.finish(self._results()))
+            count = assembly.count
+        recalled, computed = (replace(way, registers=count, invariants=()) for way in ways)
+        return GatedProgram(before.finish_before(ways, count), recalled, computed, (probe, register))
+
+    def _choose_around_gate(self, step: StepPlan) -> list[tuple[StepPlan, list[tuple[Piece, Variant]]]]:
+        """Variants that a gated step runs before its gate decides, where it recalls, and where it does not."""
+        before, *ways = self.pieces.around_gate(step)
+        chosen, needed = [], set[str]()
+        for way in ways:
+            own = self._wanted()
+            chosen.append((way.step, self._choose_variants(way.step, way.pieces, own)))
+            needed |= own
+        return [(before.step, self._choose_variants(before.step, before.pieces, needed)), *chosen]
+
+    def _wanted(self) -> set[str]:
+        return {node.name for node in self._results() if isinstance(node, fx.Node)}
+
+    def _choose_variants(
+        self, step: StepPlan, pieces: Sequence[Piece], needed: set[str]
+    ) -> list[tuple[Piece, Variant]]:
+        """Walk backwards with the values that are still needed, so that every variant computes no more than that.
+
+        Args:
+            step: what its sites do.
+            pieces: in order.
+            needed: values that are needed after them; then also those that are before.
+        """
         result = []
         for piece in reversed(pieces):
             live = frozenset(i for i, name in enumerate(piece.outline.outputs) if name in needed)
             positions = {int(site.id): i for i, site in enumerate(piece.sites)}
             steps = tuple(
-                LocalStep.of(step.sites[site.id], positions, attention_owner(self.structure, site), self.cache_dtype)
+                LocalStep.of(
+                    step.sites[site.id],
+                    positions,
+                    attention_owner(self.structure, site),
+                    None if site.kind is SiteKind.PROBE else self.cache_dtype,
+                )
                 for site in piece.sites
             )
             variant = self.variants.get(piece.key, piece.name, piece.outline.segment, steps, live)
@@ -218,14 +290,44 @@ class _Assembly:
         self.weights: list[WeightsRead] = []
         self.chosen: list[tuple[SiteId, int]] = []
         self.calls: list[Call] = []
+        self.before = 0
         self.memory: dict[int, object] = {i: ("input", i) for i in range(self.inputs)}
         self.of_invariants = invariants
         self.invariants: dict[str, int] = {}
 
+    def fork(self, step: StepPlan, count: int) -> _Assembly:
+        """What goes on from here another way, with new registers from a number on."""
+        other = copy.copy(self)
+        other.step, other.count, other.before = step, count, self.before + len(self.calls)
+        other.values, other.memory, other.invariants = {**self.values}, {**self.memory}, {**self.invariants}
+        other.slots, other.reads, other.writes, other.calls, other.chosen = {}, [], {}, [], []
+        other.ints, other.noise, other.predicted, other.weights = [], [], [], []
+        return other
+
+    def finish_before(self, ways: Sequence[Program], count: int) -> Program:
+        """What runs before one of several ways, which keeps all that any of them reads.
+
+        Args:
+            ways: that go on from here.
+            count: registers of all of them.
+        """
+        read = {r for way in ways for call in way.calls for r in call.inputs}
+        read |= {r for way in ways for r in (*way.results, *(register for _, register in way.writes))
+                 if isinstance(r, int)}  # fmt: skip
+        invariants = dict.fromkeys(item for way in ways for item in way.invariants)
+        done = self.finish(())
+        kept = {*read, *self.writes.values(), *range(self.inputs)}
+        calls = _with_frees(self.calls, kept)
+        return replace(done, calls=calls, registers=count, writes=(), invariants=tuple(invariants))
+
+    def add_all(self, chosen: Iterable[tuple[Piece, Variant]]) -> None:
+        for piece, variant in chosen:
+            self.add(piece, variant)
+
     def add(self, piece: Piece, variant: Variant) -> None:
         inputs = tuple(self._input(piece, variant, i) for i in range(len(variant.inputs)))
         outputs = tuple(self._output(piece, ref) for ref in variant.outputs)
-        call = len(self.calls)
+        call = self.before + len(self.calls)
         self.calls.append(Call(f"{piece.name}:{variant.name}", variant.function, inputs, outputs))
         for register, memory in zip(outputs, variant.memory, strict=True):
             self.memory[register] = self.memory.get(inputs[memory]) if isinstance(memory, int) else (call, memory)

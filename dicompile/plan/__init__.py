@@ -14,10 +14,11 @@ from dicompile.plan.action import (
     SlotKind,
     What,
 )
-from dicompile.plan.cadence import Cadence, Window
+from dicompile.plan.cadence import Cadence, Magnitudes, Window
 from dicompile.plan.fits import (
     SAME_TIMESTEP,
     check_fits,
+    check_gate,
     check_parameters,
     check_predictor,
     choose_setting,
@@ -25,6 +26,7 @@ from dicompile.plan.fits import (
     score_source,
 )
 from dicompile.plan.frozen import Origin
+from dicompile.plan.gate import Gate
 from dicompile.plan.memory import DTYPES, UNLIMITED, CacheOptions, check_can_compile, needs_scale
 from dicompile.plan.plan import Dropped, Plan, SiteStep, StepPlan
 from dicompile.plan.planner import attention_owner, make_plan, plan_actions, recording_plan, reusing_plan
@@ -61,7 +63,9 @@ __all__ = [
     "Elsewhere",
     "Fitted",
     "Forecast",
+    "Gate",
     "Line",
+    "Magnitudes",
     "Origin",
     "Plan",
     "Policy",
@@ -88,6 +92,7 @@ __all__ = [
     "attention_owner",
     "check_can_compile",
     "check_fits",
+    "check_gate",
     "check_parameters",
     "check_predictor",
     "choose_setting",

@@ -100,7 +100,8 @@ def _groups(structure: ModelStructure) -> list[Group]:
     for site in structure.everything:
         key: object = site.attention or int(site.id)
         if site.kind.is_span:
-            key = site.kind, site.block if site.kind is SiteKind.BLOCK else None
+            # Without the probe of a gate, nothing is recalled.
+            key = SiteKind.STACK if site.kind is not SiteKind.BLOCK else (site.kind, site.block)
         together.setdefault(key, []).append(int(site.id))
     return [tuple(sites) for sites in together.values()]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -9,6 +10,7 @@ import numpy as np
 from pydantic import Field, NonNegativeInt, PositiveInt
 
 from dicompile.plan.frozen import Frozen
+from dicompile.plan.gate import Gate
 
 
 class Window(Frozen):
@@ -23,6 +25,44 @@ class Window(Frozen):
     start: Annotated[float, Field(ge=0, le=1)]
     end: Annotated[float, Field(ge=0, le=1)]
     interval: PositiveInt
+
+
+class Magnitudes(Frozen):
+    """Full steps where what is recalled has grown too much: a table says by how much it grows from step to step.
+
+    ``ratio *= ratios[step]; error += |1 - ratio|``, from 1 and 0 after every full step; the next step is full where the
+    error is above `threshold`, or `longest` steps were recalled.
+
+    Attributes:
+        ratios: per step, mean over tokens of the norm of what the blocks add over that at the step before; for other
+            numbers of steps than it has entries, the nearest one is taken.
+        threshold: of the error, unitless.
+        longest: most steps in a row that are recalled.
+        retention: share of the steps at the start that are full.
+
+    Reference:
+        Ma et al., MagCache: Fast Video Generation with Magnitude-Aware Cache, arXiv 2506.09045, section 3.
+    """
+
+    ratios: Annotated[tuple[float, ...], Field(min_length=1)]
+    threshold: Annotated[float, Field(ge=0)]
+    longest: NonNegativeInt
+    retention: Annotated[float, Field(ge=0, le=1)] = 0.2
+
+    def full(self, steps: int, begin: int = 0) -> frozenset[int]:
+        """Numbers of the full steps of a run that begins at one of the schedule's; see `Cadence.moments`."""
+        retained = int(self.retention * steps + 0.5)
+        ratio, error, run, full = 1.0, 0.0, 0, {begin}
+        for step in range(begin + 1, steps):
+            ratio *= self._ratio(step, steps)
+            error, run = error + abs(1.0 - ratio), run + 1
+            if step < retained or error > self.threshold or run > self.longest:
+                full.add(step)
+                ratio, error, run = 1.0, 0.0, 0
+        return frozenset(full)
+
+    def _ratio(self, step: int, steps: int) -> float:
+        return self.ratios[round(step * (len(self.ratios) - 1) / (steps - 1))]
 
 
 class Cadence(Frozen):
@@ -40,6 +80,9 @@ class Cadence(Frozen):
         stretch: how much the interval changes over the run, unitless.
         dense: part of the run with an interval of its own.
         at: numbers of the full steps, counted from 0; then no other rule holds.
+        magnitudes: a table that says which steps are full; then no other rule holds.
+        timesteps: between these two timesteps, as the scheduler counts them, the rules hold; all other steps are full.
+        gate: decides while sampling about all steps but those of `warmup`, or of `at`; then no interval holds.
         decide: "step": once for all blocks. "block": again in every block, as the reference code of ToCa does; where
             the interval changes, the first block is then full and the others are not.
     """
@@ -51,32 +94,50 @@ class Cadence(Frozen):
     stretch: Annotated[float, Field(gt=-1, lt=1)] = 0.0
     dense: Window | None = None
     at: tuple[NonNegativeInt, ...] = ()
+    magnitudes: Magnitudes | None = None
+    timesteps: tuple[float, float] | None = None
+    gate: Gate | None = None
     decide: Literal["step", "block"] = "step"
 
     def index(self, step: int, steps: int) -> int:
         """Step index s of the step-th call."""
         return steps - 1 - step if self.counting == "down" else step
 
-    def moments(self, steps: int, begin: int = 0) -> tuple[Moment, ...]:
+    def moments(self, steps: int, begin: int = 0, timesteps: Sequence[float] = ()) -> tuple[Moment, ...]:
         """What every step of a run is.
 
         Args:
             steps: number of steps of the schedule.
             begin: step at which the run begins; the warmup follows it, everything else keeps its place.
+            timesteps: of the run, as the scheduler counts them, if they are known.
         """
         current, latest, result = self.interval, begin, []
+        listed = self._listed(steps, begin)
         for step in range(begin, steps):
             index = self.index(step, steps)
-            warm = step - begin < self.warmup
-            first = warm or self._residue(index, step - latest, current) == 0
-            if self.at:
-                first = step == begin or step in self.at
+            warm = step - begin < self.warmup or self._is_outside(timesteps, step - begin)
+            if listed is not None:
+                first = step == begin or step in listed
+            elif self.gate is not None:
+                first = warm or step >= steps - self.gate.last
+            else:
+                first = warm or self._residue(index, step - latest, current) == 0
             if first:
                 current, latest = self._interval_at(index, steps), step
             residue = self._residue(index, step - latest, current)
             again = self.decide == "step" or warm or residue == 0
-            result.append(Moment(step, steps, index / steps, first, first and again, residue))
+            gated = self.gate is not None and not first
+            result.append(Moment(step, steps, index / steps, first, first and again, residue, gated))
         return tuple(result)
+
+    def _listed(self, steps: int, begin: int) -> Collection[int] | None:
+        """Numbers of the full steps, where no other rule holds."""
+        return self.magnitudes.full(steps, begin) if self.magnitudes is not None else self.at or None
+
+    def _is_outside(self, timesteps: Sequence[float], step: int) -> bool:
+        if self.timesteps is None or not timesteps:
+            return False
+        return not min(self.timesteps) < timesteps[step] < max(self.timesteps)
 
     def _residue(self, index: int, since: int, interval: int) -> int:
         return (index if self.anchor == "index" else since) % interval
@@ -100,6 +161,7 @@ class Moment:
         first: whether the first block is full.
         others: whether the other blocks are.
         residue: step index modulo the current interval.
+        gated: whether a gate may make it full all the same.
     """
 
     step: int
@@ -108,6 +170,7 @@ class Moment:
     first: bool
     others: bool
     residue: int
+    gated: bool = False
 
     def is_full(self, block: int) -> bool:
         """Whether a block computes everything."""

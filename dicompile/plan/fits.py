@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from dicompile.analysis import ModelStructure, Site, SiteId, SiteKind, TokenWise
-from dicompile.errors import CacheTooLarge, PolicyDoesNotFit
+from dicompile.errors import CacheTooLarge, InvalidSetting, PolicyDoesNotFit
 from dicompile.plan.action import ScoreBase
 from dicompile.plan.frozen import Origin
 from dicompile.plan.plan import Plan
@@ -73,10 +73,12 @@ def check_fits(policy: Policy, structure: ModelStructure) -> None:
     """Raise if the policy asks for something that the model cannot do.
 
     Raises:
-        PolicyDoesNotFit: a site to be refreshed mixes tokens, has no attention to be scored by, or shares it with a
+        PolicyDoesNotFit: it wants more blocks to run at every step than there are, or its gate has nothing to watch; a
+            site to be refreshed mixes tokens, has no attention to be scored by, or shares it with a
             site that wants another score; the token grid or batch does not allow the score; a rule names spans that the
             model does not have, or a value that a site does not have, or that has no place for single tokens.
     """
+    _check_trunk(policy, structure)
     for rule in policy.rules:
         _check_named(policy, structure, rule)
     for site in structure.everything:
@@ -92,8 +94,18 @@ def check_timesteps(policy: Policy, schedule: TimestepSchedule) -> None:
     """Raise if a table was learned for a sampler with other timesteps, as far as both are known.
 
     Raises:
-        PolicyDoesNotFit: it was.
+        PolicyDoesNotFit: it was, or the policy asks for timesteps, and only the number of steps is known.
     """
+    cadences = [policy.cadence, *(rule.cadence for rule in policy.rules if rule.cadence is not None)]
+    windows = [cadence.timesteps for cadence in cadences if cadence.timesteps is not None]
+    if windows and not schedule.timesteps:
+        raise PolicyDoesNotFit(
+            f"policy {policy.name!r} reuses between timesteps {windows[0][0]:g} and {windows[0][1]:g}, "
+            "and no timesteps are known",
+            where="schedule",
+            why=f"only the number of steps was given: {schedule.steps}",
+            fix="optimize(..., schedule=scheduler), or a list of timesteps",
+        )
     for rule in policy.rules:
         origin = _origin(rule)
         if origin is None or len(origin.timesteps) != schedule.before + len(schedule.timesteps):
@@ -329,6 +341,57 @@ def first_span(structure: ModelStructure) -> Site:
             fix="use a policy that needs no predictor",
         )
     return max(spans, key=lambda span: span.tokens.count)
+
+
+def _check_trunk(policy: Policy, structure: ModelStructure) -> None:
+    first, last = policy.outside
+    blocks = len(structure.blocks)
+    if structure.sites and first + last >= blocks and policy.outside != (0, 0):
+        raise PolicyDoesNotFit(
+            f"policy {policy.name!r} runs {first + last} blocks at every step, the model has {blocks}",
+            where="outside",
+            why=f"{first} at the start and {last} at the end leave none to reuse",
+            fix="run fewer of them at every step",
+        )
+    if structure.sites and policy.gate is not None and structure.probe is None:
+        raise PolicyDoesNotFit(
+            f"policy {policy.name!r} has a gate, but the model has nothing for it to watch",
+            where=f"analysis, probe {policy.gate.probe!r}",
+            why=_NO_PROBE[policy.gate.probe],
+            fix="watch another value (Gate(probe=...)), or use a policy that is planned ahead, such as "
+            "dicompile.FORA(interval=3)",
+        )
+
+
+_NO_PROBE = {
+    "residual": "there are no blocks before the stack (outside=(1, 0)), or the latent's stream passes them by",
+    "modulated": "no branch reads the latent's stream through a normalisation or modulation",
+}
+
+
+def check_gate(policy: Policy, *, records_steps: bool, is_offloaded: bool) -> None:
+    """Raise if steps cannot be decided about while they run.
+
+    Args:
+        policy: the policy.
+        records_steps: whole steps are recorded as CUDA graphs.
+        is_offloaded: slots are in host memory between steps.
+
+    Raises:
+        InvalidSetting: the policy has a gate, and they cannot.
+    """
+    settings = {
+        "compile_mode": (records_steps, "'reduce-overhead'", "a recorded step cannot stop in the middle to decide"),
+        "cache_device": (is_offloaded, "'cpu'", "what the gate compares with would be in host memory when it decides"),
+    }
+    for name, (is_set, value, why) in settings.items():
+        if policy.gate is not None and is_set:
+            raise InvalidSetting(
+                f"policy {policy.name!r} has a gate, which does not go with {name}={value}",
+                where=name,
+                why=why,
+                fix=f"leave {name} out, or use a policy that is planned ahead, such as dicompile.FORA(interval=3)",
+            )
 
 
 def _check_named(policy: Policy, structure: ModelStructure, rule: Rule) -> None:

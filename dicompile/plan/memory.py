@@ -10,13 +10,13 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from pydantic import ByteSize, TypeAdapter, ValidationError
 
-from dicompile.analysis import Site
+from dicompile.analysis import Site, SiteKind
 from dicompile.errors import InvalidSetting
 from dicompile.plan.action import SlotKind, What
 
@@ -92,6 +92,10 @@ class CacheOptions:
         """True if such values are stored with a scale for every row."""
         return self.narrows(itemsize) and needs_scale(self.torch_dtype)
 
+    def for_site(self, site: Site) -> CacheOptions:
+        """What holds for a site: the probe of a gate is compared, so it stays as it is."""
+        return replace(self, dtype=None) if site.kind is SiteKind.PROBE else self
+
     def __str__(self) -> str:
         parts = [self.dtype or "", "in host memory" if self.device else ""]
         return ", ".join(part for part in parts if part)
@@ -138,7 +142,7 @@ def slot_bytes(site: Site, kind: SlotKind, what: What, cache: CacheOptions) -> i
     shape, itemsize = stored_value(site, kind, what)
     if kind.is_scale:
         return math.prod(shape[:-1]) * 4
-    dtype = cache.torch_dtype
+    dtype = cache.for_site(site).torch_dtype
     return math.prod(shape) * (itemsize if dtype is None else min(itemsize, dtype.itemsize))
 
 

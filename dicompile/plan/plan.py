@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 from dicompile.analysis import BlockId, ModelStructure
 from dicompile.plan.action import Action, Score, Slot
+from dicompile.plan.gate import Gate
 from dicompile.plan.memory import UNLIMITED, CacheOptions
+from dicompile.plan.recall import Forecast, Reuse
 from dicompile.plan.schedule import TimestepSchedule
 from dicompile.text import ranges_text, size_text
 
@@ -51,13 +53,14 @@ class StepPlan:
     """What the whole model does at one step.
 
     Attributes:
-        kind: "full", "partial", "mixed", "reuse" or "skip", for display.
+        kind: "full", "partial", "mixed", "reuse", "skip", or "gated", for display.
         sites: one entry per site, in order, then one per span.
         live: slots that some later step reads; everything else is dropped after the step.
         flops: operations of the step.
         score_flops: the part of them that scores its tokens, which publications leave out.
         bytes: memory traffic of the step, nothing fused.
         time: roofline time of the step, in operations.
+        full: of a gated step, what it does where the probe has drifted: everything. The rest is about recalling.
     """
 
     kind: str
@@ -67,6 +70,11 @@ class StepPlan:
     score_flops: int = 0
     bytes: int = 0
     time: float = 0.0
+    full: StepPlan | None = field(repr=False, default=None)
+
+    def writing(self, site: int, slots: tuple[Slot, ...]) -> StepPlan:
+        """The step, of which one site writes other slots."""
+        return replace(self, sites=replaced(self.sites, site, writes=slots))
 
     @property
     def signature(self) -> tuple[object, ...]:
@@ -82,6 +90,11 @@ class StepPlan:
             )
             for site in self.sites
         )
+
+
+def replaced(sites: tuple[SiteStep, ...], number: int, writes: tuple[Slot, ...]) -> tuple[SiteStep, ...]:
+    """Sites of a step, of which one writes other slots."""
+    return (*sites[:number], replace(sites[number], writes=writes), *sites[number + 1 :])
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,6 +138,9 @@ class Plan:
         first_that_fits: of a published name: which settings come before the policy, and do not fit.
         wanted_bytes: where something was dropped, what the policy would have held at most without it.
         wanted_flops: and the operations it would have taken.
+        gate: what decides at gated steps; None where there are none.
+        probe: number of the span that it watches.
+        recalls: of a gated policy, what stands in for a site or span.
     """
 
     policy: str
@@ -145,11 +161,28 @@ class Plan:
     first_that_fits: str = ""
     wanted_bytes: int = 0
     wanted_flops: int = 0
+    gate: Gate | None = None
+    probe: int | None = None
+    recalls: Mapping[int, Reuse | Forecast] = field(repr=False, default_factory=dict)
 
     @property
     def flops(self) -> int:
-        """Operations of the run, matrix products only."""
-        return sum(step.flops for step in self.steps)
+        """Operations of the run, matrix products only; with a gate, the least that its limits allow."""
+        return sum(step.flops for step in self.at_best)
+
+    @property
+    def most_flops(self) -> int:
+        """Operations of a run in which no gate recalls."""
+        return sum((step.full or step).flops for step in self.steps)
+
+    @property
+    def at_best(self) -> tuple[StepPlan, ...]:
+        """The steps of a run in which the gate recalls as often as its limits allow."""
+        if self.gate is None:
+            return self.steps
+        recalls = self.gate.most_recalled([step.full is not None for step in self.steps])
+        return tuple(step if is_recalled else step.full or step
+                     for step, is_recalled in zip(self.steps, recalls, strict=True))  # fmt: skip
 
     @property
     def score_flops(self) -> int:
@@ -163,8 +196,8 @@ class Plan:
 
     @property
     def predicted_speedup(self) -> float:
-        """Roofline estimate at `FLOPS_PER_BYTE`, nothing fused."""
-        time = sum(step.time for step in self.steps)
+        """Roofline estimate at `FLOPS_PER_BYTE`, nothing fused; with a gate, the most that its limits allow."""
+        time = sum(step.time for step in self.at_best)
         return self.baseline_time / time if time else 1.0
 
     @property
@@ -206,10 +239,18 @@ class Plan:
         kinds = ", ".join(f"{n} {kind}" for kind, n in Counter(step.kind for step in self.steps).items())
         meant_for = f" (setting for {self.meant_for})" if self.meant_for else ""
         return (
-            f"{self.policy}{meant_for}: {len(self.steps)} steps ({kinds}), "
-            f"{self.flops / 1e9:.3f} GFLOP ({self.flop_speedup:.2f}x fewer), predicted {self.predicted_speedup:.2f}x, "
+            f"{self.policy}{meant_for}: {len(self.steps)} steps ({kinds}), {self._work()}, "
             f"cache {self.cache_bytes / 2**20:.2f} MiB in {len(self.slots)} slots"
             + (f" ({self.cache})" if str(self.cache) else "")
+        )
+
+    def _work(self) -> str:
+        work = f"{self.flops / 1e9:.3f}"
+        if self.gate is None:
+            return f"{work} GFLOP ({self.flop_speedup:.2f}x fewer), predicted {self.predicted_speedup:.2f}x"
+        return (
+            f"{work} to {self.most_flops / 1e9:.3f} GFLOP (at most {self.flop_speedup:.2f}x fewer), "
+            f"predicted {self.predicted_speedup:.2f}x at most"
         )
 
     def drops(self) -> str:
@@ -266,6 +307,8 @@ class Plan:
 
     def __str__(self) -> str:
         legend = "F computed   t some tokens   . reused   f forecast   b blended   - skipped, a span is reused"
+        if self.gate is not None:
+            legend += "\ngated steps do this where the probe has drifted little, and else compute everything"
         return "\n".join((self.summary(), *self.notes(), legend, self.grid()))
 
 

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Literal, NamedTuple
 
-from dicompile.analysis import ModelStructure, Site, SiteId, SiteKind, TokenWise
+from dicompile.analysis import WHOLE, ModelStructure, Site, SiteId, SiteKind, TokenWise
 from dicompile.plan.action import (
     COMPUTE,
     HISTORIC,
@@ -25,9 +25,11 @@ from dicompile.plan.action import (
 from dicompile.plan.budget import fit_budget
 from dicompile.plan.cost import baseline_time, with_cost, with_predictor
 from dicompile.plan.fits import check_timesteps, choose_setting, reused_whole, score_source, unmatched_rules
+from dicompile.plan.gate import Gate
 from dicompile.plan.memory import UNLIMITED, CacheOptions, slot_bytes, stored_value
-from dicompile.plan.plan import Plan, SiteStep, StepPlan, sites_by_block
-from dicompile.plan.rows import Row, make_rows
+from dicompile.plan.plan import Plan, SiteStep, StepPlan, replaced, sites_by_block
+from dicompile.plan.recall import Forecast, Reuse
+from dicompile.plan.rows import Gated, Row, make_rows
 from dicompile.plan.schedule import TimestepSchedule
 from dicompile.plan.schema import Policy
 
@@ -47,44 +49,68 @@ def make_plan(
         PolicyDoesNotFit: see `choose_setting`, `check_timesteps` and `make_rows`.
         CacheTooLarge: the plan needs more than `cache` allows, and is not to be degraded.
     """
+    if policy.trunk not in (WHOLE, structure.trunk):
+        raise ValueError(
+            f"policy {policy.name!r} is for another trunk than the structure: analyse(capture, policy.trunk)"
+        )
     policy, meant_for, note = choose_setting(policy, structure)
     check_timesteps(policy, schedule)
 
     def plan_without(dropped: frozenset[int], cache: CacheOptions) -> Plan:
-        rows = make_rows(structure, policy, schedule.before + schedule.steps, dropped, schedule.before)
-        plan = plan_actions(structure, rows, schedule, policy.name, cache)
+        steps, begin = schedule.before + schedule.steps, schedule.before
+        rows = make_rows(structure, policy, steps, dropped, begin, schedule.timesteps)
+        plan = plan_actions(structure, rows, schedule, policy.name, cache, policy.gate)
         whole = tuple((structure.everything[i].label, reason) for i, reason in reused_whole(structure, policy).items())
-        steps = tuple(with_predictor(structure, step, policy.predictor_cost) for step in plan.steps)
+        planned = tuple(with_predictor(structure, step, policy.predictor_cost) for step in plan.steps)
         unmatched = unmatched_rules(structure, policy)
-        return replace(plan, steps=steps, whole=whole, unmatched=unmatched, meant_for=meant_for, first_that_fits=note)
+        return replace(
+            plan,
+            steps=planned,
+            whole=whole,
+            unmatched=unmatched,
+            meant_for=meant_for,
+            first_that_fits=note,
+            recalls=_recalls(structure, policy) if plan.gate is not None else {},
+        )
 
     return fit_budget(structure, plan_without, cache)
 
 
 def plan_actions(
     structure: ModelStructure,
-    rows: Sequence[Row],
+    rows: Sequence[Row | Gated],
     schedule: TimestepSchedule,
     name: str,
     cache: CacheOptions = UNLIMITED,
+    gate: Gate | None = None,
 ) -> Plan:
     """Plan a run from explicit actions: one row per step, one action per site, and per span if there are any.
 
     The budget of `cache` is not looked at.
 
+    Args:
+        structure: the model.
+        rows: the actions; two rows where a gate decides.
+        schedule: the timesteps.
+        name: of the policy.
+        cache: in which numbers values are stored.
+        gate: what decides, where something does.
+
     Raises:
         ValueError: a row has the wrong length.
     """
-    rows = [(*row, *[COMPUTE] * len(structure.spans)) if len(row) == len(structure.sites) else row for row in rows]
-    if len(rows) != schedule.steps or any(len(row) != len(structure.everything) for row in rows):
+    rows = [
+        (*row, *[COMPUTE] * len(structure.spans))
+        if not isinstance(row, Gated) and len(row) == len(structure.sites)
+        else row
+        for row in rows
+    ]
+    if len(rows) != schedule.steps or any(len(row) != len(structure.everything) for row in _ways(rows)):
         raise ValueError(f"{schedule.steps} rows of {len(structure.sites)} actions are needed")
-    whats = _whats(rows)
-    rows = _with_whats(rows, whats)
-    steps = _with_liveness(_with_reads(structure, rows))
-    plan_steps = tuple(
-        with_cost(structure, StepPlan(_kind(sites, len(structure.sites)), sites, live))
-        for sites, live in _with_scales(structure, steps, whats, cache)
-    )
+    whats = _whats(_ways(rows))
+    if structure.probe is not None:
+        whats[structure.probe.id] = What.UPDATE if structure.probe.inside else What.CORE
+    plan_steps = tuple(_plan_steps(structure, rows, whats, cache, gate))
     all_slots = {slot for step in plan_steps for slot in step.live}
     return Plan(
         policy=name,
@@ -106,7 +132,51 @@ def plan_actions(
         stack=tuple(int(span.id) for span in structure.spans if span.kind is SiteKind.STACK),
         labels=tuple(site.label for site in structure.everything),
         cache=cache,
+        gate=gate if any(step.full is not None for step in plan_steps) else None,
+        probe=None if structure.probe is None else structure.probe.id,
     )
+
+
+def _plan_steps(
+    structure: ModelStructure,
+    rows: Sequence[Row | Gated],
+    whats: Mapping[int, What],
+    cache: CacheOptions,
+    gate: Gate | None,
+) -> Iterator[StepPlan]:
+    """Steps with reads, liveness and cost, whichever way a gate will decide."""
+    recalled = _with_reads(structure, _with_whats(_ways(rows), whats))
+    full = [
+        _with_reads(structure, _with_whats([row.full], whats))[0] if isinstance(row, Gated) else None for row in rows
+    ]
+    probe = structure.probe
+    if gate is not None and gate.reference == "full" and probe is not None:
+        recalled = [
+            sites if otherwise is None else replaced(sites, probe.id, writes=())
+            for sites, otherwise in zip(recalled, full, strict=True)
+        ]
+    for kept in _with_liveness(recalled, full, None if probe is None else Slot.of(probe.id, SlotKind.VALUE)):
+        scaled = _with_scales(structure, kept, whats, cache)
+        step = StepPlan(_kind(scaled.sites, len(structure.sites)), scaled.sites, scaled.live)
+        if scaled.full is None:
+            yield with_cost(structure, step)
+        else:
+            otherwise = with_cost(structure, StepPlan("full", scaled.full, scaled.live))
+            yield with_cost(structure, replace(step, kind="gated", full=otherwise))
+
+
+def _ways(rows: Sequence[Row | Gated]) -> list[Row]:
+    """What every step does, a gated one where its gate recalls."""
+    return [row.recalled if isinstance(row, Gated) else row for row in rows]
+
+
+def _recalls(structure: ModelStructure, policy: Policy) -> dict[int, Reuse | Forecast]:
+    """What stands in for every site and span of a gated policy, whose weights follow from the steps that ran."""
+    recalls: dict[int, Reuse | Forecast] = {}
+    for rule in reversed(policy.rules):
+        recalls |= {int(site.id): rule.do for site in structure.everything if rule.names(site)
+                    and isinstance(rule.do, (Reuse, Forecast))}  # fmt: skip
+    return recalls
 
 
 def recording_plan(structure: ModelStructure, schedule: TimestepSchedule) -> Plan:
@@ -280,15 +350,45 @@ def _may_score(site: SiteStep) -> bool:
     return site.action.is_full and any(slot.kind is SlotKind.SCORE for slot in site.writes)
 
 
-def _with_liveness(steps: Sequence[tuple[SiteStep, ...]]) -> list[tuple[tuple[SiteStep, ...], frozenset[Slot]]]:
-    """Keep only writes that are read later. Walks backwards, site by site, with what is still wanted of each."""
+class _Kept(NamedTuple):
+    """The sites of a step with what is wanted of them.
+
+    Attributes:
+        sites: of a gated step, as its gate recalls.
+        live: what is kept after it.
+        full: of a gated step, its sites where everything is computed.
+    """
+
+    sites: tuple[SiteStep, ...]
+    live: frozenset[Slot]
+    full: tuple[SiteStep, ...] | None = None
+
+
+def _with_liveness(
+    steps: Sequence[tuple[SiteStep, ...]], full: Sequence[tuple[SiteStep, ...] | None], probe: Slot | None
+) -> list[_Kept]:
+    """Keep only writes that are read later. Walks backwards, site by site, with what is still wanted of each.
+
+    Before a gated step, what is wanted whichever way its gate decides is, and so is the probe.
+    """
     live: dict[int, set[Slot]] = defaultdict(set)
     result = []
-    for sites in reversed(steps):
+    for sites, otherwise in zip(reversed(steps), reversed(full), strict=True):
         after = frozenset(itertools.chain.from_iterable(live.values()))
-        kept = [_live_site(sites[number], number, live) for number in range(len(sites) - 1, -1, -1)]
-        result.append((tuple(kept[::-1]), after))
+        if otherwise is None or probe is None:
+            result.append(_Kept(_live_sites(sites, live), after))
+            continue
+        other = defaultdict(set, {site: set(slots) for site, slots in live.items()})
+        result.append(_Kept(_live_sites(sites, live), after, _live_sites(otherwise, other)))
+        for site, slots in other.items():
+            live[site] |= slots
+        live[probe.site].add(probe)
     return result[::-1]
+
+
+def _live_sites(sites: tuple[SiteStep, ...], live: dict[int, set[Slot]]) -> tuple[SiteStep, ...]:
+    """The sites of a step with what is wanted of them; `live` is before it then what it was behind it."""
+    return tuple([_live_site(sites[number], number, live) for number in range(len(sites) - 1, -1, -1)][::-1])
 
 
 def _live_site(site: SiteStep, number: int, live: dict[int, set[Slot]]) -> SiteStep:
@@ -318,31 +418,27 @@ def _live_site(site: SiteStep, number: int, live: dict[int, set[Slot]]) -> SiteS
     return SiteStep(site.action, site.clock, reads, writes, history, score, site.source)
 
 
-def _with_scales(
-    structure: ModelStructure,
-    steps: Sequence[tuple[tuple[SiteStep, ...], frozenset[Slot]]],
-    whats: Mapping[int, What],
-    cache: CacheOptions,
-) -> list[tuple[tuple[SiteStep, ...], frozenset[Slot]]]:
+def _with_scales(structure: ModelStructure, kept: _Kept, whats: Mapping[int, What], cache: CacheOptions) -> _Kept:
     """Beside every slot of values whose dtype has little range, the slot of their scales."""
     if cache.dtype is None:
-        return list(steps)
+        return kept
 
     def scaled(slots: Iterable[Slot]) -> Iterator[Slot]:
         for slot in slots:
             yield slot
+            site = structure.everything[slot.site]
             if slot.kind.scale is not None:
-                _, itemsize = stored_value(structure.everything[slot.site], slot.kind, whats.get(slot.site, What.CORE))
-                if cache.scales(itemsize):
+                _, itemsize = stored_value(site, slot.kind, whats.get(slot.site, What.CORE))
+                if cache.for_site(site).scales(itemsize):
                     yield replace(slot, kind_name=slot.kind.scale.value)
 
-    return [
-        (
-            tuple(replace(site, reads=tuple(scaled(site.reads)), writes=tuple(scaled(site.writes))) for site in sites),
-            frozenset(scaled(live)),
+    def with_scales(sites: tuple[SiteStep, ...]) -> tuple[SiteStep, ...]:
+        return tuple(
+            replace(site, reads=tuple(scaled(site.reads)), writes=tuple(scaled(site.writes))) for site in sites
         )
-        for sites, live in steps
-    ]
+
+    full = None if kept.full is None else with_scales(kept.full)
+    return _Kept(with_scales(kept.sites), frozenset(scaled(kept.live)), full)
 
 
 def _kind(sites: Sequence[SiteStep], leaves: int) -> str:

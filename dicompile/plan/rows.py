@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from dicompile.analysis import ModelStructure, Site, SiteKind, Span
 from dicompile.plan.action import COMPUTE, SKIP, Action, Context, Score, ScoreBase, Selection, What
@@ -15,9 +15,27 @@ Row = tuple[Action, ...]
 """One action per site, then one per span."""
 
 
+@dataclass(frozen=True, slots=True)
+class Gated:
+    """A step at which a gate decides.
+
+    Attributes:
+        recalled: what the step does if the probe has drifted little.
+        full: what it does otherwise.
+    """
+
+    recalled: Row
+    full: Row
+
+
 def make_rows(
-    structure: ModelStructure, policy: Policy, steps: int, dropped: frozenset[int] = frozenset(), begin: int = 0
-) -> list[Row]:
+    structure: ModelStructure,
+    policy: Policy,
+    steps: int,
+    dropped: frozenset[int] = frozenset(),
+    begin: int = 0,
+    timesteps: tuple[float, ...] = (),
+) -> list[Row | Gated]:
     """Actions of a run.
 
     Args:
@@ -26,21 +44,32 @@ def make_rows(
         steps: number of steps of the schedule.
         dropped: sites and spans that are computed at every step, whatever the policy says.
         begin: step of the schedule at which the run begins, as in image to image; everything is computed there.
+        timesteps: of the run, if they are known.
 
     Raises:
         PolicyDoesNotFit: a table is for another number of steps or sites, or recalls what nobody stored.
     """
-    return _Rows(structure, policy, steps, dropped, begin).rows()
+    return _Rows(structure, policy, steps, dropped, begin, timesteps).rows()
 
 
 class _Rows:
     """Walks through the steps and remembers when each site was computed last."""
 
     def __init__(
-        self, structure: ModelStructure, policy: Policy, steps: int, dropped: frozenset[int], begin: int
+        self,
+        structure: ModelStructure,
+        policy: Policy,
+        steps: int,
+        dropped: frozenset[int],
+        begin: int,
+        timesteps: tuple[float, ...],
     ) -> None:
-        self.structure, self.policy, self.steps, self.dropped = structure, policy, steps, dropped
-        self.begin = begin
+        self.structure, self.policy, self.steps = structure, policy, steps
+        self.begin, self.timesteps = begin, timesteps
+        self.always = dropped | outside(structure, policy)
+        probe = structure.probe
+        if probe is not None and probe.id in dropped:  # nothing tells what has drifted
+            self.always |= {int(site.id) for site in structure.everything}
         self.stored: list[list[int]] = [[] for _ in structure.everything]
         self.moments: dict[Cadence, tuple[Moment, ...]] = {}
         named = [[site for site in structure.everything if rule.names(site)] for rule in policy.rules]
@@ -49,23 +78,30 @@ class _Rows:
         for rule, sites in zip(policy.rules, named, strict=True):
             check_table(policy, rule, sites, steps)
 
-    def rows(self) -> list[Row]:
-        """One row per step of the run."""
-        result = []
+    def rows(self) -> list[Row | Gated]:
+        """One row per step of the run, two where a gate decides; what that may store, no step counts on."""
+        result: list[Row | Gated] = []
         for step in range(self.begin, self.steps):
-            spans = [self.span(span, step) for span in self.structure.spans]
-            covered = {
-                int(i)
-                for span, action in zip(self.structure.spans, spans, strict=True)
-                if not action.is_full and (not action.computes or action.tokens is not None)
-                for i in span.inside
-            }
-            row = (*(self.site(site, step, site.id in covered) for site in self.structure.sites), *spans)
+            row = self.row(step)
+            if self.moment(self.policy.cadence, step).gated and not all(action.is_full for action in row):
+                result.append(Gated(row, (COMPUTE,) * len(row)))
+                continue
             for stored, action in zip(self.stored, row, strict=True):
                 if action.is_full:
                     stored.insert(0, step)
             result.append(row)
         return result
+
+    def row(self, step: int) -> Row:
+        """What the rules say about a step."""
+        spans = [self.span(span, step) for span in self.structure.spans]
+        covered = {
+            int(i)
+            for span, action in zip(self.structure.spans, spans, strict=True)
+            if not action.is_full and (not action.computes or action.tokens is not None)
+            for i in span.inside
+        }
+        return (*(self.site(site, step, site.id in covered) for site in self.structure.sites), *spans)
 
     def site(self, site: Site, step: int, covered: bool) -> Action:
         """Action of a leaf; inside a reused span it is skipped, but for a first block that decides by itself."""
@@ -83,7 +119,7 @@ class _Rows:
         """What the first rule that holds says; a site that no rule names is computed."""
         enters = step == self.begin > 0  # where the policy's table may reuse already
         rules = zip(self.policy.rules, self.places, strict=True)
-        for rule, places in () if enters or site.id in self.dropped else rules:
+        for rule, places in () if enters or site.id in self.always else rules:
             place = places.get(site.id)
             if place is None:
                 continue
@@ -131,8 +167,18 @@ class _Rows:
     def moment(self, cadence: Cadence, step: int) -> Moment:
         """What `step` is to a cadence."""
         if cadence not in self.moments:
-            self.moments[cadence] = cadence.moments(self.steps, self.begin)
+            self.moments[cadence] = cadence.moments(self.steps, self.begin, self.timesteps)
         return self.moments[cadence][step - self.begin]
+
+
+def outside(structure: ModelStructure, policy: Policy) -> frozenset[int]:
+    """Sites and spans of the blocks that run at every step, whatever the rules say."""
+    first, last = policy.outside[0], len(structure.blocks) - policy.outside[1]
+    return frozenset(
+        int(site.id)
+        for site in structure.everything
+        if site.kind is not SiteKind.STACK and not first <= site.block < last
+    )
 
 
 def score_of(score: TokenScore, interval: int) -> Score:

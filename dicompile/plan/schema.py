@@ -5,12 +5,13 @@ from __future__ import annotations
 from typing import Annotated, Any, Literal
 
 import numpy as np
-from pydantic import Field, InstanceOf, NonNegativeInt, PositiveInt
+from pydantic import Field, InstanceOf, NonNegativeInt, PositiveInt, model_validator
 
-from dicompile.analysis import Site
+from dicompile.analysis import Probe, Site, Trunk
 from dicompile.errors import InvalidPolicy
 from dicompile.plan.cadence import Cadence, Moment
 from dicompile.plan.frozen import Frozen, Origin
+from dicompile.plan.gate import Gate
 from dicompile.plan.predictor import Predictor
 from dicompile.plan.recall import Fitted, Forecast, Recall, Reuse, WhatName
 from dicompile.plan.yaml_json import YamlJson
@@ -194,6 +195,8 @@ class Policy(YamlJson):
         predictor_cost: what one prediction costs, in blocks of the model.
         where_mixed: what becomes of a branch whose tokens a rule refreshes, but which mixes them: "refuse" the policy
             or "reuse" the branch whole, which the plan then says.
+        outside: blocks at the start, and at the end, that run at every step: no rule is for their sites, and what "the
+            stack" adds is what the others do.
         elsewhere: settings of the same method for other kinds of model; see `choose_setting`.
     """
 
@@ -204,7 +207,33 @@ class Policy(YamlJson):
     predictor: str | InstanceOf[Predictor] | None = None
     predictor_cost: Annotated[float, Field(ge=0)] = 0.0
     where_mixed: Literal["refuse", "reuse"] = "refuse"
+    outside: tuple[NonNegativeInt, NonNegativeInt] = (0, 0)
     elsewhere: tuple[Elsewhere, ...] = ()
+
+    @model_validator(mode="after")
+    def _check_gate(self) -> Policy:
+        if self.gate is not None:
+            check_gated(self)
+        for other in self.elsewhere:
+            if other.policy.trunk != self.trunk:
+                raise InvalidPolicy(
+                    f"policy {self.name!r} has a setting {other.policy.name!r} with another probe or other blocks "
+                    "outside",
+                    where="elsewhere",
+                    why="which blocks are the stack, and what is watched, is analysed once for all settings",
+                    fix="give all settings the same 'outside', and the same probe or none",
+                )
+        return self
+
+    @property
+    def gate(self) -> Gate | None:
+        """What decides about steps while sampling, if anything does."""
+        return self.cadence.gate
+
+    @property
+    def trunk(self) -> Trunk:
+        """What has to be known of the blocks of a model: which of them run at every step, and what is watched."""
+        return Trunk(*self.outside, None if self.gate is None else Probe(self.gate.probe))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data: what JSON and YAML hold.
@@ -221,6 +250,30 @@ class Policy(YamlJson):
                 why="its predictor is an object, and plain data can only name the file of one",
                 fix="predictor.save('predictor.safetensors'), then TokenCache('predictor.safetensors')",
             ) from None
+
+
+def check_gated(policy: Policy) -> None:
+    """Raise if a policy with a gate asks for what has to be known before the run.
+
+    Raises:
+        InvalidPolicy: blocks decide by themselves, or a rule has a cadence or a table of its own, holds at some steps
+            only, or refreshes tokens.
+    """
+    reasons = [("its blocks decide by themselves", policy.cadence.decide == "block")]
+    for rule in policy.rules:
+        reasons += [
+            ("one of its rules has a cadence of its own", rule.cadence is not None),
+            (f"one of its rules holds at {rule.when} steps only", rule.when != "always"),
+            (f"one of its rules does {rule.do.do!r}", rule.do.do not in ("reuse", "forecast")),
+        ]
+    for reason, holds in reasons:
+        if holds:
+            raise InvalidPolicy(
+                f"policy {policy.name!r} has a gate, but {reason}",
+                where="cadence.gate",
+                why="a gate decides once for the whole step, and which steps are full is known only then",
+                fix="leave the gate out, or give it rules of Reuse and Forecast alone",
+            )
 
 
 Elsewhere.model_rebuild()

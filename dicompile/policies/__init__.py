@@ -12,30 +12,39 @@ from dicompile.outside import read_text
 from dicompile.plan import Policy, Predictor, load_predictor
 from dicompile.policies.anywhere import duca_anywhere, toca_anywhere
 from dicompile.policies.duca import DuCa, DuCaFlux, DuCaOpenSora, DuCaPixArt
+from dicompile.policies.first_block import DBCache, FirstBlockCache
 from dicompile.policies.fora import FORA
 from dicompile.policies.l2c import LearningToCache
+from dicompile.policies.magcache import MagCache
 from dicompile.policies.none import NoCache
+from dicompile.policies.pab import PAB
 from dicompile.policies.router import Router, RouterFacts
 from dicompile.policies.router_file import load_router, save_router
 from dicompile.policies.schedule_json import schedule_from_json, schedule_to_json
 from dicompile.policies.taylorseer import TaylorSeer, TaylorSeerLite
+from dicompile.policies.teacache import TeaCache
 from dicompile.policies.toca import ToCa, ToCaFlux, ToCaOpenSora, ToCaPixArt
 from dicompile.policies.tokencache import TokenCache
 
 __all__ = [
     "FORA",
+    "PAB",
     "POLICIES",
+    "DBCache",
     "DuCa",
     "DuCaFlux",
     "DuCaOpenSora",
     "DuCaPixArt",
+    "FirstBlockCache",
     "LearningToCache",
+    "MagCache",
     "NoCache",
     "Predictor",
     "Router",
     "RouterFacts",
     "TaylorSeer",
     "TaylorSeerLite",
+    "TeaCache",
     "ToCa",
     "ToCaFlux",
     "ToCaOpenSora",
@@ -64,6 +73,11 @@ POLICIES: dict[str, Callable[..., Policy]] = {
     "taylorseer": TaylorSeer,
     "tokencache": TokenCache,
     "taylorseer-lite": TaylorSeerLite,
+    "first-block-cache": FirstBlockCache,
+    "dbcache": DBCache,
+    "teacache": TeaCache,
+    "magcache": MagCache,
+    "pab": PAB,
     "l2c": LearningToCache,
 }
 

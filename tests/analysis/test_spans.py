@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
-from dicompile.analysis import ModelStructure, SiteKind, TokenWise
-from tests.capture.captured import structure
+from dicompile.analysis import ModelStructure, Probe, SiteKind, TokenWise, Trunk, analyse
+from tests.capture.captured import captured, node_of, structure
 from tests.models import sd3
 from tests.models import structure as structure_of
 
@@ -114,3 +115,32 @@ def test_a_stack_is_never_token_wise() -> None:
                 joint = any(structure(name).sites[i].kind is SiteKind.JOINT_ATTENTION for i in span.inside)
                 assert span.tokens.wise is (TokenWise.NO if joint else TokenWise.QUERIES)
                 assert not joint or span.tokens.reason == "another stream needs the same attention over all tokens"
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_the_probe_is_what_the_first_blocks_add_to_the_stream_of_the_latent(count: int) -> None:
+    capture = captured("flux")
+    found = analyse(capture, Trunk(before=count, probe=Probe.RESIDUAL))
+    probe, blocks = found.probe, [s for s in found.spans if s.kind is SiteKind.BLOCK]
+    assert probe is not None
+    image = [span for span in blocks if span.stream == probe.stream]
+    assert (probe.source, probe.add) == (image[0].source, image[count - 1].add)
+    assert probe.inside == tuple(i for span in image[:count] for i in span.inside)
+    stack = [span for span in found.spans if span.kind is SiteKind.STACK]
+    assert {found.sites[i].block for span in stack for i in span.inside} == set(range(count, 4))
+
+
+def test_the_modulated_probe_is_what_enters_the_first_product() -> None:
+    capture = captured("plain_dit")
+    probe = analyse(capture, Trunk(probe=Probe.MODULATED)).probe
+    assert probe is not None
+    node = node_of(capture, probe.core)
+    assert [user.target for user in node.users] == [torch.ops.aten.linear.default]
+    assert node.target is torch.ops.aten.add.Tensor  # x * (1 + scale) + shift
+
+
+def test_where_no_stream_goes_through_all_first_blocks_there_is_no_probe() -> None:
+    found = analyse(
+        captured("flux"), Trunk(before=3, probe=Probe.RESIDUAL)
+    )  # text and image are joined before the third
+    assert found.probe is None

@@ -68,20 +68,20 @@ def test_it_is_one_screen(columns: int) -> None:
 
 def test_policies_are_sorted_by_predicted_speedup_and_none_is_left_out(flux: tuple[Capture, ModelStructure]) -> None:
     names = [name for name in POLICIES if not required_options(name)]
-    found = candidates(flux[1], names, TimestepSchedule.of(50), UNLIMITED)
+    found = candidates(*flux, names, TimestepSchedule.of(50), UNLIMITED)
     speedups = [item.plan.predicted_speedup for item in found.plans]
     assert speedups == sorted(speedups, reverse=True)
     assert sorted([name for item in found.plans for name in item.names] + list(found.refused)) == sorted(names)
 
 
 def test_names_of_one_plan_are_one_row(flux: tuple[Capture, ModelStructure]) -> None:
-    found = candidates(flux[1], ["toca", "fora", "toca-flux", "duca-flux", "duca"], TimestepSchedule.of(50), UNLIMITED)
+    found = candidates(*flux, ["toca", "fora", "toca-flux", "duca-flux", "duca"], TimestepSchedule.of(50), UNLIMITED)
     assert {item.label for item in found.plans} == {"toca = toca-flux", "fora", "duca-flux = duca"}
     assert "toca = toca-flux" in printed(plan_table(found.plans), width=80)
 
 
 def test_a_reason_is_given_once_for_all_that_share_it(flux: tuple[Capture, ModelStructure]) -> None:
-    found = candidates(flux[1], ["toca-pixart", "fora", "duca-pixart"], TimestepSchedule.of(50), UNLIMITED)
+    found = candidates(*flux, ["toca-pixart", "fora", "duca-pixart"], TimestepSchedule.of(50), UNLIMITED)
     ((names, reason),) = refusals(found.refused)
     assert names == "toca-pixart, duca-pixart"
     assert reason == "ranks tokens by entropy, for which there is no cross-attention in the block"

@@ -15,12 +15,16 @@ from tests.cli.terminal import check_fits, error_of, run
 MADE = [name for name in POLICIES if not required_options(name)]
 
 
+PUBLISHED_AS_CODE = {"first-block-cache": "ParaAttention, 2024", "dbcache": "cache-dit, 2025"}
+
+
 def test_every_policy_has_a_line_and_a_publication() -> None:
     text = run("policies").output
     check_fits(text, 80)
     lines = [line.split() for line in text.splitlines()]
     assert [line[0] for line in lines if line[0] in POLICIES] == list(POLICIES)
-    assert {line[0] for line in lines if "arXiv" in line} == set(POLICIES) - {"none"}
+    assert {line[0] for line in lines if "arXiv" in line} == set(POLICIES) - {"none", *PUBLISHED_AS_CODE}
+    assert all(place in text for place in PUBLISHED_AS_CODE.values())
 
 
 @pytest.mark.parametrize("name", MADE)

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dicompile.plan import Cadence, Window
-from dicompile.policies import FORA, TaylorSeer, ToCa, ToCaPixArt
+from dicompile.plan import Cadence, Magnitudes, Window
+from dicompile.policies import FORA, PAB, MagCache, TaylorSeer, ToCa, ToCaPixArt
 
 
 def letters(cadence: Cadence, steps: int) -> str:
@@ -160,3 +160,40 @@ def test_the_decision_is_the_one_of_the_reference_code(cadence: Cadence, steps: 
 @given(cadences, st.integers(1, 40))
 def test_the_first_steps_are_always_full(cadence: Cadence, steps: int) -> None:
     assert all(moment.first and moment.others for moment in cadence.moments(steps)[: cadence.warmup])
+
+
+def test_magnitudes_add_up_until_a_step_is_full() -> None:
+    def pattern(threshold: float, longest: int = 9, retention: float = 0.0) -> str:
+        ratios = (1.0, 1.1, 1.1, 1.1, 1.0, 0.9)
+        table = Magnitudes(ratios=ratios, threshold=threshold, longest=longest, retention=retention)
+        return letters(Cadence(magnitudes=table), 6)
+
+    # the errors are 0.1, then 0.1 + 0.21, then those and 0.331
+    assert pattern(threshold=0.3) == "F.F..."
+    assert pattern(threshold=0.32) == "F..F.."
+    assert pattern(threshold=9.0) == "F....."
+    assert pattern(threshold=9.0, longest=2) == "F..F.."
+    assert pattern(threshold=0.0) == "FFFF.F"  # a ratio of 1 is no error
+    assert pattern(threshold=9.0, retention=0.5) == "FFF..."
+
+
+def test_a_table_of_magnitudes_is_read_at_the_nearest_place() -> None:
+    table = Magnitudes(ratios=(1.0, 1.0, 2.0), threshold=0.5, longest=9, retention=0.0)
+    assert letters(Cadence(magnitudes=table), 5) == "F..FF"  # places 0, 0.5, 1, 1.5 and 2: halves go to the even one
+    assert letters(Cadence(magnitudes=table), 1) == "F"
+
+
+def test_a_run_that_begins_late_accumulates_from_its_first_step() -> None:
+    cadence = MagCache("flux", threshold=0.12, longest=2, retention=0.1).cadence
+    late = cadence.moments(28, 9)
+    assert [moment.step for moment in late if moment.first][:3] == [9, 12, 15]
+    assert not {9, 12} <= {moment.step for moment in cadence.moments(28) if moment.first}
+
+
+def test_outside_of_its_timesteps_a_cadence_is_full() -> None:
+    timesteps = [1000.0 - 100 * step for step in range(10)]  # strictly between 200 and 800 are steps 3 to 7
+    moments = Cadence(interval=4, counting="up", timesteps=(800, 200)).moments(10, timesteps=timesteps)
+    assert "".join("F" if moment.others else "." for moment in moments) == "FFF.F...FF"
+    rest = PAB(4, timesteps=(200, 800)).rules[0].cadence
+    assert rest is not None
+    assert [m.others for m in rest.moments(10, 3, timesteps[3:])] == [m == "F" for m in "FF...FF"]

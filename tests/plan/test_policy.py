@@ -33,6 +33,7 @@ from dicompile.plan import (
     make_plan,
     make_rows,
 )
+from dicompile.policies import PAB
 from tests.plan.toys import TOKENS, toy
 
 # Token counts ---------------------------------------------------------------------------------------------------------
@@ -316,3 +317,12 @@ def test_policies_are_refused_in_one_file_only() -> None:
     sources = [file for part in ("dicompile", "passes", "runtime") for file in (root / part).rglob("*.py")]
     refusing = [file for file in sources if re.search(r"raise PolicyDoesNotFit\(", file.read_text(encoding="utf-8"))]
     assert [file.relative_to(root) for file in refusing] == [Path("dicompile/plan/fits.py")]
+
+
+def test_a_window_of_timesteps_asks_for_timesteps() -> None:
+    structure = toy([("self-attention", "mlp")])
+    with pytest.raises(PolicyDoesNotFit, match=r"between timesteps 100 and 850, and no timesteps are known") as caught:
+        make_plan(structure, PAB(), TimestepSchedule(20))
+    assert "schedule=scheduler" in str(caught.value)
+    plan = make_plan(structure, PAB(), TimestepSchedule.of([1000.0 - 50 * step for step in range(20)]))
+    assert [step.kind for step in plan.steps].count("mixed") == 7
