@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import logging
 import threading
+import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from concurrent.futures import Future, as_completed
 from dataclasses import dataclass, field, replace
@@ -72,6 +73,31 @@ ONE_AT_A_TIME = threading.RLock()
 
 torch.fx and Dynamo trace with global state; compiled code has none.
 """
+
+
+class Stopwatch(threading.local):
+    """Seconds that this thread has spent in what is measured; what is nested counts once.
+
+    Attributes:
+        seconds: so far.
+    """
+
+    def __init__(self) -> None:
+        self.seconds, self._depth, self._start = 0.0, 0, 0.0
+
+    def __enter__(self) -> None:
+        if not self._depth:
+            self._start = time.perf_counter()
+        self._depth += 1
+
+    def __exit__(self, *_: object) -> None:
+        self._depth -= 1
+        if not self._depth:
+            self.seconds += time.perf_counter() - self._start
+
+
+COMPILING = Stopwatch()
+"""What was captured, rewritten and compiled for calls of this thread, waiting for others included."""
 
 MOST_PLANS = 64
 """Plans of one captured model that are kept; a pipeline makes one for every number of steps that it is asked for."""
@@ -312,7 +338,7 @@ class Programs:
         step = None if known is None else known[1].get(index)
         if step is not None:
             return step
-        with ONE_AT_A_TIME:
+        with COMPILING, ONE_AT_A_TIME:
             plan, steps = self._planned(schedule)
             if index not in steps:
                 steps[index] = self._make(plan, index)
