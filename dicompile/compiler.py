@@ -15,7 +15,6 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from rich.progress import track
 from torch import Tensor, fx
 
 from dicompile.analysis import ModelStructure, SiteKind, analyse
@@ -63,6 +62,7 @@ from dicompile.plan import (
     reusing_plan,
 )
 from dicompile.policies import NoCache
+from dicompile.progress import progress as bar
 from dicompile.runtime import Executor, Graphs, Observer, Owners, SchedulerLink, Signature, Step, Tables, recorder_of
 from dicompile.same import Same
 
@@ -402,7 +402,11 @@ class Programs:
                 fix="set the scheduler's timesteps before sampling",
             )
         planned = plan.steps[index]
+        known, start = len(self.variants.variants), time.perf_counter()
         program = self._program(plan.schedule, index, planned)
+        if made := len(self.variants.variants) - known:
+            what = f"step {plan.schedule.before + index} ({planned.kind}) of policy {plan.policy}"
+            log.info("%s: %d new pieces of code in %.1f s", what, made, time.perf_counter() - start)
         self.debug.write(f"step{index}-{planned.kind}", program)
         return Step.of(plan, index, program)
 
@@ -470,12 +474,17 @@ def compile_ahead(wanted: Sequence[tuple[Programs, TimestepSchedule]], *, late: 
         with programs.backend.in_effect():
             requests += requests_of(programs.codes(schedule), programs.backend)
     futures = ask_workers(requests) if count_workers() > 1 and len(requests) > 1 else []
-    done = as_completed(futures)
-    for future in track(done, "compiling", total=len(futures), disable=not (progress and futures)):
-        if future.exception() is not None:
-            log.warning("%s: %s", DONE_HERE, str(future.exception()).splitlines()[-1])
-    for programs, schedule in wanted:
-        programs.prepare(schedule, late=late)
+    steps = sum(schedule.steps for _, schedule in wanted)
+    with bar("compiling", len(futures) + steps, shown=progress) as update:
+        for future in as_completed(futures):
+            if future.exception() is not None:
+                log.warning("%s: %s", DONE_HERE, str(future.exception()).splitlines()[-1])
+            update(advance=1, description=f"compiling {len(futures)} pieces of code")
+        for programs, schedule in wanted:
+            for index in range(schedule.steps):
+                programs.step(schedule, index)
+                update(advance=1, description=f"step {schedule.before + index} of policy {programs.policy.name}")
+            programs.prepare(schedule, late=late)
     for request in requests:
         request.note()
 

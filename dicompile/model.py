@@ -171,6 +171,7 @@ class ModelCalls:
     @uncollected()
     def _capture(self, key: tuple[object, ...], arguments: Arguments) -> tuple[Frame, Sequence[Tensor], Sequence[Any]]:
         check_weights_are_whole(self.module)
+        start = time.perf_counter()
         try:
             known, pins = self._known(key, arguments)
             tensors = known.captured.tensors(pins.tensors, arguments)
@@ -185,6 +186,8 @@ class ModelCalls:
         self._require_sites(compiled)
         self._by_running = self._by_running or known.captured.is_run
         frame = Frame(known, compiled, pins, next(_CALLS))
+        sites, seconds = len(compiled.structure.sites), time.perf_counter() - start
+        log.info("%s captured and analysed in %.1f s: %d sites", type(self.module).__name__, seconds, sites)
         self._keep(key, frame)
         return frame, tensors, inputs
 
