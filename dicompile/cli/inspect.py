@@ -17,14 +17,27 @@ from rich.table import Table
 from rich.text import Text
 
 from dicompile.analysis import Block, ModelStructure, Pace, Site, SiteKind, TokenWise
+from dicompile.bench import deviceless
+from dicompile.capture import Capture
 from dicompile.cli import options
 from dicompile.cli.models import Loaded
-from dicompile.cli.show import BAD, FAINT, Candidates, candidates, lane_lines, make_console, plan_table, refusals
+from dicompile.cli.show import (
+    BAD,
+    FAINT,
+    Candidate,
+    Candidates,
+    candidates,
+    lane_lines,
+    make_console,
+    plan_table,
+    refusals,
+)
 from dicompile.garbage import uncollected
+from dicompile.lower import Hoist
 from dicompile.plan.plan import FLOPS_PER_BYTE
 from dicompile.policies import POLICIES, required_options
 from dicompile.progress import progress
-from dicompile.text import operations_text, ranges_text
+from dicompile.text import operations_text, ranges_text, size_text
 
 MOST_RUNS = 6
 """Runs of equal blocks that are shown if not all are asked for."""
@@ -33,7 +46,7 @@ _NUMBER = re.compile(r"\.\d+(?=\.|\b)")
 
 
 @options.spread
-def inspect(
+def inspect(  # noqa: PLR0913 - options
     subject: options.Subject,
     *,
     policy: Annotated[
@@ -47,6 +60,9 @@ def inspect(
     graph: Annotated[
         Path | None, typer.Option(help="Draw the dataflow of the first block of each kind, sites marked: SVG, PNG.")
     ] = None,
+    kernels: Annotated[
+        bool, typer.Option("--kernels", help="Count what steps launch on an H200, in bfloat16; no GPU is needed.")
+    ] = False,
     as_json: options.AsJson = False,
     cache: options.Cache,
 ) -> None:
@@ -54,18 +70,36 @@ def inspect(
     options.check_picture_file(graph)
     names = policy or [name for name in POLICIES if not required_options(name)]
     remembered = cache.options("dicompile inspect")
+    if kernels:
+        deviceless.check_can_count()
     with uncollected(), progress(f"looking at {subject.model}"):
-        loaded = subject.load()
+        loaded = subject.load().in_bfloat16() if kernels else subject.load()
         capture, structure = loaded.structure()
         found = candidates(structure, names, subject.schedule, remembered)
+    rows = kernel_rows(capture, found.plans) if kernels else []
     if graph is not None:
         from dicompile.cli.pictures import draw_blocks
 
         draw_blocks(graph, capture, structure)
     if as_json:
-        typer.echo(json.dumps(as_data(loaded.name, structure, found), indent=2))
+        counted = {"kernels": [dataclasses.asdict(row) for row in rows]} if kernels else {}
+        typer.echo(json.dumps(as_data(loaded.name, structure, found) | counted, indent=2))
         return
     console = make_console(wide=wide)
+    _print_model(console, loaded, structure, everything=everything, wide=wide)
+    _print_policies(console, found, subject.steps, everything=everything, is_default=not policy)
+    for item in found.plans if grid else ():
+        console.print(Text(f"\n{item.label}", "bold"))
+        for line in lane_lines(item.plan, console.width, every_site=everything):
+            console.print(line, no_wrap=True, overflow="crop")
+    if kernels:
+        console.print(Text("\nlaunched by one step on an H200, bfloat16", "bold"))
+        console.print(Padding(kernel_table(rows), (0, 0, 0, 2), expand=False))
+    if graph is not None:
+        console.print(f"\ndataflow: {graph}")
+
+
+def _print_model(console: Console, loaded: Loaded, structure: ModelStructure, *, everything: bool, wide: bool) -> None:
     name, *about = model_lines(loaded, structure)
     console.print(name)
     for line in about:
@@ -75,14 +109,31 @@ def inspect(
     for fact in facts(structure, everything=everything):
         console.print(Padding(fact, (0, 0, 0, 2), expand=False))
     console.print()
-    _print_policies(console, found, subject.steps, everything=everything, is_default=not policy)
-    if grid:
-        for item in found.plans:
-            console.print(Text(f"\n{item.label}", "bold"))
-            for line in lane_lines(item.plan, console.width, every_site=everything):
-                console.print(line, no_wrap=True, overflow="crop")
-    if graph is not None:
-        console.print(f"\ndataflow: {graph}")
+
+
+def kernel_rows(capture: Capture, plans: Sequence[Candidate]) -> list[deviceless.Row]:
+    """What every kind of step launches, by policy, beside `torch.compile`; the capture is spent afterwards."""
+    with deviceless.pretended_cuda(), progress("lowering", len(plans) + 1) as update:
+        deviceless.move_to_cuda(capture)
+        steps = deviceless.Steps(capture)
+        rows = [steps.uncached()]
+        for item in plans:
+            update(advance=1, description=f"lowering {item.label}")
+            rows += steps.rows(item.plan, item.label, Hoist.ALL)
+    return rows
+
+
+def kernel_table(rows: Sequence[deviceless.Row]) -> Table:
+    """One row per policy and kind of step."""
+    table = Table(box=None, pad_edge=False, header_style=FAINT, padding=(0, 1, 0, 0))
+    for head in ("policy", "step"):
+        table.add_column(head, overflow="fold")
+    for head in ("Triton", "libraries", "attention", "copies", "moved", "least"):
+        table.add_column(head, justify="right", no_wrap=True)
+    for row in rows:
+        counts = map(str, (row.triton, row.library, row.attention, row.copies))
+        table.add_row(Text(row.policy), row.step, *counts, size_text(row.bytes), size_text(row.least))
+    return table
 
 
 def _print_policies(console: Console, found: Candidates, steps: int, *, everything: bool, is_default: bool) -> None:
