@@ -17,14 +17,12 @@ from rich.table import Table
 from rich.text import Text
 
 from dicompile.analysis import Block, ModelStructure, Pace, Site, SiteKind, TokenWise
-from dicompile.bench import deviceless
-from dicompile.capture import Capture
 from dicompile.cli import options
+from dicompile.cli.kernels import check_can_count, kernel_rows, kernel_table
 from dicompile.cli.models import Loaded
 from dicompile.cli.show import (
     BAD,
     FAINT,
-    Candidate,
     Candidates,
     candidates,
     lane_lines,
@@ -33,11 +31,10 @@ from dicompile.cli.show import (
     refusals,
 )
 from dicompile.garbage import uncollected
-from dicompile.lower import Hoist
 from dicompile.plan.plan import FLOPS_PER_BYTE
 from dicompile.policies import POLICIES, required_options
 from dicompile.progress import progress
-from dicompile.text import operations_text, ranges_text, size_text
+from dicompile.text import operations_text, ranges_text
 
 MOST_RUNS = 6
 """Runs of equal blocks that are shown if not all are asked for."""
@@ -71,7 +68,7 @@ def inspect(  # noqa: PLR0913 - options
     names = policy or [name for name in POLICIES if not required_options(name)]
     remembered = cache.options("dicompile inspect")
     if kernels:
-        deviceless.check_can_count()
+        check_can_count()
     with uncollected(), progress(f"looking at {subject.model}"):
         loaded = subject.load().in_bfloat16() if kernels else subject.load()
         capture, structure = loaded.structure()
@@ -109,31 +106,6 @@ def _print_model(console: Console, loaded: Loaded, structure: ModelStructure, *,
     for fact in facts(structure, everything=everything):
         console.print(Padding(fact, (0, 0, 0, 2), expand=False))
     console.print()
-
-
-def kernel_rows(capture: Capture, plans: Sequence[Candidate]) -> list[deviceless.Row]:
-    """What every kind of step launches, by policy, beside `torch.compile`; the capture is spent afterwards."""
-    with deviceless.pretended_cuda(), progress("lowering", len(plans) + 1) as update:
-        deviceless.move_to_cuda(capture)
-        steps = deviceless.Steps(capture)
-        rows = [steps.uncached()]
-        for item in plans:
-            update(advance=1, description=f"lowering {item.label}")
-            rows += steps.rows(item.plan, item.label, Hoist.ALL)
-    return rows
-
-
-def kernel_table(rows: Sequence[deviceless.Row]) -> Table:
-    """One row per policy and kind of step."""
-    table = Table(box=None, pad_edge=False, header_style=FAINT, padding=(0, 1, 0, 0))
-    for head in ("policy", "step"):
-        table.add_column(head, overflow="fold")
-    for head in ("Triton", "libraries", "attention", "copies", "moved", "least"):
-        table.add_column(head, justify="right", no_wrap=True)
-    for row in rows:
-        counts = map(str, (row.triton, row.library, row.attention, row.copies))
-        table.add_row(Text(row.policy), row.step, *counts, size_text(row.bytes), size_text(row.least))
-    return table
 
 
 def _print_policies(console: Console, found: Candidates, steps: int, *, everything: bool, is_default: bool) -> None:

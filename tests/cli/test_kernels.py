@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import subprocess
 import sys
@@ -10,16 +11,16 @@ from typing import Any
 import pytest
 import torch
 
-from dicompile.bench import deviceless
-from dicompile.bench.deviceless import Lowered, Row, check_can_count
-from dicompile.cli.inspect import kernel_table
+from dicompile.cli.kernels import VERSION, check_can_count, kernel_table
 from dicompile.cli.show import make_console
 from dicompile.config import environment_with
 from tests.cli.terminal import check_fits, error_of
 
+has_internals = pytest.mark.skipif(not torch.__version__.startswith(VERSION), reason=f"needs torch {VERSION}*")
+
 
 def test_without_triton_it_is_refused(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(deviceless.importlib.util, "find_spec", lambda _: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda *_: None)
     error = error_of(capsys, monkeypatch, "inspect", "demo", "--kernels")
     assert "kernels cannot be counted without triton" in error
     assert "pip install 'dicompile[triton]'" in error
@@ -27,17 +28,23 @@ def test_without_triton_it_is_refused(capsys: pytest.CaptureFixture[str], monkey
 
 def test_with_another_torch_it_is_refused(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "__version__", "2.99.0")
-    monkeypatch.setattr(deviceless.importlib.util, "find_spec", lambda _: "there")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda *_: "there")
     error = error_of(capsys, monkeypatch, "inspect", "demo", "--kernels")
     assert "kernels cannot be counted with torch 2.99.0" in error
 
 
+@has_internals
 def test_a_step_launches_what_its_calls_do() -> None:
+    from dicompile.bench.deviceless import Lowered, Row
+
     call = Lowered({"triton": 3, "gemm": 2, "attention": 1, "received": 1, "sort": 1}, 1, 0, 100, 80, {})
     assert Row.of("toca", "all", "full", [call, call]) == Row("toca", "all", "full", 8, 6, 2, 2, 200, 160)
 
 
+@has_internals
 def test_the_table_fits_80_columns(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    from dicompile.bench.deviceless import Row
+
     monkeypatch.setenv("COLUMNS", "80")
     rows = [
         Row("torch.compile", "off", "full", 1234, 1234, 157, 12, 10**9, 10**9),
@@ -50,7 +57,7 @@ def test_the_table_fits_80_columns(capsys: pytest.CaptureFixture[str], monkeypat
 
 
 @pytest.mark.nightly
-@pytest.mark.skipif(not torch.__version__.startswith(deviceless.VERSION), reason="knows internals of torch")
+@has_internals
 def test_kernels_of_a_model_are_counted_in_a_process_of_its_own() -> None:
     check_can_count()
     command = [
