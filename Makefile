@@ -6,7 +6,7 @@ VENV := .venv$(TORCH:%=-%)
 BIN := $(VENV)/bin
 CONSTRAINTS := $(if $(TORCH),$(VENV)/)constraints.txt
 
-.PHONY: demo test nightly coverage lint ruff typecheck format bench clean
+.PHONY: demo docs test nightly coverage lint ruff typecheck format bench clean
 
 demo: $(VENV)/.installed-demo
 	$(BIN)/dicompile demo
@@ -19,6 +19,10 @@ test: $(VENV)/.installed-test
 nightly: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -m nightly -n auto --maxprocesses 4 --dist loadgroup --ignore tests/state
 	$(BIN)/python -m pytest -m nightly -s tests/state
+
+# The site, in out/site; warnings are errors, as in `make test`.
+docs: $(VENV)/.installed-docs
+	$(BIN)/python -m mkdocs build --strict
 
 # The table of what works on which class of model. `make test` checks every third class, `make nightly` every line.
 coverage: $(VENV)/.installed-test

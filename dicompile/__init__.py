@@ -10,6 +10,7 @@ from dicompile.api import report as report
 from dicompile.api import restore as restore
 from dicompile.api import session as session
 from dicompile.api import structure_of as structure_of
+from dicompile.api import summary as summary
 from dicompile.compiler import reset as reset
 from dicompile.errors import DicompileError as DicompileError
 from dicompile.learn.calibrate import calibrate as calibrate

@@ -28,6 +28,7 @@ from dicompile.plan import CacheOptions, Plan, Policy, TimestepSchedule
 from dicompile.policies import get_policy
 from dicompile.runtime import RunReport, SchedulerLink, Session, current_session
 from dicompile.runtime import session as open_session
+from dicompile.summary import ModelSummary, Summary
 from dicompile.wrapper import CachedModel, Record, find_optimized, record_of, released, without_compile
 
 log = logging.getLogger("dicompile")
@@ -300,6 +301,48 @@ def report(model: Any) -> RunReport:
         if state is not last and record.options.link.is_live and state.schedule_token is last.schedule_token:
             whole.add(state.report)
     return whole
+
+
+def summary(model: Any) -> Summary:
+    """What the last generation of this session did, step by step, and what could be done about it.
+
+    Print it in a terminal, or let a notebook show it. Per step: how many sites were computed, refreshed, forecast and
+    reused, bytes held, seconds spent compiling and running (on the host; a GPU may still be at work). After that: cold
+    starts with their reason, and suggestions.
+
+    Args:
+        model: what `optimize` returned; of a pipeline every denoiser that ran.
+
+    Raises:
+        NotOptimized, NotYetRun: nothing ran yet.
+    """
+    _frame_of(model)
+    session, cached = current_session(), cached_in(model)
+    denoising = [one for one in cached if is_denoiser_of(model, one)] or cached
+    found = []
+    for record in map(record_of, denoising):
+        ran = session.state_of(record.calls.owner).report
+        if not (record.frames and ran.kinds):
+            continue
+        parameters = list(record.module.parameters())
+        found.append(
+            ModelSummary(
+                name=type(record.module).__name__,
+                plan=record.frames[-1].programs.plan(_schedule_of(record)),
+                report=copy.deepcopy(ran),
+                weight_bytes=sum(parameter.nbytes for parameter in parameters),
+                on_host=all(parameter.device.type == "cpu" for parameter in parameters),
+                records=record.options.backend.records_steps,
+                keeps=record.options.settings.store.is_open,
+            )
+        )
+    if not found:
+        raise NotYetRun(
+            f"{type(record_of(cached[0]).module).__name__} has not run in this session",
+            why="every thread, task and opened session has a report of its own",
+            fix="ask where it was sampled, after a generation",
+        )
+    return Summary(tuple(found))
 
 
 def _link(schedule: Any, policy: Policy) -> SchedulerLink:

@@ -8,13 +8,13 @@ from __future__ import annotations
 import functools
 import logging
 import threading
+import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from concurrent.futures import Future, as_completed
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from rich.progress import track
 from torch import Tensor, fx
 
 from dicompile.analysis import ModelStructure, SiteKind, Trunk, analyse
@@ -64,6 +64,7 @@ from dicompile.plan import (
     reusing_plan,
 )
 from dicompile.policies import NoCache
+from dicompile.progress import progress as bar
 from dicompile.runtime import (
     Executor,
     GatedStep,
@@ -85,6 +86,31 @@ ONE_AT_A_TIME = threading.RLock()
 
 torch.fx and Dynamo trace with global state; compiled code has none.
 """
+
+
+class Stopwatch(threading.local):
+    """Seconds that this thread has spent in what is measured; what is nested counts once.
+
+    Attributes:
+        seconds: so far.
+    """
+
+    def __init__(self) -> None:
+        self.seconds, self._depth, self._start = 0.0, 0, 0.0
+
+    def __enter__(self) -> None:
+        if not self._depth:
+            self._start = time.perf_counter()
+        self._depth += 1
+
+    def __exit__(self, *_: object) -> None:
+        self._depth -= 1
+        if not self._depth:
+            self.seconds += time.perf_counter() - self._start
+
+
+COMPILING = Stopwatch()
+"""What was captured, rewritten and compiled for calls of this thread, waiting for others included."""
 
 MOST_PLANS = 64
 """Plans of one captured model that are kept; a pipeline makes one for every number of steps that it is asked for."""
@@ -328,7 +354,7 @@ class Programs:
         step = None if known is None else known[1].get(index)
         if step is not None:
             return step
-        with ONE_AT_A_TIME:
+        with COMPILING, ONE_AT_A_TIME:
             plan, steps = self._planned(schedule)
             if index not in steps:
                 steps[index] = self._make(plan, index)
@@ -396,7 +422,11 @@ class Programs:
 
     def _ready(self, plan: Plan, index: int) -> Step:
         planned = plan.steps[index]
+        known, start = len(self.variants.variants), time.perf_counter()
         program = self._program(plan.schedule, index, planned)
+        if made := len(self.variants.variants) - known:
+            what = f"step {plan.schedule.before + index} ({planned.kind}) of policy {plan.policy}"
+            log.info("%s: %d new pieces of code in %.1f s", what, made, time.perf_counter() - start)
         self.debug.write(f"step{index}-{planned.kind}", program)
         return Step.of(plan, index, program)
 
@@ -474,12 +504,17 @@ def compile_ahead(wanted: Sequence[tuple[Programs, TimestepSchedule]], *, late: 
         with programs.backend.in_effect():
             requests += requests_of(programs.codes(schedule), programs.backend)
     futures = ask_workers(requests) if count_workers() > 1 and len(requests) > 1 else []
-    done = as_completed(futures)
-    for future in track(done, "compiling", total=len(futures), disable=not (progress and futures)):
-        if future.exception() is not None:
-            log.warning("%s: %s", DONE_HERE, str(future.exception()).splitlines()[-1])
-    for programs, schedule in wanted:
-        programs.prepare(schedule, late=late)
+    steps = sum(schedule.steps for _, schedule in wanted)
+    with bar("compiling", len(futures) + steps, shown=progress) as update:
+        for future in as_completed(futures):
+            if future.exception() is not None:
+                log.warning("%s: %s", DONE_HERE, str(future.exception()).splitlines()[-1])
+            update(advance=1, description=f"compiling {len(futures)} pieces of code")
+        for programs, schedule in wanted:
+            for index in range(schedule.steps):
+                programs.step(schedule, index)
+                update(advance=1, description=f"step {schedule.before + index} of policy {programs.policy.name}")
+            programs.prepare(schedule, late=late)
     for request in requests:
         request.note()
 

@@ -2,7 +2,7 @@
 
 | variable | meaning |
 |---|---|
-| ``DICOMPILE_DEBUG`` | folder that receives numbered text files of every stage; unset: nothing is written |
+| ``DICOMPILE_DEBUG`` | folder for numbered text files of every stage, and an index.html; unset: nothing is written |
 | ``DICOMPILE_CHECK`` | ``1``: every read of a stored value is held against the plan, and a stale one raises |
 | ``DICOMPILE_PASSES`` | passes to leave out, each with a minus: ``-narrow-linear,-drop-dead`` |
 | ``DICOMPILE_CACHE_DIR`` | folder of what the next process uses again; ``off``: none; unset: ``~/.cache/dicompile`` |
@@ -20,8 +20,9 @@ from pathlib import Path
 
 from torch._logging import trace_structured  # type: ignore[attr-defined]
 
+from dicompile.debug import INDEX, index_page
 from dicompile.errors import InvalidSetting
-from dicompile.store import Store
+from dicompile.store import Store, written_whole
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,7 +128,7 @@ class DebugFolder:
     def write(self, name: str, content: object) -> None:
         """Write the text of `content` as the next file, ``NNN-name.txt``, and as artifact ``dicompile-name``.
 
-        What is in the folder already is kept.
+        What is in the folder already is kept; ``index.html`` links all of it.
         """
         text = functools.cache(lambda: f"{content}\n")
         trace_structured(
@@ -139,5 +140,8 @@ class DebugFolder:
         if self.folder is None:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
-        number = sum(1 for _ in self.folder.glob("*.txt"))
-        (self.folder / f"{number:03d}-{name}.txt").write_text(text(), encoding="utf-8")
+        names = [path.name for path in self.folder.glob("*.txt")]
+        names.append(f"{len(names):03d}-{name}.txt")
+        for file, written in ((names[-1], text()), (INDEX, index_page(names))):
+            with written_whole(self.folder / file, for_all=True) as stream:
+                stream.write(written.encode())

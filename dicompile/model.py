@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 import itertools
 import logging
+import time
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -33,12 +34,12 @@ from dicompile.capture import (
     marked_dims,
     with_python_numbers,
 )
-from dicompile.compiler import ONE_AT_A_TIME, CompiledFrame, Options, compile_capture
+from dicompile.compiler import COMPILING, ONE_AT_A_TIME, CompiledFrame, Options, compile_capture
 from dicompile.errors import CannotCapture, InvalidSetting, NoSitesFound, TimestepNotFound
 from dicompile.garbage import uncollected
 from dicompile.names import sounds_like_time
 from dicompile.offload import check_hooks
-from dicompile.runtime import Owner
+from dicompile.runtime import Owner, current_session
 from dicompile.same import Same
 
 log = logging.getLogger("dicompile")
@@ -111,6 +112,7 @@ class ModelCalls:
 
     def __call__(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """Run one call."""
+        start, compiled = time.perf_counter(), COMPILING.seconds
         if self._times:
             args, kwargs = bind_positions(self.module, args, kwargs, self._times)
         if self._takes_any_number:
@@ -123,7 +125,10 @@ class ModelCalls:
             results = frame.compiled.run.run(self.owner, inputs)
         for taken in frame.captured.taken_out:
             taken.repeat(arguments)
-        return frame.captured.pack(results, tensors)
+        packed = frame.captured.pack(results, tensors)
+        state, compiling = current_session().state_of(self.owner), COMPILING.seconds - compiled
+        state.report.time(state.step, time.perf_counter() - start - compiling, compiling)
+        return packed
 
     def _frame(self, arguments: Arguments) -> tuple[Frame, Sequence[Tensor], Sequence[Any]]:
         """The code for a call, with all tensors and with its inputs."""
@@ -131,7 +136,7 @@ class ModelCalls:
         found = self._find(key, arguments) or self._find_alike(key, arguments)
         if found is not None:
             return found
-        with ONE_AT_A_TIME:
+        with COMPILING, ONE_AT_A_TIME:
             found = self._find(key, arguments) or self._find_alike(key, arguments)
             return found if found is not None else self._capture(key, arguments)
 
@@ -168,6 +173,7 @@ class ModelCalls:
     @uncollected()
     def _capture(self, key: tuple[object, ...], arguments: Arguments) -> tuple[Frame, Sequence[Tensor], Sequence[Any]]:
         check_hooks(self.module)
+        start = time.perf_counter()
         try:
             known, pins = self._known(key, arguments)
             tensors = known.captured.tensors(pins.tensors, arguments)
@@ -182,6 +188,8 @@ class ModelCalls:
         self._require_sites(compiled)
         self._by_running = self._by_running or known.captured.is_run
         frame = Frame(known, compiled, pins, next(_CALLS))
+        sites, seconds = len(compiled.structure.sites), time.perf_counter() - start
+        log.info("%s captured and analysed in %.1f s: %d sites", type(self.module).__name__, seconds, sites)
         self._keep(key, frame)
         return frame, tensors, inputs
 

@@ -8,10 +8,11 @@ from dicompile.runtime.identify import Signature
 from dicompile.runtime.invariants import Tables
 from dicompile.runtime.observe import Observer, Seen
 from dicompile.runtime.owner import Owner, Owners
-from dicompile.runtime.report import RunReport
+from dicompile.runtime.report import CallReport, RunReport
 from dicompile.runtime.session import Session, cache_context, current_session, session
 
 __all__ = [
+    "CallReport",
     "Executor",
     "GatedStep",
     "Graphs",

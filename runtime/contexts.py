@@ -189,6 +189,16 @@ class Contexts(dict[str, ContextState]):
         repeated = [c for c in alike if c.step == step and _is_repeated(call, c)]
         return _nearest(call.latent, open_, are_all=len(open_) == len(alike) or bool(repeated))
 
+    def why_new(self, call: Call, step: int) -> str:
+        """Why a call continues no context, in words."""
+        named = [context for context in self.values() if context.name == call.name]
+        if not any(context.step == step - 1 for context in named):
+            who = f"context {call.name!r}" if call.name else "another context"
+            return f"{who} begins here, or was not called at the step before"
+        if not any(context.geometry == call.geometry for context in named):
+            return "its shapes are not those of the step before"
+        return "which context it continues cannot be told: neither name, conditioning nor latent says so"
+
     def _of_conditioning(self, call: Call, alike: Sequence[ContextState]) -> list[ContextState]:
         """Those that had the conditioning of a call."""
         if not alike:

@@ -137,8 +137,9 @@ def _step(
 
 def _opened(state: ModelState, link: SchedulerLink, call: Call, step: int) -> ContextState | None:
     if step != state.first_step:
-        state.report.cold_starts.append(step)
-        log.info("step %d computes everything: nothing is stored for it in this run", step)
+        why = state.contexts.why_new(call, step)
+        state.report.start_cold(step, why)
+        log.info("step %d computes everything: nothing is stored for it in this run: %s", step, why)
     return state.contexts.open(call, step, link.schedule.rest(step))
 
 

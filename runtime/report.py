@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field
+from html import escape
 
+from dicompile.html import fragment, table
 from dicompile.runtime.gate import Decision
 from dicompile.runtime.graphs import RECORDED, REPLAYED
 from dicompile.text import size_text
@@ -16,6 +18,25 @@ RECALLED = "recalled"
 """Kind of a call at which a gate has decided to recall."""
 
 
+@dataclass(frozen=True, slots=True)
+class CallReport:
+    """One call of the model.
+
+    Attributes:
+        step: of the schedule; None where the model has none.
+        kind: of the step that it was; "uncached" if it came before its code was compiled.
+        seconds: that the call took on the host, without `compile_seconds`. A GPU may still be at work then.
+        compile_seconds: of these the part in which something was captured, rewritten, compiled, or waited for.
+        cache_bytes: bytes of the slots held after it, over all contexts.
+    """
+
+    step: int | None
+    kind: str
+    seconds: float
+    compile_seconds: float
+    cache_bytes: int
+
+
 @dataclass
 class RunReport:
     """Counts of one generation, over all guidance contexts.
@@ -24,6 +45,7 @@ class RunReport:
         kinds: calls by kind of step; "uncached" are those of a generation that began before its code was compiled.
         began: step of the schedule at which the generation began; above 0 where a pipeline leaves the first ones out.
         cold_starts: calls that computed everything because nothing was remembered, with the step.
+        cold_reasons: why, by step.
         outside: calls that belong to no step, and computed everything.
         unapplied: name of the policy, where the generation reached its last step and every call computed everything.
         cache_bytes: bytes of the slots held now.
@@ -35,11 +57,14 @@ class RunReport:
             something lies in them, copies of the inputs, and a pool for the rest. Kernels and their arguments, which
             the driver keeps, are not in it.
         decisions: of gates, one for every call at which one decided.
+        calls: every call in order, with its time.
+        latest: kind of the latest call.
     """
 
     kinds: Counter[str] = field(default_factory=Counter)
     began: int = 0
     cold_starts: list[int] = field(default_factory=list)
+    cold_reasons: dict[int, str] = field(default_factory=dict)
     outside: int = 0
     unapplied: str = ""
     cache_bytes: int = 0
@@ -49,6 +74,8 @@ class RunReport:
     replayed: int = 0
     graph_bytes: int = 0
     decisions: list[Decision] = field(default_factory=list)
+    calls: list[CallReport] = field(default_factory=list, repr=False, compare=False)
+    latest: str = field(default="", repr=False, compare=False)
 
     def decide(self, decision: Decision) -> None:
         """Note what a gate said."""
@@ -57,7 +84,17 @@ class RunReport:
     def count(self, kind: str, cache_bytes: int) -> None:
         """Note a call, and how many bytes are held after it."""
         self.kinds[kind] += 1
+        self.latest = kind
         self.hold(cache_bytes)
+
+    def start_cold(self, step: int, why: str) -> None:
+        """Note that a call computes everything for want of stored values."""
+        self.cold_starts.append(step)
+        self.cold_reasons[step] = why
+
+    def time(self, step: int | None, seconds: float, compile_seconds: float) -> None:
+        """Note how long the latest call took; see `CallReport`."""
+        self.calls.append(CallReport(step, self.latest, seconds, compile_seconds, self.cache_bytes))
 
     def end(self, policy: str) -> None:
         """Note a call of the last step, and whether the policy did anything until then."""
@@ -86,6 +123,8 @@ class RunReport:
         self.kinds += other.kinds
         self.began = min(self.began, other.began)
         self.cold_starts = sorted(self.cold_starts + other.cold_starts)
+        self.cold_reasons = {**other.cold_reasons, **self.cold_reasons}
+        self.calls = sorted(self.calls + other.calls, key=lambda call: -1 if call.step is None else call.step)
         self.outside += other.outside
         self.unapplied = (self.unapplied or other.unapplied) if set(self.kinds) <= {"full"} else ""
         self.cache_bytes += other.cache_bytes
@@ -110,6 +149,15 @@ class RunReport:
         elif recalled == len(self.decisions):
             told += f": always, one of {drifts[-1]:.3g} would not have"
         return told
+
+    def _repr_html_(self) -> str:
+        """The report in a notebook: one row per kind of call."""
+        rows = []
+        for kind, count in self.kinds.items():
+            seconds = [call.seconds for call in self.calls if call.kind == kind]
+            mean = f"{1000 * sum(seconds) / len(seconds):.1f} ms" if seconds else ""
+            rows.append((kind, f"{count}", mean))
+        return fragment(f"<p>{escape(str(self))}</p>", table(("calls", "number", "mean time"), rows, numbers=2))
 
     def __str__(self) -> str:
         kinds = ", ".join(f"{count} {kind}" for kind, count in self.kinds.items())

@@ -73,7 +73,9 @@ def test_debug_files_are_numbered_in_the_order_they_were_written(tmp_path: Path)
     folder = DebugFolder(tmp_path / "new" / "folder")
     for name, content in [("captured", "graph"), ("structure", 7), ("captured", "again")]:
         folder.write(name, content)
-    files = sorted(folder.folder.iterdir()) if folder.folder else []
+    *files, index = sorted(folder.folder.iterdir()) if folder.folder else []
+    assert index.name == "index.html"
+    assert all(file.name in index.read_text(encoding="utf-8") for file in files)
     assert [file.name for file in files] == ["000-captured.txt", "001-structure.txt", "002-captured.txt"]
     assert [file.read_text(encoding="utf-8") for file in files] == ["graph\n", "7\n", "again\n"]
 
@@ -81,7 +83,7 @@ def test_debug_files_are_numbered_in_the_order_they_were_written(tmp_path: Path)
 def test_a_second_model_writes_after_what_the_first_one_wrote(tmp_path: Path) -> None:
     DebugFolder(tmp_path).write("captured", "one")
     DebugFolder(tmp_path).write("captured", "two")
-    assert [file.read_text() for file in sorted(tmp_path.iterdir())] == ["one\n", "two\n"]
+    assert [file.read_text() for file in sorted(tmp_path.glob("*.txt"))] == ["one\n", "two\n"]
 
 
 def test_without_a_folder_nothing_is_written_and_no_text_is_made(
@@ -115,7 +117,7 @@ def test_stages_go_to_the_structured_trace(tmp_path: Path, monkeypatch: pytest.M
     assert metadata["artifact"] == {"name": "dicompile-captured", "encoding": "string"}
     assert payload == "graph\n"
     assert Stage.made == 1
-    assert [file.read_text() for file in tmp_path.iterdir()] == ["graph\n"] * with_folder
+    assert [file.read_text() for file in tmp_path.glob("*.txt")] == ["graph\n"] * with_folder
 
 
 def test_the_environment_is_read_in_one_file_only() -> None:

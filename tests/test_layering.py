@@ -14,12 +14,13 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 
 FLOOR = (
-    "errors", "compat", "config", "garbage", "html", "latest", "text", "names", "nodes", "ops", "outside", "same", "store",
+    "errors", "compat", "config", "debug", "garbage", "html", "latest", "text", "names", "nodes", "ops", "outside",
+    "same", "store",
 )  # fmt: skip
 STAGES = ("capture", "analysis", "plan", "passes", "lower", "runtime")
 FRONT = (
     "api", "backend", "bench", "cli", "compare", "compiler", "demo", "learn", "model", "offload", "pipelines",
-    "wrapper", "zoo",
+    "progress", "summary", "wrapper", "zoo",
 )  # fmt: skip
 MAPPED = ("passes", "runtime")  # top-level folders that install under dicompile
 PUBLIC = "__init__"  # dicompile/__init__.py, the public API

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Sequence
 from concurrent.futures import Future
@@ -10,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from torch import Tensor
 
 import dicompile
@@ -238,8 +240,10 @@ def test_preparing_asks_for_all_distinct_variants_at_once_if_there_are_workers(
     compiler.compile_ahead(wanted, late=False, progress=False)
     assert not worker.asked
     monkeypatch.setattr(compiler, "count_workers", lambda: 2)
+    terminal = functools.partial(Console, force_terminal=True)
+    monkeypatch.setattr("dicompile.progress.Console", terminal)
     dicompile.prepare(model, late=False, progress=True)
-    assert "compiling" in capsys.readouterr().out
+    assert f"{1 + STEPS}/{1 + STEPS}" in capsys.readouterr().err
     ((requests, _),) = worker.asked
     variants = [v for v in model.frames[0].programs.variants.variants[compiled:] if v.outputs]
     assert 1 < len({request.name for request in requests}) == len(requests) <= len(variants)

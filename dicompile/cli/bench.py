@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import torch
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from dicompile.cli.files import make_folder, write_whole
 from dicompile.errors import DicompileError
 from dicompile.policies import get_policy
+from dicompile.progress import progress
 
 if TYPE_CHECKING:
     from dicompile.bench.machine import Machine
@@ -237,8 +237,6 @@ def _require(device: str) -> None:
 @contextlib.contextmanager
 def _progress(total: int) -> Iterator[Tick]:
     """A bar; what is inside says what comes next."""
-    columns = (TextColumn("{task.description:44}"), BarColumn(20), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True, refresh_per_second=2) as progress:
-        task = progress.add_task("", total=total)
-        done = itertools.count()
-        yield lambda text: progress.update(task, description=text, completed=next(done))
+    advances = itertools.chain([0], itertools.repeat(1))
+    with progress("", total) as update:
+        yield lambda text: update(description=text, advance=next(advances))

@@ -8,6 +8,8 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from dicompile.cli.files import make_folder, write_whole
+from dicompile.cli.options import check_picture_file
 from dicompile.cli.trainable import trainable
 from dicompile.learn.recording import Recording
 from dicompile.learn.runs import Runs
@@ -25,6 +27,7 @@ def calibrate_command(  # noqa: PLR0913, PLR0917 - options
     seed: Annotated[int, typer.Option(help="Of noise and conditioning.")] = 0,
 ) -> None:
     """Record runs of a model with the scheduler that it was saved with; a pipeline of your own: dicompile.calibrate."""
+    make_folder(out, "dicompile calibrate")
     subject = trainable(model, batch, data, device, as_saved=True)
     made = Runs(subject.inputs, subject.scheduler, subject.data, subject.null, steps, guidance, seed)
     recording = made.record(subject.module, runs)
@@ -42,14 +45,19 @@ def frontier_command(
     plot: Annotated[Path | None, typer.Option(help="A picture of the frontier; needs matplotlib.")] = None,
 ) -> None:
     """Print expected error against compute, with fewer steps as the rival; write the policy for one goal."""
+    check_picture_file(plot)
+    if out is not None:
+        make_folder(out, "dicompile frontier")
     frontier = Recording.load(recording).frontier(max_cache_bytes)
     console = Console()
     console.print(frontier.table())
     if plot is not None:
-        frontier.plot().savefig(plot)
+        from dicompile.cli.pictures import save
+
+        save(frontier.plot(), plot)
     if out is None:
         return
     point = frontier.point(budget=budget, speedup=speedup, max_error=max_error)
     policy = frontier.policy(point)
-    out.write_text(policy.to_yaml() if out.suffix in (".yaml", ".yml") else policy.to_json() + "\n", encoding="utf-8")
+    write_whole(out, policy.to_yaml() if out.suffix in (".yaml", ".yml") else policy.to_json() + "\n")
     console.print(f"{policy.name}: {point}\nwrote {out}")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -10,11 +11,12 @@ import torch
 import typer
 import yaml
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from dicompile.cli.extras import needed_for
 from dicompile.errors import DicompileError
+from dicompile.plan import Policy
 from dicompile.policies import get_policy
+from dicompile.progress import progress
 
 if TYPE_CHECKING:
     from dicompile.compare import Subject
@@ -39,23 +41,41 @@ def compare_command(  # noqa: PLR0913, PLR0917 - options
     """Time, memory and likeness of policies, and of fewer steps, on one model: a table and an HTML report."""
     with needed_for("comparing", "compare"):
         from dicompile.compare import compare, write_report
+    policies = contestants(policy)
     given = {"prompt": list(prompt)} if prompt else {}
     subject = _subject(model, steps, {**given, **_values(call or [])}, samples, seed, device, dtype)
     console = Console()
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True, refresh_per_second=2) as progress:
-        task = progress.add_task("", total=None)
+    with progress("loading") as update:
         found = compare(
             subject,
-            {chosen.name: chosen for chosen in map(get_policy, policy)},
+            policies,
             rounds=rounds,
             fewer_steps=fewer_steps,
-            tick=lambda text: progress.update(task, description=text),
+            tick=lambda text: update(description=text),
         )
     console.print(found.table())
     for name, reason in found.refused:
         console.print(f"{name} cannot run this model: {reason}", markup=False)
     console.print(f"report: {write_report(found, out)}", markup=False)
+
+
+def contestants(spelled: Sequence[str]) -> dict[str, Policy]:
+    """Policies by what they are called: by their names, and where two share one, by what the user wrote.
+
+    Raises:
+        DicompileError: one was asked for twice.
+    """
+    twice = [name for name, count in Counter(spelled).items() if count > 1]
+    if twice:
+        raise DicompileError(
+            f"{', '.join(twice)} would compete with itself",
+            where="--policy",
+            why="it was given twice",
+            fix="give each policy once; --rounds repeats the measurement",
+        )
+    chosen = {name: get_policy(name) for name in spelled}
+    names = Counter(policy.name for policy in chosen.values())
+    return {policy.name if names[policy.name] == 1 else name: policy for name, policy in chosen.items()}
 
 
 def _subject(

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 _SECTION = re.compile(r"^(Args|Attributes|Reference|Raises|Returns):$")
-_ENTRY = re.compile(r"^    (\w+): (.*)$")
+_ENTRY = re.compile(r"^    (\**\w+): (.*)$")
 _ARXIV = re.compile(r"arXiv (\d{4}\.\d{4,5})")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from dicompile.errors import DicompileError
+from dicompile.store import written_whole
 
 
 def make_folder(file: Path, where: str) -> None:
@@ -27,13 +28,10 @@ def write_whole(file: Path, content: str | bytes) -> None:
     Raises:
         DicompileError: it cannot be written.
     """
-    new = file.with_name(f"{file.name}.new")
     try:
-        new.write_bytes(content.encode() if isinstance(content, str) else content)
-        new.replace(file)
+        with written_whole(file, for_all=True) as stream:
+            stream.write(content.encode() if isinstance(content, str) else content)
     except OSError as error:
         raise DicompileError(
             f"cannot write {file}", where="file name", why=str(error), fix="name a file that can be written"
         ) from None
-    finally:
-        new.unlink(missing_ok=True)

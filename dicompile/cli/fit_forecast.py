@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 import typer
 from rich.console import Console
 
+from dicompile.cli.files import make_folder, write_whole
 from dicompile.cli.trainable import trainable
 from dicompile.learn.runs import Runs
 from dicompile.plan import Cadence
@@ -29,10 +30,10 @@ def fit_forecast_command(  # noqa: PLR0913, PLR0917 - options
     device: Annotated[str, typer.Option(help="Where to run.")] = "cpu",
 ) -> None:
     """Fit a forecast; the model stays as it is."""
+    make_folder(out, "dicompile fit-forecast")
     subject = trainable(model, batch, data, device, as_saved=True)
     made = Runs(subject.inputs, subject.scheduler, subject.data, subject.null, steps, guidance, seed)
     cadence = Cadence(interval=interval, anchor="last", warmup=warmup)
     policy = made.record(subject.module, runs).fitted(cadence, order=order, level=level)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(policy.to_json() + "\n", encoding="utf-8")
+    write_whole(out, policy.to_json() + "\n")
     Console().print(f"policy: {out}")

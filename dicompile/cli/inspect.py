@@ -18,12 +18,22 @@ from rich.text import Text
 
 from dicompile.analysis import Block, ModelStructure, Pace, Site, SiteKind, TokenWise
 from dicompile.cli import options
-from dicompile.cli.models import Loaded, Shape, load
-from dicompile.cli.show import BAD, FAINT, Candidates, candidates, lane_lines, make_console, plan_table, refusals
+from dicompile.cli.kernels import check_can_count, kernel_rows, kernel_table
+from dicompile.cli.models import Loaded
+from dicompile.cli.show import (
+    BAD,
+    FAINT,
+    Candidates,
+    candidates,
+    lane_lines,
+    make_console,
+    plan_table,
+    refusals,
+)
 from dicompile.garbage import uncollected
-from dicompile.plan import CacheOptions, TimestepSchedule
 from dicompile.plan.plan import FLOPS_PER_BYTE
 from dicompile.policies import POLICIES, required_options
+from dicompile.progress import progress
 from dicompile.text import operations_text, ranges_text
 
 MOST_RUNS = 6
@@ -32,17 +42,13 @@ MOST_RUNS = 6
 _NUMBER = re.compile(r"\.\d+(?=\.|\b)")
 
 
-def inspect(  # noqa: PLR0913, PLR0917 - options
-    model: options.Model,
+@options.spread
+def inspect(  # noqa: PLR0913 - options
+    subject: options.Subject,
+    *,
     policy: Annotated[
         list[str] | None, typer.Option("--policy", "-p", help="Policy name or file; may be repeated. Default: all.")
     ] = None,
-    steps: options.Steps = 50,
-    batch: options.Batch = None,
-    size: options.Size = None,
-    frames: options.Frames = None,
-    text: options.Text = None,
-    latent: options.Latent = None,
     grid: Annotated[bool, typer.Option("--grid/--no-grid", help="Also print what every site does at every step.")] = (
         False
     ),
@@ -51,29 +57,46 @@ def inspect(  # noqa: PLR0913, PLR0917 - options
     graph: Annotated[
         Path | None, typer.Option(help="Draw the dataflow of the first block of each kind, sites marked: SVG, PNG.")
     ] = None,
+    kernels: Annotated[
+        bool, typer.Option("--kernels", help="Count what steps launch on an H200, in bfloat16; no GPU is needed.")
+    ] = False,
     as_json: options.AsJson = False,
-    max_cache_bytes: options.MaxCacheBytes = None,
-    over_budget: options.OverBudget = "refuse",
-    cache_dtype: options.CacheDtype = None,
-    cache_device: options.CacheDevice = None,
-    download: options.Download = False,
+    cache: options.Cache,
 ) -> None:
     """Show blocks, sites and costs of a model, and what each policy would do to it."""
-    cache = CacheOptions.of(max_cache_bytes, over_budget, cache_dtype, cache_device, where="dicompile inspect")
     options.check_picture_file(graph)
     names = policy or [name for name in POLICIES if not required_options(name)]
-    with uncollected():
-        loaded = load(model, Shape(batch, size, frames, text, latent), download=download)
+    remembered = cache.options("dicompile inspect")
+    if kernels:
+        check_can_count()
+    with uncollected(), progress(f"looking at {subject.model}"):
+        loaded = subject.load().in_bfloat16() if kernels else subject.load()
         capture, structure = loaded.structure()
-        found = candidates(capture, structure, names, TimestepSchedule.of(steps), cache)
+        found = candidates(capture, structure, names, subject.schedule, remembered)
+    rows = kernel_rows(capture, found.plans) if kernels else []
     if graph is not None:
         from dicompile.cli.pictures import draw_blocks
 
         draw_blocks(graph, capture, structure)
     if as_json:
-        typer.echo(json.dumps(as_data(loaded.name, structure, found), indent=2))
+        counted = {"kernels": [dataclasses.asdict(row) for row in rows]} if kernels else {}
+        typer.echo(json.dumps(as_data(loaded.name, structure, found) | counted, indent=2))
         return
     console = make_console(wide=wide)
+    _print_model(console, loaded, structure, everything=everything, wide=wide)
+    _print_policies(console, found, subject.steps, everything=everything, is_default=not policy)
+    for item in found.plans if grid else ():
+        console.print(Text(f"\n{item.label}", "bold"))
+        for line in lane_lines(item.plan, console.width, every_site=everything):
+            console.print(line, no_wrap=True, overflow="crop")
+    if kernels:
+        console.print(Text("\nlaunched by one step on an H200, bfloat16", "bold"))
+        console.print(Padding(kernel_table(rows), (0, 0, 0, 2), expand=False))
+    if graph is not None:
+        console.print(f"\ndataflow: {graph}")
+
+
+def _print_model(console: Console, loaded: Loaded, structure: ModelStructure, *, everything: bool, wide: bool) -> None:
     name, *about = model_lines(loaded, structure)
     console.print(name)
     for line in about:
@@ -83,14 +106,6 @@ def inspect(  # noqa: PLR0913, PLR0917 - options
     for fact in facts(structure, everything=everything):
         console.print(Padding(fact, (0, 0, 0, 2), expand=False))
     console.print()
-    _print_policies(console, found, steps, everything=everything, is_default=not policy)
-    if grid:
-        for item in found.plans:
-            console.print(Text(f"\n{item.label}", "bold"))
-            for line in lane_lines(item.plan, console.width, every_site=everything):
-                console.print(line, no_wrap=True, overflow="crop")
-    if graph is not None:
-        console.print(f"\ndataflow: {graph}")
 
 
 def _print_policies(console: Console, found: Candidates, steps: int, *, everything: bool, is_default: bool) -> None:

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_map
 
 from dicompile.analysis import ModelStructure, analyse
 from dicompile.capture import Capture, capture_model
@@ -103,6 +104,20 @@ class Loaded(NamedTuple):
     def parameters(self) -> int:
         """Number of parameters."""
         return sum(parameter.numel() for parameter in self.module.parameters())
+
+    def in_bfloat16(self) -> Loaded:
+        """The same with weights and inputs in bfloat16, as models run on a GPU."""
+
+        def cast(value: Any) -> Any:
+            return value.bfloat16() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+
+        with self.fake_mode:
+            for part in self.module.modules():  # what `Module.to` does swaps storages, which fake tensors have not
+                for name, parameter in list(part.named_parameters(recurse=False)):
+                    setattr(part, name, nn.Parameter(cast(parameter.detach()), requires_grad=False))
+                for name, buffer in list(part.named_buffers(recurse=False)):
+                    setattr(part, name, cast(buffer))
+            return self._replace(inputs=tree_map(cast, self.inputs))
 
     def structure(self) -> tuple[Capture, ModelStructure]:
         """Its graph, and what the analysis finds in it; nothing is compiled."""

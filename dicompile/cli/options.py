@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar, cast, get_type_hints
 
 import typer
 
 from dicompile.cli.files import make_folder
+from dicompile.cli.models import Loaded, Shape, load
 from dicompile.errors import DicompileError
-from dicompile.plan import DTYPES, Plan
+from dicompile.plan import DTYPES, CacheOptions, Plan, TimestepSchedule
+
+GIVEN, REMEMBERED = "What the model is given", "What is remembered"
+"""Panels of the help."""
+
+Command = TypeVar("Command", bound=Callable[..., Any])
 
 Model = Annotated[
     str,
@@ -18,22 +28,104 @@ Model = Annotated[
         "diffusers, module:factory, or a hub id with --download."
     ),
 ]
-Steps = Annotated[int, typer.Option(min=1, help="Sampling steps.")]
+Steps = Annotated[int, typer.Option(min=1, help="Sampling steps.", rich_help_panel=GIVEN)]
 Batch = Annotated[
-    int | None, typer.Option(min=1, help="Rows of a call; as its pipeline if not given, 2 for 'demo' and folders.")
+    int | None,
+    typer.Option(
+        min=1, help="Rows of a call; as its pipeline if not given, 2 for 'demo' and folders.", rich_help_panel=GIVEN
+    ),
 ]
-Size = Annotated[str | None, typer.Option(help="Of a well-known model, in pixels: 1024, or height x width, 480x832.")]
-Frames = Annotated[int | None, typer.Option(min=1, help="Of the film of a well-known model.")]
-Text = Annotated[int | None, typer.Option(min=1, help="Tokens of the prompt.")]
-Latent = Annotated[int | None, typer.Option(min=1, help="Edge of the latent of 'demo' or a folder.")]
+Size = Annotated[
+    str | None,
+    typer.Option(help="Of a well-known model, in pixels: 1024, or height x width, 480x832.", rich_help_panel=GIVEN),
+]
+Frames = Annotated[int | None, typer.Option(min=1, help="Of the film of a well-known model.", rich_help_panel=GIVEN)]
+Text = Annotated[int | None, typer.Option(min=1, help="Tokens of the prompt.", rich_help_panel=GIVEN)]
+Latent = Annotated[
+    int | None, typer.Option(min=1, help="Edge of the latent of 'demo' or a folder.", rich_help_panel=GIVEN)
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 MaxCacheBytes = Annotated[
-    str | None, typer.Option(help="Budget of the cache for one guidance context: '2GiB', '500MB'.")
+    str | None,
+    typer.Option(help="Budget of the cache for one guidance context: '2GiB', '500MB'.", rich_help_panel=REMEMBERED),
 ]
-OverBudget = Annotated[str, typer.Option(help="'refuse' or 'degrade' a plan that needs more.")]
-CacheDtype = Annotated[str | None, typer.Option(help=f"Store values as {', '.join(DTYPES)}.")]
-CacheDevice = Annotated[str | None, typer.Option(help="'cpu' keeps the cache in host memory.")]
+OverBudget = Annotated[
+    str, typer.Option(help="'refuse' or 'degrade' a plan that needs more.", rich_help_panel=REMEMBERED)
+]
+CacheDtype = Annotated[
+    str | None, typer.Option(help=f"Store values as {', '.join(DTYPES)}.", rich_help_panel=REMEMBERED)
+]
+CacheDevice = Annotated[
+    str | None, typer.Option(help="'cpu' keeps the cache in host memory.", rich_help_panel=REMEMBERED)
+]
 Download = Annotated[bool, typer.Option("--download", help="Fetch config.json of a hub id; no weights.")]
+
+
+@dataclass(frozen=True)
+class Subject:
+    """MODEL, and what it is given: the same for every command that looks at one."""
+
+    model: Model
+    steps: Steps = 50
+    batch: Batch = None
+    size: Size = None
+    frames: Frames = None
+    text: Text = None
+    latent: Latent = None
+    download: Download = False
+
+    def load(self) -> Loaded:
+        """The model, without weights."""
+        shape = Shape(self.batch, self.size, self.frames, self.text, self.latent)
+        return load(self.model, shape, download=self.download)
+
+    @property
+    def schedule(self) -> TimestepSchedule:
+        """So many steps."""
+        return TimestepSchedule.of(self.steps)
+
+
+@dataclass(frozen=True)
+class Cache:
+    """What may be remembered."""
+
+    max_cache_bytes: MaxCacheBytes = None
+    over_budget: OverBudget = "refuse"
+    cache_dtype: CacheDtype = None
+    cache_device: CacheDevice = None
+
+    def options(self, where: str) -> CacheOptions:
+        """The same, checked."""
+        return CacheOptions.of(self.max_cache_bytes, self.over_budget, self.cache_dtype, self.cache_device, where=where)
+
+
+def spread(command: Command) -> Command:
+    """Options of a dataclass in the place of a parameter that is one, so that commands share what is spelled alike.
+
+    Typer reads options from a signature; this is the command's with the fields of every such parameter in its place.
+    """
+    types = get_type_hints(command, include_extras=True)
+    groups = {name: kind for name, kind in types.items() if is_dataclass(kind) and isinstance(kind, type)}
+    found: list[inspect.Parameter] = []
+    for name, parameter in inspect.signature(command).parameters.items():
+        if name in groups:
+            hints = get_type_hints(groups[name], include_extras=True)
+            own = inspect.signature(groups[name]).parameters.values()
+            found += [field.replace(annotation=hints[field.name], kind=field.KEYWORD_ONLY) for field in own]
+        else:
+            found.append(parameter.replace(annotation=types[name], kind=parameter.KEYWORD_ONLY))
+
+    @functools.wraps(command)
+    def call(**given: Any) -> Any:
+        for name, kind in groups.items():
+            given[name] = kind(**{field.name: given.pop(field.name) for field in fields(kind)})
+        return command(**given)
+
+    del call.__wrapped__  # typer would look at the command's own signature
+    call.__signature__ = inspect.Signature(found)  # type: ignore[attr-defined]
+    call.__annotations__ = {parameter.name: parameter.annotation for parameter in found}
+    return cast("Command", call)
+
 
 PICTURES = (".png", ".svg", ".pdf")
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from html import escape
 from pathlib import Path
 from typing import Annotated
@@ -18,29 +19,27 @@ from rich.text import Text
 from dicompile.analysis import ModelStructure
 from dicompile.cli import options
 from dicompile.cli.files import make_folder, write_whole
-from dicompile.cli.models import Shape, load, structure_for
+from dicompile.cli.models import structure_for
 from dicompile.cli.show import BAD, FAINT, GOOD, Candidate, difference_lines, lane_lines, make_console, plan_table
+from dicompile.errors import DicompileError
 from dicompile.garbage import uncollected
 from dicompile.html import page
-from dicompile.plan import CacheOptions, Plan, TimestepSchedule, make_plan
+from dicompile.plan import Plan, make_plan
 from dicompile.policies import get_policy
+from dicompile.progress import progress
 from dicompile.text import operations_text, size_text
 
 WHERE = "dicompile plan"
 
 
-def plan_command(  # noqa: PLR0913, PLR0917 - options
-    model: options.Model,
+@options.spread
+def plan_command(  # noqa: PLR0913 - options
+    subject: options.Subject,
+    *,
     policy: Annotated[str, typer.Option("--policy", "-p", help="Policy name or file.")],
     against: Annotated[
         str | None, typer.Option("--against", "-a", help="Another policy: show in what the two plans differ.")
     ] = None,
-    steps: options.Steps = 50,
-    batch: options.Batch = None,
-    size: options.Size = None,
-    frames: options.Frames = None,
-    text: options.Text = None,
-    latent: options.Latent = None,
     every_site: Annotated[bool, typer.Option("--all", help="A line for every site, not one for like blocks.")] = False,
     wide: Annotated[bool, typer.Option("--wide", help="Lines longer than the terminal.")] = False,
     picture: Annotated[
@@ -48,26 +47,23 @@ def plan_command(  # noqa: PLR0913, PLR0917 - options
     ] = None,
     html: Annotated[Path | None, typer.Option(help="Write it as a page that needs nothing else.")] = None,
     as_json: options.AsJson = False,
-    max_cache_bytes: options.MaxCacheBytes = None,
-    over_budget: options.OverBudget = "refuse",
-    cache_dtype: options.CacheDtype = None,
-    cache_device: options.CacheDevice = None,
-    download: options.Download = False,
+    cache: options.Cache,
 ) -> None:
     """Show what a policy does to a model at every step; nothing is compiled."""
-    cache = CacheOptions.of(max_cache_bytes, over_budget, cache_dtype, cache_device, where=WHERE)
+    remembered = cache.options(WHERE)
     for file in picture or ():
         options.check_picture_file(file)
     if html is not None:
         make_folder(html, WHERE)
-    policies = [get_policy(name) for name in filter(None, (policy, against))]
-    with uncollected():
-        loaded = load(model, Shape(batch, size, frames, text, latent), download=download)
+    spelled = tuple(filter(None, (policy, against)))
+    policies = [get_policy(name) for name in spelled]
+    with uncollected(), progress(f"looking at {subject.model}"):
+        loaded = subject.load()
         capture, structure = loaded.structure()
         plans = [
-            make_plan(structure_for(each, capture, structure), each, TimestepSchedule.of(steps), cache)
-            for each in policies
+            make_plan(structure_for(each, capture, structure), each, subject.schedule, remembered) for each in policies
         ]
+        plans = told_apart(spelled, plans)
     _write(loaded.name, structure, plans, picture or (), html)
     if as_json:
         data = {plan.policy: options.plan_data(plan) for plan in plans}
@@ -82,6 +78,21 @@ def plan_command(  # noqa: PLR0913, PLR0917 - options
         _print_plan(console, plans[0], every_site=every_site)
     for file in (*(picture or ()), *filter(None, [html])):
         console.print(f"written: {file}", style=FAINT)
+
+
+def told_apart(spelled: Sequence[str], plans: Sequence[Plan]) -> list[Plan]:
+    """Plans by their policies' names, or, where two are called alike, by what the user wrote.
+
+    Raises:
+        DicompileError: that is the same, too.
+    """
+    if len(set(spelled)) < len(spelled):
+        raise DicompileError(
+            f"{spelled[0]} is compared with itself", where="--against", fix="name another policy, or a file"
+        )
+    if len({plan.policy for plan in plans}) == len(plans):
+        return list(plans)
+    return [dataclasses.replace(plan, policy=name) for name, plan in zip(spelled, plans, strict=True)]
 
 
 def _write(

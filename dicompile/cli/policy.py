@@ -49,15 +49,19 @@ def show(
     if name in POLICIES and required_options(name):
         _show_options(console, name)
         return
-    policy = get_policy(name)
-    lines: list[str] = []
-    if not plain and name in POLICIES:
-        lines += [*_comment(description(POLICIES[name]), 0), *_comment(reference(POLICIES[name]), 0), ""]
-    lines += _mapping(policy, 0, None if plain else set())
+    lines = explained(name) if not plain else _mapping(get_policy(name), 0, None)
     if console.is_terminal:
         console.print(Syntax("\n".join(lines), "yaml", background_color="default", word_wrap=True))
     else:
         typer.echo("\n".join(lines))
+
+
+def explained(name: str) -> list[str]:
+    """A policy as lines of YAML, with comments that explain every field."""
+    lines: list[str] = []
+    if name in POLICIES:
+        lines += [*_comment(description(POLICIES[name]), 0), *_comment(reference(POLICIES[name]), 0), ""]
+    return [*lines, *_mapping(get_policy(name), 0, set())]
 
 
 def _show_options(console: Console, name: str) -> None:

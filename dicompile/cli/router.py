@@ -9,6 +9,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from dicompile.cli.files import make_folder, write_whole
 from dicompile.policies import Router, load_router, schedule_to_json
 
 router_app = typer.Typer(no_args_is_help=True, help="Look at a trained router, or export its schedule.")
@@ -33,7 +34,8 @@ def export(
 ) -> None:
     """Write the schedule as JSON, in the form that SmoothCache reads."""
     router = load_router(file)
-    json.write_text(schedule_to_json(router.schedule(threshold), router.facts.sites), encoding="utf-8")
+    make_folder(json, "dicompile router export")
+    write_whole(json, schedule_to_json(router.schedule(threshold), router.facts.sites))
     typer.echo(router.summary(threshold))
 
 

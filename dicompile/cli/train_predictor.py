@@ -9,6 +9,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from dicompile.cli.files import make_folder
 from dicompile.cli.trainable import trainable
 from dicompile.learn.graph import learnable
 from dicompile.learn.predictor import PredictorOptions, PredictorTraining, train_predictor
@@ -38,6 +39,7 @@ def train_predictor_command(  # noqa: PLR0913, PLR0917 - options
 ) -> None:
     """Train a TokenCache predictor; the model stays as it is."""
     console = Console()
+    make_folder(out, "dicompile train-predictor")
     subject = trainable(model, batch, data, device)
     options = PredictorOptions(iterations, kind, penalty, lr, max_gap=max_gap, seed=seed)
     learned = learnable(

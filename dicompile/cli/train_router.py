@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 import typer
 from rich.console import Console
 
+from dicompile.cli.files import make_folder
 from dicompile.cli.router import router_table
 from dicompile.cli.trainable import trainable
 from dicompile.learn.graph import learnable
@@ -44,6 +45,7 @@ def train_router_command(  # noqa: PLR0913, PLR0917 - options
     resume: Annotated[bool, typer.Option("--resume", help="Continue from the checkpoint beside the router.")] = False,
 ) -> None:
     """Train a Learning-to-Cache router; the model stays as it is."""
+    make_folder(out, "dicompile train-router")
     subject = trainable(model, batch, data, device)
     sequence: Sampler = Ddim(subject.scheduler, steps) if sampler == "ddim" else DpmSolver2.of(subject.scheduler, steps)
     published = PUBLISHED[sampler]

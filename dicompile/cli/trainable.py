@@ -14,7 +14,7 @@ from dicompile.cli.models import example_inputs, factory_of, transformer_of
 from dicompile.errors import DicompileError
 from dicompile.learn.latents import LATENTS, Data, Latents
 
-WHERE = "dicompile train-router"
+WHERE = "MODEL and --data"
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ def trainable(model: str, batch: int, data: Path | None, device: str, *, as_save
             f"there is no model {model!r}",
             where=WHERE,
             why="it is neither 'demo', nor an existing folder, nor module:factory",
-            fix="dicompile train-router demo",
+            fix="give the folder that save_pretrained wrote, or demo",
         )
     found.module.to(device).eval().requires_grad_(False)
     inputs = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in found.inputs.items()}

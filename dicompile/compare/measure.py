@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import shlex
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,11 +21,12 @@ from dicompile.bench.machine import Machine
 from dicompile.compare.quality import quality_of
 from dicompile.compare.results import Call, Comparison, Run
 from dicompile.compare.subjects import Subject
-from dicompile.errors import CacheTooLarge, PolicyDoesNotFit
+from dicompile.errors import CacheTooLarge, InvalidPolicy, PolicyDoesNotFit
 from dicompile.plan import Plan, Policy
 from dicompile.policies import NoCache
 
 AS_IT_IS, UNCACHED = "as it is", "no cache"
+_FEWER = re.compile(r"\d+ steps")
 
 Tick = Callable[[str], object]
 """Called with what comes next."""
@@ -64,7 +66,11 @@ def compare(
         fewer_steps: also compare with fewer uncached steps, as many as cost what each policy costs.
         tick: called before everything that takes long, with what it is.
         command: what repeats this, for the report.
+
+    Raises:
+        InvalidPolicy: a policy is called like a contestant that is always there.
     """
+    _check_names(policies)
     refused: list[tuple[str, str]] = []
     contestants = [_Contestant(AS_IT_IS, subject.copy(), subject.steps, is_cached=False)]
     _warm_up(contestants[0], subject, tick)
@@ -91,6 +97,17 @@ def compare(
     device = next(subject.modules(contestants[0].target)[0].parameters()).device.type
     machine = Machine.of(device, command or shlex.join(["dicompile", *sys.argv[1:]]))
     return Comparison(subject.name, (*runs[:2], *by_work), tuple(refused), machine, subject.captions)
+
+
+def _check_names(policies: Iterable[str]) -> None:
+    taken = [name for name in policies if name in (AS_IT_IS, UNCACHED) or _FEWER.fullmatch(name)]
+    if taken:
+        raise InvalidPolicy(
+            f"no policy can be called {taken[0]!r} here",
+            where="dicompile.compare",
+            why="a contestant without a policy has this name",
+            fix="give it another one",
+        )
 
 
 def _warm_up(contestant: _Contestant, subject: Subject, tick: Tick) -> None:

@@ -12,7 +12,6 @@ from pathlib import Path
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import Tensor
 
 from dicompile.compare import Comparison, Run, compare, write_report
@@ -23,6 +22,7 @@ from dicompile.demo.methods import methods
 from dicompile.demo.pareto import Point, draw_pareto
 from dicompile.demo.sample import balanced_labels
 from dicompile.demo.subject import demo_subject
+from dicompile.progress import progress
 
 SAMPLES = 24
 REFERENCE_PICTURES = 3000
@@ -63,13 +63,12 @@ def run_demo(
     """
     labels, console = balanced_labels(samples), Console()
     chosen = methods(steps, every)
-    with _progress(console) as progress:
-        task = progress.add_task("", total=None)
+    with progress("the demo") as update:
         found = compare(
             demo_subject(samples, steps, seed, guidance),
             {method.name: method.policy for method in chosen},
             rounds=1,
-            tick=lambda text: progress.update(task, description=text),
+            tick=lambda text: update(description=text),
         )
     judged, floor = judge_all(found.runs, labels)
     page = write_report(found, out)
@@ -161,8 +160,3 @@ def _image(picture: Tensor) -> Image.Image:
     levels = (picture * 255).round().to(torch.uint8)
     image = Image.fromarray(levels.permute(1, 2, 0).contiguous().numpy())
     return image.resize((CELL, CELL), Image.Resampling.NEAREST)
-
-
-def _progress(console: Console) -> Progress:
-    columns = (TextColumn("{task.description:44}"), BarColumn(), TimeElapsedColumn())
-    return Progress(*columns, console=console, transient=True, refresh_per_second=2)

@@ -11,6 +11,7 @@ import functools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from html import escape
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -19,6 +20,8 @@ from rich.console import Console
 from rich.table import Table
 
 from dicompile.errors import InvalidSetting
+from dicompile.html import fragment
+from dicompile.html import table as html_table
 from dicompile.learn.search import (
     RIDGE,
     RIDGES,
@@ -46,6 +49,8 @@ DOUBT = {"site": 1.0, "stack": 2.0}
 In two trained models (docs/benchmarks.md) forecasts of the stack were 0.9 to 2.2 times as wrong as steps by themselves
 tell, those of branches 0.8 to 1.5 times: an update is added to the stream of another latent.
 """
+HEADINGS = ("full steps", "compute", "speedup", "forecast", "cache", "expected error", "as many steps, uncached")
+"""Of the columns of the frontier as a table."""
 LITTLE = 0.85
 """Share of the compute from which on caching is of no use, whatever it costs in quality."""
 
@@ -209,23 +214,11 @@ class Frontier:
         least, most = better[-1].compute, better[0].compute
         return f"better than fewer steps between {least:.0%} and {most:.0%} of the compute"
 
-    def table(self, rows: int = 12) -> Table:
-        """The frontier for the terminal, at about as many computes."""
-        table = Table(title=f"{self.facts.model}, {self.facts.steps} steps", caption=self.verdict, box=SIMPLE_HEAD)
-        headings = (
-            "full steps",
-            "compute",
-            "speedup",
-            "forecast",
-            "cache",
-            "expected error",
-            "as many steps, uncached",
-        )
-        for heading in headings:
-            table.add_column(heading, justify="right")
+    def _cells(self, rows: int) -> list[tuple[str, ...]]:
+        """The frontier at about as many computes, as text."""
         wanted = np.linspace(0, len(self.points) - 1, min(rows, len(self.points))).round().astype(int)
-        for point in (self.points[number] for number in wanted):
-            table.add_row(
+        return [
+            (
                 str(len(point.full)),
                 f"{point.compute:.1%}",
                 f"{1 / point.compute:.2f}x",
@@ -234,7 +227,29 @@ class Frontier:
                 f"{point.error:.2g}",
                 f"{point.fewer_steps:.2g}",
             )
+            for point in (self.points[number] for number in wanted)
+        ]
+
+    @property
+    def _title(self) -> str:
+        return f"{self.facts.model}, {self.facts.steps} steps"
+
+    def table(self, rows: int = 12) -> Table:
+        """The frontier for the terminal, at about as many computes."""
+        table = Table(title=self._title, caption=self.verdict, box=SIMPLE_HEAD)
+        for heading in HEADINGS:
+            table.add_column(heading, justify="right")
+        for cells in self._cells(rows):
+            table.add_row(*cells)
         return table
+
+    def _repr_html_(self) -> str:
+        """The frontier in a notebook."""
+        return fragment(
+            f"<p>{escape(self._title)}</p>",
+            html_table(HEADINGS, self._cells(12), numbers=len(HEADINGS)),
+            f"<p>{escape(self.verdict)}</p>",
+        )
 
     def plot(self) -> Figure:
         """Expected error against compute, of these plans and of fewer steps; needs matplotlib (extra "demo")."""

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from safetensors.torch import save_file
+import safetensors.torch
 from torch import Tensor, nn
 
 from dicompile import outside
@@ -14,6 +14,7 @@ from dicompile.errors import InvalidRecording, InvalidSetting
 from dicompile.learn.frontier import Frontier
 from dicompile.learn.trace import VERSION, Facts, Level, Trace
 from dicompile.plan import CacheOptions, Cadence, Policy
+from dicompile.store import written_whole
 
 
 class Recording:
@@ -123,7 +124,9 @@ class Recording:
         """Write a safetensors file: a Gram matrix for every run and context, the facts in its header."""
         tensors = {f"gram/{trace.run}/{trace.context}": trace.gram.contiguous() for trace in self.traces}
         tensors |= {f"reused/{trace.run}/{trace.context}": trace.reused.contiguous() for trace in self.traces}
-        save_file(tensors, path, metadata={"dicompile.recording": self.facts.to_json()})
+        written = safetensors.torch.save(tensors, metadata={"dicompile.recording": self.facts.to_json()})
+        with written_whole(Path(path), for_all=True) as file:
+            file.write(written)
 
     @classmethod
     def load(cls, path: str | Path) -> Recording:

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from rich.progress import track
 from torch import Tensor, nn
 
 from dicompile.api import optimize
@@ -16,6 +15,7 @@ from dicompile.learn.calibrate import calibrate
 from dicompile.learn.latents import LATENTS, Data
 from dicompile.learn.recording import Recording
 from dicompile.names import sounds_like_latent, sounds_like_time
+from dicompile.progress import tracked
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Runs:
         """
         fast = optimize(module, "none", schedule=self.scheduler, backend="eager")
         with calibrate(fast) as recording:
-            for run in track(range(count), "recording", disable=not progress):
+            for run in tracked(range(count), "recording", count, shown=progress):
                 self.sample(fast, run)
         return recording
 

@@ -7,10 +7,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
 from dicompile.errors import DicompileError
 from dicompile.learn.checkpoint import append_line, forget_lines_after, load_checkpoint, save_checkpoint
+from dicompile.progress import progress as bar
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,14 +99,14 @@ def run_to_end(training: Training, files: Files = NOWHERE, *, resume: bool = Fal
         _restore(training, files.checkpoint)
     forget_lines_after(files.log, training.iteration)
     total = training.options.iterations
-    with _bar(disable=not progress) as bar:
-        task = bar.add_task(training.name, total=total, completed=training.iteration, said="")
+    with bar(training.name, total, shown=progress) as update:
+        update(advance=training.iteration)
         while training.iteration < total:
             entry = training.advance()
             append_line(files.log, asdict(entry))
             if files.checkpoint is not None and (entry.iteration % files.every == 0 or entry.iteration == total):
                 save_checkpoint({"key": training.key, **training.state()}, files.checkpoint)
-            bar.update(task, advance=1, said=str(entry))
+            update(advance=1, description=f"{training.name}: {entry}")
 
 
 def _restore(training: Training, path: Path) -> None:
@@ -128,8 +127,3 @@ def _restore(training: Training, path: Path) -> None:
             why=f"{type(error).__name__}: {str(error).partition(chr(10))[0]}",
             fix="remove it and train from the start",
         ) from None
-
-
-def _bar(*, disable: bool) -> Progress:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    return Progress(*columns, TextColumn("{task.fields[said]}"), disable=disable, refresh_per_second=2)

@@ -126,3 +126,14 @@ def test_a_policy_that_does_not_fit_is_an_error_with_a_fix(
     error = error_of(capsys, monkeypatch, "plan", "demo", "-p", "toca-pixart")
     assert error.startswith("PolicyDoesNotFit: policy 'toca-pixart-3' ranks tokens by entropy")
     assert "fix:" in error
+
+
+def test_plans_of_one_name_are_told_apart(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = tmp_path / "mine.yaml"
+    other.write_text(FORA(interval=3).to_yaml() + "seed: 7\n")
+    result = run("plan", "demo", "--policy", "fora", "--against", other, "--steps", 9, "--json")
+    assert list(json.loads(result.stdout)["plans"]) == ["fora", str(other)]
+    error = error_of(capsys, monkeypatch, "plan", "demo", "--policy", "fora", "--against", "fora")
+    assert "fora is compared with itself" in error

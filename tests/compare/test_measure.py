@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from typer.testing import CliRunner
 
 import dicompile
+from dicompile.cli.compare import contestants
 from dicompile.cli.main import app
 from dicompile.compare import ModuleSubject, PipelineSubject, compare
 from dicompile.compare.subjects import pictures_of
-from dicompile.errors import DicompileError
+from dicompile.errors import DicompileError, InvalidPolicy
 from dicompile.policies import FORA, DuCa, ToCaPixArt
 from tests.models import dit
 from tests.pipelines import pipes
@@ -134,3 +135,20 @@ def test_the_command_line_names_what_is_wrong(tmp_path: Path) -> None:
         result = CliRunner().invoke(app, arguments)
         assert isinstance(result.exception, DicompileError)
         assert said in str(result.exception)
+
+
+def test_policies_that_share_a_name_are_two_contestants(tmp_path: Path) -> None:
+    other = tmp_path / "other.yaml"
+    other.write_text(FORA(interval=3).to_yaml() + "seed: 7\n")
+    found = contestants(["fora", str(other), "none"])
+    assert list(found) == ["fora", str(other), "none"]
+    assert found["fora"].name == found[str(other)].name == "fora-3"
+    assert list(contestants(["fora"])) == ["fora-3"]
+    with pytest.raises(DicompileError, match="fora would compete with itself"):
+        contestants(["fora", "none", "fora"])
+
+
+@pytest.mark.parametrize("name", ["no cache", "as it is", "4 steps"])
+def test_a_policy_cannot_take_the_name_of_who_is_always_there(name: str) -> None:
+    with pytest.raises(InvalidPolicy, match=f"no policy can be called '{name}' here"):
+        compare(subject(), {name: FORA(interval=2)})

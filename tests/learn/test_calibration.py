@@ -291,6 +291,14 @@ def test_the_policy_is_a_file_like_any_other(recording: dicompile.Recording) -> 
 
 def test_the_verdict_says_what_is_better(recording: dicompile.Recording) -> None:
     assert recording.frontier().verdict.startswith("better than fewer steps")
+
+
+def test_a_notebook_shows_the_frontier_as_the_terminal_does(recording: dicompile.Recording) -> None:
+    frontier = recording.frontier()
+    html = frontier._repr_html_()
+    rows = html.partition("<tbody>")[2].partition("</tbody>")[0].count("<tr>")
+    assert rows == frontier.table().row_count > 1
+    assert frontier.verdict in html
     # Branches that have nothing to do with those of the step before, and an output that hardly moves.
     gram = torch.eye(STEPS, dtype=torch.float64).repeat(len(recording.facts.values), 1, 1)
     gram[-2:] = 1.0

@@ -14,12 +14,13 @@ from typing import NamedTuple
 import pytest
 from _pytest.mark.structures import ParameterSet
 
+from dicompile.bench.deviceless import Row
 from tests.lower.test_triton import from_process
-from tests.lower.whole_steps import TORCH, Row
+from tests.lower.whole_steps import TORCH
 
 
 class Figures(NamedTuple):
-    """What one kind of step launches and moves; see `tests.lower.whole_steps.Row`."""
+    """What one kind of step launches and moves; see `dicompile.bench.deviceless.Row`."""
 
     triton: int
     library: int

@@ -58,6 +58,7 @@ def test_a_window_that_comes_late_is_planned_from_its_own_first_step(policy: str
         assert same(outputs[number], Runner(policy).run(seed=number))
     assert same(outputs[2], Runner(policy).run(seed=2, steps=range(late, STEPS)))
     assert runner.state.report.cold_starts == [late]
+    assert runner.state.report.cold_reasons[late].startswith("another context begins here")
 
 
 def test_a_late_context_weighs_its_own_values_by_their_distance_in_its_own_steps() -> None:
