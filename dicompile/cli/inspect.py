@@ -92,6 +92,8 @@ def inspect(  # noqa: PLR0913 - options
     if kernels:
         console.print(Text("\nlaunched by one step on an H200, bfloat16", "bold"))
         console.print(Padding(kernel_table(rows), (0, 0, 0, 2), expand=False))
+        for item in (item for item in found.plans if item.plan.gate is not None):
+            console.print(Text(f"not counted: {item.label}: a gate decides while sampling what its steps are", BAD))
     if graph is not None:
         console.print(f"\ndataflow: {graph}")
 

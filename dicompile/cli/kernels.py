@@ -54,7 +54,7 @@ def kernel_rows(capture: Capture, plans: Sequence[Candidate]) -> list[Row]:
         deviceless.move_to_cuda(capture)
         steps = deviceless.Steps(capture)
         rows = [steps.uncached()]
-        for item in plans:
+        for item in (item for item in plans if item.plan.gate is None):
             update(advance=1, description=f"lowering {item.label}")
             rows += steps.rows(item.plan, item.label, Hoist.ALL)
     return rows

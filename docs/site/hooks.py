@@ -19,12 +19,13 @@ from mkdocs.structure.files import File, Files
 
 from dicompile import errors
 from dicompile.analysis import ModelStructure
+from dicompile.capture import Capture
 from dicompile.cli.docstrings import description, entries, reference, summary
-from dicompile.cli.models import load
+from dicompile.cli.models import load, structure_for
 from dicompile.cli.policy import explained
 from dicompile.errors import CacheTooLarge, DicompileError, PolicyDoesNotFit
 from dicompile.passes import PASSES
-from dicompile.plan import Plan, TimestepSchedule, make_plan
+from dicompile.plan import Plan, Policy, TimestepSchedule, make_plan
 from dicompile.policies import POLICIES, get_policy, required_options
 from dicompile.zoo import MODELS
 
@@ -54,12 +55,8 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
     """Names of source files instead of links to them, which the site has not; drawings of plans."""
-    drawn = _PLAN.sub(lambda found: _drawing(make_plan(_demo(), get_policy(found[1]), _schedule(found[2]))), markdown)
+    drawn = _PLAN.sub(lambda found: _drawing(_plan(get_policy(found[1]), int(found[2]))), markdown)
     return _OUTSIDE.sub(r"`\1`", drawn)
-
-
-def _schedule(steps: str | int) -> TimestepSchedule:
-    return TimestepSchedule.of(int(steps))
 
 
 def _drawing(plan: Plan) -> str:
@@ -102,8 +99,13 @@ def policy_page(name: str) -> str:
 
 
 @functools.cache
-def _demo() -> ModelStructure:
-    return load("demo").structure()[1]
+def _demo() -> tuple[Capture, ModelStructure]:
+    return load("demo").structure()
+
+
+def _plan(policy: Policy, steps: int) -> Plan:
+    """What a policy does to the demo's model."""
+    return make_plan(structure_for(policy, *_demo()), policy, TimestepSchedule.of(steps))
 
 
 def _on_demo(name: str) -> Iterator[str]:
@@ -112,7 +114,7 @@ def _on_demo(name: str) -> Iterator[str]:
     files = {"router": assets / "l2c_router.safetensors", "predictor": assets / "tokencache_predictor.safetensors"}
     given = {option: str(files[option]) for option in required_options(name)}
     try:
-        plan = make_plan(_demo(), get_policy(name, **given), _schedule(STEPS))
+        plan = _plan(get_policy(name, **given), STEPS)
     except (PolicyDoesNotFit, CacheTooLarge, DicompileError) as error:
         yield f"It does not fit: {error.what}" + (f" ({error.why})." if error.why else ".")
         return
