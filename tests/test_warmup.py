@@ -250,3 +250,13 @@ def test_preparing_asks_for_all_distinct_variants_at_once_if_there_are_workers(
     assert all(request.is_known for request in requests), "another process has only to load them"
     dicompile.prepare(model, late=False)
     assert len(worker.asked) == 1, "nothing is left to ask for"
+
+
+def test_a_gate_decides_when_the_code_of_both_ways_is_there(worker: Worker) -> None:
+    sample, policy = plain_dit(2), dicompile.FirstBlockCache(1e9)
+    model, planned = warming(sample, policy), optimized(sample, policy, STEPS)
+    run(model, sample.inputs, timesteps(STEPS))
+    assert state_of(model).report.kinds == UNCACHED
+    worker.finish()
+    assert same(run(model, sample.inputs, timesteps(STEPS)), run(planned, sample.inputs, timesteps(STEPS)))
+    assert state_of(model).report.kinds == {"full": 1, "recalled": STEPS - 1}
