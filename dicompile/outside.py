@@ -67,6 +67,8 @@ def check_size(path: Path | str, most: int = MOST_BYTES) -> None:
         Unreadable: it is.
         OSError: there is no such file.
     """
+    if not Path(path).exists():
+        raise FileNotFoundError(f"No such file or directory: {path}")
     size = Path(path).stat().st_size
     if size > most:
         raise Unreadable(f"it has {size} bytes, more than {most}")

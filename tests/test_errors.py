@@ -161,8 +161,8 @@ CASES: list[tuple[type[errors.DicompileError], Callable[[], Any], str]] = [
         lambda: dicompile.Policy.from_yaml("name: [", "mine.yaml"),
         "this is not valid YAML\n"
         "  where: mine.yaml\n"
-        "  why:   while parsing a flow node expected the node content, but found '<stream end>' in "
-        '"<unicode string>", line 1, column 8: name: [ ^\n'
+        "  why:   while parsing a flow node did not find expected node content in "
+        '"<unicode string>", line 2, column 1\n'
         "  fix:   compare policy.to_yaml()",
     ),
     (
