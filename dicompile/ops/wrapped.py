@@ -108,6 +108,11 @@ def put_together(name: str, *parts: Tensor) -> Tensor:
     return _WRAPPERS[name].put_together(iter(parts))
 
 
+def class_of(name: Any) -> str:
+    """Name of the class that a wrapper stands for."""
+    return _WRAPPERS[name].kind.__name__
+
+
 def linear_of(source: Tensor, parts: Sequence[Tensor], bias: Tensor | None, wrapper: str) -> Tensor:
     """A linear map whose weight is put together of plain tensors, as its library computes it."""
     with torch._C._EnableTorchFunction():  # off where compiled code runs, but the library has to be asked

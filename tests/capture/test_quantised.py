@@ -19,6 +19,7 @@ import dicompile
 from dicompile.analysis import analyse
 from dicompile.capture import capture_model
 from dicompile.errors import CannotCapture
+from dicompile.lower import written_out
 from dicompile.ops.wrapped import WRAPPED_LINEAR
 from tests.models import MODELS, PlainDiT, Sample, frames_of, plain_dit, redraw, timesteps
 
@@ -330,3 +331,20 @@ def test_eight_bits_of_bitsandbytes_that_look_for_outliers_are_refused() -> None
         block.proj.bias = layer.bias
     with pytest.raises(CannotCapture):
         run(optimized(model, FORA), plain_dit().inputs)
+
+
+def test_what_a_library_computes_and_nobody_can_trace_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    def untraceable(*_: object) -> Tensor:
+        raise RuntimeError("Unable to cast NotImplemented to Tensor\n\nWhile executing")
+
+    sample = plain_dit(1)
+    model = optimized(QUANTISED["torchao int8"](sample.model), "none", backend="inductor")
+    monkeypatch.setattr(written_out, "linear_of", untraceable)
+    with pytest.raises(CannotCapture) as caught:
+        run(model, sample.inputs)
+    assert str(caught.value) == (
+        "weights of class Int8Tensor cannot be compiled\n"
+        "  where: lower, linear maps\n"
+        "  why:   what their library computes cannot be traced: Unable to cast NotImplemented to Tensor\n"
+        "  fix:   backend='eager', which computes what the library does, or weights of another library, such as torchao"
+    )
