@@ -71,7 +71,8 @@ class Noted(dict[Any, Any]):
 
     def get(self, key: Any, default: Any = None) -> Any:
         """As of a dictionary."""
-        return self[key] if key in self else default
+        self._noted(key)
+        return super().get(key, default)
 
     def setdefault(self, key: Any, default: Any = None) -> Any:
         """As of a dictionary."""

@@ -6,7 +6,6 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 import dicompile
@@ -137,7 +136,7 @@ class Sampling:
         )
         self._in_place = InPlace(module, self._optimized)
         self._is_sampling = False
-        self._batches: set[tuple[str, ...]] = set()
+        self._calls, self._batches = 0, set[tuple[str, ...]]()
         self.report = ""
 
     def outer_sample(self, executor: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -145,7 +144,7 @@ class Sampling:
         around = self._is_sampling
         with dicompile.session(self._optimized) as session:
             self._sigmas.begin()
-            self._batches, self._is_sampling = set(), True
+            self._calls, self._batches, self._is_sampling = 0, set(), True
             try:
                 return executor(*args, **kwargs)
             finally:
@@ -182,6 +181,7 @@ class Sampling:
         if self._caches:
             self._sigmas.follow(sigmas, float(t.flatten()[0]), model.model_sampling.timestep)
         batch = tuple(map(str, options.get("uuids", ())))
+        self._calls += 1
         self._batches.add(batch)
         model.diffusion_model = self._in_place
         try:
@@ -200,10 +200,14 @@ class Sampling:
             )
 
     def _reported(self) -> str:
+        if not self._calls:
+            return "0 calls: a node after dicompile has taken its place, or the run ended before the first one"
+        if not self._caches:
+            return f"{self._calls} calls, compiled; nothing is cached"
         try:
             report = str(dicompile.report(self._optimized))
-        except NotYetRun:
-            report = "0 calls"
+        except NotYetRun:  # the first call failed
+            return "1 call, which failed"
         return f"{report}; {REGROUPED}" if _are_regrouped(self._batches) else report
 
 

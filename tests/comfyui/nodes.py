@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +27,7 @@ WIDTH, PATCH = 32, 2
 class Block(PlainBlock):
     """Attention over text and image, which another node may replace."""
 
-    def forward(self, x: Tensor, c: Tensor, transformer_options: Mapping[str, Any] = {}) -> Tensor:  # noqa: B006
+    def forward(self, x: Tensor, c: Tensor, transformer_options: Mapping[str, Any] = {}) -> Tensor:
         override = transformer_options.get("optimized_attention_override")
         return super().forward(x, c) if override is None else override(super().forward, x, c)
 
@@ -72,96 +72,112 @@ class DiT(nn.Module):
 
 
 class Loads:
-    """Nodes of the workflow, around one model that several workflows share."""
+    """One model, that the nodes of several workflows may share, and what happens meanwhile."""
 
     def __init__(self, *, multiplier: float = 1.0) -> None:
         self.batches = True
-        self.may_batch = lambda: self.batches
-        self.interrupt_at: int | None = None
-        self.on_step = self._on_step
+        self.at_step: Callable[[int], None] = lambda step: None
         self.base = BaseModel(redraw(DiT()), multiplier)
 
-    def _on_step(self, step: int) -> None:
-        if step == self.interrupt_at:
-            raise InterruptedError
+    def may_batch(self) -> bool:
+        """Whether memory allows two conditions in one call."""
+        return self.batches
+
+    def on_step(self, step: int) -> None:
+        """A sampler has called the model, as its progress bar is told."""
+        self.at_step(step)
 
     def nodes(self) -> dict[str, type]:
-        base = self.base
+        """By their ids."""
+        kinds = (Loader, Text, Lora, TorchCompile, KSampler, Empty)
+        return {kind.define_schema().node_id: type(kind.__name__, (kind,), {"loads": self}) for kind in kinds}
 
-        class Loader(Io.ComfyNode):
-            @classmethod
-            def define_schema(cls) -> Io.Schema:
-                return Io.Schema("UNETLoader", inputs=[], outputs=[Io.Model.Output()])
 
-            @classmethod
-            def execute(cls) -> Io.NodeOutput:
-                return Io.NodeOutput(ModelPatcher(base, lambda: self.may_batch()))
+class Node(Io.ComfyNode):
+    """A node of the workflow.
 
-        class Text(Io.ComfyNode):
-            @classmethod
-            def define_schema(cls) -> Io.Schema:
-                inputs = [Io.Int.Input("text")]
-                return Io.Schema("CLIPTextEncode", inputs=inputs, outputs=[Io.Conditioning.Output()])
+    Attributes:
+        loads: where the model is.
+    """
 
-            @classmethod
-            def execute(cls, text: int) -> Io.NodeOutput:
-                return Io.NodeOutput(torch.randn(1, 6, 24, generator=torch.Generator().manual_seed(text)))
+    loads: ClassVar[Loads]
 
-        class Lora(Io.ComfyNode):
-            @classmethod
-            def define_schema(cls) -> Io.Schema:
-                inputs = [Io.Model.Input("model"), Io.Float.Input("strength_model")]
-                return Io.Schema("LoraLoaderModelOnly", inputs=inputs, outputs=[Io.Model.Output()])
 
-            @classmethod
-            def execute(cls, model: ModelPatcher, strength_model: float) -> Io.NodeOutput:
-                made, name = model.clone(), "diffusion_model.single_blocks.1.mlp.0.weight"
-                change = torch.randn(base.get_parameter(name).shape, generator=torch.Generator().manual_seed(7))
-                made.add_patches({name: strength_model * change})
-                return Io.NodeOutput(made)
+class Loader(Node):
+    @classmethod
+    def define_schema(cls) -> Io.Schema:
+        return Io.Schema("UNETLoader", inputs=[], outputs=[Io.Model.Output()])
 
-        class TorchCompile(Io.ComfyNode):
-            @classmethod
-            def define_schema(cls) -> Io.Schema:
-                return Io.Schema("TorchCompileModel", inputs=[Io.Model.Input("model")], outputs=[Io.Model.Output()])
+    @classmethod
+    def execute(cls) -> Io.NodeOutput:
+        return Io.NodeOutput(ModelPatcher(cls.loads.base, cls.loads.may_batch))
 
-            @classmethod
-            def execute(cls, model: ModelPatcher) -> Io.NodeOutput:
-                made = model.clone()
-                made.remove_wrappers_with_key(WrappersMP.APPLY_MODEL, COMPILE_KEY)
-                made.add_wrapper_with_key(WrappersMP.APPLY_MODEL, COMPILE_KEY, _compiled)
-                return Io.NodeOutput(made)
 
-        class KSampler(Io.ComfyNode):
-            @classmethod
-            def define_schema(cls) -> Io.Schema:
-                names = ("model", "seed", "steps", "cfg", "positive", "negative", "latent_image", "denoise")
-                inputs = [*map(Io.Input, names), Io.Combo.Input("sampler_name", options=list(SAMPLERS))]
-                return Io.Schema("KSampler", inputs=inputs, outputs=[Io.Latent.Output()])
+class Text(Node):
+    @classmethod
+    def define_schema(cls) -> Io.Schema:
+        inputs = [Io.Int.Input("text")]
+        return Io.Schema("CLIPTextEncode", inputs=inputs, outputs=[Io.Conditioning.Output()])
 
-            @classmethod
-            def execute(cls, model: ModelPatcher, seed: int, steps: int, cfg: float, positive: Tensor,
-                        negative: Tensor, latent_image: Any, denoise: float,
-                        sampler_name: str) -> Io.NodeOutput:  # fmt: skip
-                latent = latent_image["samples"]
-                noise = torch.randn(latent.shape, generator=torch.Generator().manual_seed(seed))
-                sigmas = base.model_sampling.sigmas(round(steps / denoise))[-steps - 1 :]
-                guider = CFGGuider(model, positive, negative, cfg)
-                samples = guider.sample(noise, latent, SAMPLERS[sampler_name], sigmas, lambda i: self.on_step(i))
-                return Io.NodeOutput({"samples": samples})
+    @classmethod
+    def execute(cls, text: int) -> Io.NodeOutput:
+        return Io.NodeOutput(torch.randn(1, 6, 24, generator=torch.Generator().manual_seed(text)))
 
-        class Empty(Io.ComfyNode):
-            @classmethod
-            def define_schema(cls) -> Io.Schema:
-                inputs = [Io.Int.Input("width"), Io.Int.Input("height"), Io.Int.Input("batch_size")]
-                return Io.Schema("EmptyLatentImage", inputs=inputs, outputs=[Io.Latent.Output()])
 
-            @classmethod
-            def execute(cls, width: int, height: int, batch_size: int) -> Io.NodeOutput:
-                return Io.NodeOutput({"samples": torch.zeros(batch_size, 4, height // 8, width // 8)})
+class Lora(Node):
+    @classmethod
+    def define_schema(cls) -> Io.Schema:
+        inputs = [Io.Model.Input("model"), Io.Float.Input("strength_model")]
+        return Io.Schema("LoraLoaderModelOnly", inputs=inputs, outputs=[Io.Model.Output()])
 
-        made = (Loader, Text, Lora, TorchCompile, KSampler, Empty)
-        return {node.define_schema().node_id: node for node in made}
+    @classmethod
+    def execute(cls, model: ModelPatcher, strength_model: float) -> Io.NodeOutput:
+        made, name = model.clone(), "diffusion_model.single_blocks.1.mlp.0.weight"
+        change = torch.randn(cls.loads.base.get_parameter(name).shape, generator=torch.Generator().manual_seed(7))
+        made.add_patches({name: strength_model * change})
+        return Io.NodeOutput(made)
+
+
+class TorchCompile(Node):
+    @classmethod
+    def define_schema(cls) -> Io.Schema:
+        return Io.Schema("TorchCompileModel", inputs=[Io.Model.Input("model")], outputs=[Io.Model.Output()])
+
+    @classmethod
+    def execute(cls, model: ModelPatcher) -> Io.NodeOutput:
+        made = model.clone()
+        made.remove_wrappers_with_key(WrappersMP.APPLY_MODEL, COMPILE_KEY)
+        made.add_wrapper_with_key(WrappersMP.APPLY_MODEL, COMPILE_KEY, _compiled)
+        return Io.NodeOutput(made)
+
+
+class KSampler(Node):
+    @classmethod
+    def define_schema(cls) -> Io.Schema:
+        names = ("model", "seed", "steps", "cfg", "positive", "negative", "latent_image", "denoise")
+        inputs = [*map(Io.Input, names), Io.Combo.Input("sampler_name", options=list(SAMPLERS))]
+        return Io.Schema("KSampler", inputs=inputs, outputs=[Io.Latent.Output()])
+
+    @classmethod
+    def execute(cls, *, model: ModelPatcher, seed: int, steps: int, cfg: float, positive: Tensor, negative: Tensor,
+                latent_image: Any, denoise: float, sampler_name: str) -> Io.NodeOutput:  # fmt: skip
+        latent = latent_image["samples"]
+        noise = torch.randn(latent.shape, generator=torch.Generator().manual_seed(seed))
+        sigmas = cls.loads.base.model_sampling.sigmas(round(steps / denoise))[-steps - 1 :]
+        guider = CFGGuider(model, positive, negative, cfg)
+        samples = guider.sample(noise, latent, SAMPLERS[sampler_name], sigmas, cls.loads.on_step)
+        return Io.NodeOutput({"samples": samples})
+
+
+class Empty(Node):
+    @classmethod
+    def define_schema(cls) -> Io.Schema:
+        inputs = [Io.Int.Input("width"), Io.Int.Input("height"), Io.Int.Input("batch_size")]
+        return Io.Schema("EmptyLatentImage", inputs=inputs, outputs=[Io.Latent.Output()])
+
+    @classmethod
+    def execute(cls, width: int, height: int, batch_size: int) -> Io.NodeOutput:
+        return Io.NodeOutput({"samples": torch.zeros(batch_size, 4, height // 8, width // 8)})
 
 
 def _compiled(executor: Any, *args: Any, **kwargs: Any) -> Any:

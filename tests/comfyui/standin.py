@@ -84,6 +84,7 @@ class BaseModel(nn.Module):
         self.diffusion_model = diffusion_model
         self.model_sampling = ModelSampling(multiplier)
         self.current_weight_patches_uuid: Any = None
+        self.backup: dict[str, nn.Parameter] = {}
 
     def apply_model(self, x: Tensor, t: Tensor, c_concat: Any = None, c_crossattn: Any = None, control: Any = None,
                     transformer_options: Any = {}, **kwargs: Any) -> Tensor:  # noqa: B006 # fmt: skip
@@ -112,13 +113,12 @@ class ModelPatcher:
         self.attachments: dict[str, Any] = {}
         self.patches: dict[str, Tensor] = {}
         self.patches_uuid = uuid.uuid4()
-        self.backup: dict[str, nn.Parameter] = {}
 
     def clone(self, disable_dynamic: bool = False) -> ModelPatcher:
         made = ModelPatcher(self.model, self.may_batch)
         made.model_options, made.wrappers = copied(self.model_options), copied(self.wrappers)
         made.attachments, made.patches = dict(self.attachments), dict(self.patches)
-        made.patches_uuid, made.backup = self.patches_uuid, self.backup
+        made.patches_uuid = self.patches_uuid
         return made
 
     def get_model_object(self, name: str) -> Any:
@@ -140,12 +140,13 @@ class ModelPatcher:
         """Weights as this patcher has them: other parameters in the same places, the originals kept for the next."""
         if self.model.current_weight_patches_uuid == self.patches_uuid:
             return
-        for name, original in self.backup.items():
+        backup = self.model.backup
+        for name, original in backup.items():
             self._put(name, original)
-        self.backup.clear()
+        backup.clear()
         for name, change in self.patches.items():
-            self.backup[name] = self.model.get_parameter(name)
-            self._put(name, nn.Parameter(self.backup[name] + change, requires_grad=False))
+            backup[name] = self.model.get_parameter(name)
+            self._put(name, nn.Parameter(backup[name] + change, requires_grad=False))
         self.model.current_weight_patches_uuid = self.patches_uuid
 
     def _put(self, name: str, weight: nn.Parameter) -> None:
@@ -226,7 +227,18 @@ def midpoint(model: Any, x: Tensor, sigmas: Tensor, callback: Any) -> Tensor:
     return x
 
 
-SAMPLERS = {"euler": euler, "dpm_2": midpoint}
+def heun(model: Any, x: Tensor, sigmas: Tensor, callback: Any) -> Tensor:
+    """Calls the model at every sigma twice, with two latents."""
+    for i in range(len(sigmas) - 1):
+        slope = (x - model(x, sigmas[i] * x.new_ones([len(x)]))) / sigmas[i]
+        after = x + slope * (sigmas[i + 1] - sigmas[i])
+        if sigmas[i + 1] > 0:
+            slope = (slope + (after - model(after, sigmas[i + 1] * x.new_ones([len(x)]))) / sigmas[i + 1]) / 2
+        x = x + slope * (sigmas[i + 1] - sigmas[i])
+    return x
+
+
+SAMPLERS = {"euler": euler, "heun": heun, "dpm_2": midpoint}
 
 
 class Io:
@@ -284,7 +296,7 @@ class Ui:
 
 
 class ComfyExtension(ABC):
-    async def on_load(self) -> None:
+    async def on_load(self) -> None:  # noqa: B027
         """Nothing to load."""
 
     @abstractmethod
