@@ -39,7 +39,8 @@ def nodes() -> Iterator[dict[str, Any]]:
 
 @pytest.fixture
 def loads() -> Loads:
-    return Loads()
+    with torch.inference_mode():  # as ComfyUI loads models
+        return Loads()
 
 
 def changed(*changes: tuple[str, str, Any], **added: Any) -> dict[str, Any]:
@@ -334,9 +335,12 @@ def test_a_call_outside_of_a_sampler_is_as_ever(
 ) -> None:
     model = Prompt({**nodes, **loads.nodes()}).run(WORKFLOW)["2"].args[0]
     x, t, context = torch.randn(1, 4, 8, 8), torch.ones(1), torch.randn(1, 6, 24)
-    options = {"wrappers": model.wrappers}
-    found = loads.base.apply_model(x, t, c_crossattn=context, transformer_options=options)
-    assert torch.equal(found, loads.base.apply_model(x, t, c_crossattn=context, transformer_options={}))
+    with torch.inference_mode():
+        found, expected = (
+            loads.base.apply_model(x, t, c_crossattn=context, transformer_options={"wrappers": wrappers})
+            for wrappers in (model.wrappers, {})
+        )
+    assert torch.equal(found, expected)
     assert "outside of a sampler" in caplog.text
 
 
