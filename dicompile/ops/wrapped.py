@@ -110,7 +110,7 @@ def put_together(name: str, *parts: Tensor) -> Tensor:
 
 def class_of(name: Any) -> str:
     """Name of the class that a wrapper stands for."""
-    return _WRAPPERS[name].kind.__name__
+    return str(_WRAPPERS[name].kind.__name__)
 
 
 def linear_of(source: Tensor, parts: Sequence[Tensor], bias: Tensor | None, wrapper: str) -> Tensor:
