@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
@@ -114,6 +115,19 @@ class InPlace(nn.Module):
         return self._optimized(*args, **kwargs, transformer_options=self._read.of(args, kwargs, given))
 
 
+@dataclass
+class Run:
+    """What happens between the beginning and the end of a sampler.
+
+    Attributes:
+        calls: of the model.
+        batches: in which conditions came, by their identities.
+    """
+
+    calls: int = 0
+    batches: set[tuple[str, ...]] = field(default_factory=set)
+
+
 class Sampling:
     """Wrappers around the sampling of one patched model and of its clones, and what is known of its last run.
 
@@ -135,23 +149,22 @@ class Sampling:
             Denoiser(module), policy, schedule=schedule, latent="x", timestep="timestep", **options
         )
         self._in_place = InPlace(module, self._optimized)
-        self._is_sampling = False
-        self._calls, self._batches = 0, set[tuple[str, ...]]()
+        self._run: Run | None = None
         self.report = ""
 
     def outer_sample(self, executor: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Around a whole run: what it remembers ends with it, however it ends."""
-        around = self._is_sampling
-        with dicompile.session(self._optimized) as session:
+        around, sigmas = self._run, dict(vars(self._sigmas))  # of a run in the middle of which this one is made
+        with dicompile.session(self._optimized):
+            self._run = Run()
             self._sigmas.begin()
-            self._calls, self._batches, self._is_sampling = 0, set(), True
             try:
                 return executor(*args, **kwargs)
             finally:
-                self._is_sampling = around
                 dicompile.free(self._optimized)
-                self.report = self._reported()
-                session.clear()
+                self.report = self._reported(self._run)
+                self._run = around
+                vars(self._sigmas).update(sigmas)
 
     def apply_model(
         self,
@@ -174,15 +187,15 @@ class Sampling:
         arguments = (x, t, c_concat, c_crossattn, control, options)
         model = executor.class_obj
         sigmas = options.get("sample_sigmas")
-        if not self._is_sampling or sigmas is None:
+        if self._run is None or sigmas is None:
             log.warning("the model is called outside of a sampler: this call is not cached, and not compiled")
             return executor(*arguments, **kwargs)
         self._check(model)
         if self._caches:
             self._sigmas.follow(sigmas, float(t.flatten()[0]), model.model_sampling.timestep)
         batch = tuple(map(str, options.get("uuids", ())))
-        self._calls += 1
-        self._batches.add(batch)
+        self._run.calls += 1
+        self._run.batches.add(batch)
         model.diffusion_model = self._in_place
         try:
             with dicompile.cache_context(", ".join(batch)):
@@ -199,16 +212,16 @@ class Sampling:
                 fix="put dicompile after the other nodes, and sample on one device",
             )
 
-    def _reported(self) -> str:
-        if not self._calls:
+    def _reported(self, run: Run) -> str:
+        if not run.calls:
             return "0 calls: a node after dicompile has taken its place, or the run ended before the first one"
         if not self._caches:
-            return f"{self._calls} calls, compiled; nothing is cached"
+            return f"{run.calls} calls, compiled; nothing is cached"
         try:
             report = str(dicompile.report(self._optimized))
         except NotYetRun:  # the first call failed
             return "1 call, which failed"
-        return f"{report}; {REGROUPED}" if _are_regrouped(self._batches) else report
+        return f"{report}; {REGROUPED}" if _are_regrouped(run.batches) else report
 
 
 REGROUPED = "conditions came in other batches in between, as memory allowed: each way of batching remembers for itself"

@@ -151,6 +151,8 @@ def test_a_run_that_is_interrupted_leaves_nothing(nodes: dict[str, Any], loads: 
     assert interrupted.tb is not None
     assert not held()
     assert loads.base.diffusion_model is module
+    model = prompt.run({name: WORKFLOW[name] for name in ("1", "2")})["2"].args[0]
+    assert model.attachments["dicompile"].report.endswith("0 bytes now")
     loads.at_step = lambda _: None
     assert torch.equal(latent(prompt.run(WORKFLOW)), latent(fresh(nodes, loads, WORKFLOW)))
 
@@ -215,6 +217,21 @@ def test_two_samplers_of_one_model_with_a_lora_between(nodes: dict[str, Any], lo
     assert torch.equal(latent(both, "9"), latent(fresh({**nodes, "Given": Given}, loads, without), "9"))
 
 
+def test_a_run_within_a_run_is_another_one(nodes: dict[str, Any], loads: Loads) -> None:
+    prompt, inner = Prompt({**nodes, **loads.nodes()}), []
+
+    def sample_again(step: int) -> None:
+        if step == 1 and not inner:
+            inner.append(None)
+            inner.append(prompt.run(changed(("6", "seed", 4), ("6", "steps", 4))))
+
+    loads.at_step = sample_again
+    outer = prompt.run(WORKFLOW)
+    loads.at_step = lambda _: None
+    assert torch.equal(latent(outer), latent(fresh(nodes, loads, WORKFLOW)))
+    assert torch.equal(latent(inner[1]), latent(fresh(nodes, loads, changed(("6", "seed", 4), ("6", "steps", 4)))))
+
+
 @pytest.mark.parametrize("strength", [0.0, 0.5, 1.0])
 def test_a_lora_counts_from_the_run_it_is_in(nodes: dict[str, Any], loads: Loads, strength: float) -> None:
     """The runs before had other weights; what they stored, and what was compiled for them, is no matter."""
@@ -240,8 +257,13 @@ def test_a_clone_with_a_lora_goes_through_the_same_node(nodes: dict[str, Any], l
 def test_schedules_are_those_of_the_sampler(nodes: dict[str, Any], denoise: float, multiplier: float) -> None:
     loads = Loads(multiplier=multiplier)
     prompt = Prompt({**nodes, **loads.nodes()})
-    prompt.run(changed(("6", "steps", 4)))
+    model = prompt.run(changed(("6", "steps", 4)))["2"].args[0].attachments["dicompile"]
+    told: list[tuple[int, Tensor]] = []
+    loads.at_step = lambda step: told.append((model._sigmas.step_index, model._sigmas.timesteps))
     outputs = prompt.run(changed(("6", "denoise", denoise)))
+    assert [step for step, _ in told] == list(range(STEPS))
+    whole = torch.linspace(multiplier, 0, round(STEPS / denoise) + 1)
+    torch.testing.assert_close(told[-1][1], whole[-STEPS - 1 : -1])
     assert report(outputs).startswith("6 calls: 3 full, 3 reuse")
     assert "began" not in report(outputs)
     assert "want" not in report(outputs)
@@ -259,7 +281,9 @@ def test_whoever_compiles_last_compiles_alone(nodes: dict[str, Any], loads: Load
     torch.testing.assert_close(latent(outputs), latent(fresh(nodes, loads, UNCACHED)), **CLOSE)
     second = ("Dicompile", {**WORKFLOW["2"]["inputs"], "model": ["2", 0], "policy": "none"})
     twice = changed(("6", "model", ["8", 0]), ("7", "model", ["8", 0]), **{"8": second})
-    assert report(fresh(nodes, loads, twice)) == "6 calls, compiled; nothing is cached"
+    outputs = fresh(nodes, loads, twice)
+    assert all(len(group) == 1 for kind in outputs["8"].args[0].wrappers.values() for group in kind.values())
+    assert report(outputs) == "6 calls, compiled; nothing is cached"
 
 
 def test_models_of_two_classes_are_two_models(nodes: dict[str, Any], loads: Loads) -> None:
