@@ -1,13 +1,17 @@
 """Arguments of a call, taken apart: tensors become inputs of a graph, and on everything else it depends.
 
-Lists, dictionaries and output classes are looked into, and so are objects (a key-value cache): by their attributes.
+Lists, dictionaries and output classes are looked into, and so are objects (a key-value cache): by their attributes;
+functions by what they close over. A function or class that holds nothing is compared by identity.
 """
 
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 import numbers
+import sys
+import types
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from operator import is_not
@@ -346,8 +350,62 @@ def _flatten_with_keys(opened: _Opened) -> tuple[list[tuple[Any, Any]], _Class]:
 
 
 def _unflatten(values: Iterable[Any], kind: _Class) -> object:
-    made = copy.copy(kind.like)
-    vars(made).update(zip(kind.names, values, strict=True))
+    held = dict(zip(kind.names, values, strict=True))
+    like = kind.like
+    if isinstance(like, types.FunctionType):
+        return _function_like(like, held)
+    if isinstance(like, types.MethodType):
+        return types.MethodType(held["__func__"], held["__self__"])
+    if isinstance(like, functools.partial):
+        return type(like)(held["func"], *held["args"], **held["keywords"])
+    made = copy.copy(like)
+    vars(made).update(held)
+    return made
+
+
+def _held_by(value: Any) -> Mapping[str, Any] | None:
+    """What an object holds that a forward may read or write; None for one whose identity says everything."""
+    if isinstance(value, types.FunctionType):
+        return _held_by_function(value)
+    if isinstance(value, types.MethodType):
+        return {"__func__": value.__func__, "__self__": value.__self__}
+    if isinstance(value, functools.partial):
+        return {"func": value.func, "args": value.args, "keywords": value.keywords}
+    if isinstance(value, nn.Module):
+        return {name: held for name, held in vars(value).items() if name != "_non_persistent_buffers_set"}
+    is_fixed = isinstance(value, type) or (callable(value) and not hasattr(value, "__dict__"))
+    return None if is_fixed else vars(value)
+
+
+def _held_by_function(function: types.FunctionType) -> Mapping[str, Any] | None:
+    defaults = (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values())
+    if not (function.__closure__ or vars(function) or any(type(value) not in _SIMPLE for value in defaults)):
+        return None
+    return {
+        "__code__": function.__code__,
+        "__globals__": sys.intern(f"{id(function.__globals__):x}"),  # the same object every time
+        "__defaults__": function.__defaults__,
+        "__kwdefaults__": function.__kwdefaults__,
+        "__dict__": dict(vars(function)),
+        "__closure__": tuple(_content(cell) for cell in function.__closure__ or ()),
+    }
+
+
+def _content(cell: types.CellType) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:  # empty
+        return None
+
+
+def _function_like(function: types.FunctionType, held: Mapping[str, Any]) -> types.FunctionType:
+    closure = tuple(map(types.CellType, held["__closure__"])) or None
+    made = types.FunctionType(
+        held["__code__"], function.__globals__, function.__name__, held["__defaults__"], closure
+    )  # fmt: skip
+    made.__kwdefaults__ = held["__kwdefaults__"]
+    made.__qualname__ = function.__qualname__
+    vars(made).update(held["__dict__"])
     return made
 
 
@@ -362,16 +420,19 @@ pytree.register_pytree_node(
 
 def _opened(value: Any, depth: int = 0) -> Any:
     def opened(leaf: Any) -> Any:
-        if isinstance(leaf, (Tensor, *PLAIN)) or is_number(leaf) or callable(leaf):
+        if isinstance(leaf, (Tensor, types.CodeType, *PLAIN)) or is_number(leaf):
             return leaf
-        if not hasattr(leaf, "__dict__") or depth > _DEEPEST:
+        held = _held_by(leaf) if hasattr(leaf, "__dict__") or callable(leaf) else {}
+        if held is None:
+            return leaf
+        if (not held and not hasattr(leaf, "__dict__")) or depth > _DEEPEST:
             raise CannotCapture(
                 f"an argument holds an object of class {type(leaf).__name__}",
                 where="capture",
                 why="what it holds may differ at every call, and nothing tells",
                 fix="give tensors, numbers, and lists or dictionaries of them",
             )
-        return _Opened(leaf, {name: _opened(item, depth + 1) for name, item in vars(leaf).items()})
+        return _Opened(leaf, {name: _opened(item, depth + 1) for name, item in held.items()})
 
     return pytree.tree_map(opened, value)
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from operator import is_
 from types import SimpleNamespace
@@ -11,8 +13,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+import dicompile
 from dicompile.capture import Arguments, bind_positions
 from dicompile.errors import CannotCapture
 from tests.capture.follow import WAYS, WIDTH, counted, optimized, same
@@ -304,3 +308,128 @@ def test_only_views_that_differ_in_strides_are_laid_out_anew(other: dict[str, An
     assert laid_out is not None and laid_out.key == known
     assert laid_out.tensors[0].stride() == (6, 3, 1) and torch.equal(laid_out.tensors[0], given[:, :, :2])
     assert Arguments.of((), other).laid_out_as(known) is None
+
+
+class Patched(nn.Module):
+    """Calls what its caller gives it, as patches of attention are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor, timestep: Tensor, patch: Callable[[Tensor], Tensor]) -> Tensor:
+        return x + patch(self.linear(x)) * timestep[:, None, None]
+
+
+class Scaled:
+    """A callable object."""
+
+    def __init__(self) -> None:
+        self.scale = [1.0]
+
+    def __call__(self, y: Tensor) -> Tensor:
+        return y * self.scale[0]
+
+
+class ScaledModule(nn.Module):
+    """A module that is no part of the model."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = [1.0]
+        self.weight = nn.Parameter(torch.full((8,), 2.0))
+
+    def forward(self, y: Tensor) -> Tensor:
+        return y * self.scale[0] * self.weight
+
+
+def closed_over() -> tuple[Callable[[Tensor], Tensor], list[float]]:
+    scale = [1.0]
+    return lambda y: y * scale[0], scale
+
+
+def of_object() -> tuple[Callable[[Tensor], Tensor], list[float]]:
+    made = Scaled()
+    return made, made.scale
+
+
+def of_method() -> tuple[Callable[[Tensor], Tensor], list[float]]:
+    made = Scaled()
+    return made.__call__, made.scale
+
+
+def of_partial() -> tuple[Callable[[Tensor], Tensor], list[float]]:
+    scale = [1.0]
+    return functools.partial(lambda by, y: y * by[0], scale), scale
+
+
+def of_default() -> tuple[Callable[[Tensor], Tensor], list[float]]:
+    scale = [1.0]
+
+    def patch(y: Tensor, by: list[float] = scale) -> Tensor:
+        return y * by[0]
+
+    return patch, scale
+
+
+def of_module() -> tuple[Callable[[Tensor], Tensor], list[float]]:
+    made = ScaledModule()
+    return made, made.scale
+
+
+CALLABLES = [closed_over, of_object, of_method, of_partial, of_default, of_module]
+
+
+@pytest.mark.parametrize("make", CALLABLES)
+def test_what_a_callable_among_the_arguments_holds_is_seen_at_every_call(
+    make: Callable[[], tuple[Callable[[Tensor], Tensor], list[float]]],
+) -> None:
+    patch, scale = make()
+    model = Patched()
+    optimized = dicompile.optimize(model, "none", backend="eager")
+    with torch.no_grad():
+        for value in (1.0, 2.0, 1.0):
+            scale[0] = value
+            inputs = torch.randn(2, 4, 8), torch.ones(2)
+            assert torch.equal(optimized(*inputs, patch), model(*inputs, patch))
+
+
+def test_tensors_that_a_callable_closes_over_are_inputs() -> None:
+    by, model = torch.tensor(2.0), Patched()
+    optimized = dicompile.optimize(model, "none", backend="eager")
+    with torch.no_grad():
+        for value in (2.0, 3.0):
+            by.fill_(value)
+            inputs = torch.randn(2, 4, 8), torch.ones(2)
+            assert torch.equal(optimized(*inputs, lambda y: y * by), model(*inputs, lambda y: y * by))
+
+
+def test_a_callable_that_writes_to_what_it_holds_is_refused_by_name() -> None:
+    calls = [0]
+
+    def counting(y: Tensor) -> Tensor:
+        calls[0] += 1
+        return y * calls[0]
+
+    optimized = dicompile.optimize(Patched(), "none", backend="eager")
+    with pytest.raises(CannotCapture, match="Patched writes to a list, dictionary or object among its arguments"):
+        optimized(torch.randn(2, 4, 8), torch.ones(2), counting)
+    assert calls == [0]
+
+
+def test_functions_that_hold_nothing_stay_what_they_are() -> None:
+    seen: list[object] = []
+
+    class Notes(nn.Module):
+        def forward(self, x: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
+            seen.append(function)
+            return function(x)
+
+    for function in (torch.sin, F.silu, plain_function):
+        args, _ = Arguments.of((torch.ones(2), function), {}).filled([torch.zeros(2)])
+        Notes()(*args)
+    assert seen == [torch.sin, F.silu, plain_function]
+
+
+def plain_function(x: Tensor) -> Tensor:
+    return x + 1
