@@ -136,7 +136,9 @@ def test_a_model_without_residual_branches_compiles_and_one_line_says_so(caplog:
         got = compiled(model, policy="fora", steps=3, mode="eager")
         assert all(torch.equal(got(latent * i), model(latent * i)) for i in range(3))
     lines = [record.getMessage() for record in caplog.records if record.name.startswith("dicompile")]
-    assert lines == ["no cacheable branch in this graph: compiled without caching"]
+    assert [line for line in lines if "pieces of code" not in line] == [
+        "no cacheable branch in this graph: compiled without caching"
+    ]
 
 
 @pytest.mark.parametrize(

@@ -133,7 +133,7 @@ def test_an_item_without_a_minus_is_refused() -> None:
 
 def test_every_pass_that_changed_something_leaves_a_numbered_file(tmp_path: Path) -> None:
     run_pipeline(Settings(), DebugFolder(tmp_path))
-    files = sorted(tmp_path.iterdir())
+    files = sorted(tmp_path.glob("*.txt"))
     assert [file.name for file in files] == [
         "000-block0-r-captured.txt", "001-block0-r-reuse-sites.txt", "002-block0-r-drop-dead.txt",
     ]  # fmt: skip
@@ -150,7 +150,7 @@ def sample() -> Sample:
 
 
 def debug_files(folder: Path) -> list[str]:
-    return sorted(file.name for file in folder.iterdir())
+    return sorted(file.name for file in folder.glob("*.txt"))
 
 
 def test_the_debug_folder_shows_every_stage_in_reading_order(
