@@ -123,7 +123,8 @@ def packer(result: Any, results: Sequence[Tensor], tensors: Sequence[Tensor]) ->
     if None in places:
         return None
     known = [found for found in places if found is not None]
-    is_tuple = result.__class__ is tuple and known == [(False, i) for i in range(len(result))]
+    is_flat = result.__class__ is tuple and all(isinstance(value, Tensor) for value in result)
+    is_tuple = is_flat and known == [(False, i) for i in range(len(result))]
     return Pack(tuple(known), spec, is_tuple)
 
 
