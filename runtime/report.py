@@ -17,6 +17,9 @@ UNCACHED = "uncached"
 RECALLED = "recalled"
 """Kind of a call at which a gate has decided to recall."""
 
+MOST_CALLS = 4096
+"""Calls of one generation whose times are kept."""
+
 
 @dataclass(frozen=True, slots=True)
 class CallReport:
@@ -57,7 +60,8 @@ class RunReport:
             something lies in them, copies of the inputs, and a pool for the rest. Kernels and their arguments, which
             the driver keeps, are not in it.
         decisions: of gates, one for every call at which one decided.
-        calls: every call in order, with its time.
+        calls: every call in order, with its time; the latest `MOST_CALLS` of a model that is called on and on without a
+            schedule.
         latest: kind of the latest call.
     """
 
@@ -95,6 +99,7 @@ class RunReport:
     def time(self, step: int | None, seconds: float, compile_seconds: float) -> None:
         """Note how long the latest call took; see `CallReport`."""
         self.calls.append(CallReport(step, self.latest, seconds, compile_seconds, self.cache_bytes))
+        del self.calls[:-MOST_CALLS]
 
     def end(self, policy: str) -> None:
         """Note a call of the last step, and whether the policy did anything until then."""

@@ -48,6 +48,16 @@ def test_compiling_is_told_from_running(model: ModelSummary) -> None:
     assert model.seconds == pytest.approx(sum(step.seconds for step in model.steps))
 
 
+def test_a_model_without_a_schedule_is_called_on_and_on_in_bounded_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dicompile.runtime.report.MOST_CALLS", 3)
+    sample = plain_dit(1)
+    model = dicompile.optimize(sample.model, "none", backend="eager")
+    for _ in range(5):
+        call(model, sample.inputs, 500, seed=0)
+    report = dicompile.report(model)
+    assert (len(report.calls), report.kinds) == (3, {"full": 5})
+
+
 def test_a_second_generation_compiles_nothing() -> None:
     sample = plain_dit(2)
     cached = optimized(sample, "fora", STEPS)

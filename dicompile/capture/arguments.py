@@ -19,12 +19,16 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch._library.custom_ops import CustomOpDef
+from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
 from torch.utils import _pytree as pytree
 
 from dicompile.errors import CannotCapture
 
 PLAIN = (bool, int, float, complex, str, type(None), torch.dtype, torch.device)
 _SIMPLE = frozenset(PLAIN)
+_OPERATORS = (OpOverload, OpOverloadPacket, HigherOrderOperator, CustomOpDef)
+"""Of whose instances identity says everything."""
 _DEEPEST = 8
 
 
@@ -373,7 +377,7 @@ def _held_by(value: Any) -> Mapping[str, Any] | None:
         return {"func": value.func, "args": value.args, "keywords": value.keywords}
     if isinstance(value, nn.Module):
         return {name: held for name, held in vars(value).items() if name != "_non_persistent_buffers_set"}
-    is_fixed = isinstance(value, type) or (callable(value) and not hasattr(value, "__dict__"))
+    is_fixed = isinstance(value, (type, *_OPERATORS)) or (callable(value) and not hasattr(value, "__dict__"))
     return None if is_fixed else vars(value)
 
 

@@ -425,11 +425,18 @@ def test_functions_that_hold_nothing_stay_what_they_are() -> None:
             seen.append(function)
             return function(x)
 
-    for function in (torch.sin, F.silu, plain_function):
+    functions = [torch.sin, F.silu, plain_function, torch.ops.aten.silu, torch.ops.aten.silu.default, doubled]
+    for function in functions:
         args, _ = Arguments.of((torch.ones(2), function), {}).filled([torch.zeros(2)])
         Notes()(*args)
-    assert seen == [torch.sin, F.silu, plain_function]
+    assert all(map(is_, seen, functions))
+    assert len(seen) == len(functions)
 
 
 def plain_function(x: Tensor) -> Tensor:
     return x + 1
+
+
+@torch.library.custom_op("tests::doubled", mutates_args=())
+def doubled(x: Tensor) -> Tensor:
+    return x * 2
