@@ -404,6 +404,14 @@ def test_tensors_that_a_callable_closes_over_are_inputs() -> None:
             assert torch.equal(optimized(*inputs, lambda y: y * by), model(*inputs, lambda y: y * by))
 
 
+def test_callables_that_hold_the_same_and_do_something_else_are_told_apart() -> None:
+    by, model = [2.0], Patched()
+    optimized, inputs = dicompile.optimize(model, "none", backend="eager"), (torch.randn(2, 4, 8), torch.ones(2))
+    with torch.no_grad():
+        for patch in (lambda y: y * by[0], lambda y: y + by[0], lambda y: y * by[0]):
+            assert torch.equal(optimized(*inputs, patch), model(*inputs, patch))
+
+
 def test_a_callable_that_writes_to_what_it_holds_is_refused_by_name() -> None:
     calls = [0]
 
