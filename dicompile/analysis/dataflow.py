@@ -73,10 +73,11 @@ class Dataflow:
 
 def numbers(bits: int) -> Iterator[int]:
     """Numbers of the bits that are set, rising."""
-    while bits:
-        low = bits & -bits
-        yield low.bit_length() - 1
-        bits ^= low
+    digits = bin(bits)[:1:-1]  # in one go: every operation on such an int walks all of it
+    i = digits.find("1")
+    while i >= 0:
+        yield i
+        i = digits.find("1", i + 1)
 
 
 def union(sets: Iterable[int]) -> int:

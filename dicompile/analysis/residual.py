@@ -7,7 +7,7 @@ depends on the latent, and no other site lies inside it.
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 
 import torch
@@ -212,12 +212,12 @@ def _kind(
     return SiteKind.JOINT_ATTENTION if from_others else SiteKind.SELF_ATTENTION
 
 
-def _bypasses(flow: Dataflow, source: fx.Node, update: fx.Node, mixers: Container[fx.Node], heavy: int) -> bool:
+def _bypasses(flow: Dataflow, source: fx.Node, update: fx.Node, mixers: Set[fx.Node], heavy: int) -> bool:
     """True if a path with a matrix product leads around attention: an MLP beside it in the same branch.
 
     A factor on the attention's output (gated attention) is none, however it was computed.
     """
-    attended = flow.select(lambda node: node in mixers)
+    attended = flow.bits(mixers)
 
     def factors(node: fx.Node) -> Iterable[fx.Node]:
         parents = node.all_input_nodes

@@ -62,7 +62,8 @@ def token_work(flow: Dataflow, stream: fx.Node, end: fx.Node, region: Sequence[f
         fact = TokenFact(TokenWise.QUERIES, axis, count, refusals[Mixing.FORBIDDEN], stored)
         shrinking = found[Mixing.QUERIES]
     else:
-        fact = TokenFact(TokenWise.NO, axis, count, refusals[Mixing.QUERIES], stored)
+        why = refusals.get(Mixing.QUERIES, refusals[Mixing.FORBIDDEN])
+        fact = TokenFact(TokenWise.NO, axis, count, why, stored)
         behind = found.get(Mixing.STORED, {})
         shrinking = {node: carried for node, carried in behind.items() if not is_attention(node)}
         for_keys = for_keys if stored else set()
@@ -77,10 +78,14 @@ def token_work(flow: Dataflow, stream: fx.Node, end: fx.Node, region: Sequence[f
 def _layouts(
     region: Sequence[fx.Node], stream: fx.Node, end: fx.Node, layout: Layout
 ) -> tuple[Mapping[Mixing, Mapping[fx.Node, Carried]], Mapping[Mixing, str]]:
-    """What the branch does to tokens under every assumption that keeps them apart, and what forbids the others."""
+    """What the branch does to tokens under every assumption that keeps them apart, and what forbids the others.
+
+    Without attention there is nothing to assume.
+    """
     found: dict[Mixing, Mapping[fx.Node, Carried]] = {}
     refusals: dict[Mixing, str] = {}
-    for mixing in Mixing:
+    assumed = Mixing if any(map(is_attention, region)) else (Mixing.FORBIDDEN,)
+    for mixing in assumed:
         try:
             carried = token_layouts(region, stream, layout, mixing)
         except MixesTokens as mixed:

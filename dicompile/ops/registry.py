@@ -6,6 +6,7 @@ reused whole or not at all, and is named wherever the model is described.
 
 from __future__ import annotations
 
+import functools
 import math
 import operator
 from collections.abc import Callable, Mapping, Sequence
@@ -57,8 +58,12 @@ LIBRARIES: Mapping[str, Registered] = {
 
 def said_of(target: object) -> Registered | None:
     """What a user said of an operator, and else what is known of other libraries; None for all others."""
-    known = LIBRARIES.get(target.name()) if isinstance(target, OpOverload) else None
-    return REGISTERED.get(target, known)
+    return REGISTERED.get(target, _known_of(target) if isinstance(target, OpOverload) else None)
+
+
+@functools.cache
+def _known_of(target: OpOverload) -> Registered | None:
+    return LIBRARIES.get(target.name())
 
 
 def register_attention(operator: Any, *, layout: Literal["bhnd", "bnhd"] = "bhnd") -> None:
