@@ -14,7 +14,14 @@ from dicompile.api import summary as summary
 from dicompile.compiler import reset as reset
 from dicompile.errors import DicompileError as DicompileError
 from dicompile.learn.calibrate import calibrate as calibrate
+from dicompile.learn.predictor import PredictorOptions as PredictorOptions
+from dicompile.learn.predictor import train_predictor as train_predictor
 from dicompile.learn.recording import Recording as Recording
+from dicompile.learn.router import RouterOptions as RouterOptions
+from dicompile.learn.router import train_router as train_router
+from dicompile.learn.trajectory import Stream as Stream
+from dicompile.learn.trajectory import Trajectories as Trajectories
+from dicompile.learn.trajectory import record_trajectories as record_trajectories
 from dicompile.ops.registry import register_attention as register_attention
 from dicompile.ops.registry import register_operator as register_operator
 from dicompile.plan import Cadence as Cadence
