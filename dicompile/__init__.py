@@ -34,6 +34,7 @@ from dicompile.plan import Policy as Policy
 from dicompile.plan import Refresh as Refresh
 from dicompile.plan import Reuse as Reuse
 from dicompile.plan import Rule as Rule
+from dicompile.plan import Spectral as Spectral
 from dicompile.plan import Table as Table
 from dicompile.plan import TimestepSchedule as TimestepSchedule
 from dicompile.plan import TokenScore as TokenScore
@@ -46,10 +47,12 @@ from dicompile.policies import DuCaFlux as DuCaFlux
 from dicompile.policies import DuCaOpenSora as DuCaOpenSora
 from dicompile.policies import DuCaPixArt as DuCaPixArt
 from dicompile.policies import FirstBlockCache as FirstBlockCache
+from dicompile.policies import HiCache as HiCache
 from dicompile.policies import LearningToCache as LearningToCache
 from dicompile.policies import MagCache as MagCache
 from dicompile.policies import NoCache as NoCache
 from dicompile.policies import Router as Router
+from dicompile.policies import Spectrum as Spectrum
 from dicompile.policies import TaylorSeer as TaylorSeer
 from dicompile.policies import TaylorSeerLite as TaylorSeerLite
 from dicompile.policies import TeaCache as TeaCache

@@ -13,7 +13,7 @@ from dicompile.plan.cadence import Cadence, Moment
 from dicompile.plan.frozen import Frozen, Origin
 from dicompile.plan.gate import Gate
 from dicompile.plan.predictor import Predictor
-from dicompile.plan.recall import Fitted, Forecast, Recall, Reuse, WhatName
+from dicompile.plan.recall import Fitted, Forecast, Recall, Reuse, Spectral, WhatName
 from dicompile.plan.yaml_json import YamlJson
 
 
@@ -148,14 +148,14 @@ class Rule(Frozen):
     sites: tuple[SiteName, ...] = ()
     when: Literal["always", "odd", "even"] = "always"
     cadence: Cadence | None = None
-    do: Annotated[Reuse | Forecast | Fitted | Refresh | Table | TokenTable, Field(discriminator="do")]
+    do: Annotated[Reuse | Forecast | Spectral | Fitted | Refresh | Table | TokenTable, Field(discriminator="do")]
 
     def names(self, site: Site) -> bool:
         """True if the rule is for the kind of `site`."""
         return site.kind.value in self.sites if self.sites else not site.kind.is_span
 
     @property
-    def recall(self) -> Reuse | Forecast | Fitted | TokenTable:
+    def recall(self) -> Reuse | Forecast | Spectral | Fitted | TokenTable:
         """What says which stored value stands in for one that is not computed."""
         return self.do.otherwise if isinstance(self.do, (Refresh, Table)) else self.do
 

@@ -14,6 +14,7 @@ from dicompile.policies.anywhere import duca_anywhere, toca_anywhere
 from dicompile.policies.duca import DuCa, DuCaFlux, DuCaOpenSora, DuCaPixArt
 from dicompile.policies.first_block import DBCache, FirstBlockCache
 from dicompile.policies.fora import FORA
+from dicompile.policies.hicache import HiCache
 from dicompile.policies.l2c import LearningToCache
 from dicompile.policies.magcache import MagCache
 from dicompile.policies.none import NoCache
@@ -21,6 +22,7 @@ from dicompile.policies.pab import PAB
 from dicompile.policies.router import Router, RouterFacts
 from dicompile.policies.router_file import load_router, save_router
 from dicompile.policies.schedule_json import schedule_from_json, schedule_to_json
+from dicompile.policies.spectrum import Spectrum
 from dicompile.policies.taylorseer import TaylorSeer, TaylorSeerLite
 from dicompile.policies.teacache import TeaCache
 from dicompile.policies.toca import ToCa, ToCaFlux, ToCaOpenSora, ToCaPixArt
@@ -36,12 +38,14 @@ __all__ = [
     "DuCaOpenSora",
     "DuCaPixArt",
     "FirstBlockCache",
+    "HiCache",
     "LearningToCache",
     "MagCache",
     "NoCache",
     "Predictor",
     "Router",
     "RouterFacts",
+    "Spectrum",
     "TaylorSeer",
     "TaylorSeerLite",
     "TeaCache",
@@ -73,6 +77,8 @@ POLICIES: dict[str, Callable[..., Policy]] = {
     "taylorseer": TaylorSeer,
     "tokencache": TokenCache,
     "taylorseer-lite": TaylorSeerLite,
+    "hicache": HiCache,
+    "spectrum": Spectrum,
     "first-block-cache": FirstBlockCache,
     "dbcache": DBCache,
     "teacache": TeaCache,
