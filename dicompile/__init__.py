@@ -52,6 +52,7 @@ from dicompile.policies import LearningToCache as LearningToCache
 from dicompile.policies import MagCache as MagCache
 from dicompile.policies import NoCache as NoCache
 from dicompile.policies import Router as Router
+from dicompile.policies import SmoothCache as SmoothCache
 from dicompile.policies import Spectrum as Spectrum
 from dicompile.policies import TaylorSeer as TaylorSeer
 from dicompile.policies import TaylorSeerLite as TaylorSeerLite
@@ -62,6 +63,7 @@ from dicompile.policies import ToCaOpenSora as ToCaOpenSora
 from dicompile.policies import ToCaPixArt as ToCaPixArt
 from dicompile.policies import TokenCache as TokenCache
 from dicompile.policies import get_policy as get_policy
+from dicompile.policies import smooth_schedule as smooth_schedule
 from dicompile.runtime import cache_context as cache_context
 from dicompile.wrapper import CachedModel as CachedModel
 

@@ -151,7 +151,8 @@ def check_table(policy: Policy, rule: Rule, sites: Sequence[Site], steps: int) -
             why="a learned table holds for one number of steps",
             fix=f"sample in {len(rows)} steps, or learn a table for {steps}",
         )
-    wrong = next((len(row) for row in rows if len(row) != len(sites)), None)
+    shared = 1 if isinstance(rule.do, Table) else len(sites)
+    wrong = next((len(row) for row in rows if len(row) not in (len(sites), shared)), None)
     if wrong is not None:
         raise PolicyDoesNotFit(
             f"the table of policy {policy.name!r} is for {wrong} sites, the model has {len(sites)}",

@@ -98,7 +98,7 @@ class Table(Frozen):
     """Compute what a table says, recall the rest; the cadence has no say.
 
     Attributes:
-        compute: per step, one entry for each site that the rule names, in order.
+        compute: per step, one entry for each site that the rule names, in order, or a single one for all of them.
         otherwise: value of the sites that are not computed.
         origin: of a learned table.
     """
@@ -107,6 +107,11 @@ class Table(Frozen):
     compute: tuple[tuple[bool, ...], ...]
     otherwise: Recall = Reuse()
     origin: Origin | None = None
+
+    def computes(self, step: int, place: int) -> bool:
+        """Whether a site is computed; `place` is that among the sites which the rule names."""
+        row = self.compute[step]
+        return row[place if len(row) > 1 else 0]
 
 
 class TokenTable(Frozen):

@@ -22,6 +22,7 @@ from dicompile.policies.pab import PAB
 from dicompile.policies.router import Router, RouterFacts
 from dicompile.policies.router_file import load_router, save_router
 from dicompile.policies.schedule_json import schedule_from_json, schedule_to_json
+from dicompile.policies.smoothcache import SmoothCache, smooth_schedule
 from dicompile.policies.spectrum import Spectrum
 from dicompile.policies.taylorseer import TaylorSeer, TaylorSeerLite
 from dicompile.policies.teacache import TeaCache
@@ -45,6 +46,7 @@ __all__ = [
     "Predictor",
     "Router",
     "RouterFacts",
+    "SmoothCache",
     "Spectrum",
     "TaylorSeer",
     "TaylorSeerLite",
@@ -61,6 +63,7 @@ __all__ = [
     "save_router",
     "schedule_from_json",
     "schedule_to_json",
+    "smooth_schedule",
 ]
 
 POLICIES: dict[str, Callable[..., Policy]] = {
@@ -84,6 +87,7 @@ POLICIES: dict[str, Callable[..., Policy]] = {
     "teacache": TeaCache,
     "magcache": MagCache,
     "pab": PAB,
+    "smoothcache": SmoothCache,
     "l2c": LearningToCache,
 }
 
