@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_leaves
 from dicompile.analysis import ModelStructure, Site, SiteKind, analyse
 from dicompile.capture import Arguments, Capture, Role, capture_by_dynamo, normalised, values_of
 from dicompile.config import DebugFolder, Settings
-from dicompile.errors import NoSitesFound
+from dicompile.errors import InvalidTrainingData, NoSitesFound
 from dicompile.nodes import results_of
 from dicompile.passes import PASSES, InputRef, LocalStep, OutputRef, SlotRef, Value, Weights, outline_until, rewrite
 from dicompile.plan import SlotKind, What
@@ -139,6 +139,52 @@ def learnable(
         _record=graph(LocalStep(what=what, writes=(SlotKind.VALUE,)), "record"),
         _blend=graph(LocalStep((1.0, 1.0), variable=True, per_token=per_token, what=what), "blend"),
     )
+
+
+class LearnableModels:
+    """A module made learnable for every kind of call that comes: for prompts of other lengths, say.
+
+    A graph is made when a kind of call first comes.
+
+    Args:
+        module: as `learnable` takes it.
+        inputs: of the first call.
+        one_kind: refuse calls that differ from the first one in more than the values of their tensors.
+        **options: of `learnable`.
+
+    Attributes:
+        first: the model for calls like `inputs`.
+    """
+
+    def __init__(self, module: nn.Module, inputs: Inputs, *, one_kind: bool = False, **options: Any) -> None:
+        self._module, self._one_kind, self._options = module, one_kind, options
+        self._found: dict[tuple[object, ...], LearnableModel] = {}
+        self.first = self.of(inputs)
+
+    def of(self, inputs: Inputs) -> LearnableModel:
+        """The model for a call.
+
+        Raises:
+            InvalidTrainingData: it goes another way through the model than the first one, or is of another kind and
+                must not be.
+        """
+        key = Arguments.of((), inputs).key
+        if key not in self._found:
+            if self._found and self._one_kind:
+                raise self._unlike("shapes, or arguments that are no tensors, are others")
+            made = learnable(self._module, inputs, **self._options)
+            if self._found and [site.label for site in made.sites] != [site.label for site in self.first.sites]:
+                raise self._unlike(f"it has {len(made.sites)} sites, or of other kinds")
+            self._found[key] = made
+        return self._found[key]
+
+    def _unlike(self, why: str) -> InvalidTrainingData:
+        return InvalidTrainingData(
+            f"a call of {type(self._module).__name__} is not like the first one",
+            where="dicompile.learn",
+            why=why,
+            fix="record runs of one setting; for a predictor also of one size, and with the timestep as a tensor",
+        )
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from dicompile.errors import DicompileError, InvalidPredictor
-from dicompile.learn.graph import LearnableModel, learnable
+from dicompile.learn.graph import LearnableModel, LearnableModels
 from dicompile.learn.training import NOWHERE, Entry, Files, descend, draw, run_to_end
 from dicompile.learn.trajectory import Source, Trajectory
 from dicompile.learn.watch import denoiser_of
@@ -151,15 +151,17 @@ class PredictorTraining:
                 "a run of one step has nothing to reuse", where="dicompile.train_predictor", fix="record runs of more"
             )
         device = next(module.parameters()).device
-        self.model = learnable(
+        self.models = LearnableModels(
             module,
             first.call(0, device),
+            one_kind=True,
             level="block",
             what=What.UPDATE,
             per_token=True,
             result="stream",
             compiled=compiled,
         )
+        self.model = self.models.first
         self.generator = torch.Generator().manual_seed(options.seed)
         with torch.random.fork_rng():
             torch.manual_seed(options.seed)
@@ -190,8 +192,10 @@ class PredictorTraining:
 
     def reach(self, trajectory: Trajectory, call: int, gap: int) -> tuple[dict[str, Any], Sequence[Tensor]]:
         """Inputs at a step, and the updates recorded `gap` steps before."""
-        _, stored = self.model.record(trajectory.call(call - gap, self.model.device))
-        return trajectory.call(call, self.model.device), stored
+        before, inputs = (trajectory.call(step, self.model.device) for step in (call - gap, call))
+        _, stored = self.models.of(before).record(before)
+        self.models.of(inputs)  # refuses a call of another kind
+        return inputs, stored
 
     @torch.no_grad()
     def predictor(self) -> Predictor:

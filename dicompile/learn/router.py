@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from dicompile.errors import DicompileError, InvalidRouter
-from dicompile.learn.graph import learnable
+from dicompile.learn.graph import LearnableModels
 from dicompile.learn.objective import Iteration, Objective, training_iteration
 from dicompile.learn.training import NOWHERE, Entry, Files, descend, draw, run_to_end
 from dicompile.learn.trajectory import Source, Trajectory
@@ -109,7 +109,8 @@ class RouterTraining:
         self.source, self.options = source, options
         module, first = denoiser_of(model), source.at(0)[0]
         device = next(module.parameters()).device
-        self.model = learnable(module, first.call(0, device), compiled=compiled)
+        self.models = LearnableModels(module, first.call(0, device), compiled=compiled)
+        self.model = self.models.first
         self.generator = torch.Generator().manual_seed(options.seed)
         steps = len(source.timesteps)
         start = torch.randn(steps, len(self.model.sites), generator=self.generator)
@@ -148,9 +149,9 @@ class RouterTraining:
 
     def evaluate(self, trajectory: Trajectory, call: int, logits: Tensor) -> Iteration:
         """The loss at a cache step, with what the call before it recorded."""
-        _, stored = self.model.record(trajectory.call(call - 1, self.model.device))
-        inputs = trajectory.call(call, self.model.device)
-        return training_iteration(self.model, inputs, stored, logits, self.options.objective)
+        before, inputs = (trajectory.call(step, self.model.device) for step in (call - 1, call))
+        _, stored = self.models.of(before).record(before)
+        return training_iteration(self.models.of(inputs), inputs, stored, logits, self.options.objective)
 
     def router(self) -> Router:
         """The router as it is now."""

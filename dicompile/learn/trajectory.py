@@ -21,7 +21,6 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from dicompile import outside
-from dicompile.capture import Arguments
 from dicompile.errors import InvalidTrainingData
 from dicompile.learn.checkpoint import save_checkpoint
 from dicompile.learn.watch import watched
@@ -106,14 +105,13 @@ class Trajectories:
         """Take the trajectories of another recording in.
 
         Raises:
-            InvalidTrainingData: it is of another model, sampler or shape.
+            InvalidTrainingData: it is of another model or sampler.
         """
         if not self.all:
             self.model, self.sampler, self.timesteps = other.model, other.sampler, other.timesteps
         mine, theirs = (self.model, self.sampler, self.timesteps), (other.model, other.sampler, other.timesteps)
         if mine != theirs:
             raise _unusable("they are of different models or samplers", f"{_about(self)}; {_about(other)}")
-        _check_alike([*self.all[:1], *other.all])
         first = max((one.run for one in self.all), default=-1) + 1
         self.all += tuple(Trajectory(first + one.run, one.context, one.calls) for one in other.all)
 
@@ -138,7 +136,6 @@ class Trajectories:
             made = cls(str(read["model"]), str(read["sampler"]), tuple(map(float, read["timesteps"])), rows)
         except (OSError, outside.Unreadable, KeyError, TypeError, ValueError) as error:
             raise _unusable(f"{Path(path).name} holds none", str(error).partition("\n")[0]) from None
-        _check_alike(made.all)
         return made
 
     def __str__(self) -> str:
@@ -165,7 +162,7 @@ def record_trajectories(
     Raises:
         NotOptimized: a module that was not optimized; its wrapper is what has to be called.
         UnsupportedModel: several denoisers.
-        InvalidTrainingData: no run came from its first step to its last, or they differ in shapes or settings.
+        InvalidTrainingData: no run came from its first step to its last, or their timesteps differ.
     """
     with watched(model, _Recorder, components, backend) as recorder, recorder.listening():
         yield recorder.trajectories
@@ -231,8 +228,8 @@ class Stream:
     def _record(self, number: int) -> Trajectories:
         with record_trajectories(self._model, components=self._components, backend=self._backend) as made:
             self._run(number)
-        if self._made:
-            _check_alike([*self._first.all[:1], *made.all])
+        if self._made and made.timesteps != self.timesteps:
+            raise _unusable("the runs of one stream differ", "their timesteps are others")
         return made
 
 
@@ -278,7 +275,6 @@ class _Recorder:
             return
         run = self._runs.setdefault(call.generation, len(self._runs))
         one = Trajectory(run, call.context, tuple(steps[step] for step in range(call.schedule.steps)))
-        _check_alike([*self.trajectories.all[:1], one])
         known, times = self.trajectories, call.schedule.timesteps or tuple(map(float, range(call.schedule.steps)))
         if known.all and known.timesteps != times:
             raise _unusable("the runs of one recording differ", "their timesteps are others")
@@ -302,22 +298,6 @@ def _on_host(given: Mapping[str, Any], before: Mapping[str, Any]) -> dict[str, A
     return made
 
 
-def _check_alike(found: Sequence[Trajectory]) -> None:
-    """Raise if calls differ in more than the values of their tensors: one graph is trained.
-
-    Raises:
-        InvalidTrainingData: they do.
-    """
-    keys = [(Arguments.of((), call).key, one, step) for one in found for step, call in enumerate(one.calls)]
-    other = next((item for item in keys if item[0] != keys[0][0]), None)
-    if other is not None:
-        _, one, step = other
-        raise _unusable(
-            "calls differ in shapes, or in arguments that are no tensors",
-            f"run {one.run}, context {one.context or '-'}, step {step + 1} is not like the first call",
-        )
-
-
 def _tensors(calls: Sequence[Mapping[str, Any]]) -> list[Tensor]:
     return [value for value in pytree.tree_leaves(list(map(dict, calls))) if isinstance(value, Tensor)]
 
@@ -331,5 +311,5 @@ def _unusable(what: str, why: str) -> InvalidTrainingData:
         f"these trajectories cannot be trained on: {what}",
         where="dicompile.record_trajectories",
         why=why,
-        fix="record whole runs of one size and setting, with the timestep as a tensor",
+        fix="record whole runs of one model with one scheduler and number of steps",
     )

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import dicompile
-from dicompile.errors import InvalidPredictor
+from dicompile.errors import InvalidPredictor, InvalidTrainingData
 from dicompile.learn.checkpoint import save_checkpoint
 from dicompile.learn.predictor import PredictorOptions, PredictorTraining, train_predictor
 from dicompile.learn.training import Files, run_to_end
@@ -135,3 +135,17 @@ def test_a_single_step_has_nothing_to_reuse() -> None:
     sample, _ = flow()
     with pytest.raises(InvalidPredictor, match="a run of one step"):
         PredictorTraining(sample.model, recorded(sample, 1, 1), PredictorOptions(1))
+
+
+def test_a_predictor_is_for_calls_of_one_kind() -> None:
+    sample, source = flow()
+    halved = {
+        **sample.inputs,
+        "hidden_states": sample.inputs["hidden_states"][:2],
+        "class_labels": torch.tensor([1, 2]),
+    }
+    other = recorded(Sample(sample.model, halved), STEPS, 1)
+    mixed = Trajectories(source.model, source.sampler, source.timesteps, [*source.all[:1], *other.all])
+    made = PredictorTraining(sample.model, mixed, PredictorOptions(1, batch=8))
+    with pytest.raises(InvalidTrainingData, match="not like the first one"):
+        made.advance()

@@ -262,6 +262,17 @@ def test_a_pipeline_trains_on_its_own_runs() -> None:
     assert dicompile.report(sampler.pipe).kinds["reuse"] == 2
 
 
+def test_runs_of_several_sizes_train_one_router(runs: Trajectories) -> None:
+    """Prompts are not padded by every pipeline, and their guidance partners have lengths of their own."""
+    halved = Sample(SAMPLE.model, {name: value[:2] for name, value in SAMPLE.inputs.items()})
+    others = recorded(halved, STEPS, 1)
+    made = training(Trajectories(runs.model, runs.sampler, runs.timesteps, [runs.all[0], *others.all]))
+    call, row = made.calls[0]
+    for trajectory, source in ((runs.all[0], runs), (others.all[0], others)):
+        alone = training(source).evaluate(trajectory, call, made.rows[row])
+        assert torch.equal(made.evaluate(trajectory, call, made.rows[row]).loss, alone.loss)
+
+
 # Mistakes -------------------------------------------------------------------------------------------------------------
 
 

@@ -104,18 +104,16 @@ def test_another_file_is_refused(content: bytes | None, tmp_path: Path) -> None:
         dicompile.Trajectories.load(tmp_path / "t.pt")
 
 
-def test_runs_of_other_sizes_and_steps_do_not_go_together(trajectories: dicompile.Trajectories) -> None:
+def test_runs_of_other_steps_do_not_go_together(trajectories: dicompile.Trajectories) -> None:
     sampler = pipes.flux()
-    with (
-        pytest.raises(InvalidTrainingData, match="step 1 is not like the first call"),
-        dicompile.record_trajectories(sampler.pipe),
-    ):
-        sampler(STEPS)
-        sampler(STEPS, height=32)
     with dicompile.record_trajectories(sampler.pipe) as others:
         sampler(STEPS + 1)
     with pytest.raises(InvalidTrainingData, match="different models or samplers"):
         others.add(trajectories)
+    stream = dicompile.Stream(sampler.pipe, lambda number: sampler(2 + number), every=1)
+    stream.at(0)
+    with pytest.raises(InvalidTrainingData, match="runs of one stream differ"):
+        stream.at(1)
 
 
 def test_a_run_that_was_left_is_none() -> None:
