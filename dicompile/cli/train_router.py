@@ -69,28 +69,35 @@ def train_router_command(  # noqa: PLR0913, PLR0917 - options
     with one_of_several() as is_first:
         subject = trainable(model, batch, data, device)
         source = streamed(subject, steps, guidance, every, seed)
-        found = {}
+        found: dict[Path, Router] = {}
         for each in penalties:
             file = out if len(penalties) == 1 else out.with_stem(f"{out.stem}-{each:g}")
             files = Files(checkpoint=file.with_suffix(".ckpt"), log=file.with_suffix(".jsonl"))
-            found[file] = train_router(
+            router = train_router(
                 subject.module, source, with_penalty(options, each), files=files, resume=resume, compiled=compiled
             )
+            found[file] = router
+            if is_first:
+                save_router(router, file)
         if is_first:
             _report(found)
 
 
 def _report(found: dict[Path, Router]) -> None:
-    """Write the routers, and say what they cache."""
-    for file, router in found.items():
-        save_router(router, file)
+    """Say what the routers cache: each step of one, or each of several."""
+    for router in found.values():
         typer.echo(router.summary())
-    if len(found) == 1:
-        Console().print(router_table(router))
-        typer.echo(f"router: {file}\nfacts:  {file.with_suffix('.json')}\nlog:    {file.with_suffix('.jsonl')}")
+    if len(found) > 1:
+        Console().print(_comparison(found))
         return
+    ((file, router),) = found.items()
+    Console().print(router_table(router))
+    typer.echo(f"router: {file}\nfacts:  {file.with_suffix('.json')}\nlog:    {file.with_suffix('.jsonl')}")
+
+
+def _comparison(found: dict[Path, Router]) -> Table:
     table = Table("lambda", "cached", "router", title="routers by penalty")
     for file, router in found.items():
         share = sum(router.cached().values()) / max(len(router.rows) * router.sites, 1)
         table.add_row(f"{router.facts.penalty:g}", f"{share:.1%}", str(file))
-    Console().print(table)
+    return table

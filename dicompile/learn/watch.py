@@ -60,7 +60,7 @@ def watched(
             fix="model = dicompile.optimize(model, 'none', schedule=scheduler), and sample with it",
         )
     try:
-        cached = _single(model, cached_in(model))
+        cached = _single(model, cached_in(model), fix='components=["transformer"]')
         record, watcher = record_of(cached), watcher_of(cached)
         options = replace(record.options, policy=NoCache(), cache=UNLIMITED, hoist=Hoist.NOTHING, observer=watcher)
         if backend is not None or options.backend.in_background:
@@ -83,7 +83,7 @@ def denoiser_of(model: Any) -> nn.Module:
         UnsupportedModel: there are several, or none.
     """
     found = [model] if isinstance(model, nn.Module) else list(denoisers(model).values())
-    module = _single(model, found)
+    module = _single(model, found, fix="give the one that was recorded: pipe.transformer")
     cached = find_optimized(module)
     return without_compile(module) if cached is None else record_of(cached).module
 
@@ -91,13 +91,13 @@ def denoiser_of(model: Any) -> nn.Module:
 M = TypeVar("M", bound=nn.Module)
 
 
-def _single(model: Any, found: Sequence[M]) -> M:
+def _single(model: Any, found: Sequence[M], *, fix: str) -> M:
     """The one denoiser."""
     if len(found) > 1:
         raise UnsupportedModel(
             f"{type(model).__name__} has {len(found)} denoisers, and one can be recorded at a time",
             where="dicompile.learn",
             why="a recording is of one model over all steps of the schedule",
-            fix='components=["transformer"]',
+            fix=fix,
         )
     return found[0]
