@@ -14,7 +14,14 @@ from dicompile.api import summary as summary
 from dicompile.compiler import reset as reset
 from dicompile.errors import DicompileError as DicompileError
 from dicompile.learn.calibrate import calibrate as calibrate
+from dicompile.learn.predictor import PredictorOptions as PredictorOptions
+from dicompile.learn.predictor import train_predictor as train_predictor
 from dicompile.learn.recording import Recording as Recording
+from dicompile.learn.router import RouterOptions as RouterOptions
+from dicompile.learn.router import train_router as train_router
+from dicompile.learn.trajectory import Stream as Stream
+from dicompile.learn.trajectory import Trajectories as Trajectories
+from dicompile.learn.trajectory import record_trajectories as record_trajectories
 from dicompile.ops.registry import register_attention as register_attention
 from dicompile.ops.registry import register_operator as register_operator
 from dicompile.plan import Cadence as Cadence
@@ -27,6 +34,7 @@ from dicompile.plan import Policy as Policy
 from dicompile.plan import Refresh as Refresh
 from dicompile.plan import Reuse as Reuse
 from dicompile.plan import Rule as Rule
+from dicompile.plan import Spectral as Spectral
 from dicompile.plan import Table as Table
 from dicompile.plan import TimestepSchedule as TimestepSchedule
 from dicompile.plan import TokenScore as TokenScore
@@ -39,10 +47,13 @@ from dicompile.policies import DuCaFlux as DuCaFlux
 from dicompile.policies import DuCaOpenSora as DuCaOpenSora
 from dicompile.policies import DuCaPixArt as DuCaPixArt
 from dicompile.policies import FirstBlockCache as FirstBlockCache
+from dicompile.policies import HiCache as HiCache
 from dicompile.policies import LearningToCache as LearningToCache
 from dicompile.policies import MagCache as MagCache
 from dicompile.policies import NoCache as NoCache
 from dicompile.policies import Router as Router
+from dicompile.policies import SmoothCache as SmoothCache
+from dicompile.policies import Spectrum as Spectrum
 from dicompile.policies import TaylorSeer as TaylorSeer
 from dicompile.policies import TaylorSeerLite as TaylorSeerLite
 from dicompile.policies import TeaCache as TeaCache
@@ -52,6 +63,7 @@ from dicompile.policies import ToCaOpenSora as ToCaOpenSora
 from dicompile.policies import ToCaPixArt as ToCaPixArt
 from dicompile.policies import TokenCache as TokenCache
 from dicompile.policies import get_policy as get_policy
+from dicompile.policies import smooth_schedule as smooth_schedule
 from dicompile.runtime import cache_context as cache_context
 from dicompile.wrapper import CachedModel as CachedModel
 

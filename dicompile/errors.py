@@ -52,7 +52,7 @@ class InvalidRouter(DicompileError, ValueError):
 
 
 class InvalidTrainingData(DicompileError, ValueError):
-    """A file of latents to train on lacks something, or its tensors do not go together."""
+    """Latents or trajectories to train on lack something, or do not go together."""
 
 
 class InvalidRecording(DicompileError, ValueError):

@@ -14,14 +14,11 @@ import torch
 
 import dicompile
 from dicompile import Policy, TimestepSchedule
-from dicompile.cli.trainable import trainable
+from dicompile.cli.trainable import streamed, trainable
 from dicompile.demo import metrics
 from dicompile.demo.sample import balanced_labels, load_model, load_scheduler, sample
-from dicompile.learn.graph import learnable
-from dicompile.learn.predictor import PredictorOptions, PredictorTraining, train_predictor
-from dicompile.learn.samplers import Ddim
+from dicompile.learn.predictor import PredictorOptions, train_predictor
 from dicompile.learn.training import Files
-from dicompile.plan import What
 from dicompile.policies import NoCache, Predictor, TokenCache
 
 BATCH, GUIDANCE = 12, 2.0
@@ -32,11 +29,10 @@ OPTIONS = {"iterations": 2000, "penalty": 0.002, "lr": 1e-3, "max_gap": 3}
 def train(out: Path, steps: int, iterations: int, *, resume: bool) -> Predictor:
     """Run (or resume) the training and write the predictor."""
     subject = trainable("demo", BATCH, data=None, device="cpu")
-    model = learnable(subject.module, subject.inputs, level="block", what=What.UPDATE, per_token=True, result="stream")
+    source = streamed(subject, steps, GUIDANCE, every=100, seed=0)
     options = PredictorOptions(**{**OPTIONS, "iterations": iterations})
-    sampler = Ddim(subject.scheduler, steps)
-    training = PredictorTraining(model, subject.module, sampler, subject.data, options, subject.null)
-    predictor = train_predictor(training, Files(out.with_suffix(".ckpt"), out.with_suffix(".jsonl")), resume=resume)
+    files = Files(out.with_suffix(".ckpt"), out.with_suffix(".jsonl"))
+    predictor = train_predictor(subject.module, source, options, files=files, resume=resume)
     predictor.save(out)
     return predictor
 

@@ -18,13 +18,11 @@ from torch import Tensor, nn
 
 import dicompile
 from dicompile import Policy, Router, TimestepSchedule
-from dicompile.cli.trainable import trainable
+from dicompile.cli.trainable import streamed, trainable
 from dicompile.demo import metrics
 from dicompile.demo.sample import balanced_labels, load_model, load_scheduler, sample
-from dicompile.learn.graph import learnable
 from dicompile.learn.objective import Objective
-from dicompile.learn.router import RouterOptions, RouterTraining, train_router
-from dicompile.learn.samplers import Ddim
+from dicompile.learn.router import RouterOptions, train_router
 from dicompile.learn.training import Files
 from dicompile.policies import FORA, LearningToCache, NoCache, load_router, save_router
 
@@ -36,10 +34,9 @@ OPTIONS = RouterOptions(iterations=6000, objective=Objective(penalty=1e-5), lr=0
 def train(out: Path, steps: int, options: RouterOptions, *, resume: bool) -> Router:
     """Run (or resume) the training and write the router."""
     subject = trainable("demo", BATCH, data=None, device="cpu")
-    training = RouterTraining(
-        learnable(subject.module, subject.inputs), Ddim(subject.scheduler, steps), subject.data, options, subject.null
-    )
-    router = train_router(training, Files(out.with_suffix(".ckpt"), out.with_suffix(".jsonl")), resume=resume)
+    source = streamed(subject, steps, GUIDANCE, every=100, seed=options.seed)
+    files = Files(out.with_suffix(".ckpt"), out.with_suffix(".jsonl"))
+    router = train_router(subject.module, source, options, files=files, resume=resume)
     save_router(router, out)
     return router
 

@@ -37,14 +37,14 @@ class Observer(Protocol):
         """A value that the step writes; nothing else holds it afterwards unless a later step reads it."""
         ...
 
-    def ended(self, call: Seen, results: Sequence[Any], tried: Mapping[str, Sequence[Any]]) -> None:
+    def ended(self, call: Seen, results: Sequence[Any], tried: Callable[[], Mapping[str, Sequence[Any]]]) -> None:
         """The call is done.
 
         Args:
             call: what was watched.
             results: the outputs of the model.
-            tried: what they would have been, had the step reused what the one before has stored, by kind of reuse (see
-                `dicompile.plan.reusing_plan`); none at the first step of a context.
+            tried: computes what they would have been, had the step reused what the one before has stored, by kind of
+                reuse (see `dicompile.plan.reusing_plan`); none at the first step of a context.
         """
         ...
 
@@ -82,5 +82,5 @@ class Watch:
                 registers[register] = None
 
     def end(self, results: Sequence[Any]) -> None:
-        """Show what the model returns, and what it would have returned."""
-        self._observer.ended(self._call, results, self._trying())
+        """Show what the model returns, and let the observer ask what it would have returned."""
+        self._observer.ended(self._call, results, self._trying)

@@ -58,6 +58,8 @@ POLICIES: dict[str, list[Policy]] = {
         dicompile.TaylorSeerLite(interval=3, what="stream"),
         BESIDE,
         table(4),
+        dicompile.HiCache(interval=3, order=2),
+        dicompile.Spectrum(warmup=3, share=0.5),
     ],
     "pixart": [
         dicompile.DuCaPixArt(score="random", aggressive="update"),
@@ -79,6 +81,7 @@ POLICIES: dict[str, list[Policy]] = {
         dicompile.TaylorSeer(interval=3, order=1),
         dicompile.TaylorSeerLite(interval=3, what="stream"),
         table(10),
+        dicompile.Spectrum(warmup=3),
     ],
 }
 NIGHTLY = {("dit", 5), ("pixart", 1), ("sd3", 2), ("sd3", 3), ("sd3", 4), ("flux", 0), ("flux", 3), ("flux", 5)}

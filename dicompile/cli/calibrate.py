@@ -28,7 +28,7 @@ def calibrate_command(  # noqa: PLR0913, PLR0917 - options
 ) -> None:
     """Record runs of a model with the scheduler that it was saved with; a pipeline of your own: dicompile.calibrate."""
     make_folder(out, "dicompile calibrate")
-    subject = trainable(model, batch, data, device, as_saved=True)
+    subject = trainable(model, batch, data, device)
     made = Runs(subject.inputs, subject.scheduler, subject.data, subject.null, steps, guidance, seed)
     recording = made.record(subject.module, runs)
     recording.save(out)

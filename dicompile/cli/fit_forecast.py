@@ -31,7 +31,7 @@ def fit_forecast_command(  # noqa: PLR0913, PLR0917 - options
 ) -> None:
     """Fit a forecast; the model stays as it is."""
     make_folder(out, "dicompile fit-forecast")
-    subject = trainable(model, batch, data, device, as_saved=True)
+    subject = trainable(model, batch, data, device)
     made = Runs(subject.inputs, subject.scheduler, subject.data, subject.null, steps, guidance, seed)
     cadence = Cadence(interval=interval, anchor="last", warmup=warmup)
     policy = made.record(subject.module, runs).fitted(cadence, order=order, level=level)

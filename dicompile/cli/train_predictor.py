@@ -10,12 +10,9 @@ from rich.console import Console
 from rich.table import Table
 
 from dicompile.cli.files import make_folder
-from dicompile.cli.trainable import trainable
-from dicompile.learn.graph import learnable
-from dicompile.learn.predictor import PredictorOptions, PredictorTraining, train_predictor
-from dicompile.learn.samplers import Ddim
+from dicompile.cli.trainable import one_of_several, streamed, trainable
+from dicompile.learn.predictor import PredictorOptions, train_predictor
 from dicompile.learn.training import Files
-from dicompile.plan import What
 from dicompile.policies import Predictor
 
 
@@ -28,7 +25,10 @@ def train_predictor_command(  # noqa: PLR0913, PLR0917 - options
     ] = "network",
     penalty: Annotated[float, typer.Option("--lambda", min=0, help="Larger values cache more.")] = 0.1,
     iterations: Annotated[int, typer.Option(min=1, help="Optimiser steps.")] = 10000,
-    batch: Annotated[int, typer.Option(min=1, help="Samples per iteration.")] = 8,
+    guidance: Annotated[float, typer.Option(help="Classifier-free guidance, both halves in one batch; 1 is none.")] = 1,
+    batch: Annotated[int, typer.Option(min=1, help="Samples of a run.")] = 8,
+    runs: Annotated[int, typer.Option(min=1, help="Runs of each iteration, over all processes.")] = 1,
+    every: Annotated[int, typer.Option(min=1, help="Iterations that come with each new run; four are kept.")] = 100,
     lr: Annotated[float, typer.Option(min=0, help="Learning rate.")] = 1e-4,
     max_gap: Annotated[int, typer.Option(min=1, help="Age of recorded updates, in steps, at most.")] = 3,
     data: Annotated[Path | None, typer.Option(help="Safetensors: latents, conditioning by forward argument.")] = None,
@@ -37,28 +37,22 @@ def train_predictor_command(  # noqa: PLR0913, PLR0917 - options
     compiled: Annotated[bool, typer.Option("--compile", help="Run the graphs through torch.compile.")] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Continue from the checkpoint beside --out.")] = False,
 ) -> None:
-    """Train a TokenCache predictor; the model stays as it is."""
-    console = Console()
+    """Train a TokenCache predictor on runs with the scheduler that the model was saved with.
+
+    The model stays as it is. Under torchrun several processes share the runs of every iteration.
+    """
     make_folder(out, "dicompile train-predictor")
-    subject = trainable(model, batch, data, device)
-    options = PredictorOptions(iterations, kind, penalty, lr, max_gap=max_gap, seed=seed)
-    learned = learnable(
-        subject.module,
-        subject.inputs,
-        level="block",
-        what=What.UPDATE,
-        per_token=True,
-        result="stream",
-        compiled=compiled,
-    )
-    training = PredictorTraining(
-        learned, subject.module, Ddim(subject.scheduler, steps), subject.data, options, subject.null
-    )
+    options = PredictorOptions(iterations, kind, penalty, lr, batch=runs, max_gap=max_gap, seed=seed)
     files = Files(checkpoint=out.with_suffix(".ckpt"), log=out.with_suffix(".jsonl"))
-    predictor = train_predictor(training, files, resume=resume)
-    predictor.save(out)
-    console.print(predictor_table(predictor))
-    console.print(f"predictor: {out}\nlog:       {files.log}")
+    with one_of_several() as is_first:
+        subject = trainable(model, batch, data, device)
+        source = streamed(subject, steps, guidance, every, seed)
+        predictor = train_predictor(subject.module, source, options, files=files, resume=resume, compiled=compiled)
+        if is_first:
+            predictor.save(out)
+            console = Console()
+            console.print(predictor_table(predictor))
+            console.print(f"predictor: {out}\nlog:       {files.log}")
 
 
 def predictor_table(predictor: Predictor) -> Table:

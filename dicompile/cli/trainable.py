@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,9 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dicompile.api import optimize
 from dicompile.cli.models import example_inputs, factory_of, transformer_of
 from dicompile.errors import DicompileError
 from dicompile.learn.latents import LATENTS, Data, Latents
+from dicompile.learn.processes import rank
+from dicompile.learn.runs import Runs
+from dicompile.learn.trajectory import Stream
 
 WHERE = "MODEL and --data"
 
@@ -36,7 +43,7 @@ class Trainable:
     null: dict[str, float | Tensor] = field(default_factory=dict)
 
 
-def trainable(model: str, batch: int, data: Path | None, device: str, *, as_saved: bool = False) -> Trainable:
+def trainable(model: str, batch: int, data: Path | None, device: str) -> Trainable:
     """Resolve MODEL: "demo", a folder that a diffusers pipeline or model was saved to, or ``module:factory``.
 
     Args:
@@ -45,7 +52,6 @@ def trainable(model: str, batch: int, data: Path | None, device: str, *, as_save
         batch: samples per iteration.
         data: safetensors file of latents and conditioning, see `dicompile.learn.latents`; the demo draws its own.
         device: where to train.
-        as_saved: with the scheduler that was saved beside the model; by default its DDIM form, which is trained with.
 
     Raises:
         DicompileError: it is none of these, or something is missing.
@@ -54,7 +60,7 @@ def trainable(model: str, batch: int, data: Path | None, device: str, *, as_save
     if model == "demo":
         found = _demo(batch)
     elif Path(model).is_dir():
-        found = _from_folder(Path(model), batch, _latents(model, data), as_saved=as_saved)
+        found = _from_folder(Path(model), batch, _latents(model, data))
     elif ":" in model:
         found = _from_factory(model, _latents(model, data))
     else:
@@ -69,6 +75,36 @@ def trainable(model: str, batch: int, data: Path | None, device: str, *, as_save
     return Trainable(found.module, inputs, found.scheduler, found.data, found.null)
 
 
+def streamed(subject: Trainable, steps: int, guidance: float, every: int, seed: int) -> Stream:
+    """Trajectories of runs that are made while a training goes on.
+
+    Args:
+        subject: what is sampled.
+        steps: evaluations of the model in one run.
+        guidance: classifier-free, both halves in one batch; 1 is none.
+        every: iterations that come with each new run.
+        seed: of noise and conditioning.
+    """
+    runs = Runs(subject.inputs, subject.scheduler, subject.data, subject.null, steps, guidance, seed)
+    model = optimize(subject.module, "none", schedule=subject.scheduler, backend="eager")
+    return Stream(model, lambda number: runs.sample(model, number), every=every)
+
+
+@contextlib.contextmanager
+def one_of_several() -> Iterator[bool]:
+    """The process group that ``torchrun`` announces, if it has started this process; True in its first process."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        yield True
+        return
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    torch.distributed.init_process_group()
+    try:
+        yield rank() == 0
+    finally:
+        torch.distributed.destroy_process_group()
+
+
 def _demo(batch: int) -> Trainable:
     from dicompile.demo import shapes
     from dicompile.demo.sample import load_model, load_scheduler
@@ -81,13 +117,13 @@ def _demo(batch: int) -> Trainable:
     return Trainable(module, _zeros(example_inputs(module, batch, None)), load_scheduler(), data, dict(null))
 
 
-def _from_folder(folder: Path, batch: int, latents: Latents, *, as_saved: bool) -> Trainable:
+def _from_folder(folder: Path, batch: int, latents: Latents) -> Trainable:
     path, kind = transformer_of(folder)
     module = kind.from_pretrained(path, local_files_only=True)
     inputs = _zeros(example_inputs(module, batch, latents.rows[LATENTS].shape[-1]))
     drawn = latents.draw(batch, torch.Generator())
     inputs |= {name: value for name, value in drawn.items() if name != LATENTS}
-    scheduler = _scheduler(folder, as_saved=as_saved)
+    scheduler = _scheduler(folder)
     return Trainable(module, inputs, scheduler, lambda g: latents.draw(batch, g), dict(latents.null))
 
 
@@ -122,8 +158,8 @@ def _latents(model: str, data: Path | None) -> Latents:
     return Latents.load(data)
 
 
-def _scheduler(folder: Path, *, as_saved: bool) -> Any:
-    """The scheduler that was saved beside a model, or its DDIM form."""
+def _scheduler(folder: Path) -> Any:
+    """The scheduler that was saved beside a model."""
     import diffusers
 
     path = next((p for p in (folder / "scheduler", folder) if (p / "scheduler_config.json").is_file()), None)
@@ -135,7 +171,7 @@ def _scheduler(folder: Path, *, as_saved: bool) -> Any:
             fix="scheduler.save_pretrained(folder) with the scheduler that you sample with",
         )
     name = json.loads((path / "scheduler_config.json").read_text(encoding="utf-8")).get("_class_name")
-    kind = getattr(diffusers, str(name), None) if as_saved else diffusers.DDIMScheduler
+    kind = getattr(diffusers, str(name), None)
     if kind is None:
         raise DicompileError(
             f"diffusers {diffusers.__version__} has no scheduler {name!r}",

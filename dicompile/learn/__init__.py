@@ -1,1 +1,1 @@
-"""Learning what to cache: the frozen model as differentiable graphs, samplers, and what trains on them."""
+"""Learning what to cache: the frozen model as differentiable graphs, runs to learn from, and what trains on them."""

@@ -10,26 +10,23 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from dicompile.analysis import ModelStructure, SiteKind
-from dicompile.api import cached_in, optimize, restore
-from dicompile.errors import InvalidRecording, NotOptimized, UnsupportedModel
+from dicompile.errors import InvalidRecording
 from dicompile.learn.recording import Recording
 from dicompile.learn.sketch import Sketcher, gram_of
 from dicompile.learn.trace import Facts, Trace
-from dicompile.lower import Backend, Hoist
+from dicompile.learn.watch import watched
 from dicompile.model import ModelCalls
-from dicompile.pipelines import optimized_components
-from dicompile.plan import UNLIMITED, Slot, TimestepSchedule, reusing_plan
-from dicompile.policies import NoCache
+from dicompile.plan import Slot, TimestepSchedule, reusing_plan
 from dicompile.runtime import Seen
-from dicompile.wrapper import CachedModel, Record, record_of
+from dicompile.wrapper import Record, record_of
 
 log = logging.getLogger("dicompile")
 
@@ -62,45 +59,9 @@ def calibrate(
         ...     pipe(prompt, num_inference_steps=50)
         >>> pipe = dicompile.optimize(pipe, recording.policy(speedup=3))
     """
-    is_ours = not isinstance(model, torch.nn.Module) and not optimized_components(model)
-    if is_ours:
-        optimize(model, NoCache(), backend=backend or "eager", components=components)
-    elif isinstance(model, torch.nn.Module) and not isinstance(model, CachedModel):
-        raise NotOptimized(
-            f"this {type(model).__name__} was not optimized",
-            where="dicompile.calibrate",
-            why="its steps are followed in calls of the wrapper that `optimize` returns",
-            fix="model = dicompile.optimize(model, 'none', schedule=scheduler), and sample with it",
-        )
-    try:
-        record = _single(model)
-        recorder = Recorder(record, Sketcher(seed))
-        options = replace(record.options, policy=NoCache(), cache=UNLIMITED, hoist=Hoist.NOTHING, observer=recorder)
-        if backend is not None or options.backend.in_background:
-            options = replace(options, backend=Backend.of(backend or "inductor"))
-        calls, record.calls = record.calls, ModelCalls(record.module, options)
-        recorder.calls = record.calls
-        try:
-            yield recorder.recording
-        finally:
-            record.calls = calls
-    finally:
-        if is_ours:
-            restore(model)
+    with watched(model, lambda cached: Recorder(record_of(cached), Sketcher(seed)), components, backend) as recorder:
+        yield recorder.recording
     recorder.check()
-
-
-def _single(model: Any) -> Record:
-    """The one denoiser that is recorded."""
-    found = [record_of(cached) for cached in cached_in(model)]
-    if len(found) > 1:
-        raise UnsupportedModel(
-            f"{type(model).__name__} has {len(found)} denoisers, and one can be recorded at a time",
-            where="dicompile.calibrate",
-            why="a recording is of one model over all steps of the schedule",
-            fix='components=["transformer"]',
-        )
-    return found[0]
 
 
 @dataclass
@@ -137,14 +98,14 @@ class Recorder:
         """Take the sketch of a value."""
         self._values(call)[int(slot.site)] = self._sketch(value)
 
-    def ended(self, call: Seen, results: Sequence[Any], tried: Mapping[str, Sequence[Any]]) -> None:
+    def ended(self, call: Seen, results: Sequence[Any], tried: Callable[[], Mapping[str, Sequence[Any]]]) -> None:
         """Take the sketches of output and latent; after the last step the context becomes a trace."""
         values = self._values(call)
         output = _first(results)
         values[_OUTPUT] = self._sketch(output)
         values[_LATENT] = self._sketch(output if call.latent is None else call.latent)
         reused = self._open[call.generation, call.context].reused
-        for kind, outputs in tried.items():
+        for kind, outputs in tried().items():
             wrong = (_first(outputs) - output).float().norm() / output.float().norm()
             reused.setdefault(kind, {})[call.step] = float(wrong)
         if call.step + 1 == call.schedule.steps:

@@ -17,11 +17,12 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, fx, nn
+from torch.utils._pytree import tree_leaves
 
 from dicompile.analysis import ModelStructure, Site, SiteKind, analyse
 from dicompile.capture import Arguments, Capture, Role, capture_by_dynamo, normalised, values_of
 from dicompile.config import DebugFolder, Settings
-from dicompile.errors import CannotCapture, NoSitesFound
+from dicompile.errors import InvalidTrainingData, NoSitesFound
 from dicompile.nodes import results_of
 from dicompile.passes import PASSES, InputRef, LocalStep, OutputRef, SlotRef, Value, Weights, outline_until, rewrite
 from dicompile.plan import SlotKind, What
@@ -39,9 +40,7 @@ class LearnableModel:
         capture: of the model.
         structure: of the model.
         sites: what is recorded and blended, in execution order: branches, or what whole blocks add.
-        latent: name of the forward argument that holds the latent.
-        timestep: name of the one that holds the timestep.
-        timesteps: example of it, which says shape, dtype and device.
+        device: where the model is.
 
     Example:
         >>> model = learnable(dit, inputs)
@@ -53,31 +52,14 @@ class LearnableModel:
     capture: Capture = field(repr=False)
     structure: ModelStructure
     sites: tuple[Site, ...]
-    latent: str
-    timestep: str
-    timesteps: Tensor = field(repr=False)
-    _whole: _Graph = field(repr=False)
+    device: torch.device
     _plain: _Graph = field(repr=False)
     _record: _Graph = field(repr=False)
     _blend: _Graph = field(repr=False)
 
-    @property
-    def device(self) -> torch.device:
-        """Where the model is."""
-        return self.timesteps.device
-
-    def inputs(self, latent: Tensor, timestep: float, conditioning: Inputs) -> dict[str, Any]:
-        """Keyword arguments of the forward: everybody at one timestep."""
-        return {**conditioning, self.latent: latent, self.timestep: torch.full_like(self.timesteps, timestep)}
-
-    @torch.no_grad()
-    def output(self, inputs: Inputs) -> Tensor:
-        """Output of the model as it is, without gradients."""
-        return self._whole(inputs, {})[Value(0)]
-
     @torch.no_grad()
     def predict(self, inputs: Inputs) -> Tensor:
-        """Result of the model as it is, without gradients; the output unless `learnable` was asked for the stream."""
+        """Result of the model as it is, without gradients."""
         return self._plain(inputs, {})[Value(0)]
 
     @torch.no_grad()
@@ -126,7 +108,7 @@ def learnable(
         compiled: run the graphs through `torch.compile`.
 
     Raises:
-        CannotCapture: the model does not fit into one graph, or latent and timestep cannot be told apart.
+        CannotCapture: the model does not fit into one graph.
         NoSitesFound: there is nothing to blend.
     """
     arguments = Arguments.of((), inputs)
@@ -144,23 +126,65 @@ def learnable(
 
     wanted = _output(capture) if result == "output" else _last_add(structure)
 
-    def graph(step: LocalStep, name: str, returned: str = wanted) -> _Graph:
-        return _rewritten(capture, structure, sites, step, returned, name).bound_to(module, compiled=compiled)
+    def graph(step: LocalStep, name: str) -> _Graph:
+        return _rewritten(capture, structure, sites, step, wanted, name).bound_to(module, compiled=compiled)
 
-    timestep = _argument(capture, Role.TIMESTEP, module)
     return LearnableModel(
         name=type(module).__name__,
         capture=capture,
         structure=structure,
         sites=sites,
-        latent=_argument(capture, Role.LATENT, module),
-        timestep=timestep,
-        timesteps=_look_up(inputs, timestep),
-        _whole=graph(LocalStep(), "whole", _output(capture)),
+        device=next(value.device for value in tree_leaves(dict(inputs)) if isinstance(value, Tensor)),
         _plain=graph(LocalStep(), "plain"),
         _record=graph(LocalStep(what=what, writes=(SlotKind.VALUE,)), "record"),
         _blend=graph(LocalStep((1.0, 1.0), variable=True, per_token=per_token, what=what), "blend"),
     )
+
+
+class LearnableModels:
+    """A module made learnable for every kind of call that comes: for prompts of other lengths, say.
+
+    A graph is made when a kind of call first comes.
+
+    Args:
+        module: as `learnable` takes it.
+        inputs: of the first call.
+        one_kind: refuse calls that differ from the first one in more than the values of their tensors.
+        **options: of `learnable`.
+
+    Attributes:
+        first: the model for calls like `inputs`.
+    """
+
+    def __init__(self, module: nn.Module, inputs: Inputs, *, one_kind: bool = False, **options: Any) -> None:
+        self._module, self._one_kind, self._options = module, one_kind, options
+        self._found: dict[tuple[object, ...], LearnableModel] = {}
+        self.first = self.of(inputs)
+
+    def of(self, inputs: Inputs) -> LearnableModel:
+        """The model for a call.
+
+        Raises:
+            InvalidTrainingData: it goes another way through the model than the first one, or is of another kind and
+                must not be.
+        """
+        key = Arguments.of((), inputs).key
+        if key not in self._found:
+            if self._found and self._one_kind:
+                raise self._unlike("shapes, or arguments that are no tensors, are others")
+            made = learnable(self._module, inputs, **self._options)
+            if self._found and [site.label for site in made.sites] != [site.label for site in self.first.sites]:
+                raise self._unlike(f"it has {len(made.sites)} sites, or of other kinds")
+            self._found[key] = made
+        return self._found[key]
+
+    def _unlike(self, why: str) -> InvalidTrainingData:
+        return InvalidTrainingData(
+            f"a call of {type(self._module).__name__} is not like the first one",
+            where="dicompile.learn",
+            why=why,
+            fix="record runs of one setting; for a predictor also of one size, and with the timestep as a tensor",
+        )
 
 
 @dataclass(frozen=True)
@@ -251,18 +275,6 @@ def _spans(structure: ModelStructure, kind: SiteKind) -> tuple[Site, ...]:
 
 def _slot(position: int) -> SlotRef:
     return SlotRef(position, SlotKind.VALUE)
-
-
-def _argument(capture: Capture, role: Role, module: nn.Module) -> str:
-    position = capture.input_position(role)
-    if position is None:
-        raise CannotCapture(
-            f"no input of {type(module).__name__} looks like the {role.value}",
-            where="learnable",
-            why="the latent is shaped like the output, the timestep reaches a sinusoidal embedding",
-            fix="call the model with both as tensors",
-        )
-    return capture.inputs[position].name
 
 
 def _look_up(root: Any, path: str) -> Any:

@@ -27,34 +27,6 @@ Data = Callable[[torch.Generator], Mapping[str, Any]]
 """Draws a batch: clean latents under "latents", [b, c, ...], and conditioning by the names of forward arguments."""
 
 
-def draw_batch(
-    data: Data,
-    generator: torch.Generator,
-    null: Mapping[str, float | Tensor],
-    dropout: float,
-    device: torch.device,
-) -> tuple[Tensor, Tensor, dict[str, Any]]:
-    """Clean latents, noise, and conditioning of which some is dropped.
-
-    Args:
-        data: draws a batch.
-        generator: on the CPU, so that every device sees the same batches.
-        null: what conditioning is replaced by, by argument name: a number, or a tensor that broadcasts against a batch.
-        dropout: probability of a sample to be conditioned on nothing.
-        device: where the batch goes.
-    """
-    conditioning = dict(data(generator))
-    clean: Tensor = conditioning.pop(LATENTS)
-    noise = torch.randn(clean.shape, generator=generator)
-    dropped = torch.rand(len(clean), generator=generator) < dropout
-    for name, nothing in null.items():
-        value: Tensor = conditioning[name]
-        mask = dropped.reshape(-1, *[1] * (value.ndim - 1))
-        conditioning[name] = torch.where(mask, torch.as_tensor(nothing, dtype=value.dtype), value)
-    moved = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in conditioning.items()}
-    return clean.to(device), noise.to(device), moved
-
-
 @dataclass(frozen=True)
 class Latents:
     """A set of clean latents with their conditioning.

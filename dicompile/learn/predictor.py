@@ -1,8 +1,8 @@
 """Training of a TokenCache predictor: the backbone is frozen, importance per block and token is learned.
 
-Every iteration draws a step and a recent step that recorded what every block added to the stream. The student adds, for
-every token, a mixture of the fresh and of the recorded update; the loss is how far its stream ends from the teacher's,
-plus a penalty on importance.
+Every iteration draws trajectories of uncached runs (see `dicompile.learn.trajectory`), a step, and a recent step that
+recorded what every block added to the stream. The student adds, for every token, a mixture of the fresh and of the
+recorded update; the loss is how far its stream ends from the teacher's, plus a penalty on importance.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from dicompile.errors import DicompileError, InvalidPredictor
-from dicompile.learn.graph import LearnableModel
-from dicompile.learn.latents import Data, draw_batch
-from dicompile.learn.samplers import Ddim
-from dicompile.learn.training import NOWHERE, Entry, Files, run_to_end
+from dicompile.learn.graph import LearnableModel, LearnableModels
+from dicompile.learn.training import NOWHERE, Entry, Files, descend, draw, run_to_end
+from dicompile.learn.trajectory import Source, Trajectory
+from dicompile.learn.watch import denoiser_of
 from dicompile.lower.predictor import HEAD_BIAS, HEAD_WEIGHT, FirstBlock, importance_of
-from dicompile.plan import Predictor, PredictorFacts
+from dicompile.plan import Predictor, PredictorFacts, What
 
 START = 2.0
 """Logit of all importance before training: most tokens are computed."""
@@ -37,9 +37,9 @@ class PredictorOptions:
             "table": a small network of timestep, block and token position (version 1).
         penalty: weight of the mean importance, on the scale of the relative squared error of the last stream.
         lr: learning rate of AdamW.
-        label_dropout: probability of a sample to be conditioned on nothing.
+        batch: trajectories per iteration, over all processes.
         max_gap: recorded updates are 1 to `max_gap` steps old, as they are in a run with several prediction steps.
-        calibration: samples over which importance is averaged per step after training.
+        calibration: samples over which importance is averaged per step after training, as far as there are so many.
         seed: of everything that is drawn.
     """
 
@@ -47,7 +47,7 @@ class PredictorOptions:
     kind: Literal["network", "table"] = "network"
     penalty: float = 0.1
     lr: float = 1e-4
-    label_dropout: float = 0.1
+    batch: int = 1
     max_gap: int = 3
     calibration: int = 256
     seed: int = 0
@@ -130,87 +130,82 @@ class PredictorTraining:
     """A training that can be advanced, saved and continued.
 
     Args:
-        model: the frozen model, made by ``learnable(..., level="block", what=What.UPDATE, per_token=True,
-            result="stream")``.
-        module: the module it was made of.
-        sampler: sampler that the predictor is for.
-        data: draws batches of the model's shape.
+        model: a pipeline or its denoiser, optimized or not; its weights stay as they are.
+        source: trajectories of its runs, recorded or streamed.
         options: see `PredictorOptions`.
-        null: what conditioning is replaced by where it is dropped, by argument name.
+        compiled: run the graphs through `torch.compile`.
+
+    Raises:
+        InvalidPredictor: runs have a single step.
+        CannotCapture: the model does not fit into one graph.
     """
 
     name: ClassVar[str] = "predictor"
     invalid: ClassVar[type[DicompileError]] = InvalidPredictor
 
-    def __init__(
-        self,
-        model: LearnableModel,
-        module: nn.Module,
-        sampler: Ddim,
-        data: Data,
-        options: PredictorOptions,
-        null: Mapping[str, float | Tensor] | None = None,
-    ) -> None:
-        self.model, self.sampler, self.data, self.options, self.null = model, sampler, data, options, null or {}
+    def __init__(self, model: Any, source: Source, options: PredictorOptions, *, compiled: bool = False) -> None:
+        self.source, self.options, self.steps = source, options, len(source.timesteps)
+        module, first = denoiser_of(model), source.at(0)[0]
+        if self.steps < 2:
+            raise InvalidPredictor(
+                "a run of one step has nothing to reuse", where="dicompile.train_predictor", fix="record runs of more"
+            )
+        device = next(module.parameters()).device
+        self.models = LearnableModels(
+            module,
+            first.call(0, device),
+            one_kind=True,
+            level="block",
+            what=What.UPDATE,
+            per_token=True,
+            result="stream",
+            compiled=compiled,
+        )
+        self.model = self.models.first
         self.generator = torch.Generator().manual_seed(options.seed)
         with torch.random.fork_rng():
             torch.manual_seed(options.seed)
-            made = CopiedBlock(model, module) if options.kind == "network" else PositionTable(model, sampler.timesteps)
-            self.network = made.to(model.device)
+            is_network = options.kind == "network"
+            made = CopiedBlock(self.model, module) if is_network else PositionTable(self.model, source.timesteps)
+            self.network = made.to(device)
         self.optimiser = torch.optim.AdamW(self.network.parameters(), lr=options.lr, weight_decay=0.0)
         self.iteration = 0
 
     def advance(self) -> PredictorEntry:
         """One iteration."""
-        call = 1 + int(torch.randint(self.sampler.steps - 1, (), generator=self.generator))
+        call = 1 + int(torch.randint(self.steps - 1, (), generator=self.generator))
         gap = 1 + int(torch.randint(min(self.options.max_gap, call), (), generator=self.generator))
-        inputs, stored = self.reach(call, gap)
-        teacher = self.model.predict(inputs)
-        importance = self.network(inputs, call)
-        weights = [torch.stack([alpha, 1 - alpha])[..., None] for alpha in importance.unbind(-1)]
-        student = self.model.blend(inputs, stored, weights)
-        error = (student - teacher).square().mean() / teacher.square().mean()
-        loss = error + self.options.penalty * importance.mean()
-        self.optimiser.zero_grad(set_to_none=True)
-        loss.backward()
-        self.optimiser.step()
+        drawn = draw(self.source.at(self.iteration), self.options.batch, self.generator)
+
+        def evaluate(trajectory: Trajectory) -> tuple[Tensor, ...]:
+            inputs, stored = self.reach(trajectory, call, gap)
+            teacher = self.model.predict(inputs)
+            importance = self.network(inputs, call)
+            weights = [torch.stack([alpha, 1 - alpha])[..., None] for alpha in importance.unbind(-1)]
+            student = self.model.blend(inputs, stored, weights)
+            error = (student - teacher).square().mean() / teacher.square().mean()
+            return error + self.options.penalty * importance.mean(), error, importance.mean()
+
+        _, error, importance = descend(self.optimiser, drawn, evaluate)
         self.iteration += 1
-        return PredictorEntry(self.iteration, call, gap, error.item(), importance.mean().item())
+        return PredictorEntry(self.iteration, call, gap, error, importance)
 
-    @torch.no_grad()
-    def reach(self, call: int, gap: int) -> tuple[dict[str, Any], Sequence[Tensor]]:
+    def reach(self, trajectory: Trajectory, call: int, gap: int) -> tuple[dict[str, Any], Sequence[Tensor]]:
         """Inputs at a step, and the updates recorded `gap` steps before."""
-        clean, noise, conditioning = self.draw()
-        latent = self.sampler.noised(call - gap, clean, noise)
-        recorded: list[Sequence[Tensor]] = []
-
-        def predict(latent: Tensor, timestep: float) -> Tensor:
-            inputs = self.model.inputs(latent, timestep, conditioning)
-            if not recorded:
-                recorded.append(self.model.record(inputs)[1])
-            return self.model.output(inputs)
-
-        for before in range(call - gap, call):
-            latent = self.sampler.step(before, latent, predict)
-        return self.model.inputs(latent, self.sampler.timestep(call), conditioning), recorded[0]
-
-    def draw(self) -> tuple[Tensor, Tensor, dict[str, Any]]:
-        """Clean latents, noise, and conditioning of which some is dropped."""
-        return draw_batch(self.data, self.generator, self.null, self.options.label_dropout, self.model.device)
+        before, inputs = (trajectory.call(step, self.model.device) for step in (call - gap, call))
+        _, stored = self.models.of(before).record(before)
+        self.models.of(inputs)  # refuses a call of another kind
+        return inputs, stored
 
     @torch.no_grad()
     def predictor(self) -> Predictor:
         """The predictor as it is now, with the importance that it gives on average at every step."""
-        kept = self.generator.get_state()
-        self.generator.manual_seed(self.options.seed + 1)
-        importance = torch.stack([self.mean_importance(call) for call in range(self.sampler.steps)])
-        self.generator.set_state(kept)
         return Predictor(
-            importance=importance,
+            importance=torch.stack([self.mean_importance(call) for call in range(self.steps)]),
             facts=PredictorFacts(
                 kind=self.options.kind,
                 blocks=tuple(site.label for site in self.model.sites),
-                timesteps=self.sampler.timesteps,
+                timesteps=self.source.timesteps,
                 penalty=self.options.penalty,
                 seed=self.options.seed,
                 iterations=self.iteration,
@@ -221,20 +216,16 @@ class PredictorTraining:
 
     def mean_importance(self, call: int) -> Tensor:
         """Importance at a step, averaged over calibration samples; [blocks, tokens]."""
-        found, seen = [], 0
-        while seen < (self.options.calibration if self.options.kind == "network" else 1):
-            clean, noise, conditioning = self.draw()
-            latent = self.sampler.noised(call, clean, noise)
-            inputs = self.model.inputs(latent, self.sampler.timestep(call), conditioning)
-            found.append(self.network(inputs, call))
-            seen += len(clean)
-        return torch.cat(found).mean(0).T.cpu()
+        wanted = self.options.calibration if self.options.kind == "network" else 1
+        found = self.source.at(self.iteration)[: -(-wanted // self.model.sites[0].shape[0])]
+        seen = [self.network(trajectory.call(call, self.model.device), call) for trajectory in found]
+        return torch.cat(seen).mean(0).T.cpu()
 
     @property
     def key(self) -> str:
         """What a checkpoint has to agree with."""
         options = {name: value for name, value in asdict(self.options).items() if name != "iterations"}
-        return json.dumps(["predictor", self.model.name, len(self.model.sites), self.sampler.steps, options])
+        return json.dumps(["predictor", self.model.name, len(self.model.sites), self.steps, options])
 
     def state(self) -> dict[str, Any]:
         """Everything that the next iteration depends on."""
@@ -254,8 +245,33 @@ class PredictorTraining:
 
 
 def train_predictor(
-    training: PredictorTraining, files: Files = NOWHERE, *, resume: bool = False, progress: bool = True
+    model: Any,
+    source: Source,
+    options: PredictorOptions,
+    *,
+    files: Files = NOWHERE,
+    resume: bool = False,
+    compiled: bool = False,
+    progress: bool = True,
 ) -> Predictor:
-    """Run a training to its end, then average importance per step; see `train_router`."""
+    """Learn which tokens of which block need computing, then average importance per step; the model stays as it is.
+
+    Args:
+        model: a pipeline or its denoiser, optimized or not.
+        source: trajectories of its runs: recorded by `dicompile.record_trajectories`, or a `dicompile.Stream`.
+        options: see `PredictorOptions`.
+        files: checkpoint and log.
+        resume: continue from the checkpoint if it is there; otherwise checkpoint and log start anew.
+        compiled: run the graphs through `torch.compile`.
+        progress: show a bar.
+
+    Raises:
+        InvalidPredictor: runs have a single step, or the checkpoint is damaged or of a training with other options.
+        CannotCapture: the model does not fit into one graph.
+
+    Reference:
+        Lou et al., Token Caching for Diffusion Transformer Acceleration, arXiv 2409.18523, version 2, section 3.
+    """
+    training = PredictorTraining(model, source, options, compiled=compiled)
     run_to_end(training, files, resume=resume, progress=progress)
     return training.predictor()

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import safetensors.torch
+import torch
 from torch import Tensor, nn
 
 from dicompile import outside
@@ -119,6 +120,55 @@ class Recording:
             L2P, arXiv 2604.26365.
         """
         return self.frontier().fitted(cadence, order, level)
+
+    def magnitudes(self) -> tuple[float, ...]:
+        """By how much what the stack adds grows from every step to the next: the table of `MagCache` for this model.
+
+        The published tables are means over tokens of the ratio of norms; these are ratios of the norm over all tokens,
+        of all streams together, averaged over runs and contexts.
+
+        Raises:
+            InvalidRecording: the model has no stack of blocks.
+
+        Reference:
+            Ma et al., MagCache, arXiv 2506.09045, section 3.
+        """
+        spans = [self.facts.values.index(name) for name in self.facts.spans]
+        if not spans or not self.traces:
+            raise InvalidRecording(
+                f"the recording of {self.facts.model} has no update of the stack",
+                where="Recording.magnitudes",
+                fix="use a policy for single branches",
+            )
+        grams = torch.stack([trace.gram[spans].sum(0) for trace in self.traces])
+        norms = grams.diagonal(dim1=-2, dim2=-1).sqrt()
+        return (1.0, *(norms[:, 1:] / norms[:, :-1]).mean(0).tolist())
+
+    def drifts(self, lags: int = 3) -> dict[str, list[list[float]]]:
+        """How far the values of every kind of branch are from what they are some steps later: for `smooth_schedule`.
+
+        Relative L2 distances, averaged over branches of a kind, runs and contexts; the published ones are L1.
+
+        Args:
+            lags: most steps from one to the other.
+
+        Returns:
+            Per kind of site and lag, one for every step that is followed by so many.
+
+        Reference:
+            Liu et al., SmoothCache, arXiv 2411.10510, section 2.
+        """
+        kinds: dict[str, list[int]] = {}
+        for number, label in enumerate(self.facts.sites):
+            kinds.setdefault(label.partition(".")[2], []).append(number)
+        return {kind: [self._drift(sites, lag) for lag in range(1, lags + 1)] for kind, sites in kinds.items()}
+
+    def _drift(self, sites: Sequence[int], lag: int) -> list[float]:
+        grams = torch.stack([trace.gram[list(sites)] for trace in self.traces]).flatten(0, 1)
+        energy = grams.diagonal(dim1=-2, dim2=-1)
+        between = grams.diagonal(lag, dim1=-2, dim2=-1)
+        squares = (energy[:, :-lag] + energy[:, lag:] - 2 * between) / energy[:, lag:]
+        return [float(value) for value in squares.clamp_min(0).sqrt().mean(0)]
 
     def save(self, path: str | Path) -> None:
         """Write a safetensors file: a Gram matrix for every run and context, the facts in its header."""

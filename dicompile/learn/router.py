@@ -1,13 +1,17 @@
 """Training of a Learning-to-Cache router: the backbone is frozen, one logit per cache step and site is learned.
 
-Every iteration draws one cache step, a batch, noise, and one mask of dropped conditioning for its three evaluations:
-the full step that records, the teacher, the student. Only the logits of that step's row are updated.
+Every iteration draws one cache step and some trajectories of uncached runs (see `dicompile.learn.trajectory`). Each is
+evaluated three times: at the step before, which records, and at the cache step by teacher and student. Only the logits
+of that step's row are updated.
+
+The published routers saw pictures of a data set, noised to the step before, and one step of DDIM from there. What the
+model's own run comes by is there for every sampler, and needs no data.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any, ClassVar
 
@@ -15,11 +19,11 @@ import torch
 from torch import Tensor
 
 from dicompile.errors import DicompileError, InvalidRouter
-from dicompile.learn.graph import LearnableModel
-from dicompile.learn.latents import Data, draw_batch
+from dicompile.learn.graph import LearnableModels
 from dicompile.learn.objective import Iteration, Objective, training_iteration
-from dicompile.learn.samplers import Sampler
-from dicompile.learn.training import NOWHERE, Entry, Files, run_to_end
+from dicompile.learn.training import NOWHERE, Entry, Files, descend, draw, run_to_end
+from dicompile.learn.trajectory import Source, Trajectory
+from dicompile.learn.watch import denoiser_of
 from dicompile.policies.router import Grid, Router, RouterFacts, cache_rows
 from dicompile.policies.router_file import PUBLISHED_THRESHOLD
 
@@ -34,7 +38,9 @@ class RouterOptions:
         objective: the loss.
         lr: learning rate of AdamW, logits per update.
         clamp: bound of the logits after every update (DiT: 5), or None (U-ViT).
-        label_dropout: probability of a sample to be conditioned on nothing.
+        batch: trajectories per iteration, over all processes.
+        grid: which calls of a run are cache steps: "ddim", every second one; "dpm-solver-2", the first of the two of
+            every solver step but the first.
         threshold: written into the router; of no influence on the training.
         seed: of everything that is drawn.
     """
@@ -43,7 +49,8 @@ class RouterOptions:
     objective: Objective = Objective()  # noqa: RUF009 - frozen
     lr: float = 1e-3
     clamp: float | None = 5.0
-    label_dropout: float = 0.1
+    batch: int = 1
+    grid: Grid = "ddim"
     threshold: float = 0.1
     seed: int = 0
 
@@ -51,10 +58,10 @@ class RouterOptions:
 PUBLISHED: dict[Grid, RouterOptions] = {
     "ddim": RouterOptions(40000, Objective(1e-6), threshold=PUBLISHED_THRESHOLD["ddim"]),
     "dpm-solver-2": RouterOptions(
-        40000, Objective(0.1, "sum"), clamp=None, threshold=PUBLISHED_THRESHOLD["dpm-solver-2"]
+        40000, Objective(0.1, "sum"), clamp=None, grid="dpm-solver-2", threshold=PUBLISHED_THRESHOLD["dpm-solver-2"]
     ),
 }
-"""Options of the released routers for DiT-XL/2 and U-ViT-H/2 in 50 evaluations; their batch was 64."""
+"""Options of the released routers for DiT-XL/2 and U-ViT-H/2 in 50 evaluations; their batch was of 64 samples."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,95 +92,81 @@ class RouterTraining:
     """A training that can be advanced, saved and continued.
 
     Args:
-        model: the frozen model, see `dicompile.learn.graph.learnable`.
-        sampler: sampler that the router is for.
-        data: draws batches of the model's shape.
+        model: a pipeline or its denoiser, optimized or not; its weights stay as they are.
+        source: trajectories of its runs, recorded or streamed.
         options: see `RouterOptions`.
-        null: what conditioning is replaced by where it is dropped, by argument name: a number, or a tensor that
-            broadcasts against a batch of it.
+        compiled: run the graphs through `torch.compile`.
+
+    Raises:
+        InvalidRouter: the number of steps is odd.
+        CannotCapture: the model does not fit into one graph.
     """
 
     name: ClassVar[str] = "router"
     invalid: ClassVar[type[DicompileError]] = InvalidRouter
 
-    def __init__(
-        self,
-        model: LearnableModel,
-        sampler: Sampler,
-        data: Data,
-        options: RouterOptions,
-        null: Mapping[str, float | Tensor] | None = None,
-    ) -> None:
-        self.model, self.sampler, self.data, self.options, self.null = model, sampler, data, options, null or {}
+    def __init__(self, model: Any, source: Source, options: RouterOptions, *, compiled: bool = False) -> None:
+        self.source, self.options = source, options
+        module, first = denoiser_of(model), source.at(0)[0]
+        device = next(module.parameters()).device
+        self.models = LearnableModels(module, first.call(0, device), compiled=compiled)
+        self.model = self.models.first
         self.generator = torch.Generator().manual_seed(options.seed)
-        steps = len(sampler.timesteps)
-        start = torch.randn(steps, len(model.sites), generator=self.generator)
+        steps = len(source.timesteps)
+        start = torch.randn(steps, len(self.model.sites), generator=self.generator)
         # A parameter of its own per row: momentum and step count of rows that an iteration does not touch stay.
-        self.rows = [torch.nn.Parameter(row.clone()) for row in start.to(model.device)]
+        self.rows = [torch.nn.Parameter(row.clone()) for row in start.to(device)]
         self.optimiser = torch.optim.AdamW(self.rows, lr=options.lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)
-        self.calls = list(cache_rows(sampler.grid, steps).items())
-        self.iteration = self.batch = 0
+        self.calls = list(cache_rows(options.grid, steps).items())
+        self.iteration = 0
         self.router()  # an odd number of steps is refused before anything is trained
 
     def advance(self) -> RouterEntry:
         """One iteration."""
         call, row = self.calls[int(torch.randint(len(self.calls), (), generator=self.generator))]
-        result = self.evaluate(call, self.rows[row])
-        self.optimiser.zero_grad(set_to_none=True)
-        result.loss.backward()
-        self.optimiser.step()
+        drawn = draw(self.source.at(self.iteration), self.options.batch, self.generator)
+        logits = self.rows[row]
+
+        def evaluate(trajectory: Trajectory) -> tuple[Tensor, ...]:
+            result = self.evaluate(trajectory, call, logits)
+            return result.loss, result.data_loss, result.scores.sum()
+
+        _, data_loss, score_sum = descend(self.optimiser, drawn, evaluate)
         if self.options.clamp is not None:
             with torch.no_grad():
-                for logits in self.rows:
-                    logits.clamp_(-self.options.clamp, self.options.clamp)
+                for each in self.rows:
+                    each.clamp_(-self.options.clamp, self.options.clamp)
         self.iteration += 1
         return RouterEntry(
             iteration=self.iteration,
             call=call,
             row=row,
-            timestep=self.sampler.timestep(call),
-            data_loss=result.data_loss.item(),
-            score_sum=result.scores.sum().item(),
-            cached=int((self.rows[row].sigmoid() <= self.options.threshold).sum()),
+            timestep=self.source.timesteps[call],
+            data_loss=data_loss,
+            score_sum=score_sum,
+            cached=int((logits.sigmoid() <= self.options.threshold).sum()),
         )
 
-    def evaluate(self, call: int, logits: Tensor) -> Iteration:
-        """Draw a batch and compute the loss of a cache step."""
-        clean, noise, conditioning = self.draw()
-        recorded: list[Sequence[Tensor]] = []
-
-        def predict(latent: Tensor, timestep: float) -> Tensor:
-            output, stored = self.model.record(self.model.inputs(latent, timestep, conditioning))
-            recorded.append(stored)
-            return output
-
-        with torch.no_grad():
-            latent = self.sampler.advance(call, clean, noise, predict)
-        inputs = self.model.inputs(latent, self.sampler.timestep(call), conditioning)
-        return training_iteration(self.model, inputs, recorded[-1], logits, self.options.objective)
-
-    def draw(self) -> tuple[Tensor, Tensor, dict[str, Any]]:
-        """Clean latents, noise, and conditioning of which some is dropped."""
-        clean, noise, conditioning = draw_batch(
-            self.data, self.generator, self.null, self.options.label_dropout, self.model.device
-        )
-        self.batch = len(clean)
-        return clean, noise, conditioning
+    def evaluate(self, trajectory: Trajectory, call: int, logits: Tensor) -> Iteration:
+        """The loss at a cache step, with what the call before it recorded."""
+        before, inputs = (trajectory.call(step, self.model.device) for step in (call - 1, call))
+        _, stored = self.models.of(before).record(before)
+        return training_iteration(self.models.of(inputs), inputs, stored, logits, self.options.objective)
 
     def router(self) -> Router:
         """The router as it is now."""
         return Router(
             logits=torch.stack([row.detach().cpu() for row in self.rows]),
-            grid=self.sampler.grid,
+            grid=self.options.grid,
             threshold=self.options.threshold,
             facts=RouterFacts(
                 sites=tuple(site.label for site in self.model.sites),
-                timesteps=self.sampler.timesteps,
-                sampler=self.sampler.name,
+                timesteps=self.source.timesteps,
+                sampler=self.source.sampler,
                 model=self.model.name,
                 penalty=self.options.objective.penalty,
                 iterations=self.iteration,
-                batch=self.batch or None,
+                batch=self.options.batch * self.model.sites[0].shape[0],
                 seed=self.options.seed,
             ),
             source="this training",
@@ -183,7 +176,7 @@ class RouterTraining:
     def key(self) -> str:
         """What a checkpoint has to agree with."""
         options = {name: value for name, value in asdict(self.options).items() if name != "iterations"}
-        about = (self.model.name, len(self.model.sites), self.sampler.name, len(self.sampler.timesteps))
+        about = (self.model.name, len(self.model.sites), self.source.sampler, len(self.source.timesteps))
         return json.dumps([*about, options])
 
     def state(self) -> dict[str, Any]:
@@ -193,7 +186,6 @@ class RouterTraining:
             "optimiser": self.optimiser.state_dict(),
             "generator": self.generator.get_state(),
             "iteration": self.iteration,
-            "batch": self.batch,
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
@@ -203,40 +195,49 @@ class RouterTraining:
                 row.copy_(logits)
         self.optimiser.load_state_dict(state["optimiser"])
         self.generator.set_state(state["generator"])
-        self.iteration, self.batch = state["iteration"], state["batch"]
+        self.iteration = state["iteration"]
 
 
 def train_router(
-    training: RouterTraining, files: Files = NOWHERE, *, resume: bool = False, progress: bool = True
+    model: Any,
+    source: Source,
+    options: RouterOptions,
+    *,
+    files: Files = NOWHERE,
+    resume: bool = False,
+    compiled: bool = False,
+    progress: bool = True,
 ) -> Router:
-    """Run a training to its end.
+    """Learn which branches every second step may reuse; the model stays as it is.
 
-    A resumed run ends with the very logits of one that was never interrupted.
+    A training that was interrupted and resumed ends with the very logits of one that was not; several processes of one
+    `torch.distributed` group share the batch of every iteration, and end with what one process ends with.
 
     Args:
-        training: what to run.
+        model: a pipeline or its denoiser, optimized or not.
+        source: trajectories of its runs: recorded by `dicompile.record_trajectories`, or a `dicompile.Stream`.
+        options: see `RouterOptions`.
         files: checkpoint and log.
         resume: continue from the checkpoint if it is there; otherwise checkpoint and log start anew.
+        compiled: run the graphs through `torch.compile`.
         progress: show a bar.
 
     Raises:
-        InvalidRouter: the checkpoint is damaged or belongs to a training with other options.
+        InvalidRouter: the number of steps is odd, or the checkpoint is damaged or of a training with other options.
+        CannotCapture: the model does not fit into one graph.
+
+    Example:
+        >>> with dicompile.record_trajectories(pipe) as trajectories:
+        ...     pipe(prompts, num_inference_steps=50)
+        >>> router = dicompile.train_router(pipe, trajectories, RouterOptions(iterations=2000))
+        >>> pipe = dicompile.optimize(pipe, dicompile.LearningToCache(router))
+
+    Reference:
+        Ma et al., Learning-to-Cache, arXiv 2406.01733, algorithm 1 and equation 9.
     """
+    training = RouterTraining(model, source, options, compiled=compiled)
     run_to_end(training, files, resume=resume, progress=progress)
     return training.router()
-
-
-def sweep_penalties(
-    start: Callable[[float], RouterTraining], penalties: Sequence[float], **options: Any
-) -> dict[float, Router]:
-    """Train one router per penalty.
-
-    Args:
-        start: makes the training for a penalty, for example with `with_penalty`.
-        penalties: values of lambda.
-        **options: of `train_router`.
-    """
-    return {penalty: train_router(start(penalty), **options) for penalty in penalties}
 
 
 def with_penalty(options: RouterOptions, penalty: float) -> RouterOptions:

@@ -1,14 +1,19 @@
-"""The loop of every training: resume, advance, log, save."""
+"""What all trainings share: the step that several processes take together; the loop that resumes, logs and saves."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
+import torch
+from torch import Tensor
+
 from dicompile.errors import DicompileError
 from dicompile.learn.checkpoint import append_line, forget_lines_after, load_checkpoint, save_checkpoint
+from dicompile.learn.processes import rank, share, sum_over_processes
+from dicompile.learn.trajectory import Trajectory
 from dicompile.progress import progress as bar
 
 
@@ -81,10 +86,44 @@ class Training(Protocol):
         """Continue from a state."""
 
 
+def draw(found: Sequence[Trajectory], count: int, generator: torch.Generator) -> list[Trajectory]:
+    """Trajectories, with replacement."""
+    return [found[int(i)] for i in torch.randint(len(found), (count,), generator=generator)]
+
+
+def descend(
+    optimiser: torch.optim.Optimizer,
+    drawn: Sequence[Trajectory],
+    evaluate: Callable[[Trajectory], tuple[Tensor, ...]],
+) -> tuple[float, ...]:
+    """One step down the mean loss of a batch, of which several processes evaluate a share each.
+
+    Args:
+        optimiser: of the parameters.
+        drawn: the batch, the same in every process.
+        evaluate: scalars of one trajectory, the loss first.
+
+    Returns:
+        Their means over the batch.
+    """
+    parameters = [parameter for group in optimiser.param_groups for parameter in group["params"]]
+    optimiser.zero_grad(set_to_none=True)
+    found: list[Tensor] = []
+    for trajectory in share(drawn):
+        scalars = evaluate(trajectory)
+        (scalars[0] / len(drawn)).backward()
+        found.append(torch.stack([scalar.detach().float() for scalar in scalars]))
+    means = torch.stack(found).sum(0) / len(drawn)
+    sum_over_processes([means, *(parameter.grad for parameter in parameters if parameter.grad is not None)])
+    optimiser.step()
+    return tuple(means.tolist())
+
+
 def run_to_end(training: Training, files: Files = NOWHERE, *, resume: bool = False, progress: bool = True) -> None:
     """Run a training to its end.
 
-    A resumed run ends with the very numbers of one that was never interrupted.
+    A resumed run ends with the very numbers of one that was never interrupted. Of several processes the first one
+    writes the files; all of them read the checkpoint.
 
     Args:
         training: what to run.
@@ -97,6 +136,8 @@ def run_to_end(training: Training, files: Files = NOWHERE, *, resume: bool = Fal
     """
     if resume and files.checkpoint is not None and files.checkpoint.exists():
         _restore(training, files.checkpoint)
+    if rank() > 0:
+        files, progress = NOWHERE, False
     forget_lines_after(files.log, training.iteration)
     total = training.options.iterations
     with bar(training.name, total, shown=progress) as update:

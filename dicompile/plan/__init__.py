@@ -31,7 +31,7 @@ from dicompile.plan.memory import DTYPES, UNLIMITED, CacheOptions, check_can_com
 from dicompile.plan.plan import Dropped, Plan, SiteStep, StepPlan
 from dicompile.plan.planner import attention_owner, make_plan, plan_actions, recording_plan, reusing_plan
 from dicompile.plan.predictor import Predictor, PredictorFacts, load_predictor
-from dicompile.plan.recall import Fitted, Forecast, Reuse, WhatName
+from dicompile.plan.recall import Fitted, Forecast, Reuse, Spectral, WhatName
 from dicompile.plan.rows import make_rows
 from dicompile.plan.schedule import TimestepSchedule
 from dicompile.plan.schema import (
@@ -45,7 +45,7 @@ from dicompile.plan.schema import (
     TokenScore,
     TokenTable,
 )
-from dicompile.plan.weights import polynomial_weights, taylor_weights
+from dicompile.plan.weights import chebyshev_weights, polynomial_weights, taylor_weights
 
 __all__ = [
     "COMPUTE",
@@ -81,6 +81,7 @@ __all__ = [
     "SiteStep",
     "Slot",
     "SlotKind",
+    "Spectral",
     "StepPlan",
     "Table",
     "TimestepSchedule",
@@ -90,6 +91,7 @@ __all__ = [
     "WhatName",
     "Window",
     "attention_owner",
+    "chebyshev_weights",
     "check_can_compile",
     "check_fits",
     "check_gate",

@@ -12,6 +12,9 @@ from pydantic import Field, NonNegativeInt, PositiveInt
 from dicompile.plan.frozen import Frozen
 from dicompile.plan.gate import Gate
 
+ROUNDING = 1e-9
+"""What sums of fractions may lack to a whole number."""
+
 
 class Window(Frozen):
     """A stretch of the schedule with an interval of its own.
@@ -78,6 +81,7 @@ class Cadence(Frozen):
         anchor: "index": multiples of the interval are full; "last": every interval-th step after the latest full one.
         warmup: number of steps at the start that are always full.
         stretch: how much the interval changes over the run, unitless.
+        growth: by how much the interval grows with every full step after the warmup; it is rounded down.
         dense: part of the run with an interval of its own.
         at: numbers of the full steps, counted from 0; then no other rule holds.
         magnitudes: a table that says which steps are full; then no other rule holds.
@@ -92,6 +96,7 @@ class Cadence(Frozen):
     anchor: Literal["index", "last"] = "index"
     warmup: PositiveInt = 1
     stretch: Annotated[float, Field(gt=-1, lt=1)] = 0.0
+    growth: Annotated[float, Field(ge=0)] = 0.0
     dense: Window | None = None
     at: tuple[NonNegativeInt, ...] = ()
     magnitudes: Magnitudes | None = None
@@ -111,7 +116,7 @@ class Cadence(Frozen):
             begin: step at which the run begins; the warmup follows it, everything else keeps its place.
             timesteps: of the run, as the scheduler counts them, if they are known.
         """
-        current, latest, result = self.interval, begin, []
+        current, latest, grown, result = self.interval, begin, 0.0, []
         listed = self._listed(steps, begin)
         for step in range(begin, steps):
             index = self.index(step, steps)
@@ -123,7 +128,8 @@ class Cadence(Frozen):
             else:
                 first = warm or self._residue(index, step - latest, current) == 0
             if first:
-                current, latest = self._interval_at(index, steps), step
+                grown += 0.0 if warm else self.growth
+                current, latest = self._interval_at(index, steps) + int(grown + ROUNDING), step
             residue = self._residue(index, step - latest, current)
             again = self.decide == "step" or warm or residue == 0
             gated = self.gate is not None and not first

@@ -17,7 +17,7 @@ from dicompile.errors import CacheTooLarge, InvalidSetting, PolicyDoesNotFit
 from dicompile.plan.action import ScoreBase
 from dicompile.plan.frozen import Origin
 from dicompile.plan.plan import Plan
-from dicompile.plan.recall import Fitted, Forecast, Reuse
+from dicompile.plan.recall import Fitted, Recall
 from dicompile.plan.schedule import TimestepSchedule
 from dicompile.plan.schema import Policy, Refresh, Rule, Table, TokenScore, TokenTable
 from dicompile.text import size_text
@@ -151,7 +151,8 @@ def check_table(policy: Policy, rule: Rule, sites: Sequence[Site], steps: int) -
             why="a learned table holds for one number of steps",
             fix=f"sample in {len(rows)} steps, or learn a table for {steps}",
         )
-    wrong = next((len(row) for row in rows if len(row) != len(sites)), None)
+    shared = 1 if isinstance(rule.do, Table) else len(sites)
+    wrong = next((len(row) for row in rows if len(row) not in (len(sites), shared)), None)
     if wrong is not None:
         raise PolicyDoesNotFit(
             f"the table of policy {policy.name!r} is for {wrong} sites, the model has {len(sites)}",
@@ -183,7 +184,7 @@ def _check_fitted(policy: Policy, fitted: Fitted, sites: Sequence[Site], steps: 
 def check_stored(
     policy: Policy,
     site: Site,
-    recall: Reuse | Forecast | Fitted | TokenTable,
+    recall: Recall | TokenTable,
     stored: Sequence[int],
     step: int,
     place: int = 0,
@@ -556,7 +557,7 @@ def _asked_of(policy: Policy, site: Site) -> Refresh | TokenTable | None:
 
 def _origin(rule: Rule) -> Origin | None:
     learned = rule.do if isinstance(rule.do, (Table, TokenTable)) else rule.recall
-    return None if isinstance(learned, (Reuse, Forecast)) else learned.origin
+    return learned.origin if isinstance(learned, (Table, TokenTable, Fitted)) else None
 
 
 def _check_labels(policy: Policy, origin: Origin, labels: Sequence[str]) -> None:

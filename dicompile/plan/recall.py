@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Annotated, Literal, cast
 
-from pydantic import Field, NonNegativeInt
+from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
+from dicompile.errors import InvalidPolicy
 from dicompile.plan.action import Action, What
 from dicompile.plan.frozen import Frozen, Origin
-from dicompile.plan.weights import polynomial_weights, taylor_weights
+from dicompile.plan.weights import chebyshev_weights, polynomial_weights, taylor_weights
 
 WhatName = Literal["core", "update", "attention", "stream"]
 
@@ -40,7 +41,12 @@ class Forecast(Frozen):
         differences: "backward" takes all differences over the last distance between full steps, as published; "divided"
             takes each over the steps that it spans: the forecast is then the polynomial through the stored values,
             however they are spaced.
+        hermite: scale of the Hermite polynomials that stand in for the powers of the series; None for powers. For
+            backward differences only.
         what: which value is stored.
+
+    Raises:
+        InvalidPolicy: Hermite polynomials of divided differences.
 
     Reference:
         Liu et al., From Reusing to Forecasting: Accelerating Diffusion Models with TaylorSeers, arXiv 2503.06923.
@@ -49,13 +55,57 @@ class Forecast(Frozen):
     do: Literal["forecast"] = "forecast"
     order: NonNegativeInt = 1
     differences: Literal["backward", "divided"] = "backward"
+    hermite: Annotated[float, Field(gt=0)] | None = None
     what: WhatName = "core"
+
+    @model_validator(mode="after")
+    def _check_basis(self) -> Forecast:
+        if self.hermite is not None and self.differences != "backward":
+            raise InvalidPolicy(
+                "a forecast by Hermite polynomials takes backward differences",
+                where="Forecast",
+                fix="leave out differences='divided', or hermite",
+            )
+        return self
 
     def action(self, stored: Sequence[int], step: int, place: int = 0) -> Action:
         """Action at `step` for values stored at the steps `stored`, newest first."""
         del place
-        weights = taylor_weights if self.differences == "backward" else polynomial_weights
-        return Action((0.0, *weights(stored, step, self.order)), What(self.what))
+        if self.differences == "divided":
+            return Action((0.0, *polynomial_weights(stored, step, self.order)), What(self.what))
+        return Action((0.0, *taylor_weights(stored, step, self.order, self.hermite)), What(self.what))
+
+
+class Spectral(Frozen):
+    """Continue all stored values as a sum of Chebyshev polynomials over the whole run, fitted by ridge regression.
+
+    The weights follow from the steps alone. Everything that full steps stored is kept to the end.
+
+    Attributes:
+        degree: of the highest polynomial.
+        ridge: strength of the regularisation.
+        share: of the fit in the forecast; the rest is the straight line through the last two stored values.
+        span: steps 0 to `span` are -1 to 1 to the polynomials.
+        what: which value is stored.
+
+    Reference:
+        Han et al., Adaptive Spectral Feature Forecasting for Diffusion Sampling Acceleration, arXiv 2603.01623.
+    """
+
+    do: Literal["spectral"] = "spectral"
+    degree: NonNegativeInt = 4
+    ridge: Annotated[float, Field(gt=0)] = 0.1
+    share: Annotated[float, Field(ge=0, le=1)] = 1.0
+    span: PositiveInt = 50
+    what: WhatName = "stream"
+
+    def action(self, stored: Sequence[int], step: int, place: int = 0) -> Action:
+        """Action at `step` for values stored at the steps `stored`, newest first."""
+        del place
+        weights = [self.share * w for w in chebyshev_weights(stored, step, self.degree, self.ridge, self.span)]
+        for i, weight in enumerate(polynomial_weights(stored, step, 1)):
+            weights[i] += (1 - self.share) * weight
+        return Action((0.0, *weights), What(self.what))
 
 
 Weights = tuple[float, ...]
@@ -113,5 +163,5 @@ class Fitted(Frozen):
         return Forecast(order=max(count - 1, 0), differences="divided", what=self.what)
 
 
-Recall = Annotated[Reuse | Forecast | Fitted, Field(discriminator="do")]
+Recall = Annotated[Reuse | Forecast | Spectral | Fitted, Field(discriminator="do")]
 """What stands in for a value that is not computed."""

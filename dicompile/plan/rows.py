@@ -126,7 +126,7 @@ class _Rows:
             cadence = rule.cadence or self.policy.cadence
             moment = self.moment(cadence, step)
             if isinstance(rule.do, Table):
-                return COMPUTE if rule.do.compute[step][place] else self.recall(rule, site, step, place)
+                return COMPUTE if rule.do.computes(step, place) else self.recall(rule, site, step, place)
             if isinstance(rule.do, TokenTable):
                 return self.by_count(rule.do, rule.do.counts[step][place], site, step)
             if moment.others if site.kind is SiteKind.STACK else moment.is_full(site.block):

@@ -13,7 +13,7 @@ from dicompile.plan.cadence import Cadence, Moment
 from dicompile.plan.frozen import Frozen, Origin
 from dicompile.plan.gate import Gate
 from dicompile.plan.predictor import Predictor
-from dicompile.plan.recall import Fitted, Forecast, Recall, Reuse, WhatName
+from dicompile.plan.recall import Fitted, Forecast, Recall, Reuse, Spectral, WhatName
 from dicompile.plan.yaml_json import YamlJson
 
 
@@ -98,7 +98,7 @@ class Table(Frozen):
     """Compute what a table says, recall the rest; the cadence has no say.
 
     Attributes:
-        compute: per step, one entry for each site that the rule names, in order.
+        compute: per step, one entry for each site that the rule names, in order, or a single one for all of them.
         otherwise: value of the sites that are not computed.
         origin: of a learned table.
     """
@@ -107,6 +107,11 @@ class Table(Frozen):
     compute: tuple[tuple[bool, ...], ...]
     otherwise: Recall = Reuse()
     origin: Origin | None = None
+
+    def computes(self, step: int, place: int) -> bool:
+        """Whether a site is computed; `place` is that among the sites which the rule names."""
+        row = self.compute[step]
+        return row[place if len(row) > 1 else 0]
 
 
 class TokenTable(Frozen):
@@ -148,14 +153,14 @@ class Rule(Frozen):
     sites: tuple[SiteName, ...] = ()
     when: Literal["always", "odd", "even"] = "always"
     cadence: Cadence | None = None
-    do: Annotated[Reuse | Forecast | Fitted | Refresh | Table | TokenTable, Field(discriminator="do")]
+    do: Annotated[Reuse | Forecast | Spectral | Fitted | Refresh | Table | TokenTable, Field(discriminator="do")]
 
     def names(self, site: Site) -> bool:
         """True if the rule is for the kind of `site`."""
         return site.kind.value in self.sites if self.sites else not site.kind.is_span
 
     @property
-    def recall(self) -> Reuse | Forecast | Fitted | TokenTable:
+    def recall(self) -> Reuse | Forecast | Spectral | Fitted | TokenTable:
         """What says which stored value stands in for one that is not computed."""
         return self.do.otherwise if isinstance(self.do, (Refresh, Table)) else self.do
 

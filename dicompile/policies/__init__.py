@@ -14,6 +14,7 @@ from dicompile.policies.anywhere import duca_anywhere, toca_anywhere
 from dicompile.policies.duca import DuCa, DuCaFlux, DuCaOpenSora, DuCaPixArt
 from dicompile.policies.first_block import DBCache, FirstBlockCache
 from dicompile.policies.fora import FORA
+from dicompile.policies.hicache import HiCache
 from dicompile.policies.l2c import LearningToCache
 from dicompile.policies.magcache import MagCache
 from dicompile.policies.none import NoCache
@@ -21,6 +22,8 @@ from dicompile.policies.pab import PAB
 from dicompile.policies.router import Router, RouterFacts
 from dicompile.policies.router_file import load_router, save_router
 from dicompile.policies.schedule_json import schedule_from_json, schedule_to_json
+from dicompile.policies.smoothcache import SmoothCache, smooth_schedule
+from dicompile.policies.spectrum import Spectrum
 from dicompile.policies.taylorseer import TaylorSeer, TaylorSeerLite
 from dicompile.policies.teacache import TeaCache
 from dicompile.policies.toca import ToCa, ToCaFlux, ToCaOpenSora, ToCaPixArt
@@ -36,12 +39,15 @@ __all__ = [
     "DuCaOpenSora",
     "DuCaPixArt",
     "FirstBlockCache",
+    "HiCache",
     "LearningToCache",
     "MagCache",
     "NoCache",
     "Predictor",
     "Router",
     "RouterFacts",
+    "SmoothCache",
+    "Spectrum",
     "TaylorSeer",
     "TaylorSeerLite",
     "TeaCache",
@@ -57,6 +63,7 @@ __all__ = [
     "save_router",
     "schedule_from_json",
     "schedule_to_json",
+    "smooth_schedule",
 ]
 
 POLICIES: dict[str, Callable[..., Policy]] = {
@@ -73,11 +80,14 @@ POLICIES: dict[str, Callable[..., Policy]] = {
     "taylorseer": TaylorSeer,
     "tokencache": TokenCache,
     "taylorseer-lite": TaylorSeerLite,
+    "hicache": HiCache,
+    "spectrum": Spectrum,
     "first-block-cache": FirstBlockCache,
     "dbcache": DBCache,
     "teacache": TeaCache,
     "magcache": MagCache,
     "pab": PAB,
+    "smoothcache": SmoothCache,
     "l2c": LearningToCache,
 }
 

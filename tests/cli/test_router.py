@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, DiTTransformer2DModel
+from diffusers import DDIMScheduler, DiTTransformer2DModel, FlowMatchEulerDiscreteScheduler
 from safetensors.torch import save_file
 from typer.testing import CliRunner, Result
 
@@ -62,7 +62,7 @@ def test_a_file_that_is_no_router_is_an_error_of_ours(tmp_path: Path) -> None:
 
 # Training -------------------------------------------------------------------------------------------------------------
 
-SHORT = ("--steps", 4, "--iterations", 3, "--batch", 2)
+SHORT = ("--steps", 4, "--iterations", 3, "--batch", 2, "--every", 2)
 
 
 @pytest.mark.nightly
@@ -89,7 +89,7 @@ def pipeline(tmp_path: Path) -> Path:
         num_embeds_ada_norm=10, norm_type="ada_norm_zero", norm_elementwise_affine=False,
     )  # fmt: skip
     redraw(model).save_pretrained(tmp_path / "pipe" / "transformer")
-    DDIMScheduler(clip_sample=False).save_pretrained(tmp_path / "pipe" / "scheduler")
+    FlowMatchEulerDiscreteScheduler().save_pretrained(tmp_path / "pipe" / "scheduler")
     return tmp_path / "pipe"
 
 
@@ -100,17 +100,28 @@ def latents(tmp_path: Path) -> Path:
     return tmp_path / "latents.safetensors"
 
 
-@pytest.mark.parametrize("sampler", ["ddim", "dpm-solver-2"])
-def test_a_saved_pipeline_trains_on_a_file_of_latents(
-    pipeline: Path, latents: Path, sampler: str, tmp_path: Path
-) -> None:
+@pytest.mark.parametrize("grid", ["ddim", "dpm-solver-2"])
+def test_a_saved_pipeline_trains_on_a_file_of_latents(pipeline: Path, latents: Path, grid: str, tmp_path: Path) -> None:
     out = tmp_path / "r.safetensors"
-    result = run("train-router", pipeline, "--data", latents, "--out", out, *SHORT, "--sampler", sampler)
+    result = run("train-router", pipeline, "--data", latents, "--out", out, *SHORT, "--grid", grid, "--guidance", 2)
     assert result.exit_code == 0, result.output
     router = load_router(out)
-    assert (router.grid, router.facts.model, router.sites) == (sampler, "DiTTransformer2DModel", 4)
-    expected = {"ddim": (0.1, 1e-6), "dpm-solver-2": (0.9, 0.1)}[sampler]
+    assert (router.grid, router.facts.model, router.sites) == (grid, "DiTTransformer2DModel", 4)
+    assert (router.facts.sampler, router.facts.batch) == ("FlowMatchEulerDiscreteScheduler", 4)
+    expected = {"ddim": (0.1, 1e-6), "dpm-solver-2": (0.9, 0.1)}[grid]
     assert (router.threshold, router.facts.penalty) == expected
+
+
+def test_several_penalties_make_a_router_each(pipeline: Path, latents: Path, tmp_path: Path) -> None:
+    out = tmp_path / "r.safetensors"
+    result = run(
+        "train-router", pipeline, "--data", latents, "--out", out, *SHORT, "--lambda", 0, "--lambda", 1e3, "--lr", 9
+    )
+    assert result.exit_code == 0, result.output
+    few, many = (load_router(tmp_path / f"r-{penalty}.safetensors") for penalty in ("0", "1000"))
+    assert (few.facts.penalty, many.facts.penalty) == (0, 1e3)
+    assert sum(many.cached().values()) > sum(few.cached().values())
+    assert "r-1000.safetensors" in result.stdout
 
 
 def factory() -> tuple[Any, dict[str, Any], Any]:

@@ -2,49 +2,51 @@
 
 from __future__ import annotations
 
+import functools
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from diffusers import DDIMScheduler
-from torch import Tensor
 
 import dicompile
-from dicompile.errors import InvalidPredictor
+from dicompile.errors import InvalidPredictor, InvalidTrainingData
 from dicompile.learn.checkpoint import save_checkpoint
-from dicompile.learn.graph import learnable
-from dicompile.learn.latents import LATENTS
 from dicompile.learn.predictor import PredictorOptions, PredictorTraining, train_predictor
-from dicompile.learn.samplers import Ddim
-from dicompile.learn.training import Files
-from dicompile.plan import What
-from dicompile.policies import TokenCache, load_predictor
-from tests.models import dit
+from dicompile.learn.training import Files, run_to_end
+from dicompile.learn.trajectory import Trajectories
+from dicompile.policies import Predictor, TokenCache, load_predictor
+from tests.learn.flows import recorded
+from tests.models import Sample, dit
+from tests.pipelines import pipes
 
 STEPS = 6
 
 
-def training(**options: Any) -> PredictorTraining:
+@functools.cache
+def flow() -> tuple[Sample, Trajectories]:
+    """A model, and runs of it with a flow-matching sampler."""
     sample = dit(layers=3)
-    sample.inputs.pop("return_dict")
-    inputs = {**sample.inputs, "return_dict": False}
-    model = learnable(sample.model, inputs, level="block", what=What.UPDATE, per_token=True, result="stream")
-    scheduler = DDIMScheduler(clip_sample=False)
+    return sample, recorded(sample, STEPS, 2)
 
-    def data(generator: torch.Generator) -> dict[str, Tensor]:
-        labels = torch.randint(10, (4,), generator=generator)
-        return {LATENTS: torch.randn(4, 4, 16, 16, generator=generator), "class_labels": labels}
 
+def training(**options: Any) -> PredictorTraining:
     chosen = PredictorOptions(**{"iterations": 4, "calibration": 4, **options})
-    return PredictorTraining(model, sample.model, Ddim(scheduler, STEPS), data, chosen, {"class_labels": 10})
+    sample, source = flow()
+    return PredictorTraining(sample.model, source, chosen)
+
+
+def trained(made: PredictorTraining, *arguments: Any, **more: Any) -> Predictor:
+    run_to_end(made, *arguments, progress=False, **more)
+    return made.predictor()
 
 
 @pytest.mark.parametrize("kind", ["network", "table"])
 def test_a_penalty_alone_lowers_the_importance_of_everything(kind: str) -> None:
     made = training(kind=kind, penalty=100.0, lr=0.05)
     start = made.predictor().importance.mean()
-    predictor = train_predictor(made, progress=False)
+    predictor = trained(made)
     assert start == pytest.approx(0.88, abs=0.01)
     assert predictor.importance.mean() < start - 0.02
     assert predictor.importance.shape == (STEPS, 3, 64)
@@ -54,14 +56,14 @@ def test_the_backbone_gets_no_gradient_and_does_not_change() -> None:
     made = training(lr=0.1)
     module = made.model._plain.module
     before = [parameter.clone() for parameter in module.parameters()]
-    train_predictor(made, progress=False)
+    trained(made)
     assert all(torch.equal(old, new) for old, new in zip(before, module.parameters(), strict=True))
     assert all(parameter.grad is None for parameter in module.parameters())
 
 
 def test_full_importance_is_the_teacher() -> None:
     made = training()
-    inputs, stored = made.reach(3, 2)
+    inputs, stored = made.reach(flow()[1].all[0], 3, 2)
     ones = torch.ones(4, 64, 1)
     weights = [torch.stack([ones, 0 * ones])] * 3
     torch.testing.assert_close(made.model.blend(inputs, stored, weights), made.model.predict(inputs), atol=1e-5, rtol=0)
@@ -70,7 +72,7 @@ def test_full_importance_is_the_teacher() -> None:
 def test_tokens_blend_one_by_one() -> None:
     """A token of importance 0 in the last block keeps its stored update, whatever the others do."""
     made = training()
-    inputs, stored = made.reach(3, 1)
+    inputs, stored = made.reach(flow()[1].all[0], 3, 1)
     alpha = torch.ones(3, 4, 64, 1)
     alpha[2, :, 5] = 0
     weights = [torch.stack([a, 1 - a]) for a in alpha]
@@ -83,15 +85,15 @@ def test_tokens_blend_one_by_one() -> None:
 
 
 def test_a_resumed_training_ends_where_an_uninterrupted_one_does(tmp_path: Path) -> None:
-    whole = train_predictor(training(iterations=4), progress=False)
+    whole = trained(training(iterations=4))
     files = Files(checkpoint=tmp_path / "p.ckpt", log=tmp_path / "p.jsonl", every=2)
-    train_predictor(training(iterations=2), files, progress=False)
-    resumed = train_predictor(training(iterations=4), files, resume=True, progress=False)
+    trained(training(iterations=2), files)
+    resumed = trained(training(iterations=4), files, resume=True)
     assert torch.equal(whole.importance, resumed.importance)
     assert all(torch.equal(whole.parameters[name], resumed.parameters[name]) for name in whole.parameters)
     assert len((tmp_path / "p.jsonl").read_text().splitlines()) == 4
     with pytest.raises(InvalidPredictor, match="belongs to another training"):
-        train_predictor(training(iterations=4, penalty=7.0), files, resume=True, progress=False)
+        trained(training(iterations=4, penalty=7.0), files, resume=True)
 
 
 @pytest.mark.parametrize("damage", ["junk", "lacking", "shorter"])
@@ -105,19 +107,45 @@ def test_a_damaged_checkpoint_is_one_of_a_predictor(damage: str, tmp_path: Path)
         network = {name: value[:1] for name, value in made.network.state_dict().items()}
         save_checkpoint({"key": made.key, **made.state(), "network": network}, path)
     with pytest.raises(InvalidPredictor, match=r"is not a checkpoint|is damaged") as caught:
-        train_predictor(made, Files(checkpoint=path), resume=True, progress=False)
+        trained(made, Files(checkpoint=path), resume=True)
     assert caught.value.where == str(path)
     assert caught.value.fix == "remove it and train from the start"
 
 
-def test_what_was_trained_samples(tmp_path: Path) -> None:
-    made = training(kind="network")
-    train_predictor(made, progress=False).save(tmp_path / "p.safetensors")
-    assert load_predictor(tmp_path / "p.safetensors").facts.iterations == 4
-    sample = dit(layers=3)
-    scheduler = DDIMScheduler(clip_sample=False)
-    scheduler.set_timesteps(STEPS)
-    model = dicompile.optimize(sample.model, TokenCache(tmp_path / "p.safetensors"), schedule=scheduler, mode="eager")
-    for timestep in scheduler.timesteps:
-        output = model(**{**sample.inputs, "timestep": timestep.expand(4)})
-    assert torch.isfinite(output[0]).all()
+def test_the_loss_falls_and_what_was_trained_samples_in_the_pipeline(tmp_path: Path) -> None:
+    """Trained on the runs of a pipeline with guidance, and used by that pipeline."""
+    sampler = pipes.dit()
+    with dicompile.record_trajectories(sampler.pipe) as trajectories:
+        sampler(STEPS)
+    options = PredictorOptions(24, penalty=0.5, lr=2e-2, calibration=2)
+    files = Files(log=tmp_path / "p.jsonl")
+    train_predictor(sampler.pipe, trajectories, options, files=files, progress=False).save(tmp_path / "p.safetensors")
+    lines = [json.loads(line) for line in (tmp_path / "p.jsonl").read_text().splitlines()]
+    losses = [line["relative_error"] + 0.5 * line["importance"] for line in lines]
+    assert sum(losses[-6:]) < 0.8 * sum(losses[:6])
+    assert load_predictor(tmp_path / "p.safetensors").facts.iterations == 24
+    uncached = sampler(STEPS)
+    dicompile.optimize(sampler.pipe, TokenCache(tmp_path / "p.safetensors", intervals=(1, 1)), backend="eager")
+    cached = sampler(STEPS)
+    assert dicompile.report(sampler.pipe).kinds["partial"] == 2
+    assert 0 < (cached - uncached).norm() < 0.5 * uncached.norm()
+
+
+def test_a_single_step_has_nothing_to_reuse() -> None:
+    sample, _ = flow()
+    with pytest.raises(InvalidPredictor, match="a run of one step"):
+        PredictorTraining(sample.model, recorded(sample, 1, 1), PredictorOptions(1))
+
+
+def test_a_predictor_is_for_calls_of_one_kind() -> None:
+    sample, source = flow()
+    halved = {
+        **sample.inputs,
+        "hidden_states": sample.inputs["hidden_states"][:2],
+        "class_labels": torch.tensor([1, 2]),
+    }
+    other = recorded(Sample(sample.model, halved), STEPS, 1)
+    mixed = Trajectories(source.model, source.sampler, source.timesteps, [*source.all[:1], *other.all])
+    made = PredictorTraining(sample.model, mixed, PredictorOptions(1, batch=8))
+    with pytest.raises(InvalidTrainingData, match="not like the first one"):
+        made.advance()

@@ -15,13 +15,15 @@ from torch import Tensor
 
 import dicompile
 from dicompile.errors import InvalidRouter
-from dicompile.learn.graph import LearnableModel, learnable
+from dicompile.learn.graph import learnable
 from dicompile.learn.objective import Objective, training_iteration
-from dicompile.learn.router import RouterOptions, RouterTraining, sweep_penalties, train_router, with_penalty
-from dicompile.learn.samplers import Ddim, DpmSolver2
-from dicompile.learn.training import Files
-from dicompile.policies import LearningToCache
+from dicompile.learn.router import PUBLISHED, RouterOptions, RouterTraining, train_router, with_penalty
+from dicompile.learn.training import Files, descend, run_to_end
+from dicompile.learn.trajectory import Trajectories
+from dicompile.policies import LearningToCache, NoCache, Router
+from tests.learn.flows import final, recorded, runs_of
 from tests.models import PlainDiT, Sample, plain_dit, redraw, run
+from tests.pipelines import pipes
 from tests.uvit import UViT, forward_with, uvit
 
 STEPS = 6
@@ -110,119 +112,83 @@ SAMPLE = Sample(
     redraw(PlainDiT(layers=2, width=16, size=4)),
     {"x": torch.randn(4, 4, 4, 4), "t": torch.full((4,), 500), "y": torch.tensor([1, 2, 10, 10])},
 )
+OPTIONS = RouterOptions(iterations=8, objective=Objective(1e-3), lr=0.1, batch=2, seed=3)
 
 
 @pytest.fixture(scope="module")
-def model() -> LearnableModel:
-    return learnable(SAMPLE.model, SAMPLE.inputs)
+def runs() -> Trajectories:
+    return recorded(SAMPLE, STEPS, 3)
 
 
-def data(generator: torch.Generator) -> dict[str, Tensor]:
-    labels = torch.randint(10, (4,), generator=generator)
-    return {"latents": torch.randn(4, 4, 4, 4, generator=generator), "y": labels}
+def training(source: Trajectories, options: RouterOptions = OPTIONS) -> RouterTraining:
+    return RouterTraining(SAMPLE.model, source, options)
 
 
-OPTIONS = RouterOptions(iterations=8, objective=Objective(1e-3), lr=0.1, seed=3)
+def trained(source: Trajectories, options: RouterOptions = OPTIONS, **more: Any) -> Router:
+    return train_router(SAMPLE.model, source, options, progress=False, **more)
 
 
-def sampler() -> Ddim:
-    return Ddim(DDIMScheduler(clip_sample=False, timestep_spacing="trailing"), STEPS)
-
-
-def training(model: LearnableModel, options: RouterOptions = OPTIONS) -> RouterTraining:
-    return RouterTraining(model, sampler(), data, options, null={"y": 10})
-
-
-def test_the_same_seed_trains_the_same_router(model: LearnableModel) -> None:
-    first, again = (train_router(training(model), progress=False) for _ in range(2))
-    other = train_router(training(model, replace(OPTIONS, seed=4)), progress=False)
+def test_the_same_seed_trains_the_same_router(runs: Trajectories) -> None:
+    first, again = (trained(runs) for _ in range(2))
+    other = trained(runs, replace(OPTIONS, seed=4))
     assert torch.equal(first.logits, again.logits)
     assert not torch.equal(first.logits, other.logits)
 
 
-def test_a_resumed_run_equals_an_uninterrupted_one_bit_by_bit(model: LearnableModel, tmp_path: Path) -> None:
+def test_a_resumed_run_equals_an_uninterrupted_one_bit_by_bit(runs: Trajectories, tmp_path: Path) -> None:
     whole = Files(tmp_path / "whole.ckpt", tmp_path / "whole.jsonl", every=3)
-    expected = train_router(training(model), whole, progress=False)
+    expected = trained(runs, files=whole)
     files = Files(tmp_path / "r.ckpt", tmp_path / "r.jsonl", every=3)
-    interrupted = training(model)
+    interrupted = training(runs)
     advance, interrupted.advance = interrupted.advance, lambda: advance() if interrupted.iteration < 5 else 1 / 0
     with pytest.raises(ZeroDivisionError):
-        train_router(interrupted, files, progress=False)
+        run_to_end(interrupted, files, progress=False)
     with (tmp_path / "r.jsonl").open("a") as log:
         log.write('{"iteration": 6, "ca')  # killed while it wrote
-    resumed = training(model)
-    router = train_router(resumed, files, resume=True, progress=False)
+    router = trained(runs, files=files, resume=True)
     assert torch.equal(router.logits, expected.logits)
     assert (tmp_path / "r.jsonl").read_text() == (tmp_path / "whole.jsonl").read_text()
     assert router.facts == expected.facts
 
 
-def test_only_rows_of_cache_steps_are_trained(model: LearnableModel) -> None:
-    run_ = training(model)
+def test_only_rows_of_cache_steps_are_trained(runs: Trajectories) -> None:
+    run_ = training(runs)
     before = run_.router().logits
-    router = train_router(run_, progress=False)
+    run_to_end(run_, progress=False)
+    router = run_.router()
     changed = (router.logits != before).any(1).tolist()
     assert changed[1::2] == [False] * 3
     assert any(changed[::2])
 
 
-def test_a_step_moves_one_row_only_and_not_that_of_the_step_before(model: LearnableModel) -> None:
+def test_a_step_moves_one_row_only_and_not_that_of_the_step_before(runs: Trajectories) -> None:
     """Momentum must not carry on in rows that an iteration did not draw."""
-    run_ = training(model)
+    run_ = training(runs)
     for _ in range(8):
         before = run_.router().logits
         entry = run_.advance()
         assert (run_.router().logits != before).any(1).nonzero().flatten().tolist() == [entry.row]
 
 
-def test_logits_stay_within_their_bound(model: LearnableModel) -> None:
-    router = train_router(training(model, replace(OPTIONS, lr=4.0, clamp=2.0)), progress=False)
+def test_logits_stay_within_their_bound(runs: Trajectories) -> None:
+    router = trained(runs, replace(OPTIONS, lr=4.0, clamp=2.0))
     assert router.logits.abs().max() <= 2.0
-    free = train_router(training(model, replace(OPTIONS, lr=4.0, clamp=None)), progress=False)
+    free = trained(runs, replace(OPTIONS, lr=4.0, clamp=None))
     assert free.logits.abs().max() > 5.0
 
 
-def test_a_large_penalty_caches_everything_and_none_nothing(model: LearnableModel) -> None:
+def test_a_large_penalty_caches_everything_and_none_nothing(runs: Trajectories) -> None:
     options = replace(OPTIONS, iterations=24, lr=3.0)
-    routers = sweep_penalties(lambda x: training(model, with_penalty(options, x)), [0.0, 1e3], progress=False)
+    routers = {penalty: trained(runs, with_penalty(options, penalty)) for penalty in (0.0, 1e3)}
     cached = {penalty: sum(router.cached(0.5).values()) for penalty, router in routers.items()}
     assert cached[1e3] == 3 * 4
     assert cached[0.0] == 0
     assert routers[1e3].facts.penalty == 1e3
 
 
-def test_dropped_labels_are_shared_by_all_evaluations(model: LearnableModel) -> None:
-    seen: list[Tensor] = []
-    spied = training(model, replace(OPTIONS, label_dropout=0.5))
-
-    class Spy:
-        def __getattr__(self, name: str) -> Any:
-            return getattr(model, name)
-
-        def record(self, inputs: Any) -> Any:
-            seen.append(inputs["y"])
-            return model.record(inputs)
-
-        def predict(self, inputs: Any) -> Any:
-            seen.append(inputs["y"])
-            return model.predict(inputs)
-
-        def blend(self, inputs: Any, *arguments: Any) -> Any:
-            seen.append(inputs["y"])
-            return model.blend(inputs, *arguments)
-
-    spied.model = Spy()  # type: ignore[assignment]
-    for _ in range(5):
-        spied.advance()
-    assert all(torch.equal(seen[i], seen[i + j]) for i in range(0, 15, 3) for j in (1, 2))
-    dropped = torch.cat(seen) == 10
-    assert dropped.any()
-    assert not dropped.all()
-
-
-def test_the_log_says_what_every_iteration_did(model: LearnableModel, tmp_path: Path) -> None:
+def test_the_log_says_what_every_iteration_did(runs: Trajectories, tmp_path: Path) -> None:
     files = Files(log=tmp_path / "new" / "log.jsonl")
-    train_router(training(model), files, progress=False)
+    trained(runs, files=files)
     lines = [json.loads(line) for line in (tmp_path / "new" / "log.jsonl").read_text().splitlines()]
     assert [line["iteration"] for line in lines] == list(range(1, 9))
     assert {line["row"] for line in lines} <= {0, 2, 4}
@@ -230,70 +196,109 @@ def test_the_log_says_what_every_iteration_did(model: LearnableModel, tmp_path: 
     assert all(line["data_loss"] > 0 and 0 < line["score_sum"] < 4 and 0 <= line["cached"] <= 4 for line in lines)
 
 
-def test_a_trained_router_runs_on_its_model(model: LearnableModel) -> None:
-    router = train_router(training(model), progress=False)
-    assert router.facts.sampler == "DDIMScheduler"
-    assert router.facts.sites == tuple(site.label for site in model.structure.sites)
-    times = [int(t) for t in router.facts.timesteps]
+def test_a_trained_router_runs_on_its_model(runs: Trajectories) -> None:
+    router = trained(runs)
+    assert (router.facts.sampler, router.facts.batch) == ("FlowMatchEulerDiscreteScheduler", 8)
+    assert router.facts.sites == ("0.self-attention", "0.mlp", "1.self-attention", "1.mlp")
+    times = list(router.facts.timesteps)
     fast = dicompile.optimize(SAMPLE.model, LearningToCache(router, threshold=0.5), schedule=times, mode="eager")
     assert len(run(fast, SAMPLE.inputs, times)) == STEPS
 
 
 def test_uvit_records_in_the_middle_of_the_step_before_and_sums_squares() -> None:
-    """A whole iteration, drawn and all, against the one written by hand."""
+    """A whole evaluation of a recorded run against the one written by hand."""
     sample, objective = uvit(depth=2), Objective(0.1, "sum")
-    learned, solver = learnable(sample.model, sample.inputs), DpmSolver2.of(DDIMScheduler(), 8)
-
-    def draw(generator: torch.Generator) -> dict[str, Tensor]:
-        return {"latents": torch.randn(2, 4, 8, 8, generator=generator), "y": torch.tensor([1, 10])}
-
-    options = RouterOptions(iterations=1, objective=objective, clamp=None)
-    made = RouterTraining(learned, solver, draw, options)
-    row, call, state = made.rows[2].detach().clone(), 4, made.generator.get_state()
-    (gradient,) = torch.autograd.grad(made.evaluate(call, made.rows[2]).loss, made.rows[2])
-    made.generator.set_state(state)
-    clean, noise, conditioning = made.draw()
-    evaluations = []
-
-    def predict(latent: Tensor, timestep: float) -> Tensor:
-        evaluations.append((sample.model, latent, torch.full((2,), timestep), conditioning["y"]))
-        with torch.no_grad():
-            return sample.model(*evaluations[-1][1:])
-
-    latent = solver.advance(call, clean, noise, predict)
-    at = (sample.model, latent, torch.full((2,), solver.timestep(call)), conditioning["y"])
-    assert len(evaluations) == 2
-    _, _, expected = by_hand(uvit_forward, evaluations[-1], at, row, objective)
+    source = recorded(sample, 8, 1, scheduler=DDIMScheduler(clip_sample=False))
+    made = RouterTraining(sample.model, source, replace(PUBLISHED["dpm-solver-2"], objective=objective))
+    assert [call for call, _ in made.calls] == [2, 4, 6]
+    call, row = made.calls[1]
+    logits, (run_,) = made.rows[row].detach().clone(), source.all
+    (gradient,) = torch.autograd.grad(made.evaluate(run_, call, made.rows[row]).loss, made.rows[row])
+    before, at = ((sample.model, *(run_.calls[i][name] for name in sample.inputs)) for i in (call - 1, call))
+    _, _, expected = by_hand(uvit_forward, before, at, logits, objective)
     torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_a_batch_is_the_mean_of_its_trajectories(runs: Trajectories) -> None:
+    made = training(runs)
+    call, row = made.calls[1]
+    one_by_one = []
+    for trajectory in runs.all[:2]:
+        loss = made.evaluate(trajectory, call, made.rows[row]).loss
+        one_by_one.append(torch.autograd.grad(loss, made.rows[row])[0])
+    descend(made.optimiser, runs.all[:2], lambda each: (made.evaluate(each, call, made.rows[row]).loss,))
+    torch.testing.assert_close(made.rows[row].grad, (one_by_one[0] + one_by_one[1]) / 2)
+
+
+def test_a_learned_router_beats_others_that_cache_as_much() -> None:
+    """Nearer to the uncached latents than with shuffled rows, in a guided flow-matching run from other noise."""
+    lively = pipes.lively(PlainDiT(layers=3, width=16, size=8))
+    sample = Sample(lively, {**SAMPLE.inputs, "x": torch.randn(4, 4, 8, 8)})
+    made, uncached = runs_of(sample, 8, guidance=2.0), NoCache()
+    options = RouterOptions(iterations=80, objective=Objective(1e-5, "sum"), lr=0.3, threshold=0.5)
+    router = train_router(sample.model, recorded(sample, 8, 2, guidance=2.0), options, progress=False)
+    true = final(sample, made, uncached, 7)
+
+    def error(made_: Router) -> float:
+        return float((final(sample, made, LearningToCache(made_), 7) - true).norm() / true.norm())
+
+    generator, others = torch.Generator().manual_seed(0), []
+    for _ in range(3):
+        rows = torch.stack([row[torch.randperm(len(row), generator=generator)] for row in router.logits])
+        others.append(error(replace(router, logits=rows)))
+    cached = sum(router.cached().values())
+    assert 0 < cached < 4 * router.sites
+    assert error(router) < 0.8 * min(others)
+
+
+def test_a_pipeline_trains_on_its_own_runs() -> None:
+    """Whatever the pipeline is, its guidance and its scheduler; optimized or not."""
+    sampler = pipes.sd3()
+    stream = dicompile.Stream(sampler.pipe, lambda number: sampler(4, seed=number), keep=1, every=2)
+    router = train_router(sampler.pipe, stream, replace(OPTIONS, iterations=3), progress=False)
+    assert (router.facts.model, router.facts.iterations) == ("SD3Transformer2DModel", 3)
+    dicompile.optimize(sampler.pipe, LearningToCache(router, threshold=0.9), backend="eager")
+    sampler(4)
+    assert dicompile.report(sampler.pipe).kinds["reuse"] == 2
+
+
+def test_runs_of_several_sizes_train_one_router(runs: Trajectories) -> None:
+    """Prompts are not padded by every pipeline, and their guidance partners have lengths of their own."""
+    halved = Sample(SAMPLE.model, {name: value[:2] for name, value in SAMPLE.inputs.items()})
+    others = recorded(halved, STEPS, 1)
+    made = training(Trajectories(runs.model, runs.sampler, runs.timesteps, [runs.all[0], *others.all]))
+    call, row = made.calls[0]
+    for trajectory, source in ((runs.all[0], runs), (others.all[0], others)):
+        alone = training(source).evaluate(trajectory, call, made.rows[row])
+        assert torch.equal(made.evaluate(trajectory, call, made.rows[row]).loss, alone.loss)
 
 
 # Mistakes -------------------------------------------------------------------------------------------------------------
 
 
-def test_an_odd_number_of_steps_is_refused_at_once(model: LearnableModel) -> None:
-    odd = Ddim(DDIMScheduler(clip_sample=False), 5)
+def test_an_odd_number_of_steps_is_refused_at_once() -> None:
     with pytest.raises(InvalidRouter, match="5 steps are odd"):
-        RouterTraining(model, odd, data, OPTIONS)
+        training(recorded(SAMPLE, 5, 1))
 
 
-def test_a_checkpoint_of_another_training_is_refused(model: LearnableModel, tmp_path: Path) -> None:
+def test_a_checkpoint_of_another_training_is_refused(runs: Trajectories, tmp_path: Path) -> None:
     files = Files(tmp_path / "r.ckpt")
-    train_router(training(model, replace(OPTIONS, iterations=1)), files, progress=False)
+    trained(runs, replace(OPTIONS, iterations=1), files=files)
     with pytest.raises(InvalidRouter, match="belongs to another training") as caught:
-        train_router(training(model, replace(OPTIONS, lr=0.2)), files, resume=True, progress=False)
+        trained(runs, replace(OPTIONS, lr=0.2), files=files, resume=True)
     assert '"lr": 0.1' in caught.value.why
     assert '"lr": 0.2' in caught.value.why
 
 
-def test_more_iterations_continue_a_finished_training(model: LearnableModel, tmp_path: Path) -> None:
+def test_more_iterations_continue_a_finished_training(runs: Trajectories, tmp_path: Path) -> None:
     files = Files(tmp_path / "r.ckpt")
-    train_router(training(model, replace(OPTIONS, iterations=3)), files, progress=False)
-    longer = train_router(training(model), files, resume=True, progress=False)
-    assert torch.equal(longer.logits, train_router(training(model), progress=False).logits)
+    trained(runs, replace(OPTIONS, iterations=3), files=files)
+    longer = trained(runs, files=files, resume=True)
+    assert torch.equal(longer.logits, trained(runs).logits)
 
 
 @pytest.mark.parametrize("content", [b"", b"junk"])
-def test_a_damaged_checkpoint_is_named(model: LearnableModel, content: bytes, tmp_path: Path) -> None:
+def test_a_damaged_checkpoint_is_named(runs: Trajectories, content: bytes, tmp_path: Path) -> None:
     (tmp_path / "r.ckpt").write_bytes(content)
     with pytest.raises(InvalidRouter, match=r"r\.ckpt is not a checkpoint"):
-        train_router(training(model), Files(tmp_path / "r.ckpt"), resume=True, progress=False)
+        trained(runs, files=Files(tmp_path / "r.ckpt"), resume=True)

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dicompile.plan import Cadence, Magnitudes, Window
-from dicompile.policies import FORA, PAB, MagCache, TaylorSeer, ToCa, ToCaPixArt
+from dicompile.policies import FORA, PAB, MagCache, Spectrum, TaylorSeer, ToCa, ToCaPixArt
 
 
 def letters(cadence: Cadence, steps: int) -> str:
@@ -197,3 +197,27 @@ def test_outside_of_its_timesteps_a_cadence_is_full() -> None:
     rest = PAB(4, timesteps=(200, 800)).rules[0].cadence
     assert rest is not None
     assert [m.others for m in rest.moments(10, 3, timesteps[3:])] == [m == "F" for m in "FF...FF"]
+
+
+def spectrum_as_it_runs(steps: int, warmup: int, window: float, flex: float) -> list[int]:
+    """The counters of Spectrum's code: steps in a row that were cached, and a window that grows with full steps."""
+    cached, full = 0, []
+    for step in range(steps):
+        is_full = True
+        if step >= warmup:
+            is_full = (cached + 1) % int(window) == 0
+            if is_full:
+                window = round(window + flex, 3)
+        cached = 0 if is_full else cached + 1
+        full += [step] if is_full else []
+    return full
+
+
+@pytest.mark.parametrize(
+    ("interval", "growth", "warmup"), [(2, 0.75, 5), (2, 3.0, 5), (3, 0.1, 1), (1, 0.25, 2), (4, 0, 3)]
+)
+@pytest.mark.parametrize("steps", [12, 50])
+def test_intervals_that_grow_are_those_of_spectrum(steps: int, interval: int, growth: float, warmup: int) -> None:
+    made = Spectrum(interval=interval, growth=growth, warmup=warmup).cadence
+    full = [moment.step for moment in made.moments(steps) if moment.first]
+    assert full == spectrum_as_it_runs(steps, warmup, interval, growth)

@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dicompile.plan import Action, Forecast, What, polynomial_weights, taylor_weights
+from dicompile.errors import InvalidPolicy
+from dicompile.plan import Action, Forecast, Spectral, What, chebyshev_weights, polynomial_weights, taylor_weights
 
 
 def by_recursion(stored: list[int], values: list[float], step: int, order: int) -> float:
@@ -120,3 +121,79 @@ def test_a_forecast_takes_the_differences_that_it_names() -> None:
 
 def test_evenly_spaced_lines_do_not_tell_the_two_apart() -> None:
     assert taylor_weights((6, 3), 8, 1) == pytest.approx(polynomial_weights((6, 3), 8, 1))
+
+
+# Other bases ----------------------------------------------------------------------------------------------------------
+
+
+def hermite(x: float, degree: int) -> float:
+    """The physicists' Hermite polynomials by their recurrence."""
+    before, now = 0.0, 1.0
+    for k in range(degree):
+        before, now = now, 2 * x * now - 2 * k * before
+    return now
+
+
+@settings(deadline=None)
+@given(histories, st.integers(1, 8), st.integers(0, 4), st.floats(0.2, 1), st.data())
+def test_hicache_puts_scaled_hermite_polynomials_in_the_place_of_powers(
+    stored: list[int], step: int, order: int, scale: float, data: st.DataObject
+) -> None:
+    """Its forecast is F_0 + sum of H_k(c x) c^k / k! times the k-th difference, as its code has it."""
+    reach = stored[: order + 1]
+    values = data.draw(st.lists(st.floats(-9, 9), min_size=len(reach), max_size=len(reach)))
+    factors: list[float] = []
+    for i, (time, value) in enumerate(zip(reach[::-1], values[::-1], strict=True)):
+        newer = [value]
+        for old in factors[:order]:
+            newer.append((newer[-1] - old) / (time - reach[::-1][i - 1]))
+        factors = newer
+    x = step - stored[0]
+    expected = sum(hermite(scale * x, k) * scale**k / math.factorial(k) * each for k, each in enumerate(factors))
+    weights = taylor_weights(stored, step, order, scale)
+    assert np.dot(weights, values) == pytest.approx(expected, rel=1e-9, abs=1e-6)
+    assert Forecast(order=order, hermite=scale).action(stored, step).weights == (0.0, *weights)
+
+
+def test_divided_differences_and_hermite_polynomials_do_not_go_together() -> None:
+    with pytest.raises(InvalidPolicy, match="takes backward differences"):
+        Forecast(differences="divided", hermite=0.5)
+
+
+def spectrum(times: list[int], values: list[float], step: int, degree: int, ridge: float, share: float) -> float:
+    """Ridge regression as least squares with rows for the regularisation, mixed with the line through the last two."""
+    design = np.array([[math.cos(k * math.acos(2 * t / 50 - 1)) for k in range(degree + 1)] for t in [*times, step]])
+    augmented = np.vstack([design[:-1], math.sqrt(ridge) * np.eye(degree + 1)])
+    found, *_ = np.linalg.lstsq(augmented, np.array([*values, *[0.0] * (degree + 1)]), rcond=None)
+    line = values[-1]
+    if len(times) > 1:
+        line += (step - times[-1]) / (times[-1] - times[-2]) * (values[-1] - values[-2])
+    return float(share * (design[-1] @ found) + (1 - share) * line)
+
+
+@settings(deadline=None)
+@given(
+    st.sets(st.integers(0, 30), min_size=1, max_size=9),
+    st.integers(1, 20),
+    st.integers(0, 6),
+    st.floats(0, 1),
+    st.data(),
+)
+def test_spectrum_is_a_ridge_regression_on_chebyshev_polynomials(
+    steps: set[int], ahead: int, degree: int, share: float, data: st.DataObject
+) -> None:
+    times = sorted(steps)
+    values = data.draw(st.lists(st.floats(-9, 9), min_size=len(times), max_size=len(times)))
+    step = times[-1] + ahead
+    action = Spectral(degree=degree, ridge=0.1, share=share).action(times[::-1], step)
+    assert action.weights[0] == 0.0
+    assert action.what is What.STREAM
+    found = np.dot(action.weights[1:], values[::-1])
+    assert found == pytest.approx(spectrum(times, values, step, degree, 0.1, share), rel=1e-6, abs=1e-6)
+
+
+def test_a_weak_ridge_continues_the_polynomial() -> None:
+    times = [0, 3, 5, 9, 12, 20]
+    values = [0.5 * t**2 - t + 3 for t in times]
+    weights = chebyshev_weights(times[::-1], 24, 2, 1e-9, 50)
+    assert np.dot(weights, values[::-1]) == pytest.approx(0.5 * 24**2 - 24 + 3, rel=1e-5)

@@ -189,7 +189,7 @@ def test_a_table_may_recall_by_forecasts_of_what_each_site_stored() -> None:
     ("do", "steps", "text"),
     [
         (Table(compute=((True, True),)), 2, "the table of policy 'mine' has 1 steps, the schedule 2"),
-        (Table(compute=((True,),)), 1, "the table of policy 'mine' is for 1 sites, the model has 2"),
+        (Table(compute=((True,) * 3,)), 1, "the table of policy 'mine' is for 3 sites, the model has 2"),
         (TokenTable(counts=((TOKENS,) * 3,)), 1, "the table of policy 'mine' is for 3 sites, the model has 2"),
         (
             Table(compute=((True, False), (True, True))),

@@ -119,37 +119,35 @@ def test_the_timesteps_of_the_training_fit() -> None:
 # U-ViT with DPM-Solver-2 ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:__array_wrap__ must accept context:DeprecationWarning")
 @pytest.mark.parametrize(("steps", "cache_steps"), [(20, 9), (50, 24)])
 def test_uvit_reuses_the_evaluation_in_the_middle_of_the_step_before(steps: int, cache_steps: int) -> None:
     """Guidance of two calls per evaluation, each with a cache of its own, against the cache written by hand."""
-    from diffusers import DDIMScheduler
-
-    from dicompile.learn.samplers import DpmSolver2
+    from diffusers import DPMSolverSinglestepScheduler
 
     sample, labels = uvit(depth=2), {"cond": torch.tensor([1, 3]), "uncond": torch.tensor([10, 10])}
     logits = torch.randn(steps, 6, generator=torch.Generator().manual_seed(1)) * 3
     made = Router(logits, "dpm-solver-2", 0.9)
-    solver = DpmSolver2.of(DDIMScheduler(), steps)
-    fast = dicompile.optimize(sample.model, LearningToCache(made), schedule=list(solver.timesteps), mode="eager")
+    solver = DPMSolverSinglestepScheduler(solver_order=2, lower_order_final=False, final_sigmas_type="sigma_min")
+    solver.set_timesteps(steps)
+    fast = dicompile.optimize(sample.model, LearningToCache(made), schedule=solver, mode="eager")
     by_hand = {name: CachedUViT(sample.model) for name in labels}
     compute = made.schedule().tolist()
     calls: list[bool] = []
 
-    def predict(latent: torch.Tensor, timestep: float) -> torch.Tensor:
-        time = torch.full((2,), timestep)
+    latent = torch.randn(2, 4, 8, 8)
+    for timestep in solver.timesteps:
         outputs = {}
         for name, y in labels.items():
             with dicompile.cache_context(name):
-                outputs[name] = fast(x=latent, timesteps=time, y=y)
+                outputs[name] = fast(x=latent, timesteps=timestep.expand(2), y=y)
             with torch.no_grad():
-                expected = by_hand[name](latent, time, y, compute[len(calls)])
+                expected = by_hand[name](latent, timestep.expand(2), y, compute[len(calls)])
             assert torch.equal(outputs[name], expected), f"call {len(calls)}"
         calls.append(all(compute[len(calls)]))
-        return outputs["cond"] + 0.4 * (outputs["cond"] - outputs["uncond"])
-
-    latent = torch.randn(2, 4, 8, 8)
-    for step in range(steps // 2):
-        latent = solver.update(step, latent, predict)
+        guided = outputs["cond"] + 0.4 * (outputs["cond"] - outputs["uncond"])
+        latent = solver.step(guided, timestep, latent, return_dict=False)[0]
     assert len(calls) == steps
     assert calls[0]
     assert all(calls[1::2])

@@ -36,7 +36,9 @@ from dicompile.policies import (
     DuCa,
     DuCaFlux,
     DuCaPixArt,
+    HiCache,
     NoCache,
+    Spectrum,
     TaylorSeer,
     TaylorSeerLite,
     ToCa,
@@ -47,7 +49,7 @@ from dicompile.policies import (
 )
 from tests.capture.captured import structure
 
-LEARNED = {"l2c", "tokencache"}
+LEARNED = {"l2c", "smoothcache", "tokencache"}
 """Policies that need a file."""
 
 ratios, numbers = st.floats(0, 1), st.floats(-10, 10)
@@ -130,6 +132,8 @@ published = st.one_of(
     st.builds(ToCaFlux, interval=st.integers(1, 9), ratio=ratios, seed=st.integers(0, 9)),
     st.builds(DuCa, aggressive=st.sampled_from(["stream", "update"]), **shared),
     st.builds(TaylorSeer, interval=st.integers(1, 9), order=st.integers(0, 5), warmup=st.integers(1, 5)),
+    st.builds(HiCache, order=st.integers(0, 5), scale=st.floats(0.1, 2)),
+    st.builds(Spectrum, growth=st.floats(0, 3), degree=st.integers(0, 6), share=ratios),
     st.builds(TaylorSeerLite, order=st.integers(0, 5), what=st.sampled_from(["stream", "update"])),
 )
 

@@ -1,0 +1,103 @@
+"""Runs under the eyes of an observer: whatever pipeline and scheduler they have, every step computes everything."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from typing import Any, Protocol, TypeVar
+
+from torch import nn
+
+from dicompile.api import cached_in, optimize, restore
+from dicompile.errors import NotOptimized, UnsupportedModel
+from dicompile.lower import Backend, Hoist
+from dicompile.model import ModelCalls
+from dicompile.pipelines import denoisers, optimized_components
+from dicompile.plan import UNLIMITED
+from dicompile.policies import NoCache
+from dicompile.runtime import Observer
+from dicompile.wrapper import CachedModel, find_optimized, record_of, without_compile
+
+
+class Watcher(Observer, Protocol):
+    """Watches the calls of one model.
+
+    Attributes:
+        calls: what is watched; set when the watch begins.
+    """
+
+    calls: ModelCalls
+
+
+W = TypeVar("W", bound=Watcher)
+
+
+@contextlib.contextmanager
+def watched(
+    model: Any, watcher_of: Callable[[CachedModel], W], components: Sequence[str] | None, backend: str | None
+) -> Iterator[W]:
+    """Watch the one denoiser inside a ``with``; nothing is cached meanwhile, and afterwards the model is as it was.
+
+    Args:
+        model: a pipeline, optimized or not; or a module that `dicompile.optimize` returned.
+        watcher_of: makes the watcher of an optimized denoiser.
+        components: of a pipeline that is not optimized: the denoiser, if it has several.
+        backend: what runs the steps; by default that of an optimized model, else "eager".
+
+    Raises:
+        NotOptimized: a module that was not optimized; its wrapper is what has to be called.
+        UnsupportedModel: several denoisers.
+    """
+    is_ours = not isinstance(model, nn.Module) and not optimized_components(model)
+    if is_ours:
+        optimize(model, NoCache(), backend=backend or "eager", components=components)
+    elif isinstance(model, nn.Module) and find_optimized(model) is None:
+        raise NotOptimized(
+            f"this {type(model).__name__} was not optimized",
+            where="dicompile.learn",
+            why="its steps are followed in calls of the wrapper that `optimize` returns",
+            fix="model = dicompile.optimize(model, 'none', schedule=scheduler), and sample with it",
+        )
+    try:
+        cached = _single(model, cached_in(model), fix='components=["transformer"]')
+        record, watcher = record_of(cached), watcher_of(cached)
+        options = replace(record.options, policy=NoCache(), cache=UNLIMITED, hoist=Hoist.NOTHING, observer=watcher)
+        if backend is not None or options.backend.in_background:
+            options = replace(options, backend=Backend.of(backend or "inductor"))
+        calls, record.calls = record.calls, ModelCalls(record.module, options)
+        watcher.calls = record.calls
+        try:
+            yield watcher
+        finally:
+            record.calls = calls
+    finally:
+        if is_ours:
+            restore(model)
+
+
+def denoiser_of(model: Any) -> nn.Module:
+    """The one denoiser itself, of a pipeline or a module, optimized or not.
+
+    Raises:
+        UnsupportedModel: there are several, or none.
+    """
+    found = [model] if isinstance(model, nn.Module) else list(denoisers(model).values())
+    module = _single(model, found, fix="give the one that was recorded: pipe.transformer")
+    cached = find_optimized(module)
+    return without_compile(module) if cached is None else record_of(cached).module
+
+
+M = TypeVar("M", bound=nn.Module)
+
+
+def _single(model: Any, found: Sequence[M], *, fix: str) -> M:
+    """The one denoiser."""
+    if len(found) > 1:
+        raise UnsupportedModel(
+            f"{type(model).__name__} has {len(found)} denoisers, and one can be recorded at a time",
+            where="dicompile.learn",
+            why="a recording is of one model over all steps of the schedule",
+            fix=fix,
+        )
+    return found[0]
