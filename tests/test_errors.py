@@ -361,7 +361,7 @@ CASES: list[tuple[type[errors.DicompileError], Callable[[], Any], str]] = [
     (
         errors.CannotBatch,
         lambda: call_for_request(policy="first-block-cache"),
-        "policy 'first-block-cache-0.08' decides for a whole batch at once, by how far it has drifted\n"
+        "policy 'first-block-0.05' decides for a whole batch at once, by how far it has drifted\n"
         "  where: dicompile.serve\n"
         "  why:   the picture of a request would depend on whose batch it is in\n"
         "  fix:   a policy whose plan is known before: fora, toca, duca, taylorseer, auto",

@@ -46,6 +46,7 @@ class Served:
         finished: requests that were closed.
         cancelled: requests that were cancelled.
         timed_out: requests that took too long.
+        failed: requests whose thread raised something else.
         cache_bytes: bytes of the slots that open requests hold.
         reserved_bytes: bytes that their plans may hold at most.
         most_reserved_bytes: the most of that so far.
@@ -62,6 +63,7 @@ class Served:
     finished: int
     cancelled: int
     timed_out: int
+    failed: int
     cache_bytes: int
     reserved_bytes: int
     most_reserved_bytes: int
@@ -106,7 +108,7 @@ class Batcher:
 
     def __init__(
         self,
-        model: nn.Module,
+        model: Any,
         *,
         backend: str = "inductor",
         sizes: Sequence[int] = (1, 2, 4, 8),
@@ -227,6 +229,7 @@ class Batcher:
             finished=counts.ended["finished"],
             cancelled=counts.ended["cancelled"],
             timed_out=counts.ended["timed out"],
+            failed=counts.ended["failed"],
             cache_bytes=sum(request.session.cache_bytes for request in requests),
             reserved_bytes=self.budget.taken,
             most_reserved_bytes=self.budget.most,
