@@ -67,12 +67,24 @@ def _followed(capture: Capture, given: Collection[int], smaller: Capture) -> dic
         if node.op == "call_function" and any(parent in layouts for parent in node.all_input_nodes):
             carried = attention_apart(node, layouts) if is_attention(node) else carry(node, layouts)
             layouts[node] = carried.layout
+    for (node, number), (other, before) in itertools.zip_longest(
+        _numbers(capture), _numbers(smaller), fillvalue=(None, ())
+    ):
+        if node is None or other is None or (node.target, number) != (other.target, before):
+            raise MixesTokens(node or other, "depends on the size of the batch")
     beside, before = _beside(capture, given), _beside(smaller, given)
     for node, other in itertools.zip_longest(beside, before):
         if node is None or other is None or node.target != other.target:
             raise MixesTokens(node or other, "depends on the size of the batch")
         _check_same(node, other)
     return {node.name: layout for node, layout in layouts.items()}
+
+
+def _numbers(capture: Capture) -> list[tuple[fx.Node, tuple[object, ...]]]:
+    """Numbers that elements are computed with, by operator."""
+    nodes = [node for node in capture.graph.nodes if node.target in ELEMENTWISE]
+    found = [(node, tuple(each for each in node.args if isinstance(each, (int, float)))) for node in nodes]
+    return [(node, numbers) for node, numbers in found if numbers]
 
 
 def _beside(capture: Capture, given: Collection[int]) -> list[fx.Node]:
@@ -102,7 +114,7 @@ def _check_same(node: fx.Node, other: fx.Node) -> None:
         if not node.all_input_nodes and node.args != other.args:
             raise MixesTokens(node, "depends on the size of the batch")
         return
-    if node.target in FILLS or node.target in _KEEPS:
+    if node.target in _KEEPS or (node.target in FILLS and node.args[1:] == other.args[1:]):
         return
     grown = [
         axis - value.ndim for axis, pair in enumerate(zip(value.shape, before.shape, strict=True)) if len({*pair}) > 1

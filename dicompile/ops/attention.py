@@ -15,7 +15,12 @@ from dicompile.ops.tokens import Carried, Layouts, MixesTokens, Operator
 
 def attention_apart(node: fx.Node, layouts: Layouts) -> Carried:
     """Attention among the tokens of each sample, where samples alone have to stay apart."""
-    return combine(node, layouts, _operands(node), "attends over samples")
+    operands = _operands(node)
+    for parent in operands:
+        rank = tensor_of(parent).ndim
+        if parent in layouts and any(layouts[parent].counts(axis) for axis in range(max(rank - 2, 0), rank)):
+            raise MixesTokens(node, "attends over samples")
+    return combine(node, layouts, operands)
 
 
 def _operands(node: fx.Node) -> dict[fx.Node, Axes]:

@@ -24,6 +24,7 @@ from dicompile.compiler import Options
 from dicompile.errors import InvalidSetting, UnsupportedModel
 from dicompile.lower import Backend, Hoist
 from dicompile.model import ModelCalls
+from dicompile.offload import HOOK_ATTRIBUTES
 from dicompile.pipelines import components_of
 from dicompile.plan import CacheOptions, Policy
 from dicompile.policies import NoCache, get_policy
@@ -103,7 +104,7 @@ class Batcher:
 
     Raises:
         InvalidSetting: a backend, size or budget that does not exist.
-        UnsupportedModel: it is no module, or is optimized already.
+        UnsupportedModel: it is no module, is optimized already, or its weights are moved by hooks.
     """
 
     def __init__(
@@ -123,6 +124,13 @@ class Batcher:
                 f"a Batcher takes a module that is not optimized, and this is a {type(model).__name__}",
                 where="dicompile.serve",
                 fix="give the denoiser itself, pipe.transformer, before optimize or after restore",
+            )
+        if any(hasattr(model, name) for name in HOOK_ATTRIBUTES):
+            raise UnsupportedModel(
+                f"the weights of this {type(model).__name__} are moved by hooks",
+                where="dicompile.serve",
+                why="hooks of one request would move weights that a batch of others reads",
+                fix="keep the model on its device: no enable_model_cpu_offload, no device_map",
             )
         if 1 not in sizes or min(sizes) < 1:
             raise InvalidSetting(

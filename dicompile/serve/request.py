@@ -190,7 +190,11 @@ class Request:
                 fix="a policy whose plan is known before: fora, toca, duca, taylorseer, auto",
             )
         wanted = plan.cache_bytes * self._contexts
-        self._batcher.budget.take(wanted, self.check)
+        self._batcher.turns.look_again(-1)  # nobody waits for a call of it meanwhile
+        try:
+            self._batcher.budget.take(wanted, self.check)
+        finally:
+            self._batcher.turns.look_again(1)
         self._reserved = wanted
 
     def _check_held(self, owner: Owner) -> None:
@@ -199,15 +203,14 @@ class Request:
             raise CacheTooLarge(
                 f"a request remembers {size_text(held)}, and its plan says {size_text(self._reserved or 0)}",
                 where="dicompile.serve",
-                why=f"it said that each step has {self._contexts} calls of the model, and it makes more",
-                fix=f"request(..., contexts={self._contexts + 1})",
+                why=f"it makes more than {self._contexts} calls a step, or a second generation of more steps",
+                fix=f"contexts={self._contexts + 1} for so many calls a step, and a request for every generation",
             )
 
     def _run_step(self, step: Step, registers: list[Any]) -> None:
         """Run a step with those of other requests."""
         assert self._running is not None
         frame, arguments = self._running
-
         position = frame.known.capture.input_position(Role.LATENT)
         assert position is not None
         rows = len(registers[position])
@@ -223,7 +226,12 @@ class Request:
     def _text(self, number: int, tensor: Tensor) -> str:
         """What tells the value of an input that all rows share; waits for the device when it is another one."""
         given, (known, text) = Given.of(tensor), self._texts.get(number, (None, ""))
-        if known is not None and known.tensor is tensor and known == given and not tensor.is_inference():
+        if (
+            known is not None
+            and known.tensor is tensor
+            and known.version == given.version
+            and not tensor.is_inference()
+        ):
             return text
         content = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
         text = hashlib.sha256(content).hexdigest()

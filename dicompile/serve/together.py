@@ -9,6 +9,7 @@ that has it, whoever else was in its batches, and a group need not stay together
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 
 from dicompile.analysis import WHOLE, mixed_samples
-from dicompile.capture import Arguments
+from dicompile.capture import Arguments, Capture
 from dicompile.compiler import Options
 from dicompile.errors import CannotBatch, CannotCapture
 from dicompile.lower import Program
@@ -86,7 +87,7 @@ class Together:
         trunk = options.policy.trunk
         policy = NoCache() if trunk == WHOLE else options.policy
         self._calls = ModelCalls(module, replace(options, policy=policy, link=SchedulerLink(1)))
-        self._checked: dict[int, Frame] = {}
+        self._checked: weakref.WeakKeyDictionary[Capture, set[int]] = weakref.WeakKeyDictionary()
         self.copied, self.captures = 0, 0
 
     def run(self, calls: Sequence[Call]) -> None:
@@ -144,9 +145,10 @@ class Together:
                 why=error.what,
                 fix="Batcher(..., sizes=(1,)) runs every request by itself",
             ) from error
-        if id(found[0]) not in self._checked:
+        checked = self._checked.setdefault(found[0].known.capture, set())
+        if first.rows not in checked:
             self._check(found[0], found[1], first)
-            self._checked[id(found[0])] = found[0]
+            checked.add(first.rows)
             self.captures += 1
         return found
 

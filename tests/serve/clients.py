@@ -32,16 +32,18 @@ def at_once(*jobs: Callable[[], Any]) -> list[Any]:
     return found
 
 
-def served(batcher: Batcher, sample: Sample, requests: Sequence[tuple[Any, int, int]]) -> list[list[Tensor]]:
+def served(
+    batcher: Batcher, sample: Sample, requests: Sequence[tuple[Any, int, int]], ahead: int = 1
+) -> list[list[Tensor]]:
     """Outputs of every step of requests that are open together: policy, number of steps, seed of each.
 
-    A request that comes later in the list is a step behind the one before.
+    Each is so many steps ahead of the one after it.
     """
     opened: list[tuple[tuple[Any, int, int], Any, list[Tensor]]] = []
     patience, batcher.turns.patience = batcher.turns.patience, 0.0
     for policy, steps, seed in requests:
-        for (_, ahead, other), request, outputs in opened:
-            outputs.append(_step(request, sample, ahead, other, len(outputs)))
+        for (_, length, other), request, outputs in opened:
+            outputs += [_step(request, sample, length, other, len(outputs) + i) for i in range(ahead)]
         request = batcher.request(policy, schedule=models.timesteps(steps))
         opened.append(((policy, steps, seed), request, []))
 

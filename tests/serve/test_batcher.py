@@ -30,23 +30,27 @@ def batcher_of(sample: Sample, **options: Any) -> Batcher:
 
 
 @pytest.mark.parametrize(
-    ("make", "policies"),
+    ("make", "policies", "ahead"),
     [
-        (models.plain_dit, ["fora", "taylorseer", "none"]),  # two pictures, both halves of guidance: four rows each
-        (models.plain_dit, ["toca", "toca", "duca"]),  # tokens are chosen for both halves
-        (models.flux, ["toca", "toca", "fora"]),  # one row each, and ids that all rows share
+        (models.plain_dit, ["fora", "fora", "none"], 1),  # two pictures, both halves of guidance: four rows each
+        (models.plain_dit, ["toca", "toca", "duca"], 0),  # tokens are chosen for both halves
+        (models.plain_dit, ["taylorseer", "taylorseer", "fora"], 0),
+        (models.flux, ["fora", "fora", "toca"], 1),  # one row each, and ids that all rows share
     ],
 )
-def test_every_request_gets_what_it_gets_by_itself(make: Callable[..., Sample], policies: list[str]) -> None:
+def test_every_request_gets_what_it_gets_by_itself(
+    make: Callable[..., Sample], policies: list[str], ahead: int
+) -> None:
     sample = make(layers=2)
-    requests = [(policy, 7 - i, 11 + i) for i, policy in enumerate(policies)]
+    requests = [(policy, 7 - i * ahead, 11 + i) for i, policy in enumerate(policies)]
     batcher = batcher_of(sample)
-    for request, outputs in zip(requests, served(batcher, sample, requests), strict=True):
+    for request, outputs in zip(requests, served(batcher, sample, requests, ahead), strict=True):
         assert isinstance(outputs, list), outputs
         for ours, theirs in zip(outputs, alone(sample, *request), strict=True):
             torch.testing.assert_close(ours, theirs, **CLOSE)
     done = batcher.served()
-    assert sum(size * count for size, count in done.batches.items()) == sum(done.steps.values()) == 18
+    assert sum(size * count for size, count in done.batches.items()) == sum(done.steps.values())
+    assert sum(done.steps.values()) == sum(steps for _, steps, _ in requests)
     assert done.batches[2] > 0
     assert (done.open, done.waiting, done.cache_bytes, done.reserved_bytes, done.finished) == (0, 0, 0, 0, 3)
 
@@ -217,6 +221,40 @@ def test_who_does_not_fit_waits() -> None:
     small = batcher_of(sample, max_cache_bytes=limit - 1)
     with pytest.raises(errors.CacheTooLarge), small.request("fora", schedule=models.timesteps(4)) as request:
         models.call(request.model, sample.inputs, 999, 0)
+
+
+def test_nobody_waits_for_a_request_that_has_no_memory_yet() -> None:
+    sample = models.plain_dit(layers=2)
+    batcher = batcher_of(sample)
+    with held_request(batcher, sample) as request:
+        batcher.budget.limit = batcher.budget.taken
+        other = batcher.request("fora", schedule=models.timesteps(4))
+
+        def go_on_when_it_waits() -> None:
+            while not batcher.served().queued:
+                time.sleep(0.001)
+            start = time.monotonic()
+            models.call(request.model, sample.inputs, models.timesteps(4)[1], 1)
+            waited = time.monotonic() - start
+            other.cancel()
+            assert waited < PATIENCE
+
+        error, none = at_once(lambda: models.call(other.model, sample.inputs, 999, 2), go_on_when_it_waits)
+        assert type(error) is errors.RequestEnded
+        assert none is None
+
+
+def test_autocast_and_weights_that_hooks_move_are_refused_by_name() -> None:
+    sample = models.plain_dit(layers=2)
+    with (
+        batcher_of(sample).request("fora", schedule=models.timesteps(4)) as request,
+        torch.autocast("cpu", torch.bfloat16),
+        pytest.raises(errors.CannotBatch, match="autocast is on"),
+    ):
+        models.call(request.model, sample.inputs, 999, 0)
+    sample.model._hf_hook = object()
+    with pytest.raises(errors.UnsupportedModel, match="moved by hooks"):
+        batcher_of(sample)
 
 
 def test_calls_of_a_step_that_were_not_announced_are_refused() -> None:
