@@ -7,11 +7,11 @@ comes from no input of theirs has to be the same for every batch, or the same fo
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
 import torch
 from torch import fx
+from torch.utils._pytree import tree_leaves
 
 from dicompile.analysis.structure import ModelStructure
 from dicompile.capture import Capture
@@ -25,6 +25,7 @@ from dicompile.ops.tokens import MixesTokens
 aten = torch.ops.aten
 
 _SPREADS = (aten.expand.default, aten.repeat.default)
+_SIZED = frozenset((*_SPREADS, *RESHAPES, *FILLS))
 _KEEPS = frozenset((*ELEMENTWISE, *RESHAPES, aten.unsqueeze.default, aten.squeeze.dim))
 
 
@@ -67,24 +68,39 @@ def _followed(capture: Capture, given: Collection[int], smaller: Capture) -> dic
         if node.op == "call_function" and any(parent in layouts for parent in node.all_input_nodes):
             carried = attention_apart(node, layouts) if is_attention(node) else carry(node, layouts)
             layouts[node] = carried.layout
-    for (node, number), (other, before) in itertools.zip_longest(
-        _numbers(capture), _numbers(smaller), fillvalue=(None, ())
-    ):
-        if node is None or other is None or (node.target, number) != (other.target, before):
-            raise MixesTokens(node or other, "depends on the size of the batch")
-    beside, before = _beside(capture, given), _beside(smaller, given)
-    for node, other in itertools.zip_longest(beside, before):
-        if node is None or other is None or node.target != other.target:
-            raise MixesTokens(node or other, "depends on the size of the batch")
+    for node, other in _pairs(_with_numbers(capture), _with_numbers(smaller)):
+        if _given(node) != _given(other):
+            raise MixesTokens(node, "depends on the size of the batch")
+    for node, other in _pairs(_beside(capture, given), _beside(smaller, given)):
         _check_same(node, other)
     return {node.name: layout for node, layout in layouts.items()}
 
 
-def _numbers(capture: Capture) -> list[tuple[fx.Node, tuple[object, ...]]]:
-    """Numbers that elements are computed with, by operator."""
-    nodes = [node for node in capture.graph.nodes if node.target in ELEMENTWISE]
-    found = [(node, tuple(each for each in node.args if isinstance(each, (int, float)))) for node in nodes]
-    return [(node, numbers) for node, numbers in found if numbers]
+def _pairs(nodes: Sequence[fx.Node], others: Sequence[fx.Node]) -> Iterator[tuple[fx.Node, fx.Node]]:
+    """The same nodes in two graphs."""
+    for node, other in zip(nodes, others, strict=False):
+        if node.target != other.target:
+            raise MixesTokens(node, "depends on the size of the batch")
+        yield node, other
+    if len(nodes) != len(others):
+        raise MixesTokens(max(nodes, others, key=len)[-1], "depends on the size of the batch")
+
+
+def _with_numbers(capture: Capture) -> list[fx.Node]:
+    """Nodes that take numbers other than sizes: factors, axes, places."""
+    return [
+        node for node in capture.graph.nodes
+        if node.op == "call_function" and node.target not in _SIZED and any(map(_is_number, tree_leaves(_given(node))))
+    ]  # fmt: skip
+
+
+def _given(node: fx.Node) -> object:
+    """Arguments of a call but for values of the graph."""
+    return fx.map_arg((node.args, node.kwargs), lambda _: None)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float))
 
 
 def _beside(capture: Capture, given: Collection[int]) -> list[fx.Node]:
@@ -111,7 +127,7 @@ def _check_same(node: fx.Node, other: fx.Node) -> None:
     if not isinstance(value, torch.Tensor) or not isinstance(before, torch.Tensor):
         return
     if value.shape == before.shape:
-        if not node.all_input_nodes and node.args != other.args:
+        if _given(node) != _given(other):
             raise MixesTokens(node, "depends on the size of the batch")
         return
     if node.target in _KEEPS or (node.target in FILLS and node.args[1:] == other.args[1:]):

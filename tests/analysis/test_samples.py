@@ -67,6 +67,8 @@ def test_samples_that_stay_apart(function: Callable[[Tensor, Tensor], Tensor]) -
         (lambda x, _: x + torch.arange(len(x))[:, None, None], "aten.arange.default depends on the size of the batch"),
         (lambda x, _: x * len(x), "aten.mul.Tensor depends on the size of the batch"),
         (lambda x, _: x + torch.full((len(x), 1, 1), float(len(x))), "aten.full.default depends on the size"),
+        (lambda x, _: x + x[:, len(x) : len(x) + 1], "aten.slice.Tensor depends on the size of the batch"),
+        (lambda x, p: x + p[len(x) : len(x) + 1], "aten.slice.Tensor depends on the size of the batch"),
         (lambda x, _: x + torch.rand_like(x), "draws random numbers"),
         (lambda x, _: x.reshape(-1, 8).softmax(0).reshape(x.shape), "normalises over samples"),
         (lambda x, _: x.transpose(0, 1), "result 0 has no rows of its own for every sample"),
