@@ -109,6 +109,7 @@ class Pictures:
         if threads:
             torch.set_num_threads(threads)
         self.engine, self.gauges = Engine(**options), Gauges()
+        self.engine.warm_up()
         self._moved = time.monotonic(), 0
 
     @api.post("/pictures")

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import itertools
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
@@ -74,6 +76,23 @@ class Engine:
         scheduler.set_timesteps(order.steps)
         request = self.batcher.request(TIERS[order.tier], schedule=scheduler, timeout=timeout)
         return request, sampled(request.model, scheduler, order)
+
+    def warm_up(self, steps: int = 12) -> None:
+        """Let every size of a batch run once for every tier, so that no order waits for a capture."""
+        patience, self.batcher.turns.patience = self.batcher.turns.patience, 60.0
+        for tier, size in itertools.product(TIERS, self.batcher.turns.sizes):
+            opened = [self.open(Order(0, seed, steps, tier)) for seed in range(size)]
+            with ThreadPoolExecutor(size) as threads:
+                for _ in threads.map(_finish, opened):
+                    pass
+        self.batcher.turns.patience = patience
+
+
+def _finish(opened: tuple[Request, Iterator[Tensor]]) -> None:
+    request, pictures = opened
+    with request:
+        for _ in pictures:
+            pass
 
 
 def png(picture: Tensor) -> bytes:

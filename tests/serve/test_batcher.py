@@ -71,6 +71,25 @@ def test_requests_whose_steps_differ_are_not() -> None:
     assert batcher.served().batches == {1: 6, 2: 1}  # full steps that store, and reuse; the last one stores nothing
 
 
+def steps_of(sample: Sample, policy: Any, steps: int) -> list[Any]:
+    """What each step of a run does."""
+    model = models.optimized(sample, policy, steps)
+    models.call(model, sample.inputs, 999, 0)
+    programs, schedule = models.frames_of(model)[-1].programs, dicompile.plan_of(model).schedule
+    return [programs.step(schedule, i).does for i in range(steps)]
+
+
+def test_steps_are_the_same_function_whatever_policy_and_step_they_are_of() -> None:
+    sample = models.plain_dit(layers=2)
+    three, five = (steps_of(sample, dicompile.FORA(interval=n), 7) for n in (3, 5))
+    assert three[0] == three[3] == five[1]  # full, and stored
+    assert three[1] == three[5] == five[2] == five[5]  # reused
+    assert len({three[0], three[1], three[6]}) == 3  # nothing reads what the last one computes
+    refreshed = steps_of(sample, "toca", 6)
+    assert refreshed[0] == refreshed[1] == three[6]
+    assert refreshed[3] != refreshed[4]  # other numbers of tokens, and ages, which weigh in their scores
+
+
 def test_what_rows_share_has_to_be_equal() -> None:
     sample = models.flux(layers=1)
     other = Sample(sample.model, sample.inputs | {"img_ids": sample.inputs["img_ids"] + 1})
