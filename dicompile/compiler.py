@@ -339,6 +339,7 @@ class Programs:
         self.variants = VariantCache(options.backend, options.settings, options.debug)
         self._builder = ProgramBuilder(pieces, self.variants, options.cache.torch_dtype)
         self._plans: dict[TimestepSchedule, tuple[Plan, dict[int, Step | GatedStep]]] = {}
+        self._others: dict[Hashable, Program] = {}
 
     def plan(self, schedule: TimestepSchedule) -> Plan:
         """The plan for a schedule."""
@@ -359,6 +360,14 @@ class Programs:
             if index not in steps:
                 steps[index] = self._make(plan, index)
             return steps[index]
+
+    def program(self, planned: StepPlan) -> Program:
+        """The program of a step that was planned for the same model with other sizes; it has no gate."""
+        key = planned.signature
+        if key not in self._others:
+            with COMPILING, ONE_AT_A_TIME, torch.inference_mode(mode=False), torch.no_grad(), uncollected():
+                self._others[key] = self._builder.program(planned)
+        return self._others[key]
 
     @functools.cached_property
     def trials(self) -> Mapping[str, Step]:

@@ -83,6 +83,18 @@ class CannotCapture(DicompileError, RuntimeError):
     """The model's graph cannot be turned into functional ATen."""
 
 
+class CannotBatch(DicompileError, ValueError):
+    """Calls of several requests cannot be one call of the model, or one policy cannot be kept to for each of them."""
+
+
+class RequestEnded(DicompileError, RuntimeError):
+    """A request was cancelled, or closed, and its model was called nevertheless."""
+
+
+class RequestTimedOut(RequestEnded, TimeoutError):
+    """A request took longer than it may."""
+
+
 class NotOptimized(DicompileError, RuntimeError):
     """The object given was not returned by `dicompile.optimize`."""
 

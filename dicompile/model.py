@@ -83,6 +83,10 @@ class Frame:
         return tensors, inputs
 
 
+Found = tuple[Frame, Sequence[Tensor], Sequence[Any]]
+"""Code for a call, all tensors of the call, and those that the code takes."""
+
+
 class ModelCalls:
     """What an optimized module does when it is called.
 
@@ -113,24 +117,43 @@ class ModelCalls:
     def __call__(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """Run one call."""
         start, compiled = time.perf_counter(), COMPILING.seconds
-        if self._times:
-            args, kwargs = bind_positions(self.module, args, kwargs, self._times)
-        if self._takes_any_number:
-            arguments = Arguments.of(args, kwargs, self._times)
-        else:
-            arguments = Arguments.of(args, with_python_numbers(kwargs, self._times))
-        frame, tensors, inputs = self._frame(arguments)
-        frame.used = next(_CALLS)
-        with torch._C.DisableTorchFunctionSubclass():  # what operators do to weights, GGUF's say, is in the graph
-            results = frame.compiled.run.run(self.owner, inputs)
-        for taken in frame.captured.taken_out:
-            taken.repeat(arguments)
-        packed = frame.captured.pack(results, tensors)
+        arguments = self.arguments(args, kwargs)
+        packed = self.run(self.owner, arguments, self.find(arguments))
         state, compiling = current_session().state_of(self.owner), COMPILING.seconds - compiled
         state.report.time(state.step, time.perf_counter() - start - compiling, compiling)
         return packed
 
-    def _frame(self, arguments: Arguments) -> tuple[Frame, Sequence[Tensor], Sequence[Any]]:
+    def arguments(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Arguments:
+        """Arguments of a call, taken apart."""
+        if self._times:
+            args, kwargs = bind_positions(self.module, args, kwargs, self._times)
+        if self._takes_any_number:
+            return Arguments.of(args, kwargs, self._times)
+        return Arguments.of(args, with_python_numbers(kwargs, self._times))
+
+    @staticmethod
+    def run(owner: Owner, arguments: Arguments, found: Found) -> Any:
+        """Run the code for a call.
+
+        Args:
+            owner: whose call it is.
+            arguments: of the call.
+            found: what `find` has found for them.
+        """
+        frame, tensors, inputs = found
+        with torch._C.DisableTorchFunctionSubclass():  # what operators do to weights, GGUF's say, is in the graph
+            results = frame.compiled.run.run(owner, inputs)
+        for taken in frame.captured.taken_out:
+            taken.repeat(arguments)
+        return frame.captured.pack(results, tensors)
+
+    def find(self, arguments: Arguments) -> Found:
+        """The code for a call, with all tensors and with its inputs; captured if nothing like it came before."""
+        found = self._frame(arguments)
+        found[0].used = next(_CALLS)
+        return found
+
+    def _frame(self, arguments: Arguments) -> Found:
         """The code for a call, with all tensors and with its inputs."""
         key = (arguments.key, ambient())
         found = self._find(key, arguments) or self._find_alike(key, arguments)
@@ -140,9 +163,7 @@ class ModelCalls:
             found = self._find(key, arguments) or self._find_alike(key, arguments)
             return found if found is not None else self._capture(key, arguments)
 
-    def _find_alike(
-        self, key: tuple[Any, ...], arguments: Arguments
-    ) -> tuple[Frame, Sequence[Tensor], Sequence[Any]] | None:
+    def _find_alike(self, key: tuple[Any, ...], arguments: Arguments) -> Found | None:
         """The code for calls whose tensors only lie in memory in another way."""
         for known in list(self._frames):
             laid_out = arguments.laid_out_as(known[0]) if known != key and known[1:] == key[1:] else None
@@ -151,9 +172,7 @@ class ModelCalls:
                 return found
         return None
 
-    def _find(
-        self, key: tuple[object, ...], arguments: Arguments
-    ) -> tuple[Frame, Sequence[Tensor], Sequence[Any]] | None:
+    def _find(self, key: tuple[object, ...], arguments: Arguments) -> Found | None:
         frames = self._frames.get(key, ())
         for frame in frames:
             valid = frame.inputs_if_valid(frame.pins.hold(), arguments)
@@ -171,7 +190,7 @@ class ModelCalls:
         return None
 
     @uncollected()
-    def _capture(self, key: tuple[object, ...], arguments: Arguments) -> tuple[Frame, Sequence[Tensor], Sequence[Any]]:
+    def _capture(self, key: tuple[object, ...], arguments: Arguments) -> Found:
         check_hooks(self.module)
         start = time.perf_counter()
         try:
@@ -240,7 +259,7 @@ class ModelCalls:
         CAPTURES.keep(key, known, self.module, store)
         return known, pins
 
-    def _capture_number(self, arguments: Arguments) -> tuple[Frame, Sequence[Tensor], Sequence[Any]]:
+    def _capture_number(self, arguments: Arguments) -> Found:
         """The code for one value of a timestep that is a number which Python decides on."""
         found = self._frame(Arguments.of(arguments.args, with_python_numbers(arguments.kwargs, arguments.numbers)))
         if self._takes_any_number:  # not before that worked: the call may have been a mistake

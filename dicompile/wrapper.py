@@ -12,7 +12,7 @@ import textwrap
 import types
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +22,7 @@ from dicompile.compat import never_traced, without_dynamo
 from dicompile.compiler import CompiledFrame, Options
 from dicompile.model import ModelCalls
 from dicompile.offload import HOOK_ATTRIBUTES, check_hooks, move_hook
-from dicompile.runtime import cache_context
+from dicompile.runtime import Owner, cache_context
 
 log = logging.getLogger("dicompile")
 
@@ -31,6 +31,21 @@ CHILD = "_orig_mod."
 
 _SHOWN = ("frames",)
 """Attributes of `Record` that can be asked for on the wrapper, where the module has none of that name."""
+
+
+class Calls(Protocol):
+    """What a wrapper does when it is called; see `ModelCalls`."""
+
+    owner: Owner
+
+    @property
+    def frames(self) -> list[CompiledFrame]:
+        """Everything compiled that is kept, what ran last at the end."""
+        ...
+
+    def __call__(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """Run one call."""
+        ...
 
 
 @dataclass
@@ -48,7 +63,7 @@ class Record:
     given: nn.Module
     module: nn.Module
     options: Options
-    calls: ModelCalls
+    calls: Calls
     is_enabled: bool = True
 
     @property
@@ -67,11 +82,11 @@ class CachedModel(OptimizedModule):
 
     _dicompile: Record
 
-    def __init__(self, given: nn.Module, options: Options) -> None:
+    def __init__(self, given: nn.Module, options: Options, calls: Calls | None = None) -> None:
         module = without_compile(given)
         check_hooks(module)
         super().__init__(module, None)  # type: ignore[arg-type]
-        object.__setattr__(self, "_dicompile", Record(given, module, options, ModelCalls(module, options)))
+        object.__setattr__(self, "_dicompile", Record(given, module, options, calls or ModelCalls(module, options)))
         move_hook(module, self)
         self.register_load_state_dict_pre_hook(_name_for_child)  # type: ignore[no-untyped-call]
 

@@ -10,6 +10,7 @@ from dicompile.runtime.observe import Observer, Seen
 from dicompile.runtime.owner import Owner, Owners
 from dicompile.runtime.report import CallReport, RunReport
 from dicompile.runtime.session import Session, cache_context, current_session, session
+from dicompile.runtime.storage import run_calls
 
 __all__ = [
     "CallReport",
@@ -31,5 +32,6 @@ __all__ = [
     "current_session",
     "kernels",
     "recorder_of",
+    "run_calls",
     "session",
 ]

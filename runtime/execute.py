@@ -23,7 +23,7 @@ from dicompile.runtime.invariants import Doubt, Kept, Tables
 from dicompile.runtime.observe import Observer, Seen, Watch
 from dicompile.runtime.owner import Owner
 from dicompile.runtime.report import RECALLED, UNCACHED
-from dicompile.runtime.session import ModelState, current_session
+from dicompile.runtime.session import ModelState, Session, current_session
 from dicompile.runtime.storage import Lane, lane_for, run_calls
 from dicompile.same import Same
 
@@ -126,6 +126,15 @@ class Step:
         if not self.is_recall:
             return planned
         return self.plan.recalls[site].action(full[: len(planned) - 1], number).weights
+
+    @functools.cached_property
+    def does(self) -> Hashable:
+        """Equal for steps, of all plans of one model, that compute the same function of inputs and slots."""
+        ints = [(item, self.planned.sites[item.site]) for item in self.program.ints]
+        counts = tuple(
+            site.action.tokens.count if item.is_count and site.action.tokens else site.clock for item, site in ints
+        )
+        return Same((self.planned.signature, counts))
 
     @functools.cached_property
     def is_repeatable(self) -> bool:
@@ -256,7 +265,7 @@ class Executor:
             with torch.no_grad(), torch._C._DisableAutocast():  # its casts are part of the code
                 place = identify(self.signature, owner, session, inputs)
                 step = self._step(state, owner, place)
-                return self._run(owner, state, place, step, inputs, keep_chosen=session.keep_chosen)
+                return self._run(owner, state, place, step, inputs, session)
         except BaseException:
             state.begin(None)
             raise
@@ -291,8 +300,7 @@ class Executor:
         place: Place,
         step: Step | GatedStep,
         inputs: Sequence[Any],
-        *,
-        keep_chosen: bool,
+        session: Session,
     ) -> Sequence[Any]:
         context = place.context
         registers: list[Any] = [*inputs, *[None] * (step.program.registers - len(inputs))]
@@ -304,11 +312,11 @@ class Executor:
             watch = self._watch(state, place, step, owner.link.schedule, inputs)
             is_uncached = self.warmup is not None and step is self.warmup.uncached
             if self.graphs is None or is_uncached:
-                outcome = self._compute(state, place, step, registers, load, watch, keep_chosen=keep_chosen)
+                outcome = self._compute(state, place, step, registers, load, watch, session)
             else:
                 load()  # a recording stores when it runs, so it cannot run twice
                 graphs = owner.graphs_of(self, self.graphs)
-                outcome, how = self._replay(graphs, state, context, step, registers, keep_chosen=keep_chosen)
+                outcome, how = self._replay(graphs, state, context, step, registers, keep_chosen=session.keep_chosen)
                 state.report.record(how, owner.graph_bytes)
             if context is not None:
                 self._keep(state, place, context, step)
@@ -368,8 +376,7 @@ class Executor:
         registers: list[Any],
         load: Load,
         watch: Watch | None,
-        *,
-        keep_chosen: bool,
+        session: Session,
     ) -> Outcome:
         """Run a step call by call; once more, if its timestep was not the one that was foretold."""
         context = place.context
@@ -378,12 +385,15 @@ class Executor:
         lane = self._lane(place.call.latent)
         doubt = load(may_doubt=lane is None and step.is_repeatable)
         before = [] if doubt is None else registers.copy()
-        run_calls(step.program, registers, lane, watch)
+        if session.run_step is None:
+            run_calls(step.program, registers, lane, watch)
+        else:
+            session.run_step(step, registers)
         if doubt is not None and doubt.is_justified:
             registers[:] = before
             load(is_again=True)
             run_calls(step.program, registers, lane)
-        results, chosen = step.outputs(registers), step.chosen(registers) if keep_chosen else {}
+        results, chosen = step.outputs(registers), step.chosen(registers) if session.keep_chosen else {}
         if watch is not None:
             watch.end(results)
         outcome = Outcome(results, chosen, [] if context is None else step.contents(registers, context.store))

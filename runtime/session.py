@@ -13,7 +13,7 @@ import contextvars
 import itertools
 import threading
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -92,7 +92,7 @@ class ModelState:
     @property
     def cache_bytes(self) -> int:
         """Bytes of the slots held now, over all contexts."""
-        return sum(context.held for context in self.contexts.values())
+        return sum(context.held for context in list(self.contexts.values()))
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,10 +144,18 @@ class Session:
     Args:
         keep_chosen: also remember which tokens the last step refreshed (`ContextState.chosen`), for whoever watches.
         links: remember only models with these links to their schedule, and leave all others to the session around.
+        run_step: runs the program of a `Step` on its loaded registers in the place of the executor, as several requests
+            in one forward do; it leaves there what the step returns, stores and has chosen.
     """
 
-    def __init__(self, *, keep_chosen: bool = False, links: Iterable[Any] | None = None) -> None:
-        self.keep_chosen = keep_chosen
+    def __init__(
+        self,
+        *,
+        keep_chosen: bool = False,
+        links: Iterable[Any] | None = None,
+        run_step: Callable[[Any, list[Any]], None] | None = None,
+    ) -> None:
+        self.keep_chosen, self.run_step = keep_chosen, run_step
         self._links = None if links is None else weakref.WeakSet(links)
         self._states: weakref.WeakKeyDictionary[Owner, ModelState] = weakref.WeakKeyDictionary()
         self.leads: weakref.WeakKeyDictionary[Any, Lead] = weakref.WeakKeyDictionary()
@@ -166,6 +174,11 @@ class Session:
         opened = _SESSION.get()
         around = opened[: opened.index(self)] if self in opened else ()
         return around[-1].serving(link) if around else _own_session()
+
+    @property
+    def cache_bytes(self) -> int:
+        """Bytes of the slots held now, of all models."""
+        return sum(state.cache_bytes for state in list(self._states.values()))
 
     def leave(self, schedule_token: object, before: int) -> None:
         """Release what the models of one run stored before a step.

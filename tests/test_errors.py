@@ -6,6 +6,7 @@ import copy
 import inspect
 import os
 import pickle
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from dicompile import errors
 from dicompile.learn.latents import Latents
 from dicompile.passes import PASSES
 from dicompile.policies import POLICIES, load_predictor
+from dicompile.serve import Batcher
 from tests import models
 from tests.models import optimized, run
 
@@ -123,6 +125,17 @@ class NoTime(nn.Module):
 
     def forward(self, x: torch.Tensor, level: torch.Tensor) -> torch.Tensor:
         return x + self.linear(x) * level[:, None, None]
+
+
+def call_for_request(
+    policy: str = "fora", end: Callable[[Any], object] = lambda _: None, timeout: float | None = None
+) -> None:
+    """A call of a request's model, after something happened to the request."""
+    sample = models.plain_dit(layers=2)
+    batcher = Batcher(sample.model, backend="eager")
+    with batcher.request(policy, schedule=models.timesteps(4), timeout=timeout) as request:
+        end(request)
+        models.call(request.model, sample.inputs, 999, 0)
 
 
 CASES: list[tuple[type[errors.DicompileError], Callable[[], Any], str]] = [
@@ -346,6 +359,28 @@ CASES: list[tuple[type[errors.DicompileError], Callable[[], Any], str]] = [
         "  fix:   make one: with dicompile.calibrate(pipe) as recording: ...; recording.save(file)",
     ),
     (
+        errors.CannotBatch,
+        lambda: call_for_request(policy="first-block-cache"),
+        "policy 'first-block-0.05' decides for a whole batch at once, by how far it has drifted\n"
+        "  where: dicompile.serve\n"
+        "  why:   the picture of a request would depend on whose batch it is in\n"
+        "  fix:   a policy whose plan is known before: fora, toca, duca, taylorseer, auto",
+    ),
+    (
+        errors.RequestEnded,
+        lambda: call_for_request(end=lambda request: request.cancel()),
+        "the request has ended (cancelled), and its model was called\n"
+        "  where: dicompile.serve\n"
+        "  fix:   open another one: batcher.request(...)",
+    ),
+    (
+        errors.RequestTimedOut,
+        lambda: call_for_request(end=lambda _: time.sleep(0.1), timeout=0.01),
+        "the request took longer than 0.01 s\n"
+        "  where: dicompile.serve\n"
+        "  fix:   a longer timeout, fewer requests at once, or a policy that computes less",
+    ),
+    (
         errors.NotYetRun,
         lambda: dicompile.plan_of(dicompile.optimize(plain_dit())),
         "PlainDiT has not run yet\n"
@@ -443,7 +478,7 @@ def test_details_that_are_not_given_leave_no_line() -> None:
 def test_an_error_is_caught_as_what_python_calls_it() -> None:
     states = {
         errors.CallOutsideSchedule, errors.CannotCapture, errors.NotOptimized, errors.AlreadyOptimized,
-        errors.NotYetRun, errors.IllegalGraph, errors.StaleRead,
+        errors.NotYetRun, errors.IllegalGraph, errors.StaleRead, errors.RequestEnded, errors.RequestTimedOut,
     }  # fmt: skip
     assert {kind for kind in CATALOGUE if issubclass(kind, RuntimeError)} == states
     assert {kind for kind in CATALOGUE if issubclass(kind, ValueError)} == set(CATALOGUE) - states

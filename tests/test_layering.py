@@ -20,7 +20,7 @@ FLOOR = (
 STAGES = ("capture", "analysis", "plan", "passes", "lower", "runtime")
 FRONT = (
     "api", "backend", "bench", "cli", "compare", "compiler", "demo", "learn", "model", "offload", "pipelines",
-    "progress", "summary", "wrapper", "zoo",
+    "progress", "serve", "summary", "wrapper", "zoo",
 )  # fmt: skip
 MAPPED = ("passes", "runtime")  # top-level folders that install under dicompile
 PUBLIC = "__init__"  # dicompile/__init__.py, the public API

@@ -2,6 +2,7 @@
 
 from dicompile.analysis.analyse import analyse
 from dicompile.analysis.dataflow import Dataflow
+from dicompile.analysis.samples import mixed_samples
 from dicompile.analysis.structure import (
     WHOLE,
     Block,
@@ -39,5 +40,6 @@ __all__ = [
     "TokenWise",
     "Trunk",
     "analyse",
+    "mixed_samples",
     "node_flops",
 ]

@@ -13,7 +13,17 @@ from dicompile.ops.rules import Axes, combine, counted, layout_of_operand
 from dicompile.ops.tokens import Carried, Layouts, MixesTokens, Operator
 
 
-def _attention(node: fx.Node, layouts: Layouts) -> Carried:
+def attention_apart(node: fx.Node, layouts: Layouts) -> Carried:
+    """Attention among the tokens of each sample, where samples alone have to stay apart."""
+    operands = _operands(node)
+    for parent in operands:
+        rank = tensor_of(parent).ndim
+        if parent in layouts and any(layouts[parent].counts(axis) for axis in range(max(rank - 2, 0), rank)):
+            raise MixesTokens(node, "attends over samples")
+    return combine(node, layouts, operands)
+
+
+def _operands(node: fx.Node) -> dict[fx.Node, Axes]:
     query, key, value = (node_argument(node, i) for i in range(3))
     rank = tensor_of(node).ndim
     leading = range(rank - 2)
@@ -21,10 +31,16 @@ def _attention(node: fx.Node, layouts: Layouts) -> Carried:
         value: (*leading, None, rank - 1), key: (*leading, None, None), query: (*leading, rank - 2, None)
     }  # fmt: skip
     mask = mask_of(node)
-    if query in (key, value) or mask in operands:
-        raise MixesTokens(node, "reads keys and values of all tokens")
     if mask is not None:
         operands[mask] = (*range(rank - tensor_of(mask).ndim, rank - 1), None)
+    return operands
+
+
+def _attention(node: fx.Node, layouts: Layouts) -> Carried:
+    query, key, value = (node_argument(node, i) for i in range(3))
+    operands = _operands(node)
+    if query in (key, value) or mask_of(node) in (query, key, value):
+        raise MixesTokens(node, "reads keys and values of all tokens")
     if query in layouts and is_causal(node):
         raise MixesTokens(node, "lets every token see those before it")
     carried = combine(node, layouts, operands, "reads keys and values of all tokens")

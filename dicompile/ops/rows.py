@@ -12,7 +12,7 @@ from torch import fx
 
 from dicompile.nodes import int_argument, list_argument, node_argument, tensor_of
 from dicompile.ops.kinds import SPLITS
-from dicompile.ops.layout import Layout, Of
+from dicompile.ops.layout import Layout, Of, Part
 from dicompile.ops.rules import Axes, axis_argument, check_apart, combine, sized_as, source_layout
 from dicompile.ops.tokens import Carried, ChosenTokens, Layouts, MixesTokens, Operator, mixes
 
@@ -140,6 +140,14 @@ def _stack(node: fx.Node, layouts: Layouts) -> Carried:
     return combine(node, layouts, dict.fromkeys(list_argument(node, 0), axes))
 
 
+def _embedding(node: fx.Node, layouts: Layouts) -> Layout:
+    """Rows of a table for every index: where indices are, there are the rows."""
+    table, indices = node_argument(node, 0), node_argument(node, 1)
+    if table in layouts:
+        raise MixesTokens(node, "picks rows by an index, maybe of tokens")
+    return Layout.of((*layouts[indices].axes, (Part(int(tensor_of(node).shape[-1])),)))
+
+
 def _write_rows(node: fx.Node, layouts: Layouts) -> Carried:
     """``slice_scatter`` and ``select_scatter``: a value with some rows of an axis replaced."""
     rank, dim = tensor_of(node).ndim, axis_argument(node, 2, 0)
@@ -196,6 +204,7 @@ OPERATORS: Mapping[object, Operator] = {
     aten.stack.default: Operator(_stack),
     aten.slice_scatter.default: Operator(_write_rows, _narrow_written),
     aten.select_scatter.default: Operator(_write_rows),
+    aten.embedding.default: Operator(_embedding),
     aten.index.Tensor: mixes("picks rows by an index, maybe of tokens"),
     aten.index_put.default: mixes("writes to rows of an index, maybe of tokens"),
     aten.gather.default: mixes("picks values by an index, maybe of other tokens"),
