@@ -7,6 +7,7 @@ so that no look-up of its own decides at run time, and nothing of it stays behin
 from __future__ import annotations
 
 import contextlib
+import logging
 import types
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -35,6 +36,7 @@ FUSED = "torch.backends.mha"
 """Whether torch may fuse a layer into one operator; off while a module is captured, and no matter afterwards."""
 _AMBIENT = frozenset(Path("torch.nn.modules.module").attribute(name) for name in HOOKS_OF_ALL)
 """What is compared at every call as global state."""
+_OF_METHODS = ("__func__", "__self__")
 _WHOLE = ("CONSTANT_MATCH", "EQUALS_MATCH", "ID_MATCH")
 
 
@@ -184,9 +186,15 @@ def _clean_dynamo(*, capture_scalar_outputs: bool) -> Iterator[None]:
     settings: Any = {
         "assume_static_by_default": True, "automatic_dynamic_shapes": False, "error_on_recompile": False,
         "capture_scalar_outputs": capture_scalar_outputs, "skip_nnmodule_hook_guards": False,
+        "ignore_logger_methods": _logging_methods(),
     }  # fmt: skip
     with unset_fake_temporarily(), torch.no_grad(), torch._dynamo.config.patch(**settings):
         yield
+
+
+def _logging_methods() -> set[Any]:
+    """Methods of loggers, libraries' own ones among them (``warning_once``): what a forward logs is no computation."""
+    return {method for name, method in vars(logging.Logger).items() if name.startswith(("debug", "info", "warning"))}
 
 
 @contextlib.contextmanager
@@ -351,6 +359,8 @@ class _Read:
 
     def _link(self, base: Path, source: Any) -> Path | None:
         if isinstance(source, (sources.AttrSource, sources.GenericAttrSource)):
+            if source.member in _OF_METHODS and isinstance(self._follow(base), types.FunctionType):
+                return base if source.member == "__func__" else base.parent  # a method lies in its class as a function
             return base.via(By.DICT) if source.member == "__dict__" else base.attribute(source.member)
         if isinstance(source, sources.TypeSource):
             return base.via(By.TYPE)
