@@ -30,7 +30,9 @@ _CallableT = TypeVar("_CallableT", bound=Callable[..., Any])
 
 def process_group(name: str) -> torch.distributed.ProcessGroup:
     """The process group that a collective in a graph names (torch 2.11 to 2.14)."""
-    return torch.distributed.distributed_c10d._resolve_process_group(name)
+    groups: Any = torch.distributed.distributed_c10d
+    found: torch.distributed.ProcessGroup = groups._resolve_process_group(name)
+    return found
 
 
 def tensor_check(tensors: Sequence[Tensor]) -> Callable[..., bool]:

@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import hashlib
 
-
-
 from torch import distributed, fx, nn
 
 from dicompile.compat import process_group
 from dicompile.errors import PlansDiffer, UnsupportedModel, UnsupportedParallelism
 from dicompile.ops.collectives import groups_of
 from dicompile.plan import Plan, Policy
+
+MOST_ARGUMENTS = 256
+"""Of a forward."""
 
 
 def check_parts(module: nn.Module) -> None:
@@ -56,6 +57,20 @@ def check_parts(module: nn.Module) -> None:
             why="it was never tried, and sizes that ranks tell each other at every call are in no graph",
             fix="ContextParallelConfig(ulysses_degree=...), with token counts and heads that it divides",
         )
+
+
+def settle_hooks(module: nn.Module) -> None:
+    """Let the hooks that split tokens look up the arguments of a forward now, and not when they first run.
+
+    Dynamo cannot follow them there, and a model that needs other ranks cannot be run to let them settle.
+    """
+    for part in module.modules():
+        registry = vars(part).get("_diffusers_hook")
+        for hook in () if registry is None else registry.hooks.values():
+            signature = getattr(hook, "module_forward_metadata", None)
+            names = [name for name in getattr(hook, "metadata", ()) if isinstance(name, str)]
+            if signature is not None and names:
+                signature._get_parameter_from_args_kwargs(names[0], range(MOST_ARGUMENTS))
 
 
 def check_ranks(graph: fx.Graph, policy: Policy, *, in_background: bool, is_observed: bool) -> None:

@@ -36,7 +36,6 @@ FUSED = "torch.backends.mha"
 """Whether torch may fuse a layer into one operator; off while a module is captured, and no matter afterwards."""
 _AMBIENT = frozenset(Path("torch.nn.modules.module").attribute(name) for name in HOOKS_OF_ALL)
 """What is compared at every call as global state."""
-_OF_METHODS = ("__func__", "__self__")
 _WHOLE = ("CONSTANT_MATCH", "EQUALS_MATCH", "ID_MATCH")
 
 
@@ -359,9 +358,7 @@ class _Read:
 
     def _link(self, base: Path, source: Any) -> Path | None:
         if isinstance(source, (sources.AttrSource, sources.GenericAttrSource)):
-            if source.member in _OF_METHODS and isinstance(self._follow(base), types.FunctionType):
-                return base if source.member == "__func__" else base.parent  # a method lies in its class as a function
-            return base.via(By.DICT) if source.member == "__dict__" else base.attribute(source.member)
+            return self._attribute(base, source.member)
         if isinstance(source, sources.TypeSource):
             return base.via(By.TYPE)
         if isinstance(source, sources.ConstDictKeySource):
@@ -374,6 +371,13 @@ class _Read:
         named = {sources.TypeMROSource: "__mro__", sources.CodeSource: "__code__", sources.ClosureSource: "__closure__"}
         name = named.get(type(source))
         return base if name is None else base.attribute(name)
+
+    def _attribute(self, base: Path, name: str) -> Path:
+        if name == "__dict__":
+            return base.via(By.DICT)
+        if name in ("__func__", "__self__") and isinstance(self._follow(base), types.FunctionType):
+            return base if name == "__func__" else base.parent  # a method lies in its class as a function
+        return base.attribute(name)
 
     def _item(self, base: Path, source: Any) -> Path:
         index = source.index
