@@ -34,8 +34,8 @@ def split(sampler: Sampler, **config: Any) -> Sampler:
     return sampler
 
 
-def cached(sampler: Sampler, policy: Policy | str, **options: Any) -> Sampler:
-    optimize(sampler.pipe, policy, mode="eager", **options)
+def cached(sampler: Sampler, policy: Policy | str) -> Sampler:
+    optimize(sampler.pipe, policy, mode="eager")
     return sampler
 
 
@@ -50,7 +50,7 @@ class Collectives(TorchDispatchMode):
 
 
 def counted(sampler: Sampler) -> tuple[Tensor, list[int]]:
-    """Latents of a run, and the collectives of each of its steps."""
+    """Latents of a run, and the collectives of each of its steps; what is captured for the first two counts, too."""
     counts: list[int] = []
 
     def note(pipe: Any, step: int, timestep: Any, values: dict[str, Any]) -> dict[str, Any]:
@@ -118,7 +118,7 @@ def of_a_model(make: Callable[[nn.Module], Any]) -> Callable[[int], Any]:
     def case(_: int) -> Any:
         model = flux_transformer()
         make(model)
-        return optimize(model, "fora", steps=STEPS, mode="eager")
+        return optimize(model, "fora", schedule=FlowMatchEulerDiscreteScheduler(), mode="eager")
 
     return case
 
@@ -128,7 +128,13 @@ def sharded_heads(model: nn.Module) -> None:
     parallelize_module(model, mesh, {"transformer_blocks.0.attn.to_q": ColwiseParallel()})
 
 
-LOCAL = ToCa(interval=2, score="random")
+def in_background(_: int) -> Any:
+    sampler = split(PIPELINES["flux"]())
+    optimize(sampler.pipe, "fora", warmup="background")
+    return sampler(STEPS)
+
+
+LOCAL = ToCa(interval=2, score="random", grid_cell=0, ratio=0.5)
 CASES: dict[str, Callable[[int], Any]] = {
     "data": of_every_rank,
     "guidance": of_every_half,
@@ -138,7 +144,7 @@ CASES: dict[str, Callable[[int], Any]] = {
     "scored by attention": of_tokens("flux", ToCa(interval=2, score="attention")),
     "gate": of_tokens("flux", FirstBlockCache(threshold=0.1)),
     "different policies": of_different_policies,
-    "background": lambda _: cached(split(PIPELINES["flux"]()), "fora", warmup="background")(STEPS),
+    "background": in_background,
     "ring": lambda _: cached(split(PIPELINES["flux"](), ring_degree=RANKS), "fora"),
     "fsdp": of_a_model(fully_shard),
     "tensor parallel": of_a_model(sharded_heads),
