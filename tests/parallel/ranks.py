@@ -123,9 +123,16 @@ def of_a_model(make: Callable[[nn.Module], Any]) -> Callable[[int], Any]:
     return case
 
 
+def sharded_afterwards(_: int) -> Any:
+    sampler = cached(PIPELINES["flux"](), "fora")
+    sampler(STEPS)
+    sharded_heads(sampler.denoisers[0])
+    return sampler(STEPS)
+
+
 def sharded_heads(model: nn.Module) -> None:
-    mesh = init_device_mesh("cpu", (RANKS,))
-    parallelize_module(model, mesh, {"transformer_blocks.0.attn.to_q": ColwiseParallel()})
+    block = model.get_submodule("transformer_blocks.0")
+    parallelize_module(block, init_device_mesh("cpu", (RANKS,)), {"attn.to_q": ColwiseParallel()})
 
 
 def in_background(_: int) -> Any:
@@ -147,6 +154,8 @@ CASES: dict[str, Callable[[int], Any]] = {
     "background": in_background,
     "ring": lambda _: cached(split(PIPELINES["flux"](), ring_degree=RANKS), "fora"),
     "fsdp": of_a_model(fully_shard),
+    "fsdp afterwards": lambda _: fully_shard(cached(PIPELINES["flux"](), "fora").denoisers[0]),
+    "tensor parallel afterwards": sharded_afterwards,
     "tensor parallel": of_a_model(sharded_heads),
 }
 

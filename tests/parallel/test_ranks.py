@@ -68,6 +68,8 @@ def test_ranks_choose_among_their_own_tokens(folder: Path) -> None:
     ("background", UnsupportedParallelism, "as soon as its own code is compiled"),
     ("ring", UnsupportedModel, "splits tokens by ring attention"),
     ("fsdp", UnsupportedModel, "sharded by FSDP"),
+    ("fsdp afterwards", UnsupportedModel, "cannot become a FSDP"),
+    ("tensor parallel afterwards", UnsupportedModel, "sharded by tensor parallelism"),
     ("tensor parallel", UnsupportedModel, "sharded by tensor parallelism"),
 ])  # fmt: skip
 def test_what_cannot_be_done_is_refused_on_every_rank(
