@@ -8,6 +8,7 @@ step. What is decided while sampling, by values that a rank has for itself, is r
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 
 from torch import distributed, fx, nn
 
@@ -116,10 +117,23 @@ def check_same_plan(graph: fx.Graph, plan: Plan) -> None:
         group = process_group(name)
         plans: list[str] = [""] * distributed.get_world_size(group)
         distributed.all_gather_object(plans, hashlib.sha256(str(plan).encode()).hexdigest(), group)
-        if len(set(plans)) > 1:
-            raise PlansDiffer(
-                f"{len(set(plans))} different plans on {len(plans)} ranks that run one model together",
-                where=f"rank {distributed.get_rank()}: policy {plan.policy}, {plan.schedule.steps} steps",
-                why="a rank that computes would wait for one that reuses",
-                fix="give all ranks the same policy, schedule, number of steps and memory budget",
-            )
+        check_equal(plans, f"rank {distributed.get_rank()}: policy {plan.policy}, {plan.schedule.steps} steps")
+
+
+def check_equal(plans: Sequence[str], here: str) -> None:
+    """Check that the ranks of a group have one plan.
+
+    Args:
+        plans: what tells the plan of each rank from others.
+        here: this rank, and what it has planned.
+
+    Raises:
+        PlansDiffer: they have not.
+    """
+    if len(set(plans)) > 1:
+        raise PlansDiffer(
+            f"{len(set(plans))} different plans on {len(plans)} ranks that run one model together",
+            where=here,
+            why="a rank that computes would wait for one that reuses",
+            fix="give all ranks the same policy, schedule, number of steps and memory budget",
+        )
