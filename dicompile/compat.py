@@ -28,6 +28,13 @@ METHODS_ARE_GUARDED = torch.__version__ >= "2.13"
 _CallableT = TypeVar("_CallableT", bound=Callable[..., Any])
 
 
+def process_group(name: str) -> torch.distributed.ProcessGroup:
+    """The process group that a collective in a graph names (torch 2.11 to 2.14)."""
+    groups: Any = torch.distributed.distributed_c10d
+    found: torch.distributed.ProcessGroup = groups._resolve_process_group(name)
+    return found
+
+
 def tensor_check(tensors: Sequence[Tensor]) -> Callable[..., bool]:
     """A function that is true for tensors of the same types, shapes, strides, dtypes and devices as these.
 

@@ -46,6 +46,7 @@ from dicompile.lower import (
 )
 from dicompile.nodes import results_of
 from dicompile.ops.flash import check_fits
+from dicompile.parallel import check_ranks, check_same_plan
 from dicompile.plan import (
     UNLIMITED,
     CacheOptions,
@@ -179,6 +180,10 @@ def compile_capture(
     if options.backend.attention == "flash-attn":
         check_fits(capture.graph)
     options.debug.write("captured", capture)
+    check_ranks(
+        capture.graph, options.policy, in_background=options.backend.in_background,
+        is_observed=options.observer is not None,
+    )  # fmt: skip
     hoist = _hoist(capture, arguments, options)
     pieces = pieces_of(capture, hoist, options.policy.trunk)
     structure = pieces.structure
@@ -334,6 +339,7 @@ class Programs:
     ) -> None:
         self.backend, self._beside, self._rehearsal = options.backend, beside, rehearsal
         self.structure, self.policy = pieces.structure, options.policy
+        self._graph = pieces.capture.graph
         self.cache, self.debug = options.cache, options.debug
         self._is_watched = options.observer is not None
         self.variants = VariantCache(options.backend, options.settings, options.debug)
@@ -357,6 +363,8 @@ class Programs:
             return step
         with COMPILING, ONE_AT_A_TIME:
             plan, steps = self._planned(schedule)
+            if not steps:
+                check_same_plan(self._graph, plan)
             if index not in steps:
                 steps[index] = self._make(plan, index)
             return steps[index]

@@ -111,6 +111,14 @@ class UnsupportedModel(DicompileError, ValueError):
     """The object given is neither a module nor a pipeline with a denoiser."""
 
 
+class UnsupportedParallelism(DicompileError, ValueError):
+    """Ranks that need each other could take different steps."""
+
+
+class PlansDiffer(DicompileError, RuntimeError):
+    """Ranks that run one model together have made different plans."""
+
+
 class InvalidSetting(DicompileError, ValueError):
     """An environment variable or a backend option has an unknown value."""
 

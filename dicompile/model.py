@@ -39,6 +39,7 @@ from dicompile.errors import CannotCapture, InvalidSetting, NoSitesFound, Timest
 from dicompile.garbage import uncollected
 from dicompile.names import sounds_like_time
 from dicompile.offload import check_hooks
+from dicompile.parallel import settle_hooks
 from dicompile.runtime import Owner, current_session
 from dicompile.same import Same
 
@@ -192,6 +193,7 @@ class ModelCalls:
     @uncollected()
     def _capture(self, key: tuple[object, ...], arguments: Arguments) -> Found:
         check_hooks(self.module)
+        settle_hooks(self.module)
         start = time.perf_counter()
         try:
             known, pins = self._known(key, arguments)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from dicompile.errors import UnsupportedModel
+from dicompile.parallel import check_parts
 
 HOOK_ATTRIBUTES = frozenset({"_hf_hook", "_old_forward", "_diffusers_hook"})
 """Where accelerate keeps the hook of a module, and the forward that it wraps, and diffusers its hooks."""
@@ -28,6 +29,7 @@ def check_hooks(module: nn.Module) -> None:
         UnsupportedModel: hooks bring the weights of every part when it runs, as sequential offloading and diffusers'
             group offloading do; or they keep what parts have computed, as diffusers' caches do.
     """
+    check_parts(module)
     _check_weights_are_whole(module)
     for name, part in module.named_modules():
         hooks = vars(part).get("_diffusers_hook")

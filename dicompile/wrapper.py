@@ -20,6 +20,7 @@ from torch._dynamo.eval_frame import OptimizedModule
 
 from dicompile.compat import never_traced, without_dynamo
 from dicompile.compiler import CompiledFrame, Options
+from dicompile.errors import UnsupportedModel
 from dicompile.model import ModelCalls
 from dicompile.offload import HOOK_ATTRIBUTES, check_hooks, move_hook
 from dicompile.runtime import Owner, cache_context
@@ -120,6 +121,13 @@ class CachedModel(OptimizedModule):
         return types.MethodType(value.__func__, self) if _calls_forward(value) else value
 
     def __setattr__(self, name: str, value: Any) -> None:
+        if name == "__class__":
+            raise UnsupportedModel(
+                f"{type(self._orig_mod).__name__} is optimized, and cannot become a {value.__name__}",
+                where="a library that changes the class of a module, as fully_shard does",
+                why="the new class would be called in the place of compiled code",
+                fix="dicompile.restore it first; see docs/parallel.md for what goes with caching",
+            )
         if name in HOOK_ATTRIBUTES:
             object.__setattr__(self, name, value)
         else:

@@ -15,11 +15,12 @@ from unittest import mock
 import pytest
 import torch
 from diffusers import DDIMScheduler
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 import dicompile
 from dicompile import errors
 from dicompile.learn.latents import Latents
+from dicompile.parallel import check_equal, check_ranks
 from dicompile.passes import PASSES
 from dicompile.policies import POLICIES, load_predictor
 from dicompile.serve import Batcher
@@ -109,6 +110,15 @@ def call_attention_over_other_tokens() -> None:
 def optimize_pipeline_twice() -> None:
     pipe = dicompile.optimize(Pipeline(transformer=plain_dit()), "none")
     dicompile.optimize(pipe, "none")
+
+
+def exchanging() -> fx.Graph:
+    """A graph in which two ranks exchange halves of a value."""
+    graph = fx.Graph()
+    graph.call_function(
+        torch.ops._c10d_functional.all_to_all_single.default, (graph.placeholder("x"), [1, 1], [1, 1], "0")
+    )
+    return graph
 
 
 def refresh_of_attention() -> dicompile.Policy:
@@ -381,6 +391,24 @@ CASES: list[tuple[type[errors.DicompileError], Callable[[], Any], str]] = [
         "  fix:   a longer timeout, fewer requests at once, or a policy that computes less",
     ),
     (
+        errors.UnsupportedParallelism,
+        lambda: check_ranks(
+            exchanging(), dicompile.FirstBlockCache(threshold=0.1), in_background=False, is_observed=False
+        ),
+        "the ranks of a context-parallel model could take different steps\n"
+        "  where: compiler\n"
+        "  why:   the gate of policy 'first-block-0.1' decides by the tokens of its rank\n"
+        "  fix:   use a policy that is planned ahead, such as dicompile.FORA(interval=3)",
+    ),
+    (
+        errors.PlansDiffer,
+        lambda: check_equal(("1d", "c7"), "rank 1: policy fora-3, 4 steps"),
+        "2 different plans on 2 ranks that run one model together\n"
+        "  where: rank 1: policy fora-3, 4 steps\n"
+        "  why:   a rank that computes would wait for one that reuses\n"
+        "  fix:   give all ranks the same policy, schedule, number of steps and memory budget",
+    ),
+    (
         errors.NotYetRun,
         lambda: dicompile.plan_of(dicompile.optimize(plain_dit())),
         "PlainDiT has not run yet\n"
@@ -478,7 +506,8 @@ def test_details_that_are_not_given_leave_no_line() -> None:
 def test_an_error_is_caught_as_what_python_calls_it() -> None:
     states = {
         errors.CallOutsideSchedule, errors.CannotCapture, errors.NotOptimized, errors.AlreadyOptimized,
-        errors.NotYetRun, errors.IllegalGraph, errors.StaleRead, errors.RequestEnded, errors.RequestTimedOut,
+        errors.NotYetRun, errors.IllegalGraph, errors.StaleRead, errors.PlansDiffer, errors.RequestEnded,
+        errors.RequestTimedOut,
     }  # fmt: skip
     assert {kind for kind in CATALOGUE if issubclass(kind, RuntimeError)} == states
     assert {kind for kind in CATALOGUE if issubclass(kind, ValueError)} == set(CATALOGUE) - states

@@ -19,8 +19,8 @@ FLOOR = (
 )  # fmt: skip
 STAGES = ("capture", "analysis", "plan", "passes", "lower", "runtime")
 FRONT = (
-    "api", "backend", "bench", "cli", "compare", "compiler", "demo", "learn", "model", "offload", "pipelines",
-    "progress", "serve", "summary", "wrapper", "zoo",
+    "api", "backend", "bench", "cli", "compare", "compiler", "demo", "learn", "model", "offload", "parallel",
+    "pipelines", "progress", "serve", "summary", "wrapper", "zoo",
 )  # fmt: skip
 MAPPED = ("passes", "runtime")  # top-level folders that install under dicompile
 PUBLIC = "__init__"  # dicompile/__init__.py, the public API

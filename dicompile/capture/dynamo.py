@@ -7,6 +7,7 @@ so that no look-up of its own decides at run time, and nothing of it stays behin
 from __future__ import annotations
 
 import contextlib
+import logging
 import types
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -184,9 +185,15 @@ def _clean_dynamo(*, capture_scalar_outputs: bool) -> Iterator[None]:
     settings: Any = {
         "assume_static_by_default": True, "automatic_dynamic_shapes": False, "error_on_recompile": False,
         "capture_scalar_outputs": capture_scalar_outputs, "skip_nnmodule_hook_guards": False,
+        "ignore_logger_methods": _logging_methods(),
     }  # fmt: skip
     with unset_fake_temporarily(), torch.no_grad(), torch._dynamo.config.patch(**settings):
         yield
+
+
+def _logging_methods() -> set[Any]:
+    """Methods of loggers, libraries' own ones among them (``warning_once``): what a forward logs is no computation."""
+    return {method for name, method in vars(logging.Logger).items() if name.startswith(("debug", "info", "warning"))}
 
 
 @contextlib.contextmanager
@@ -351,7 +358,7 @@ class _Read:
 
     def _link(self, base: Path, source: Any) -> Path | None:
         if isinstance(source, (sources.AttrSource, sources.GenericAttrSource)):
-            return base.via(By.DICT) if source.member == "__dict__" else base.attribute(source.member)
+            return self._attribute(base, source.member)
         if isinstance(source, sources.TypeSource):
             return base.via(By.TYPE)
         if isinstance(source, sources.ConstDictKeySource):
@@ -364,6 +371,13 @@ class _Read:
         named = {sources.TypeMROSource: "__mro__", sources.CodeSource: "__code__", sources.ClosureSource: "__closure__"}
         name = named.get(type(source))
         return base if name is None else base.attribute(name)
+
+    def _attribute(self, base: Path, name: str) -> Path:
+        if name == "__dict__":
+            return base.via(By.DICT)
+        if name in ("__func__", "__self__") and isinstance(self._follow(base), types.FunctionType):
+            return base if name == "__func__" else base.parent  # a method lies in its class as a function
+        return base.attribute(name)
 
     def _item(self, base: Path, source: Any) -> Path:
         index = source.index

@@ -24,6 +24,7 @@ from dicompile.capture.guards import PLAIN, By, Fact, Guards, Path, Pins
 from dicompile.capture.normalise import Capture
 from dicompile.capture.stored import from_bytes, stored_under, to_bytes
 from dicompile.latest import Latest
+from dicompile.ops.collectives import groups_of
 from dicompile.ops.registry import registered
 from dicompile.store import Store, Unwritable
 
@@ -95,7 +96,7 @@ class Captures:
         return None
 
     def keep(self, key: tuple[object, ...], known: Known, module: nn.Module, store: Store) -> None:
-        """Keep a capture, if it holds nothing of the module that it was made of.
+        """Keep a capture, if it holds nothing of the module that it was made of, and names no process group.
 
         Args:
             key: what it is a capture of.
@@ -103,7 +104,7 @@ class Captures:
             module: what was captured.
             store: where it goes for other processes, if it means the same there.
         """
-        if not (is_portable(known.captured.guards) and _is_plain(key)):
+        if not (is_portable(known.captured.guards) and _is_plain(key)) or groups_of(known.capture.graph):
             return
         self._put(key, known)
         if store.is_open:

@@ -34,6 +34,7 @@ from dicompile.capture.roles import Role
 from dicompile.compat import transforms_undone
 from dicompile.errors import CannotCapture, DicompileError
 from dicompile.nodes import walk
+from dicompile.ops.collectives import is_collective_operator
 
 # Functions that return Python values, and those whose result has as many elements as the values say.
 _READS = frozenset({
@@ -230,6 +231,13 @@ class _Reading(TorchFunctionMode):
         self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if is_collective_operator(func):
+            raise CannotCapture(
+                "the model exchanges values with other ranks, and cannot be run to capture it",
+                where=f"capture, {_current_path() or 'forward'}",
+                why="another rank that has captured it already, or has not begun to, would not answer",
+                fix="make its forward one that torch.compile(fullgraph=True) takes",
+            )
         if func in _READS or func in _SIZED_BY_VALUES:
             return self._untraced(func, args, kwargs)
         if func in (Tensor.__getitem__, Tensor.__setitem__):

@@ -16,6 +16,7 @@ from dicompile.capture.ambient import DEVICES
 from dicompile.compiler import CompiledFrame
 from dicompile.errors import CacheTooLarge, CannotBatch, RequestEnded, RequestTimedOut
 from dicompile.model import Found, Frame, ModelCalls
+from dicompile.ops.collectives import groups_of
 from dicompile.plan import Plan
 from dicompile.runtime import Owner, RunReport, SchedulerLink, Session, Step, session
 from dicompile.runtime.contexts import Given
@@ -148,6 +149,10 @@ class Request:
             )
         if time.ndim == 0 or (time.ndim == 1 and len(time) == 1 < len(latent)):
             arguments, found = self._with_rows(arguments, time, latent)
+        if groups_of(found[0].known.capture.graph):
+            raise self._cannot(
+                "it exchanges values with other ranks", "ranks would batch other requests", "no enable_parallelism"
+            )
         reads = found[0].captured.reads
         if reads and max(self._batcher.turns.sizes) > 1:
             raise self._cannot("its code reads values of its inputs", f"{reads}", "Batcher(..., sizes=(1,))")

@@ -1,0 +1,29 @@
+"""Collectives: operators through which the ranks of a process group exchange values, as torch traces them.
+
+They are functional, so a pass that skips attention skips its collectives with it, and all ranks have to skip the same.
+"""
+
+from __future__ import annotations
+
+from torch import fx
+from torch._ops import OpOverload, OpOverloadPacket
+
+NAMESPACES = ("_c10d_functional", "c10d")
+
+
+def is_collective_operator(operator: object) -> bool:
+    """True for an operator that needs other ranks, whichever overload is called."""
+    if isinstance(operator, OpOverload):
+        return operator.namespace in NAMESPACES
+    return isinstance(operator, OpOverloadPacket) and operator._qualified_op_name.partition("::")[0] in NAMESPACES
+
+
+def is_collective(node: fx.Node) -> bool:
+    """True for an operator that needs other ranks; waiting for its result is one, too."""
+    return is_collective_operator(node.target)
+
+
+def groups_of(graph: fx.Graph) -> tuple[str, ...]:
+    """Names of the process groups whose ranks exchange values, in the order in which they first do."""
+    found = (node.args[-1] for node in graph.nodes if is_collective(node))
+    return tuple(dict.fromkeys(name for name in found if isinstance(name, str)))

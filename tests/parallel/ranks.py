@@ -1,0 +1,216 @@
+"""What two processes of a gloo group do, each case by name; `run` starts them and gathers what each rank found."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import traceback
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import ContextParallelConfig, FlowMatchEulerDiscreteScheduler
+from torch import Tensor, distributed, multiprocessing, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from dicompile import FORA, FirstBlockCache, Policy, ToCa, cache_context, optimize
+from dicompile.errors import DicompileError
+from tests.pipelines.pipes import FLUX_PROMPTS, PIPELINES, Sampler, flux_transformer
+
+RANKS, STEPS = 2, 4
+LONGEST = 60
+"""Seconds that a rank waits for another one."""
+
+
+def split(sampler: Sampler, **config: Any) -> Sampler:
+    """Tokens of the denoiser are split over the ranks."""
+    for denoiser in sampler.denoisers:
+        denoiser.enable_parallelism(config=ContextParallelConfig(**config or {"ulysses_degree": RANKS}))
+    return sampler
+
+
+def cached(sampler: Sampler, policy: Policy | str) -> Sampler:
+    optimize(sampler.pipe, policy, mode="eager")
+    return sampler
+
+
+class Collectives(TorchDispatchMode):
+    """Counts collectives; waiting for one is none."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func.namespace == "_c10d_functional" and "wait" not in func.name()
+        return func(*args, **kwargs or {})
+
+
+def counted(sampler: Sampler) -> tuple[Tensor, list[int]]:
+    """Latents of a run, and the collectives of each of its steps; what is captured for the first two counts, too."""
+    counts: list[int] = []
+
+    def note(pipe: Any, step: int, timestep: Any, values: dict[str, Any]) -> dict[str, Any]:
+        counts.append(mode.count - sum(counts))
+        return values
+
+    with Collectives() as mode:
+        return sampler(STEPS, callback_on_step_end=note), counts
+
+
+def two_prompts(model: Any, halves: Sequence[int], combine: Callable[[list[Tensor]], Tensor]) -> Tensor:
+    """A loop with guidance; `halves` are the prompts that this process computes."""
+    scheduler = FlowMatchEulerDiscreteScheduler()
+    model = optimize(model, FORA(interval=2), schedule=scheduler, mode="eager")
+    scheduler.set_timesteps(STEPS)
+    latent = torch.randn(1, 16, 16, generator=torch.Generator().manual_seed(0))
+    ids = {"img_ids": torch.zeros(16, 3), "txt_ids": torch.zeros(6, 3), "guidance": torch.ones(1)}
+    for t in scheduler.timesteps:
+        found = []
+        for half in halves:
+            prompt = FLUX_PROMPTS[half]
+            with cache_context(("cond", "uncond")[half]):
+                found.append(model(
+                    latent, timestep=t[None] / 1000, encoder_hidden_states=prompt["prompt_embeds"],
+                    pooled_projections=prompt["pooled_prompt_embeds"], return_dict=False, **ids,
+                )[0])  # fmt: skip
+        latent = scheduler.step(combine(found), t, latent, return_dict=False)[0]
+    return latent
+
+
+def guided(values: list[Tensor]) -> Tensor:
+    cond, uncond = values
+    return uncond + 3 * (cond - uncond)
+
+
+def from_all_ranks(values: list[Tensor]) -> Tensor:
+    gathered = [torch.empty_like(values[0]) for _ in range(RANKS)]
+    distributed.all_gather(gathered, values[0].contiguous())
+    return guided(gathered)
+
+
+def of_every_rank(rank: int) -> Any:
+    return cached(PIPELINES["flux"](), FORA(interval=2))(STEPS, seed=rank)
+
+
+def of_every_half(rank: int) -> Any:
+    return two_prompts(flux_transformer(), [rank], from_all_ranks)
+
+
+def of_tokens(name: str, policy: Policy | str) -> Callable[[int], Any]:
+    return lambda _: counted(cached(split(PIPELINES[name]()), policy))
+
+
+def of_tokens_afterwards(_: int) -> Any:
+    sampler = cached(PIPELINES["flux"](), FORA(interval=2))
+    sampler(STEPS)
+    return split(sampler)(STEPS)
+
+
+def of_different_policies(rank: int) -> Any:
+    return cached(split(PIPELINES["flux"]()), FORA(interval=2 + rank))(STEPS)
+
+
+def of_a_model(make: Callable[[nn.Module], Any]) -> Callable[[int], Any]:
+    def case(_: int) -> Any:
+        model = flux_transformer()
+        make(model)
+        return optimize(model, "fora", schedule=FlowMatchEulerDiscreteScheduler(), mode="eager")
+
+    return case
+
+
+def sharded_afterwards(_: int) -> Any:
+    sampler = cached(PIPELINES["flux"](), "fora")
+    sampler(STEPS)
+    sharded_heads(sampler.denoisers[0])
+    return sampler(STEPS)
+
+
+def sharded_heads(model: nn.Module) -> None:
+    block = model.get_submodule("transformer_blocks.0")
+    parallelize_module(block, init_device_mesh("cpu", (RANKS,)), {"attn.to_q": ColwiseParallel()})
+
+
+def in_background(_: int) -> Any:
+    sampler = split(PIPELINES["flux"]())
+    optimize(sampler.pipe, "fora", warmup="background")
+    return sampler(STEPS)
+
+
+LOCAL = ToCa(interval=2, score="random", grid_cell=0, ratio=0.5)
+CASES: dict[str, Callable[[int], Any]] = {
+    "data": of_every_rank,
+    "guidance": of_every_half,
+    **{f"tokens of {name}": of_tokens(name, FORA(interval=2)) for name in ("flux", "wan", "qwen image")},
+    "tokens afterwards": of_tokens_afterwards,
+    "chosen tokens": of_tokens("flux", LOCAL),
+    "scored by attention": of_tokens("flux", ToCa(interval=2, score="attention")),
+    "gate": of_tokens("flux", FirstBlockCache(threshold=0.1)),
+    "different policies": of_different_policies,
+    "background": in_background,
+    "ring": lambda _: cached(split(PIPELINES["flux"](), ring_degree=RANKS), "fora"),
+    "fsdp": of_a_model(fully_shard),
+    "fsdp afterwards": lambda _: fully_shard(cached(PIPELINES["flux"](), "fora").denoisers[0]),
+    "tensor parallel afterwards": sharded_afterwards,
+    "tensor parallel": of_a_model(sharded_heads),
+}
+
+
+def work(rank: int, folder: str, names: Sequence[str]) -> None:
+    """Run cases on one rank, and write what each returned, or the error that it raised."""
+    begin(rank, folder)
+    for name in names:
+        try:
+            found = CASES[name](rank)
+        except DicompileError as error:
+            found = error
+        except Exception:  # the test of this case fails, and no other one
+            found = None
+            traceback.print_exc()
+        kept = found if isinstance(found, (Tensor, tuple, DicompileError)) else None
+        torch.save(kept, Path(folder) / f"{name} {rank}")
+    distributed.barrier()
+    distributed.destroy_process_group()
+
+
+def die(rank: int, folder: str, names: Sequence[str]) -> None:
+    """Rank 1 dies in the middle of a run; rank 0 writes what it was told."""
+    begin(rank, folder)
+    sampler = cached(split(PIPELINES["flux"]()), FORA(interval=2))
+
+    def leave(pipe: Any, step: int, timestep: Any, values: dict[str, Any]) -> dict[str, Any]:
+        if rank == 1 and step == 1:
+            os._exit(0)
+        return values
+
+    try:
+        sampler(STEPS, callback_on_step_end=leave)
+    except RuntimeError as error:
+        (Path(folder) / "told").write_text(str(error))
+    os._exit(0)
+
+
+def begin(rank: int, folder: str) -> None:
+    warnings.filterwarnings("ignore")
+    torch.set_num_threads(1)
+    torch.accelerator.device_count = lambda: 1  # diffusers divides by it where there is no accelerator
+    distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=RANKS,
+        timeout=datetime.timedelta(seconds=LONGEST),
+    )  # fmt: skip
+
+
+def run(target: Callable[[int, str, Sequence[str]], None], folder: Path, names: Sequence[str] = ()) -> None:
+    """Start the ranks and wait for them."""
+    context = multiprocessing.spawn(target, (str(folder), list(names)), nprocs=RANKS, join=False)
+    while not context.join(timeout=10):
+        pass
+
+
+def found(folder: Path, name: str) -> list[Any]:
+    """What the ranks returned or raised in a case."""
+    return [torch.load(folder / f"{name} {rank}", weights_only=False) for rank in range(RANKS)]

@@ -1,0 +1,86 @@
+"""Two ranks give what one rank gives, skip the collectives of what they skip, and never wait for each other in vain."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from dicompile import FORA
+from dicompile.errors import PlansDiffer, PolicyDoesNotFit, UnsupportedModel, UnsupportedParallelism
+from tests.parallel.ranks import CASES, LOCAL, STEPS, cached, die, found, guided, run, two_prompts, work
+from tests.pipelines.pipes import PIPELINES, flux_transformer
+
+NEAR: dict[str, Any] = {"atol": 1e-5, "rtol": 1e-5}
+"""Sums over heads or keys in another order."""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    path = tmp_path_factory.mktemp("ranks")
+    run(work, path, list(CASES))
+    return path
+
+
+def test_every_rank_may_have_requests_of_its_own(folder: Path) -> None:
+    one = cached(PIPELINES["flux"](), FORA(interval=2))
+    for rank, latent in enumerate(found(folder, "data")):
+        torch.testing.assert_close(latent, one(STEPS, seed=rank), **NEAR)
+
+
+def test_every_rank_may_have_one_half_of_guidance(folder: Path) -> None:
+    one = two_prompts(flux_transformer(), [0, 1], guided)
+    for latent in found(folder, "guidance"):
+        torch.testing.assert_close(latent, one, **NEAR)
+
+
+@pytest.mark.parametrize(("name", "calls", "blocks"), [("flux", 1, 2), ("wan", 2, 1), ("qwen image", 2, 2)])
+def test_ranks_that_share_tokens_give_what_one_gives_and_reuse_without_each_other(
+    folder: Path, name: str, calls: int, blocks: int
+) -> None:
+    one = cached(PIPELINES[name](), FORA(interval=2))(STEPS)
+    for latent, counts in found(folder, f"tokens of {name}"):
+        torch.testing.assert_close(latent, one, **NEAR)
+        reusing, full = counts[2:]  # the steps before are captured, too
+        assert reusing == calls  # the result is gathered
+        assert full >= calls * (1 + 4 * blocks)  # and queries, keys, values and result of every attention are exchanged
+
+
+def test_tokens_may_be_shared_later(folder: Path) -> None:
+    for latent in found(folder, "tokens afterwards"):
+        torch.testing.assert_close(latent, found(folder, "tokens of flux")[0][0], **NEAR)
+
+
+def test_ranks_choose_among_their_own_tokens(folder: Path) -> None:
+    (first, counts), (second, _) = found(folder, "chosen tokens")
+    assert torch.equal(first, second)
+    reusing = found(folder, "tokens of flux")[0]
+    assert counts[2] == 1  # attention is reused, and tokens are refreshed without other ranks
+    assert not torch.equal(first, reusing[0])
+    torch.testing.assert_close(first, cached(PIPELINES["flux"](), LOCAL)(STEPS), atol=0.2, rtol=0)  # others are chosen
+
+
+@pytest.mark.parametrize(("name", "error", "text"), [
+    ("scored by attention", PolicyDoesNotFit, "the attention is not over the same tokens"),
+    ("gate", UnsupportedParallelism, "decides by the tokens of its rank"),
+    ("different policies", PlansDiffer, "2 different plans on 2 ranks"),
+    ("background", UnsupportedParallelism, "as soon as its own code is compiled"),
+    ("ring", UnsupportedModel, "splits tokens by ring attention"),
+    ("fsdp", UnsupportedModel, "sharded by FSDP"),
+    ("fsdp afterwards", UnsupportedModel, "cannot become a FSDP"),
+    ("tensor parallel afterwards", UnsupportedModel, "sharded by tensor parallelism"),
+    ("tensor parallel", UnsupportedModel, "sharded by tensor parallelism"),
+])  # fmt: skip
+def test_what_cannot_be_done_is_refused_on_every_rank(
+    folder: Path, name: str, error: type[Exception], text: str
+) -> None:
+    for raised in found(folder, name):
+        assert isinstance(raised, error)
+        assert text in str(raised)
+        assert raised.fix  # type: ignore[attr-defined]
+
+
+def test_a_rank_that_dies_is_an_error_on_the_others(tmp_path: Path) -> None:
+    run(die, tmp_path)
+    assert (tmp_path / "told").read_text()
