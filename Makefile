@@ -62,7 +62,7 @@ $(VENV)/constraints.txt: constraints.txt | $(BIN)/python
 	sed -E -e '/^(triton|setuptools)==/d' -e 's/^torch==.*/torch==$(TORCH)/' $< > $@
 
 # One stamp per extra: a second run installs nothing unless the requirements changed.
-# Python compiles what is imported when it is: a fifth of torch and diffusers, in a sixth of the time that all of it takes.
+# Python compiles what is imported when it is: a third of what compiling all of it takes.
 $(VENV)/.installed-%: pyproject.toml $(CONSTRAINTS) | $(BIN)/python
 	$(BIN)/python -m pip install --no-compile -c $(CONSTRAINTS) -e '.[$*]'
 	touch $@
