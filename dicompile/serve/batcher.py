@@ -104,7 +104,7 @@ class Batcher:
 
     Raises:
         InvalidSetting: a backend, size or budget that does not exist.
-        UnsupportedModel: it is no module, is optimized already, or its weights are moved by hooks.
+        UnsupportedModel: it is no module, is optimized already, or its weights or tokens are moved by hooks.
     """
 
     def __init__(
@@ -127,10 +127,10 @@ class Batcher:
             )
         if any(hasattr(model, name) for name in HOOK_ATTRIBUTES):
             raise UnsupportedModel(
-                f"the weights of this {type(model).__name__} are moved by hooks",
+                f"the weights of this {type(model).__name__} are moved by hooks, or its tokens",
                 where="dicompile.serve",
-                why="hooks of one request would move weights that a batch of others reads",
-                fix="keep the model on its device: no enable_model_cpu_offload, no device_map",
+                why="the hooks of one request would move what a batch of others reads",
+                fix="keep the model on its device: no enable_model_cpu_offload, device_map or enable_parallelism",
             )
         if 1 not in sizes or min(sizes) < 1:
             raise InvalidSetting(

@@ -7,6 +7,7 @@ import os
 import traceback
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from dicompile import FORA, FirstBlockCache, Policy, ToCa, cache_context, optimize
 from dicompile.errors import DicompileError
+from dicompile.serve import Batcher
 from tests.pipelines.pipes import FLUX_PROMPTS, PIPELINES, Sampler, flux_transformer
 
 RANKS, STEPS = 2, 4
@@ -141,6 +143,14 @@ def in_background(_: int) -> Any:
     return sampler(STEPS)
 
 
+def served(_: int) -> Any:
+    sampler = PIPELINES["flux"]()
+    batcher = Batcher(sampler.denoisers[0], backend="eager")
+    split(sampler)
+    with batcher.pipeline(sampler.pipe, FORA(interval=2)) as pipe:
+        return replace(sampler, pipe=pipe)(STEPS)
+
+
 LOCAL = ToCa(interval=2, score="random", grid_cell=0, ratio=0.5)
 CASES: dict[str, Callable[[int], Any]] = {
     "data": of_every_rank,
@@ -152,6 +162,7 @@ CASES: dict[str, Callable[[int], Any]] = {
     "gate": of_tokens("flux", FirstBlockCache(threshold=0.1)),
     "different policies": of_different_policies,
     "background": in_background,
+    "served": served,
     "ring": lambda _: cached(split(PIPELINES["flux"](), ring_degree=RANKS), "fora"),
     "fsdp": of_a_model(fully_shard),
     "fsdp afterwards": lambda _: fully_shard(cached(PIPELINES["flux"](), "fora").denoisers[0]),

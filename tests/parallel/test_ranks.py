@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from dicompile import FORA
-from dicompile.errors import PlansDiffer, PolicyDoesNotFit, UnsupportedModel, UnsupportedParallelism
+from dicompile.errors import CannotBatch, PlansDiffer, PolicyDoesNotFit, UnsupportedModel, UnsupportedParallelism
 from tests.parallel.ranks import CASES, LOCAL, STEPS, cached, die, found, guided, run, two_prompts, work
 from tests.pipelines.pipes import PIPELINES, flux_transformer
 
@@ -66,6 +66,7 @@ def test_ranks_choose_among_their_own_tokens(folder: Path) -> None:
     ("gate", UnsupportedParallelism, "decides by the tokens of its rank"),
     ("different policies", PlansDiffer, "2 different plans on 2 ranks"),
     ("background", UnsupportedParallelism, "as soon as its own code is compiled"),
+    ("served", CannotBatch, "exchanges values with other ranks"),
     ("ring", UnsupportedModel, "splits tokens by ring attention"),
     ("fsdp", UnsupportedModel, "sharded by FSDP"),
     ("fsdp afterwards", UnsupportedModel, "cannot become a FSDP"),
