@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -93,11 +92,11 @@ def streamed(subject: Trainable, steps: int, guidance: float, every: int, seed: 
 @contextlib.contextmanager
 def one_of_several() -> Iterator[bool]:
     """The process group that ``torchrun`` announces, if it has started this process; True in its first process."""
-    if "TORCHELASTIC_RUN_ID" not in os.environ:
+    if not torch.distributed.is_torchelastic_launched():
         yield True
         return
     if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(torch.distributed.get_node_local_rank())
     torch.distributed.init_process_group()
     try:
         yield rank() == 0
