@@ -92,7 +92,7 @@ def streamed(subject: Trainable, steps: int, guidance: float, every: int, seed: 
 @contextlib.contextmanager
 def one_of_several() -> Iterator[bool]:
     """The process group that ``torchrun`` announces, if it has started this process; True in its first process."""
-    if not torch.distributed.is_torchelastic_launched():
+    if not (torch.distributed.is_available() and torch.distributed.is_torchelastic_launched()):
         yield True
         return
     if torch.cuda.is_available():
