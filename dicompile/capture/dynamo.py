@@ -27,7 +27,7 @@ from dicompile.capture.captured import Captured, Changes, Unsettled, packer
 from dicompile.capture.guards import PARTS, By, Fact, Guards, Path, below, find_place, python_module
 from dicompile.capture.numbers import open_numbers
 from dicompile.capture.wrapped import open_wrapped, take_apart
-from dicompile.compat import METHODS_ARE_GUARDED, DynamoCapture, dynamo_capture, noting_writes
+from dicompile.compat import LOGGING_IS_LEFT_OUT, METHODS_ARE_GUARDED, DynamoCapture, dynamo_capture, noting_writes
 from dicompile.errors import CannotCapture
 
 _CONTAINERS = ("DICT_KEYS_MATCH", "SEQUENCE_LENGTH", "DICT_CONTAINS", "DICT_NOT_CONTAINS", "SET_CONTAINS",
@@ -185,8 +185,9 @@ def _clean_dynamo(*, capture_scalar_outputs: bool) -> Iterator[None]:
     settings: Any = {
         "assume_static_by_default": True, "automatic_dynamic_shapes": False, "error_on_recompile": False,
         "capture_scalar_outputs": capture_scalar_outputs, "skip_nnmodule_hook_guards": False,
-        "ignore_logger_methods": _logging_methods(),
     }  # fmt: skip
+    if LOGGING_IS_LEFT_OUT:
+        settings["ignore_logging_functions"] = _logging_methods()
     with unset_fake_temporarily(), torch.no_grad(), torch._dynamo.config.patch(**settings):
         yield
 
