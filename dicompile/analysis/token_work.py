@@ -53,7 +53,7 @@ def token_work(flow: Dataflow, stream: fx.Node, end: fx.Node, region: Sequence[f
         return TokenWork(TokenFact(TokenWise.NO, axis, count, f"the stream has {has}"))
     to_end = [node for node in region if flow.is_ancestor(node, end)]
     found, refusals = _layouts(to_end, stream, end, Layout.of_stream(shape, [axis]))
-    stored = Mixing.STORED in found and any(is_attention(node) for node in to_end)
+    stored = Mixing.STORED in found
     for_keys = _key_nodes(flow, to_end)
     if Mixing.FORBIDDEN in found:
         fact, shrinking = TokenFact(TokenWise.YES, axis, count, stored=stored), found[Mixing.FORBIDDEN]

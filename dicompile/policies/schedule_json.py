@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
+from typing import TypeGuard
 
 import torch
 from torch import Tensor
@@ -71,12 +72,12 @@ def schedule_from_json(text: str | bytes, source: str = "JSON") -> tuple[Tensor,
         raise _no_schedule(source, str(error)) from None
     if not isinstance(data, dict) or not data:
         raise _no_schedule(source, "it is not an object with one list per branch")
-    columns: dict[tuple[int, int], list[int]] = {}
+    columns: dict[tuple[int, int], Sequence[int]] = {}
     for key, column in data.items():
         match = _KEY.fullmatch(key)
         if match is None:
             raise _no_schedule(source, f"{outside.shown(key)} is not attn-0, mlp-0, ...")
-        if not isinstance(column, list) or not column or any(entry not in (0, 1) for entry in column):
+        if not is_column(column):
             raise _no_schedule(source, f"{outside.shown(key)} is not a list of 0 and 1")
         columns[int(match[2]), list(BRANCHES).index(match[1])] = column
     if len({len(column) for column in columns.values()}) > 1:
@@ -84,6 +85,11 @@ def schedule_from_json(text: str | bytes, source: str = "JSON") -> tuple[Tensor,
     order = sorted(columns)
     compute = torch.tensor([columns[key] for key in order], dtype=torch.bool).T.contiguous()
     return compute, tuple(f"{block}.{list(BRANCHES.values())[kind]}" for block, kind in order)
+
+
+def is_column(value: object) -> TypeGuard[Sequence[int]]:
+    """True for 0 or 1 for every step."""
+    return isinstance(value, Sequence) and bool(value) and all(entry in (0, 1) for entry in value)
 
 
 def _no_schedule(source: str, why: str) -> InvalidRouter:

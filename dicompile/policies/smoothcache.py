@@ -10,7 +10,7 @@ from dicompile.errors import InvalidPolicy, InvalidRouter
 from dicompile.outside import Unreadable, from_json, read_text, shown
 from dicompile.plan import Origin, Policy, Rule, SiteName, Table
 from dicompile.policies.l2c import LearningToCache
-from dicompile.policies.schedule_json import BRANCHES
+from dicompile.policies.schedule_json import BRANCHES, is_column
 
 Drifts = Mapping[str, Sequence[Sequence[float]]]
 """Of every kind of site, for every lag from 1 on: relative change of a value from each step to the one `lag` later."""
@@ -99,7 +99,7 @@ def _kind(name: str, source: str) -> SiteName:
 
 
 def _steps(name: str, column: object, source: str) -> list[bool]:
-    if not isinstance(column, Sequence) or any(entry not in (0, 1) for entry in column):
+    if not is_column(column):
         raise _no_schedule(source, f"{shown(name)} is not a list of 0 and 1")
     return [bool(entry) for entry in column]
 

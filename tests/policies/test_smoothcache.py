@@ -103,6 +103,7 @@ def test_a_schedule_holds_for_its_number_of_steps() -> None:
         ({"mlp": [1, 0], "attn": [1]}, "different lengths"),
         ({"gate": [1, 0]}, "'gate' is no kind of branch"),
         ({"mlp": [1, 2]}, "'mlp' is not a list of 0 and 1"),
+        ({"mlp": []}, "'mlp' is not a list of 0 and 1"),
         ([1, 0], "not an object"),
         (None, ""),
     ],
