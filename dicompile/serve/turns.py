@@ -1,8 +1,9 @@
 """Whose turn it is: calls that wait, and which of them run as one.
 
-There is no thread for it. Whoever waits while nothing runs takes the oldest call and those that are like it, runs them
-all, and hands out what they return. While they run others arrive, so that groups form by themselves; where everybody
-else is at work elsewhere (decoding, or not called yet), nobody is waited for longer than `patience`.
+There is no thread for it. While nothing runs, one of those that wait with the oldest call or one like it runs them all,
+in its own thread: what threads have set for themselves, inference mode, say, is part of what makes calls alike. While
+they run others arrive, so that groups form by themselves; where everybody else is at work elsewhere (decoding, or not
+called yet), nobody is waited for longer than `patience`.
 """
 
 from __future__ import annotations
@@ -79,7 +80,7 @@ class Turns(Generic[T]):
             self._changed.notify_all()  # it may have been the last one that was waited for
             while not own.is_done:
                 group = [] if self._is_running else self._group()
-                if group:
+                if own in group:
                     self._serve(group)
                     continue
                 try:
@@ -89,7 +90,7 @@ class Turns(Generic[T]):
                         self._waiting.remove(own)
                         self._changed.notify_all()
                         raise
-                self._changed.wait(self._pause())
+                self._changed.wait(threading.TIMEOUT_MAX if group else self._pause())  # one of the group runs it
         if own.error is not None:
             raise own.error
 

@@ -102,6 +102,22 @@ def test_what_rows_share_has_to_be_equal() -> None:
     assert not torch.allclose(first[0], second[0])
 
 
+def test_what_a_thread_has_set_for_itself_has_to_be_equal() -> None:
+    sample = models.plain_dit(layers=1)
+    batcher, times = batcher_of(sample), models.timesteps(2)
+    requests = [batcher.request("none", schedule=times) for _ in range(2)]  # both are waited for
+
+    def run(request: Any, mode: Any) -> list[Tensor]:
+        with request, mode:
+            return models.run(request.model, sample.inputs, times)
+
+    outside, inside = at_once(
+        lambda: run(requests[0], torch.no_grad()), lambda: run(requests[1], torch.inference_mode())
+    )
+    assert batcher.served().batches == {1: 4}
+    assert [output.is_inference() for output in (*outside, *inside)] == [False, False, True, True]
+
+
 class ScalarTime(PlainDiT):
     """Takes one timestep, of any shape."""
 

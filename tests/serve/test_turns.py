@@ -38,6 +38,21 @@ def test_what_is_alike_runs_together_when_everybody_waits() -> None:
     assert len(ran[0]) == 2  # of three that are alike two, since three is no size
 
 
+def test_a_group_runs_in_a_thread_of_its_own_callers() -> None:
+    threads: dict[str, int] = {}
+    ran: list[tuple[Sequence[str], int]] = []
+    turns: Turns[str] = Turns((1, 2), FOREVER, lambda calls: ran.append((calls, threading.get_ident())))
+    turns.look_again(3)
+
+    def call(name: str) -> None:
+        threads[name] = threading.get_ident()
+        take(turns, name, name[0])
+
+    at_once(*[lambda name=name: call(name) for name in ("a", "b", "c")])
+    assert len(ran) == 3  # the last to come does not run the first one's
+    assert all(thread in [threads[name] for name in calls] for calls, thread in ran)
+
+
 def test_a_full_group_waits_for_nobody() -> None:
     turns, ran = turns_of((1, 2), callers=9)
     at_once(lambda: turns.take("a", 0, never), lambda: turns.take("b", 0, never))
