@@ -85,6 +85,19 @@ def test_guidance_contexts_are_trajectories_of_their_own() -> None:
     assert [int(call["t"][0]) for call in recorded.all[1].calls] == timesteps(3)
 
 
+def test_what_a_loop_writes_to_later_is_kept_as_it_was() -> None:
+    sample = plain_dit(layers=1)
+    model = dicompile.optimize(sample.model, "none", schedule=timesteps(3), backend="eager")
+    latent, before = sample.inputs["x"].clone(), []
+    with dicompile.record_trajectories(model) as recorded:
+        for time in timesteps(3):
+            before.append(latent.clone())
+            model(latent, torch.full((4,), time), sample.inputs["y"])
+            latent.mul_(0.5)
+    for call, expected in zip(recorded.all[0].calls, before, strict=True):
+        assert torch.equal(call["x"], expected)
+
+
 def test_a_file_holds_all_of_it(trajectories: dicompile.Trajectories, tmp_path: Path) -> None:
     trajectories.save(tmp_path / "t.pt")
     read = dicompile.Trajectories.load(tmp_path / "t.pt")
@@ -114,6 +127,16 @@ def test_runs_of_other_steps_do_not_go_together(trajectories: dicompile.Trajecto
     stream.at(0)
     with pytest.raises(InvalidTrainingData, match="runs of one stream differ"):
         stream.at(1)
+
+
+def test_runs_of_one_recording_have_the_same_timesteps() -> None:
+    sampler = pipes.flux()
+    with (
+        pytest.raises(InvalidTrainingData, match="runs of one recording differ"),
+        dicompile.record_trajectories(sampler.pipe),
+    ):
+        sampler(STEPS)
+        sampler(STEPS + 1)
 
 
 def test_a_run_that_was_left_is_none() -> None:

@@ -10,18 +10,23 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from diffusers import ContextParallelConfig, FlowMatchEulerDiscreteScheduler
 from torch import Tensor, distributed, multiprocessing, nn
+from torch.distributed._functional_collectives import all_reduce
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dicompile import FORA, FirstBlockCache, Policy, ToCa, cache_context, optimize
+from dicompile.capture import capture_functional
 from dicompile.errors import DicompileError
 from dicompile.serve import Batcher
+from tests import models
+from tests.models import PlainDiT, Sample, optimized, plain_dit, redraw, timesteps
 from tests.pipelines.pipes import FLUX_PROMPTS, PIPELINES, Sampler, flux_transformer
 
 RANKS, STEPS = 2, 4
@@ -151,6 +156,22 @@ def served(_: int) -> Any:
         return replace(sampler, pipe=pipe)(STEPS)
 
 
+class Summed(PlainDiT):
+    """Its result is the sum over all ranks."""
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        return all_reduce(super().forward(x, t, y), "sum", distributed.group.WORLD)  # type: ignore[arg-type]
+
+
+def of_two_models(_: int) -> Any:
+    """How often models of one kind are captured."""
+    with mock.patch("dicompile.model.capture_functional", wraps=capture_functional) as captures:
+        for _ in range(2):
+            sample = Sample(redraw(Summed(layers=2)), plain_dit().inputs)
+            models.run(optimized(sample, FORA(interval=2), STEPS), sample.inputs, timesteps(STEPS))
+    return torch.tensor(captures.call_count)
+
+
 LOCAL = ToCa(interval=2, score="random", grid_cell=0, ratio=0.5)
 CASES: dict[str, Callable[[int], Any]] = {
     "data": of_every_rank,
@@ -163,6 +184,7 @@ CASES: dict[str, Callable[[int], Any]] = {
     "different policies": of_different_policies,
     "background": in_background,
     "served": served,
+    "two models": of_two_models,
     "ring": lambda _: cached(split(PIPELINES["flux"](), ring_degree=RANKS), "fora"),
     "fsdp": of_a_model(fully_shard),
     "fsdp afterwards": lambda _: fully_shard(cached(PIPELINES["flux"](), "fora").denoisers[0]),

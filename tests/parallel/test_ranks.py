@@ -57,6 +57,10 @@ def test_tokens_may_be_shared_later(folder: Path) -> None:
         torch.testing.assert_close(latent, found(folder, "tokens of flux")[0][0], **NEAR)
 
 
+def test_a_capture_that_names_a_group_of_ranks_is_for_one_model(folder: Path) -> None:
+    assert [int(count) for count in found(folder, "two models")] == [2, 2]
+
+
 @TOKENS
 def test_ranks_choose_among_their_own_tokens(folder: Path) -> None:
     (first, counts), (second, _) = found(folder, "chosen tokens")
