@@ -32,6 +32,7 @@ from dicompile.passes.rejoin_parts import RejoinParts
 from dicompile.passes.reuse_sites import ReuseSites
 from dicompile.passes.score_tokens import ScoreTokens
 from dicompile.passes.share_log_sum_exp import ShareLogSumExp
+from dicompile.passes.share_weights import ShareWeights
 from dicompile.passes.store_values import StoreValues
 from dicompile.passes.use_flash_attention import UseFlashAttention
 
@@ -44,13 +45,14 @@ PASSES: tuple[Pass, ...] = (
     NarrowSlots(),  # once everything is stored and read: casts on both sides, where the plan asks for fewer bits
     RejoinParts(),  # once nothing needs to know any more where a branch begins
     DropDead(),  # removes what the cuts left behind
-    ShareLogSumExp(),  # of attention that is still there: it would keep the others alive
+    ShareWeights(),  # of attention that is still there: it would keep the others alive
+    ShareLogSumExp(),  # likewise, where attention keeps its weights to itself
     NarrowLinear(),  # needs to know which parts of a layer are still read
     DropDead(),  # removes the wide layers that were narrowed
     KeepLayout(),  # last: no later edit may move anything
 )
 
-_SHARING = PASSES.index(ShareLogSumExp())
+_SHARING = PASSES.index(ShareWeights())
 FLASH_PASSES: tuple[Pass, ...] = (*PASSES[:_SHARING], UseFlashAttention(), *PASSES[_SHARING:])
 """The same where attention is computed by the package flash-attn, whose log-sum-exp scores read as well."""
 

@@ -29,7 +29,7 @@ from __future__ import annotations
 
 import operator
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, fx
@@ -37,7 +37,7 @@ from torch import Tensor, fx
 from dicompile.analysis import Dataflow
 from dicompile.analysis.tokens import Mixing, token_layouts
 from dicompile.nodes import node_argument, tensor_of
-from dicompile.ops import scores
+from dicompile.ops import scores, select_tokens
 from dicompile.ops.kinds import is_attention
 from dicompile.ops.layout import Layout
 from dicompile.ops.tokens import Carried, MixesTokens
@@ -80,13 +80,18 @@ class RefreshTokens:
         return PassReport(tuple(changed))
 
 
-MOST_COUNTED = 8192
-"""Tokens whose pairs are compared to rank them. Films have more; there the square of them costs more than a sort."""
+class Selection(NamedTuple):
+    """Which tokens are computed.
 
+    Attributes:
+        chosen: the tokens with the highest scores, of equals the earlier one; int64, [b, k].
+        places: place of every token by its score; int64, [b, n].
+        stamps: as `SlotKind.STAMP` after this step, where that is kept; int32, [b, n].
+    """
 
-def counts_places(device: torch.device, tokens: int) -> bool:
-    """True where comparing all pairs of tokens is cheaper than sorting them: one kernel instead of a library's many."""
-    return device.type != "cpu" and tokens <= MOST_COUNTED
+    chosen: fx.Node
+    places: fx.Node
+    stamps: fx.Node | None
 
 
 class _SiteRefresh:
@@ -105,57 +110,65 @@ class _SiteRefresh:
         core, editor = self.fresh, self.editor
         users = list(core.users)
         with editor.before(min(users, key=list(self.segment.graph.nodes).index)):
-            chosen, places = self.choose()
-            self.rows = Rows.of(editor, places, self.count)
-            narrow = Narrow(editor, chosen, self.count, self.batch, self.tokens)
+            selection = self.select()
+            self.rows = Rows.of(editor, selection.places, self.count)
+            narrow = Narrow(editor, selection.chosen, self.count, self.batch, self.tokens)
             copies = self.branch_on(narrow)
             value = recalled(editor, self.position, self.step, core)
             assert value is not None
             refreshed = self.rows.put(editor, copies[core], value)
             placed = editor.in_layout_of(core, refreshed)
-            stamp = self.stamp_after() if SlotKind.STAMP in self.step.writes else None
             raw = self.raw_score_after(copies) if SlotKind.SCORE in self.step.writes else None
         for user in users:
             user.replace_input_with(core, placed)
         end = self.segment.graph.output_node()
         end.replace_input_with(core, placed)
-        editor.output(Chosen(self.position), chosen)
-        stored = {SlotKind.VALUE: refreshed, SlotKind.STAMP: stamp, SlotKind.SCORE: raw}
+        editor.output(Chosen(self.position), selection.chosen)
+        stored = {SlotKind.VALUE: refreshed, SlotKind.STAMP: selection.stamps, SlotKind.SCORE: raw}
         for kind in self.step.writes:
             node = stored[kind]
             assert node is not None
             editor.output(SlotRef(self.position, kind), node)
 
-    def ranked(self) -> fx.Node:
+    def select(self) -> Selection:
+        """Rank the tokens by everything that counts: in one kernel where there is one, else by sorting."""
+        editor, score, base = self.editor, self.score, self.base()
+        keeps_stamps = SlotKind.STAMP in self.step.writes
+        operator_ = select_tokens.operator_for(tensor_of(base).device, self.tokens)
+        if operator_ is None:
+            return self.sorted(self.ranked(base), keeps_stamps)
+        stamp, clock = (self.stamp(), self.clock()) if score.age_weight or keeps_stamps else (None, 0)
+        cells = (self.segment.grid or (), score.grid_cell or 0, score.grid_bonus)
+        call = editor.call(operator_, base, stamp, self.count, clock, score.age_weight, list(cells[0]), *cells[1:])
+        chosen, places, stamps = (editor.call(operator.getitem, call, i) for i in range(3))
+        return Selection(chosen, places, stamps if keeps_stamps else None)
+
+    def sorted(self, ranked: fx.Node, keeps_stamps: bool) -> Selection:
+        """Selection by score; float32, [b, n]."""
+        editor = self.editor
+        order = editor.trace(lambda score: score.argsort(dim=-1, descending=True, stable=True), ranked)
+        chosen = editor.call(aten.slice.Tensor, order, 1, 0, self.count)
+        places = editor.trace(scores.places_of, order)
+        if not keeps_stamps:
+            return Selection(chosen, places, None)
+        now = editor.call(
+            aten.mul.Tensor,
+            editor.call(aten.ones_like.default, self.stamp()),
+            editor.call(operator.add, self.clock(), 1),
+        )
+        is_chosen = editor.call(aten.lt.Scalar, places, self.count)
+        return Selection(chosen, places, editor.call(aten.where.self, is_chosen, now, self.stamp()))
+
+    def ranked(self, base: fx.Node) -> fx.Node:
         """Scores with everything that counts; float32, [b, n]."""
-        ranked = self.base()
         if self.score.age_weight:
             age = self.editor.call(aten.rsub.Scalar, self.stamp(), self.clock())
-            ranked = self.editor.call(aten.add.Tensor, ranked, age, alpha=self.score.age_weight)
+            base = self.editor.call(aten.add.Tensor, base, age, alpha=self.score.age_weight)
         if self.score.grid_cell:
             grid, cell, bonus = self.segment.grid, self.score.grid_cell, self.score.grid_bonus
             assert grid is not None
-            ranked = self.editor.trace(lambda score: scores.with_grid_bonus(score, grid, cell, bonus), ranked)
-        return ranked
-
-    def choose(self) -> tuple[fx.Node, fx.Node]:
-        """Indices of the tokens with the highest scores, [b, k], and every token's place, [b, n]; int64.
-
-        Ties go to the earlier token.
-        """
-        editor, ranked = self.editor, self.ranked()
-        device = tensor_of(ranked).device
-        if not counts_places(device, self.tokens):
-            order = editor.trace(lambda score: score.argsort(dim=-1, descending=True, stable=True), ranked)
-            return editor.call(aten.slice.Tensor, order, 1, 0, self.count), editor.trace(torch.argsort, order)
-        places = editor.trace(scores.places, ranked)
-        first, numbers = (
-            editor.call(aten.arange.default, size, device=device, pin_memory=False)
-            for size in (self.count, self.tokens)
-        )
-        place, wanted = (editor.call(aten.unsqueeze.default, node, axis) for node, axis in ((places, 1), (first, 1)))
-        is_there = editor.call(aten.eq.Tensor, place, wanted)
-        return editor.call(aten.sum.dim_IntList, editor.call(aten.mul.Tensor, is_there, numbers), [-1]), places
+            base = self.editor.trace(lambda score: scores.with_grid_bonus(score, grid, cell, bonus), base)
+        return base
 
     def base(self) -> fx.Node:
         """Normalised score base; [b, n]."""
@@ -192,12 +205,6 @@ class _SiteRefresh:
     def clock(self) -> fx.Node:
         """Reuse steps since the site was computed whole; int."""
         return self.editor.int_input(ReuseClock(self.position))
-
-    def stamp_after(self) -> fx.Node:
-        """Stamps with the chosen tokens marked as refreshed after this step."""
-        ones = self.editor.call(aten.ones_like.default, self.stamp())
-        now = self.editor.call(aten.mul.Tensor, ones, self.editor.call(operator.add, self.clock(), 1))
-        return self.editor.call(aten.where.self, self.rows.is_chosen, now, self.stamp())
 
     def raw_score_after(self, copies: dict[fx.Node, fx.Node]) -> fx.Node:
         """The site's own raw score (cross-attention entropy) with the rows of the chosen tokens replaced."""

@@ -9,12 +9,12 @@ Before::
     %9: f32[2,4,64,8] = aten.scaled_dot_product_attention.default(%6, %7, %8)
     %10: f32[2,64] = dicompile.attention_received.default(%6, %7, None, None, False)
 
-After, on a CPU::
+After::
 
-    %9: (...) = aten._scaled_dot_product_flash_attention_for_cpu.default(%6, %7, %8)
+    %9: (...) = aten._scaled_dot_product_flash_attention.default(%6, %7, %8)
     %10: f32[2,4,64,8] = getitem(%9, 0)
     %11: f32[2,4,64] = getitem(%9, 1)
-    %12: f32[2,64] = dicompile.attention_received.default(%6, %7, None, None, False, lse=%11)
+    %12: f32[2,64] = dicompile.attention_received_cuda_triton.default(%6, %7, None, None, False, lse=%11)
 
 Left alone are attention with a mask, whose queries may see no key, and attention that torch writes out as products.
 """
@@ -29,7 +29,7 @@ import torch
 from torch import Tensor, fx
 
 from dicompile.nodes import node_argument, tensor_of
-from dicompile.ops.attention import has_dropout, is_causal, mask_of
+from dicompile.ops.attention import find_attention, mask_of
 from dicompile.ops.attention_scores import is_attention_score
 from dicompile.ops.kinds import ATTENTION
 from dicompile.passes.base import PassReport, Segment
@@ -39,7 +39,6 @@ aten = torch.ops.aten
 
 KERNELS = {
     aten._scaled_dot_product_flash_attention.default: None,
-    aten._scaled_dot_product_flash_attention_for_cpu.default: None,
     aten._scaled_dot_product_efficient_attention.default: 4,
     aten._scaled_dot_product_cudnn_attention.default: 4,
 }
@@ -59,7 +58,7 @@ class ShareLogSumExp:
         editor, changed, skipped = Editor(segment), [], []
         for score in [node for node in segment.graph.nodes if is_attention_score(node)]:
             attention = find_attention(score)
-            if attention is None:
+            if attention is None or mask_of(attention) is not None:
                 continue
             lse = _log_sum_exp(editor, attention)
             if lse is None:
@@ -68,21 +67,6 @@ class ShareLogSumExp:
             score.update_kwarg("lse", lse)
             changed.append(f"{score.name}: log-sum-exp of {attention.name}")
         return PassReport(tuple(changed), tuple(skipped))
-
-
-def find_attention(score: fx.Node) -> fx.Node | None:
-    """The attention without a mask or dropout that has the logits of a score."""
-
-    def is_same(node: fx.Node) -> bool:
-        return (
-            node.target is ATTENTION
-            and (*node.args[:2], mask_of(node), node.kwargs.get("scale"), is_causal(node)) == score.args
-            and not has_dropout(node)
-        )
-
-    if score.args[2] is not None:
-        return None
-    return next(filter(is_same, node_argument(score, 0).users), None)
 
 
 def _log_sum_exp(editor: Editor, attention: fx.Node) -> fx.Node | None:

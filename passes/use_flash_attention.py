@@ -19,12 +19,12 @@ from typing import ClassVar
 
 import torch
 
+from dicompile.ops.attention import find_attention
 from dicompile.ops.attention_scores import is_attention_score
 from dicompile.ops.flash import arguments_of, why_not
 from dicompile.ops.kinds import ATTENTION
 from dicompile.passes.base import PassReport, Segment
 from dicompile.passes.edit import Editor
-from dicompile.passes.share_log_sum_exp import find_attention
 
 
 @dataclass(frozen=True)

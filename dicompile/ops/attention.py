@@ -65,6 +65,19 @@ def has_dropout(node: fx.Node) -> bool:
     return bool(node.args[4] if len(node.args) > 4 else node.kwargs.get("dropout_p"))
 
 
+def find_attention(score: fx.Node) -> fx.Node | None:
+    """The attention without dropout that has the logits of a score; see `dicompile.ops.attention_scores`."""
+
+    def is_same(node: fx.Node) -> bool:
+        return (
+            node.target is ATTENTION
+            and (*node.args[:2], mask_of(node), node.kwargs.get("scale"), is_causal(node)) == score.args
+            and not has_dropout(node)
+        )
+
+    return next(filter(is_same, node_argument(score, 0).users), None)
+
+
 def open_attention(node: fx.Node, layouts: Layouts) -> Carried:
     """Attention of chosen tokens, whose keys and values are those of all tokens, or of the chosen ones."""
     query, key, value = (node_argument(node, i) for i in range(3))

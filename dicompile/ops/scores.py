@@ -73,6 +73,11 @@ def places(score: Tensor) -> Tensor:
     return is_first.sum(-1)
 
 
+def places_of(order: Tensor) -> Tensor:
+    """Place of every token, where tokens by their places are known; int64, [b, n]."""
+    return order.scatter(1, order, torch.arange(order.shape[1], device=order.device).expand_as(order))
+
+
 def with_grid_bonus(score: Tensor, grid: tuple[int, ...], cell: int, bonus: float) -> Tensor:
     """Give the best token of every cell of the grid `bonus` times its score on top (s4).
 

@@ -11,12 +11,19 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from dicompile.ops import attention_scores, scores
-from dicompile.ops.attention_scores import attention_entropy, attention_received, operator_for
+from dicompile.ops.attention_scores import (
+    attention_and_entropy,
+    attention_and_received,
+    attention_entropy,
+    attention_received,
+    operator_for,
+)
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-6}  # float32 sums in another order
 
@@ -77,6 +84,37 @@ def test_scores_are_those_of_the_map(
     torch.testing.assert_close(attention_entropy(query, key, given, **options), entropy(rows).float(), **CLOSE)
 
 
+@pytest.mark.parametrize("block", [1 << 20, 40, 1], ids=["at once", "in blocks", "row by row"])
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("options", [{}, {"scale": 0.3}, {"is_causal": True}], ids=str)
+def test_with_its_output_a_score_is_what_it_is_without_and_the_output_is_that_of_attention(
+    monkeypatch: pytest.MonkeyPatch, mask: str, options: dict[str, Any], block: int
+) -> None:
+    monkeypatch.setattr(attention_scores, "BLOCK", block)
+    query, key = operands(2, 4, 9, 13, 6)
+    given = MASKS[mask]()
+    if given is not None and options.get("is_causal"):
+        pytest.skip("torch's attention takes one or the other")
+    value = torch.randn(2, 13, 4, 5).transpose(1, 2)
+    additive = given if given is None or given.dtype == torch.bool else given.to(query.dtype)
+    attended = F.scaled_dot_product_attention(query, key, value, additive, **options)
+    for alone, together in ((attention_received, attention_and_received), (attention_entropy, attention_and_entropy)):
+        output, score = together(query, key, value, given, **options)
+        torch.testing.assert_close(output, attended, **CLOSE)
+        assert torch.equal(score, alone(query, key, given, **options))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_an_output_beside_a_score_is_at_least_as_near_to_float64_as_torchs(dtype: torch.dtype) -> None:
+    query, key = operands(2, 6, 30, 50, 16, dtype, groups=3)
+    value = torch.randn(2, 2, 50, 16, dtype=dtype)
+    exact = F.scaled_dot_product_attention(query.double(), key.double(), value.double(), enable_gqa=True)
+    torchs = F.scaled_dot_product_attention(query, key, value, enable_gqa=True)
+    output, _ = attention_and_received(query, key, value)
+    assert output.dtype == dtype
+    assert (output.double() - exact).square().mean() <= (torchs.double() - exact).square().mean() * 1.01
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_products_are_exact_and_sums_float32_whatever_the_model_computes_in(dtype: torch.dtype) -> None:
     query, key = operands(2, 3, 30, 50, 16, dtype)
@@ -133,9 +171,27 @@ def test_no_more_weights_than_a_block_are_in_memory(monkeypatch: pytest.MonkeyPa
     assert largest.numbers <= max(4096, query.numel())
 
 
+@pytest.mark.parametrize("score", [attention_and_received, attention_and_entropy])
+def test_nor_are_they_with_the_output(monkeypatch: pytest.MonkeyPatch, score: Any) -> None:
+    monkeypatch.setattr(attention_scores, "BLOCK", 4096)
+    query, key = operands(1, 2, 256, 256, 8)
+    with Largest() as largest:
+        score._init_fn(query, key, torch.randn_like(key))
+    assert largest.numbers <= max(4096, query.numel())
+
+
 @pytest.mark.parametrize("score", [attention_received, attention_entropy])
 def test_operators_keep_torchs_contract(score: Any) -> None:
     torch.library.opcheck(score._opoverload, operands(2, 4, 9, 13, 6), test_utils=("test_schema", "test_faketensor"))
+
+
+@pytest.mark.parametrize("score", [attention_and_received, attention_and_entropy])
+def test_operators_with_an_output_keep_it_as_well(score: Any) -> None:
+    given = (*operands(2, 4, 9, 13, 6), torch.randn(2, 4, 13, 5))
+    torch.library.opcheck(score._opoverload, given, test_utils=("test_schema", "test_faketensor"))
+    with FlopCounterMode(display=False) as counter:
+        score(*given)
+    assert counter.get_total_flops() == 2 * 2 * 4 * 9 * 13 * (6 + 5)
 
 
 @pytest.mark.parametrize("score", [attention_received, attention_entropy])

@@ -96,6 +96,7 @@ def test_places_are_those_of_a_stable_sort(numbers: list[float]) -> None:
     score = torch.tensor([numbers, numbers[::-1]])
     order = score.argsort(dim=-1, descending=True, stable=True)
     assert torch.equal(scores.places(score), order.argsort(-1))
+    assert torch.equal(scores.places_of(order), order.argsort(-1))
 
 
 def test_every_place_is_taken_once_even_if_scores_are_no_numbers() -> None:

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dicompile.ops import scores, select_tokens
 from dicompile.passes import (
     Chosen,
     LocalStep,
@@ -19,7 +20,6 @@ from dicompile.passes import (
     TokenCount,
     Value,
     Weights,
-    refresh_tokens,
 )
 from dicompile.passes.drop_dead import DropDead
 from dicompile.passes.open_spans import OpenSpans
@@ -67,27 +67,29 @@ noise[0]: f32[2,16] = input
 value[0]: f32[2,16,8] = input
 %9: i64[2,16] = aten.argsort.stable(noise[0], stable=True, descending=True)  # blocks.0
 %10: i64[2,count[0]] = aten.slice.Tensor(%9, 1, 0, count[0])  # blocks.0
-%11: i64[2,16] = aten.argsort.default(%9)  # blocks.0
-%12: int = add(count[0], -1)  # blocks.0
-%13: b8[2,16] = aten.lt.Scalar(%11, count[0])  # blocks.0
-%14: i64[2,16] = aten.clamp_max.default(%11, %12)  # blocks.0
-%15: i64[2,count[0],1] = aten.view.default(%10, [2, count[0], 1])  # blocks.0
-%16: i64[2,count[0],8] = aten.expand.default(%15, [2, count[0], 8])  # blocks.0
-%17: f32[2,count[0],8] = aten.gather.default(value0, 1, %16)  # blocks.0
-%18: f32[2,count[0],8] = aten.layer_norm.default(%17, [8])  # blocks.0
-%19: f32[2,count[0],16] = aten.linear.default(%18, value1, value2)  # blocks.0.up
-%20: f32[2,count[0],16] = aten.gelu.default(%19)  # blocks.0
-%21: f32[2,count[0],8] = aten.linear.default(%20, value3, value4)  # blocks.0.down
-%22: b8[2,16,1] = aten.unsqueeze.default(%13, 2)  # blocks.0
-%23: i64[2,16,1] = aten.unsqueeze.default(%14, 2)  # blocks.0
-%24: i64[2,16,8] = aten.expand.default(%23, [2, 16, 8])  # blocks.0
-%25: f32[2,16,8] = aten.gather.default(%21, 1, %24)  # blocks.0
-%26: f32[2,16,8] = aten.where.self(%22, %25, value[0])  # blocks.0
-%27: f32[2,16,8] = aten.mul.Tensor(value5, %26)  # blocks.0
-%28: f32[2,16,8] = aten.add.Tensor(value0, %27)  # blocks.0
-return value0 = %28
+%11: i64[16] = aten.arange.default(16, device=cpu, pin_memory=False)  # blocks.0
+%12: i64[2,16] = aten.expand_as.default(%11, %9)  # blocks.0
+%13: i64[2,16] = aten.scatter.src(%9, 1, %9, %12)  # blocks.0
+%14: int = add(count[0], -1)  # blocks.0
+%15: b8[2,16] = aten.lt.Scalar(%13, count[0])  # blocks.0
+%16: i64[2,16] = aten.clamp_max.default(%13, %14)  # blocks.0
+%17: i64[2,count[0],1] = aten.view.default(%10, [2, count[0], 1])  # blocks.0
+%18: i64[2,count[0],8] = aten.expand.default(%17, [2, count[0], 8])  # blocks.0
+%19: f32[2,count[0],8] = aten.gather.default(value0, 1, %18)  # blocks.0
+%20: f32[2,count[0],8] = aten.layer_norm.default(%19, [8])  # blocks.0
+%21: f32[2,count[0],16] = aten.linear.default(%20, value1, value2)  # blocks.0.up
+%22: f32[2,count[0],16] = aten.gelu.default(%21)  # blocks.0
+%23: f32[2,count[0],8] = aten.linear.default(%22, value3, value4)  # blocks.0.down
+%24: b8[2,16,1] = aten.unsqueeze.default(%15, 2)  # blocks.0
+%25: i64[2,16,1] = aten.unsqueeze.default(%16, 2)  # blocks.0
+%26: i64[2,16,8] = aten.expand.default(%25, [2, 16, 8])  # blocks.0
+%27: f32[2,16,8] = aten.gather.default(%23, 1, %26)  # blocks.0
+%28: f32[2,16,8] = aten.where.self(%24, %27, value[0])  # blocks.0
+%29: f32[2,16,8] = aten.mul.Tensor(value5, %28)  # blocks.0
+%30: f32[2,16,8] = aten.add.Tensor(value0, %29)  # blocks.0
+return value0 = %30
 return chosen[0] = %10
-return value[0] = %26"""
+return value[0] = %28"""
 
 
 def check_poisoned(block: Cut, count: int, step: LocalStep = RANDOM, **others: Any) -> None:
@@ -218,23 +220,65 @@ def test_cross_attention_replaces_the_entropies_of_the_tokens_it_computed(shared
     assert chosen.tolist() == expected.argsort(dim=1, descending=True, stable=True)[:, :4].tolist()
 
 
-@pytest.mark.parametrize(
-    ("device", "tokens", "counts"), [("cpu", 16, False), ("cuda", 8192, True), ("cuda", 8193, False)]
-)
-def test_pairs_of_tokens_are_compared_where_that_is_cheaper_than_a_sort(device: str, tokens: int, counts: bool) -> None:
-    assert refresh_tokens.counts_places(torch.device(device), tokens) == counts
+@pytest.mark.parametrize(("device", "tokens", "is_there"), [("cpu", 16, 0), ("cuda", 8192, 1), ("cuda", 8193, 0)])
+def test_pairs_of_tokens_are_compared_where_that_is_cheaper_than_a_sort(
+    device: str, tokens: int, is_there: bool
+) -> None:
+    pytest.importorskip("triton")
+    found = select_tokens.operator_for(torch.device(device), tokens)
+    assert found is (torch.ops.dicompile.select_tokens_cuda_triton.default if is_there else None)
+
+
+@torch.library.custom_op("dicompile_tests::select_tokens", mutates_args=())
+def selected_by_sorting(
+    score: Tensor,
+    stamp: Tensor | None,
+    count: int,
+    clock: int,
+    age_weight: float,
+    grid: list[int],
+    cell: int,
+    bonus: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What the kernel computes, see `tests.runtime.interpreted`, for a machine that cannot run it."""
+    ranked = score if stamp is None else score + age_weight * (clock - stamp)
+    ranked = scores.with_grid_bonus(ranked, tuple(grid), cell, bonus) if cell else ranked
+    order = ranked.argsort(dim=-1, descending=True, stable=True)
+    places = order.argsort(-1)
+    stamped = score.new_empty(0, dtype=torch.int32) if stamp is None else stamp.where(places >= count, clock + 1)
+    return order[:, :count].contiguous(), places, stamped
+
+
+@selected_by_sorting.register_fake
+def _(score: Tensor, stamp: Tensor | None, count: int, *_: object) -> tuple[Tensor, Tensor, Tensor]:
+    stamped = score.new_empty(0, dtype=torch.int32) if stamp is None else torch.empty_like(stamp)
+    return score.new_empty((len(score), count), dtype=torch.int64), torch.empty_like(score, dtype=torch.int64), stamped
 
 
 @pytest.mark.parametrize("count", [1, 5, TOKENS])
-def test_counting_places_chooses_what_sorting_does(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("grid_cell", [None, 2])
+@pytest.mark.parametrize("age_weight", [0.0, 0.25])
+def test_a_kernel_that_selects_is_one_operator_and_chooses_what_sorting_does(
+    count: int, grid_cell: int | None, age_weight: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
     block = mlp_block()
-    values = {**block.arguments, VALUE: torch.randn_like(block.core()), COUNT: count}
-    noise = torch.randn(BATCH, TOKENS).round()  # many are equal
-    sorting = rewritten(block.segment, [RANDOM], RefreshTokens(), DropDead())
-    monkeypatch.setattr(refresh_tokens, "counts_places", lambda *_: True)
-    counting = rewritten(block.segment, [RANDOM], RefreshTokens(), DropDead())
+    block.segment.grid = (TOKENS // 4, 4)
+    score = Score(ScoreBase.RANDOM, age_weight=age_weight, grid_cell=grid_cell)
+    kinds = (SlotKind.VALUE, SlotKind.STAMP) if age_weight else (SlotKind.VALUE,)
+    steps = [LocalStep(REFRESH, refresh=score, writes=kinds)]
+    values = {**block.arguments, VALUE: torch.randn_like(block.core()), COUNT: count, CLOCK: 3}
+    values[STAMP] = torch.randint(3, (BATCH, TOKENS), dtype=torch.int32)
+    values[NOISE] = torch.randn(BATCH, TOKENS).round()  # many are equal
+    sorting = rewritten(block.segment, steps, RefreshTokens(), DropDead())
+    operator_ = torch.ops.dicompile_tests.select_tokens.default
+    monkeypatch.setattr(select_tokens, "operator_for", lambda *_: operator_)
+    counting = rewritten(block.segment, steps, RefreshTokens(), DropDead())
     assert "sort" not in str(counting)
-    expected, found = (run_segment(segment, {**values, NOISE: noise}) for segment in (sorting, counting))
+    assert [node.target for node in counting.graph.nodes].count(operator_) == 1
+    expected, found = (
+        run_segment(segment, {reference: values[reference] for reference in segment.inputs})
+        for segment in (sorting, counting)
+    )
     assert set(found) == set(expected)
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 

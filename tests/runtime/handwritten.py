@@ -17,7 +17,7 @@ from unittest.mock import patch
 
 import torch
 
-from dicompile.runtime.kernels import attention_scores
+from dicompile.runtime.kernels import attention_scores, select_tokens
 
 TARGETS = {80: 166_912, 90: 232_448}
 """Shared memory that a block may ask for, by architecture."""
@@ -58,12 +58,17 @@ CASES = (
 )
 
 
-def compiled(case: Case, target: int) -> dict[str, int]:
-    """Registers per thread, bytes of shared memory per block, and bytes that spill."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.runtime.jit import MockTensor
+SELECTIONS: dict[str, tuple[int, float, list[int], int]] = {
+    "selection": (256, 0.0, [], 0),
+    "selection aged": (4608, 0.25, [], 0),
+    "selection aged, grid": (4096, 0.25, [64, 64], 4),
+    "selection aged, film": (8192, 0.25, [8, 32, 32], 2),
+}
+"""Tokens, weight of age, grid, and edge of its cells."""
 
+
+def scoring(case: Case) -> dict[str, Any]:
+    """Arguments of a kernel of attention."""
     batch, heads, queries, keys, width = case.shape
     dtype = getattr(torch, case.dtype)
     query = torch.empty(batch, queries, heads, width, dtype=dtype, device="meta").transpose(1, 2)
@@ -77,13 +82,32 @@ def compiled(case: Case, target: int) -> dict[str, int]:
         arguments["result"] = lse
     if case.kernel == "entropy":
         arguments |= {"SHARE": 0.5 / heads, "EPSILON": 1e-7}
+    return arguments
+
+
+def selecting(tokens: int, age_weight: float, grid: list[int], cell: int) -> dict[str, Any]:
+    """Arguments of the kernel that selects tokens."""
+    score = torch.empty(2, tokens, device="meta")
+    chosen, places = (torch.empty(2, n, dtype=torch.int64, device="meta") for n in (tokens // 4, tokens))
+    stamp, stamped = (torch.empty(2, tokens, dtype=torch.int32, device="meta") for _ in range(2))
+    given = score, stamp if age_weight else None, tokens // 4, 3, age_weight, grid, cell, 0.6
+    return {
+        **select_tokens.launch_arguments(*given), "chosen": chosen, "places": places, "stamped": stamped
+    }  # fmt: skip
+
+
+def compiled(function: Any, arguments: dict[str, Any], target: int) -> dict[str, int]:
+    """Registers per thread, bytes of shared memory per block, and bytes that spill."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime.jit import MockTensor
+
     given = {name: MockTensor(a.dtype) if isinstance(a, torch.Tensor) else a for name, a in arguments.items()}
     driver = SimpleNamespace(
         get_current_target=lambda: GPUTarget("cuda", target, 32), get_current_device=lambda: 0,
         get_current_stream=lambda _=None: 0,
         utils=SimpleNamespace(get_device_properties=lambda _: {"max_shared_mem": TARGETS[target]}),
     )  # fmt: skip
-    function = getattr(attention_scores, case.kernel)
     function.device_caches.clear()
     with patch.object(triton.runtime.driver, "_active", driver), contextlib.redirect_stdout(io.StringIO()) as log:
         kernel = function.warmup(grid=(1,), **given)
@@ -98,7 +122,9 @@ def compiled(case: Case, target: int) -> dict[str, int]:
 
 
 def main() -> None:
-    found = {f"{case} sm_{target}": compiled(case, target) for case in CASES for target in TARGETS}
+    calls = {str(case): (getattr(attention_scores, case.kernel), scoring(case)) for case in CASES}
+    calls |= {name: (select_tokens.selection, selecting(*case)) for name, case in SELECTIONS.items()}
+    found = {f"{name} sm_{target}": compiled(*call, target) for name, call in calls.items() for target in TARGETS}
     json.dump(found, sys.stdout)
 
 

@@ -1,4 +1,6 @@
-"""Run the hand-written kernels by Triton's interpreter, and print how far they are from float64 as JSON.
+"""Run the hand-written kernels by Triton's interpreter, and print as JSON how far they are off.
+
+Scores are compared with float64, selections with a sort.
 
 Whether Triton interprets is decided when its modules are imported, so this is a program:
 ``TRITON_INTERPRET=1 python -m tests.runtime.interpreted``.
@@ -19,7 +21,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle, _convert_float
 
-from dicompile.runtime.kernels import attention_scores
+from dicompile.ops import scores
+from dicompile.runtime.kernels import attention_scores, select_tokens
 from dicompile.runtime.kernels.attention_scores import Tiles, tiles_for
 from tests.ops.test_attention_scores import attention_map, entropy, operands
 
@@ -93,6 +96,55 @@ def dot(self: Any, a: Any, b: Any, d: Any, *_: object) -> Any:
     return TensorHandle(np.matmul(left, right, dtype=d.data.dtype) + d.data, d.dtype.scalar)
 
 
+class Selected(NamedTuple):
+    """Tokens among which some are chosen.
+
+    Attributes:
+        name: what is special about them.
+        score: [b, n].
+        count: how many are chosen.
+        age_weight: unitless; 0 for no stamps.
+        grid: where tokens lie.
+        cell: edge of the cells of which the best token gets the bonus, or 0.
+    """
+
+    name: str
+    score: Tensor
+    count: int
+    age_weight: float = 0.0
+    grid: tuple[int, ...] = ()
+    cell: int = 0
+
+
+def selections() -> Iterator[Selected]:
+    score = torch.randn(2, 150)
+    for count in (1, 37, 150):
+        yield Selected(f"{count} of 150", score, count)
+    yield Selected("one tile", torch.randn(3, select_tokens.TILE), 20, 0.3)
+    yield Selected("equal ones", score.round(), 40, 0.5)
+    yield Selected("no numbers", score.where(score < 1, torch.nan).where(score > -1, -torch.inf), 60)
+    yield Selected("apart in memory", torch.randn(150, 2).T, 50, 0.3)
+    yield Selected("grid", score, 50, 0.3, (10, 15), 2)
+    yield Selected("grid, equal ones", score.round(), 50, 0.5, (15, 10), 4)
+    yield Selected("film, cut off", score.round(), 50, 0.0, (5, 6, 5), 2)
+
+
+def differences(case: Selected) -> int:
+    """Numbers that are not those of a sort, as `dicompile.passes.refresh_tokens` writes it out elsewhere."""
+    clock, bonus = 4, 0.6
+    stamp = torch.randint(clock, case.score.shape, dtype=torch.int32) if case.age_weight else None
+    ranked = case.score if stamp is None else case.score + case.age_weight * (clock - stamp)
+    ranked = scores.with_grid_bonus(ranked, case.grid, case.cell, bonus) if case.cell else ranked
+    order = ranked.argsort(dim=-1, descending=True, stable=True)
+    chosen, places, stamped = torch.ops.dicompile.select_tokens_cuda_triton(
+        case.score, stamp, case.count, clock, case.age_weight, list(case.grid), case.cell, bonus
+    )
+    pairs = [(chosen, order[:, : case.count]), (places, order.argsort(-1))]
+    if stamp is not None:
+        pairs.append((stamped, torch.where(places < case.count, clock + 1, stamp)))
+    return sum(int((found != wanted).sum()) for found, wanted in pairs)
+
+
 def main() -> None:
     torch.manual_seed(0)
     warnings.simplefilter("ignore")  # of numpy, about logarithms of nothing, which is meant
@@ -100,7 +152,8 @@ def main() -> None:
         whole = {"the tiles themselves": distance(Case("", *operands(1, 2, 150, 140, 24)))}
         with patch.object(attention_scores, "tiles_for", small_tiles):
             found = {case.name: distance(case) for case in cases()}
-    json.dump(found | whole, sys.stdout)
+    selected = {case.name: differences(case) for case in selections()}
+    json.dump({"scores": found | whole, "selections": selected}, sys.stdout)
 
 
 if __name__ == "__main__":

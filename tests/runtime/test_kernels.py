@@ -39,6 +39,14 @@ FIGURES = {
     "entropy d=72 bfloat16 additive sm_90": (214, 98304),
     "entropy d=72 float32 boolean sm_80": (150, 32768),
     "entropy d=72 float32 boolean sm_90": (152, 32768),
+    "selection sm_80": (191, 512),
+    "selection sm_90": (147, 512),
+    "selection aged sm_80": (226, 512),
+    "selection aged sm_90": (167, 512),
+    "selection aged, grid sm_80": (152, 512),
+    "selection aged, grid sm_90": (140, 512),
+    "selection aged, film sm_80": (128, 512),
+    "selection aged, film sm_90": (136, 512),
 }
 """Registers, and bytes of shared memory."""
 
@@ -57,11 +65,23 @@ def program(name: str, **environment: str) -> dict[str, Any]:
     return found
 
 
-@pytest.mark.skipif(torch.__version__ < "2.12", reason="wrap_triton of torch 2.11 takes no kernel that is interpreted")
-def test_scores_are_those_of_float64_in_every_shape_dtype_and_layout() -> None:
-    found = program("interpreted", TRITON_INTERPRET="1")
+@pytest.fixture(scope="module")
+def interpreted() -> dict[str, dict[str, float]]:
+    if torch.__version__ < "2.12":
+        pytest.skip("wrap_triton of torch 2.11 takes no kernel that is interpreted")
+    return program("interpreted", TRITON_INTERPRET="1")
+
+
+def test_scores_are_those_of_float64_in_every_shape_dtype_and_layout(interpreted: dict[str, dict[str, float]]) -> None:
+    found = interpreted["scores"]
     assert {name: error for name, error in found.items() if not error < 1e-6} == {}
     assert len(found) == 18
+
+
+def test_selected_tokens_are_those_of_a_sort(interpreted: dict[str, dict[str, float]]) -> None:
+    found = interpreted["selections"]
+    assert {name: wrong for name, wrong in found.items() if wrong} == {}
+    assert len(found) == 10
 
 
 @pytest.fixture(scope="module")
