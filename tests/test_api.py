@@ -106,7 +106,11 @@ def test_caching_changes_the_steps_that_reuse_and_no_others(cached: Cached) -> N
     assert "full" in kinds
     assert set(kinds) - {"full"}
     for step, kind in enumerate(kinds):
-        assert torch.equal(cached.outputs[step], cached.uncached[step]) == (kind == "full"), f"step {step} is {kind}"
+        same_bits = torch.equal(cached.outputs[step], cached.uncached[step])
+        if any(site.score for site in dicompile.plan_of(cached.model).steps[step].sites):
+            assert error([cached.outputs[step]], [cached.uncached[step]]) < INDUCTOR_TOLERANCE
+        else:
+            assert same_bits == (kind == "full"), f"step {step} is {kind}"
 
 
 def test_a_run_follows_its_plan(cached: Cached) -> None:
