@@ -21,11 +21,12 @@ import platform
 import stat
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+import safetensors.torch
 import torch
 
 log = logging.getLogger("dicompile")
@@ -222,6 +223,19 @@ def written_whole(path: Path, *, for_all: bool = False) -> Iterator[Any]:
     except BaseException:
         _removed(Path(name))
         raise
+
+
+def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor], about: Mapping[str, str]) -> None:
+    """Write a safetensors file that is there whole, or not at all, and the folder that it is to lie in.
+
+    Args:
+        path: of the file.
+        tensors: by name; contiguous.
+        about: what its header says.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with written_whole(path, for_all=True) as file:
+        file.write(safetensors.torch.save(dict(tensors), metadata=dict(about)))
 
 
 def _removed(path: Path) -> bool:

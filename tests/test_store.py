@@ -199,3 +199,18 @@ def test_the_command_line_shows_and_clears_the_folder(folder: Path, monkeypatch:
     assert not list(folder.rglob("*.dicompile"))
     monkeypatch.setenv("DICOMPILE_CACHE_DIR", "off")
     assert "is off" in CliRunner().invoke(app, ["cache", "info"]).output
+
+
+def test_tensors_are_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "new folder" / "router.safetensors"
+    store_module.save_tensors(file, {"logits": torch.ones(3)}, {"made": "first"})
+    before = file.read_bytes()
+
+    def interrupted(*_: object, **__: object) -> bytes:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("safetensors.torch.save", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        store_module.save_tensors(file, {"logits": torch.zeros(3)}, {"made": "second"})
+    assert file.read_bytes() == before
+    assert [path.name for path in file.parent.iterdir()] == ["router.safetensors"]

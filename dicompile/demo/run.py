@@ -23,6 +23,7 @@ from dicompile.demo.pareto import Point, draw_pareto
 from dicompile.demo.sample import balanced_labels
 from dicompile.demo.subject import demo_subject
 from dicompile.progress import progress
+from dicompile.store import written_whole
 
 SAMPLES = 24
 REFERENCE_PICTURES = 3000
@@ -72,9 +73,11 @@ def run_demo(
         )
     judged, floor = judge_all(found.runs, labels)
     page = write_report(found, out)
-    draw_grid(found, judged, labels).save(out / "pictures.png")
+    with written_whole(out / "pictures.png", for_all=True) as file:
+        draw_grid(found, judged, labels).save(file, "PNG")
     families = {method.name: method.family for method in chosen}
-    draw_pareto(points_of(found.runs, judged, families), floor).savefig(out / "pareto.png", dpi=120)
+    with written_whole(out / "pareto.png", for_all=True) as file:
+        draw_pareto(points_of(found.runs, judged, families), floor).savefig(file, format="png", dpi=120)
     console.print(found.table())
     console.print("speedup: against the compiled model without a cache; PSNR and SSIM: against the model as it is")
     for what, path in (

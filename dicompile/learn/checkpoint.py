@@ -12,14 +12,14 @@ import torch
 
 from dicompile import outside
 from dicompile.errors import DicompileError
+from dicompile.store import written_whole
 
 
 def save_checkpoint(state: Mapping[str, Any], path: Path) -> None:
     """Write a state of tensors and plain data; the old file stays until the new one is whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    torch.save(dict(state), partial)
-    partial.replace(path)
+    with written_whole(path, for_all=True) as file:
+        torch.save(dict(state), file)
 
 
 def load_checkpoint(path: Path, invalid: type[DicompileError]) -> Mapping[str, Any]:
@@ -59,7 +59,8 @@ def forget_lines_after(path: Path | None, iteration: int) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
     kept = [line for line in lines if _iteration_of(line) <= iteration]
-    path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+    with written_whole(path, for_all=True) as file:
+        file.write("".join(f"{line}\n" for line in kept).encode())
 
 
 def _iteration_of(line: str) -> float:

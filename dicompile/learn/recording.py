@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import safetensors.torch
 import torch
 from torch import Tensor, nn
 
@@ -15,7 +14,7 @@ from dicompile.errors import InvalidRecording, InvalidSetting
 from dicompile.learn.frontier import Frontier
 from dicompile.learn.trace import VERSION, Facts, Level, Trace
 from dicompile.plan import CacheOptions, Cadence, Policy
-from dicompile.store import written_whole
+from dicompile.store import save_tensors
 
 
 class Recording:
@@ -174,9 +173,7 @@ class Recording:
         """Write a safetensors file: a Gram matrix for every run and context, the facts in its header."""
         tensors = {f"gram/{trace.run}/{trace.context}": trace.gram.contiguous() for trace in self.traces}
         tensors |= {f"reused/{trace.run}/{trace.context}": trace.reused.contiguous() for trace in self.traces}
-        written = safetensors.torch.save(tensors, metadata={"dicompile.recording": self.facts.to_json()})
-        with written_whole(Path(path), for_all=True) as file:
-            file.write(written)
+        save_tensors(Path(path), tensors, {"dicompile.recording": self.facts.to_json()})
 
     @classmethod
     def load(cls, path: str | Path) -> Recording:

@@ -8,11 +8,11 @@ from typing import Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
-from safetensors.torch import save_file
 from torch import Tensor
 
 from dicompile import outside
 from dicompile.errors import InvalidPredictor
+from dicompile.store import save_tensors
 
 IMPORTANCE = "importance"
 PARAMETER = "parameter."
@@ -96,7 +96,7 @@ class Predictor:
         """Write a safetensors file."""
         tensors = {IMPORTANCE: self.importance.half().contiguous()}
         tensors |= {PARAMETER + name: tensor.half().contiguous() for name, tensor in self.parameters.items()}
-        save_file(tensors, path, metadata={"facts": self.facts.model_dump_json()})
+        save_tensors(Path(path), tensors, {"facts": self.facts.model_dump_json()})
 
 
 def load_predictor(path: Path | str) -> Predictor:

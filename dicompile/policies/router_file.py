@@ -15,12 +15,12 @@ from typing import Any
 
 import torch
 from pydantic import TypeAdapter, ValidationError
-from safetensors.torch import save_file
 from torch import Tensor
 
 from dicompile import outside
 from dicompile.errors import InvalidRouter
 from dicompile.policies.router import Grid, Router, RouterFacts
+from dicompile.store import save_tensors, written_whole
 
 HEADER = "dicompile.router"
 PUBLISHED_THRESHOLD: dict[Grid, float] = {"ddim": 0.1, "dpm-solver-2": 0.9}
@@ -49,10 +49,10 @@ def save_router(router: Router, path: str | Path) -> None:
     """
     path = Path(path)
     header = _Header(router.grid, router.threshold, router.facts)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    save_file({"logits": router.logits.contiguous()}, path, metadata={HEADER: _HEADERS.dump_json(header).decode()})
+    save_tensors(path, {"logits": router.logits.contiguous()}, {HEADER: _HEADERS.dump_json(header).decode()})
     about = {"summary": router.summary(), "cached": router.cached(), **asdict(header)}
-    path.with_suffix(".json").write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
+    with written_whole(path.with_suffix(".json"), for_all=True) as file:
+        file.write((json.dumps(about, indent=1) + "\n").encode())
 
 
 def load_router(path: str | Path) -> Router:
