@@ -1,6 +1,6 @@
 """Analysis: captured graph -> `ModelStructure`. Reads the graph, edits nothing, knows no class or attribute names."""
 
-from dicompile.analysis.analyse import analyse
+from dicompile.analysis.analyse import Analysis, analyse
 from dicompile.analysis.dataflow import Dataflow
 from dicompile.analysis.samples import mixed_samples
 from dicompile.analysis.structure import (
@@ -24,6 +24,7 @@ from dicompile.ops.cost import node_flops
 
 __all__ = [
     "WHOLE",
+    "Analysis",
     "Block",
     "BlockId",
     "Dataflow",

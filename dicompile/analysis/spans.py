@@ -21,42 +21,68 @@ from dicompile.nodes import tensor_of, walk
 from dicompile.ops.kinds import is_attention, is_heavy
 
 
-def make_spans(
-    flow: Dataflow,
-    branches: Sequence[Branch],
-    sites: Sequence[Site],
-    groups: Sequence[Sequence[int]],
-    latent: fx.Node | None = None,
-    trunk: Trunk = WHOLE,
+def spans_of_blocks(
+    flow: Dataflow, branches: Sequence[Branch], sites: Sequence[Site], groups: Sequence[Sequence[int]]
 ) -> tuple[Span, ...]:
-    """Spans of every block, then of the stack, then the probe; their numbers follow those of the sites.
+    """Spans of every block; their numbers follow those of the sites.
 
     Args:
         flow: of the graph.
         branches: all branches of the model.
         sites: the sites made of them.
         groups: numbers of the sites of every block.
+    """
+    runs = [run for group in groups for run in find_runs(branches, sites, group)]
+    return tuple(_spans(flow, branches, sites, runs, SiteKind.BLOCK, SiteId(len(sites))))
+
+
+def spans_of_trunk(
+    flow: Dataflow,
+    branches: Sequence[Branch],
+    sites: Sequence[Site],
+    groups: Sequence[Sequence[int]],
+    number: SiteId,
+    latent: fx.Node | None = None,
+    trunk: Trunk = WHOLE,
+) -> tuple[Span, ...]:
+    """Spans of the stack, then the probe.
+
+    Args:
+        flow: of the graph.
+        branches: all branches of the model.
+        sites: the sites made of them.
+        groups: numbers of the sites of every block.
+        number: of the first one.
         latent: the input that is denoised.
         trunk: what the spans of the stack cover, and what is watched.
     """
-    of_blocks = [run for group in groups for run in find_runs(branches, sites, group)]
     inner = groups[trunk.before : len(groups) - trunk.after]
-    of_stack = find_runs(branches, sites, sorted(i for group in inner for i in group))
-    last = last_adds(flow, branches)
-    spans: list[Span] = []
-    for kind, runs in ((SiteKind.BLOCK, of_blocks), (SiteKind.STACK, of_stack)):
-        work = owned_work(flow, [branches[run[-1]].add for run in runs], [branches[run[0]].stream for run in runs])
-        for run, own in zip(runs, work, strict=True):
-            start, end = branches[run[0]].stream, branches[run[-1]].add
-            number = SiteId(len(sites) + len(spans))
-            spans.append(_span(flow, start, end, kind, number, [sites[i] for i in run], own, is_last=end in last))
-    number = SiteId(len(sites) + len(spans))
+    runs = find_runs(branches, sites, sorted(i for group in inner for i in group))
+    spans = list(_spans(flow, branches, sites, runs, SiteKind.STACK, number))
+    number = SiteId(number + len(spans))
     of_latent = [i for i, branch in enumerate(branches) if latent and flow.is_ancestor(latent, branch.stream)]
     if trunk.probe is Probe.RESIDUAL:
         spans += _first_blocks(flow, branches, sites, of_latent, trunk.before, number)
     elif trunk.probe is Probe.MODULATED and of_latent:
         spans += _modulated(flow, branches[of_latent[0]], sites[of_latent[0]], number)
     return tuple(spans)
+
+
+def _spans(
+    flow: Dataflow,
+    branches: Sequence[Branch],
+    sites: Sequence[Site],
+    runs: Sequence[Sequence[int]],
+    kind: SiteKind,
+    number: SiteId,
+) -> Iterator[Span]:
+    """A span for every run of sites."""
+    last = last_adds(flow, branches)
+    work = owned_work(flow, [branches[run[-1]].add for run in runs], [branches[run[0]].stream for run in runs])
+    for i, (run, own) in enumerate(zip(runs, work, strict=True)):
+        start, end = branches[run[0]].stream, branches[run[-1]].add
+        inside = [sites[k] for k in run]
+        yield _span(flow, start, end, kind, SiteId(number + i), inside, own, is_last=end in last)
 
 
 def _first_blocks(

@@ -71,8 +71,9 @@ def inspect(  # noqa: PLR0913 - options
         check_can_count()
     with uncollected(), progress(f"looking at {subject.model}"):
         loaded = subject.load().in_bfloat16() if kernels else subject.load()
-        capture, structure = loaded.structure()
-        found = candidates(capture, structure, names, subject.schedule, remembered)
+        analysis = loaded.analysis()
+        found = candidates(analysis, names, subject.schedule, remembered)
+    capture, structure = analysis.capture, analysis.structure()
     rows = kernel_rows(capture, found.plans) if kernels else []
     if graph is not None:
         from dicompile.cli.pictures import draw_blocks

@@ -20,10 +20,9 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_map
 
-from dicompile.analysis import ModelStructure, analyse
-from dicompile.capture import Capture, capture_model
+from dicompile.analysis import Analysis
+from dicompile.capture import capture_model
 from dicompile.errors import DicompileError
-from dicompile.plan import Policy
 from dicompile.zoo import MODELS, Published, get_diffusers, get_model
 
 DEMO = Path(__file__).resolve().parents[1] / "demo" / "assets" / "shapes_dit"
@@ -119,16 +118,10 @@ class Loaded(NamedTuple):
                     setattr(part, name, cast(buffer))
             return self._replace(inputs=tree_map(cast, self.inputs))
 
-    def structure(self) -> tuple[Capture, ModelStructure]:
-        """Its graph, and what the analysis finds in it; nothing is compiled."""
+    def analysis(self) -> Analysis:
+        """Its graph, and what is found in it; nothing is compiled."""
         with self.fake_mode:
-            capture = capture_model(self.module, self.inputs)
-            return capture, analyse(capture)
-
-
-def structure_for(policy: Policy, capture: Capture, structure: ModelStructure) -> ModelStructure:
-    """What is to be known of a model for a policy, which may have blocks that run at every step, or a gate."""
-    return structure if policy.trunk == structure.trunk else analyse(capture, policy.trunk)
+            return Analysis(capture_model(self.module, self.inputs))
 
 
 def load(model: str, shape: Shape = Shape(), *, download: bool = False) -> Loaded:

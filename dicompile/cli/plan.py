@@ -19,7 +19,6 @@ from rich.text import Text
 from dicompile.analysis import ModelStructure
 from dicompile.cli import options
 from dicompile.cli.files import make_folder, write_whole
-from dicompile.cli.models import structure_for
 from dicompile.cli.show import BAD, FAINT, GOOD, Candidate, difference_lines, lane_lines, make_console, plan_table
 from dicompile.errors import DicompileError
 from dicompile.garbage import uncollected
@@ -59,11 +58,10 @@ def plan_command(  # noqa: PLR0913 - options
     policies = [get_policy(name) for name in spelled]
     with uncollected(), progress(f"looking at {subject.model}"):
         loaded = subject.load()
-        capture, structure = loaded.structure()
-        plans = [
-            make_plan(structure_for(each, capture, structure), each, subject.schedule, remembered) for each in policies
-        ]
+        analysis = loaded.analysis()
+        plans = [make_plan(analysis.structure(each.trunk), each, subject.schedule, remembered) for each in policies]
         plans = told_apart(spelled, plans)
+    structure = analysis.structure()
     _write(loaded.name, structure, plans, picture or (), html)
     if as_json:
         data = {plan.policy: options.plan_data(plan) for plan in plans}

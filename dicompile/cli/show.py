@@ -11,9 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from dicompile.analysis import ModelStructure
-from dicompile.capture import Capture
-from dicompile.cli.models import structure_for
+from dicompile.analysis import Analysis
 from dicompile.errors import CacheTooLarge, PolicyDoesNotFit
 from dicompile.plan import CacheOptions, Plan, Policy, TimestepSchedule, choose_setting, make_plan
 from dicompile.plan.lanes import MEANING, make_lanes
@@ -72,9 +70,7 @@ class Candidates(NamedTuple):
     refused: dict[str, Refusal]
 
 
-def candidates(
-    capture: Capture, structure: ModelStructure, names: Sequence[str], schedule: TimestepSchedule, cache: CacheOptions
-) -> Candidates:
+def candidates(analysis: Analysis, names: Sequence[str], schedule: TimestepSchedule, cache: CacheOptions) -> Candidates:
     """Plan every policy once, however many names it has."""
     settings: dict[str, Policy] = {}
     refused: dict[str, Refusal] = {}
@@ -82,7 +78,7 @@ def candidates(
     for name in dict.fromkeys(names):
         try:
             policy = get_policy(name)
-            known = structure_for(policy, capture, structure)
+            known = analysis.structure(policy.trunk)
             setting = choose_setting(policy, known).policy.model_copy(update={"name": "", "elsewhere": ()})
             alias = next((other for other, chosen in settings.items() if chosen == setting), None)
             if alias is None:

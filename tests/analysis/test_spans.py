@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dicompile.analysis import ModelStructure, Probe, SiteKind, TokenWise, Trunk, analyse
+from dicompile.analysis import WHOLE, Analysis, ModelStructure, Probe, SiteKind, TokenWise, Trunk, analyse
 from tests.capture.captured import captured, node_of, structure
 from tests.models import sd3
 from tests.models import structure as structure_of
@@ -144,3 +144,10 @@ def test_where_no_stream_goes_through_all_first_blocks_there_is_no_probe() -> No
         captured("flux"), Trunk(before=3, probe=Probe.RESIDUAL)
     )  # text and image are joined before the third
     assert found.probe is None
+
+
+def test_one_analysis_serves_every_trunk() -> None:
+    capture, trunks = captured("flux"), (WHOLE, Trunk(before=1, after=1), Trunk(before=1, probe=Probe.RESIDUAL))
+    analysis = Analysis(capture)
+    assert [analysis.structure(trunk) for trunk in trunks] == [analyse(capture, trunk) for trunk in trunks]
+    assert analysis.structure(Trunk(before=1)) is analysis.structure(Trunk(before=1))

@@ -11,14 +11,14 @@ from dicompile.cli.models import Loaded
 @pytest.fixture(scope="session", autouse=True)
 def captured_once() -> Iterator[None]:
     found: dict[tuple[Any, ...], Any] = {}
-    structure = Loaded.structure
+    analysis = Loaded.analysis
 
     def once(loaded: Loaded) -> Any:
         key = loaded.name, loaded.about, loaded.parameters
         if key not in found:
-            found[key] = structure(loaded)
+            found[key] = analysis(loaded)
         return found[key]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Loaded, "structure", once)
+        patch.setattr(Loaded, "analysis", once)
         yield

@@ -16,8 +16,7 @@ import pytest
 from rich.console import Console
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from dicompile.analysis import ModelStructure, SiteKind
-from dicompile.capture import Capture
+from dicompile.analysis import Analysis, SiteKind
 from dicompile.cli.dataflow import block_flow
 from dicompile.cli.inspect import facts, site_table
 from dicompile.cli.models import Loaded, Shape, load
@@ -33,14 +32,14 @@ from tests.plan.toys import toy
 
 
 @pytest.fixture(scope="module")
-def flux() -> tuple[Capture, ModelStructure]:
+def flux() -> Analysis:
     """FLUX.1-dev with two blocks of each kind, and few tokens."""
     model = MODELS["flux.1-dev"]
     size = replace(model.sized((128, 128), text=16), config={"num_layers": 2, "num_single_layers": 2})
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     with mode:
         loaded = Loaded("flux", model.build(size), model.call(size), mode)
-    return loaded.structure()
+    return loaded.analysis()
 
 
 def printed(*parts: Any, width: int) -> str:
@@ -66,22 +65,22 @@ def test_it_is_one_screen(columns: int) -> None:
     assert re.search(r"need a file that was trained for the model: .*l2c", text)
 
 
-def test_policies_are_sorted_by_predicted_speedup_and_none_is_left_out(flux: tuple[Capture, ModelStructure]) -> None:
+def test_policies_are_sorted_by_predicted_speedup_and_none_is_left_out(flux: Analysis) -> None:
     names = [name for name in POLICIES if not required_options(name)]
-    found = candidates(*flux, names, TimestepSchedule.of(50), UNLIMITED)
+    found = candidates(flux, names, TimestepSchedule.of(50), UNLIMITED)
     speedups = [item.plan.predicted_speedup for item in found.plans]
     assert speedups == sorted(speedups, reverse=True)
     assert sorted([name for item in found.plans for name in item.names] + list(found.refused)) == sorted(names)
 
 
-def test_names_of_one_plan_are_one_row(flux: tuple[Capture, ModelStructure]) -> None:
-    found = candidates(*flux, ["toca", "fora", "toca-flux", "duca-flux", "duca"], TimestepSchedule.of(50), UNLIMITED)
+def test_names_of_one_plan_are_one_row(flux: Analysis) -> None:
+    found = candidates(flux, ["toca", "fora", "toca-flux", "duca-flux", "duca"], TimestepSchedule.of(50), UNLIMITED)
     assert {item.label for item in found.plans} == {"toca = toca-flux", "fora", "duca-flux = duca"}
     assert "toca = toca-flux" in printed(plan_table(found.plans), width=80)
 
 
-def test_a_reason_is_given_once_for_all_that_share_it(flux: tuple[Capture, ModelStructure]) -> None:
-    found = candidates(*flux, ["toca-pixart", "fora", "duca-pixart"], TimestepSchedule.of(50), UNLIMITED)
+def test_a_reason_is_given_once_for_all_that_share_it(flux: Analysis) -> None:
+    found = candidates(flux, ["toca-pixart", "fora", "duca-pixart"], TimestepSchedule.of(50), UNLIMITED)
     ((names, reason),) = refusals(found.refused)
     assert names == "toca-pixart, duca-pixart"
     assert reason == "ranks tokens by entropy, for which there is no cross-attention in the block"
@@ -89,8 +88,8 @@ def test_a_reason_is_given_once_for_all_that_share_it(flux: tuple[Capture, Model
 
 @pytest.mark.parametrize("columns", [80, 120])
 @pytest.mark.parametrize("wide", [False, True])
-def test_sites_fit_the_terminal(flux: tuple[Capture, ModelStructure], columns: int, wide: bool) -> None:
-    structure = flux[1]
+def test_sites_fit_the_terminal(flux: Analysis, columns: int, wide: bool) -> None:
+    structure = flux.structure()
     text = printed(site_table(structure, wide=wide), *facts(structure), width=160 if wide else columns)
     check_fits(text, 160 if wide else columns)
     for line in ("single_transformer_blocks 2-3", "joint-attention", "parallel", "1x80x3072", "(1) aten.scaled_dot_"):
@@ -202,8 +201,8 @@ def test_garbage_is_collected_again_whatever_happens() -> None:
 # Dataflow -------------------------------------------------------------------------------------------------------------
 
 
-def test_the_dataflow_of_a_block_has_few_boxes_and_marks_its_sites(flux: tuple[Capture, ModelStructure]) -> None:
-    capture, structure = flux
+def test_the_dataflow_of_a_block_has_few_boxes_and_marks_its_sites(flux: Analysis) -> None:
+    capture, structure = flux.capture, flux.structure()
     flow = block_flow(capture, structure, structure.blocks[0])
     boxes = [box for _, box in flow.nodes(data="box")]
     assert len(boxes) < len(structure.blocks[0].nodes) / 2
@@ -217,8 +216,8 @@ def test_the_dataflow_of_a_block_has_few_boxes_and_marks_its_sites(flux: tuple[C
     assert by_module["norm1.linear"].sites == ()
 
 
-def test_the_dataflow_is_drawn_with_its_text(flux: tuple[Capture, ModelStructure], tmp_path: Path) -> None:
-    draw_blocks(tmp_path / "graph.svg", *flux)
+def test_the_dataflow_is_drawn_with_its_text(flux: Analysis, tmp_path: Path) -> None:
+    draw_blocks(tmp_path / "graph.svg", flux.capture, flux.structure())
     svg = (tmp_path / "graph.svg").read_text()
     text = " ".join(ET.fromstring(svg).itertext())
     for part in ("transformer_blocks.0", "single_transformer_blocks.0", "scaled_dot_product_attention", "site 1, mlp"):
