@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import threading
@@ -462,14 +463,26 @@ class Programs:
     def _program(self, schedule: TimestepSchedule, index: int, planned: StepPlan) -> Program:
         with torch.inference_mode(mode=False), torch.no_grad(), uncollected():
             self._rehearse(schedule, index, planned)
-            for code in self._beside:
-                code.compile()
-            return self._builder.program(planned)
+            with self._bar(planned):
+                for code in self._beside:
+                    code.compile()
+                return self._builder.program(planned)
 
     def _gated_program(self, schedule: TimestepSchedule, index: int, planned: StepPlan) -> GatedProgram:
         with torch.inference_mode(mode=False), torch.no_grad(), uncollected():
             self._rehearse(schedule, index, planned)
-            return self._builder.gated(planned)
+            with self._bar(planned):
+                return self._builder.gated(planned)
+
+    def _bar(self, planned: StepPlan) -> contextlib.AbstractContextManager[Any]:
+        """A bar while the code of a step is compiled, if any has to be."""
+        self._builder.try_out(planned)
+        codes = [*self._beside, *(variant.function for variant in self.variants.variants)]
+        missing = sum(not code.is_compiled for code in codes)
+        if self.backend.is_eager or not missing:
+            return contextlib.nullcontext()
+        pieces = "1 piece" if missing == 1 else f"{missing} pieces"
+        return bar(f"compiling {pieces} of code for a {planned.kind} step")
 
 
 class Rehearsal:

@@ -40,6 +40,7 @@ from dicompile.garbage import uncollected
 from dicompile.names import sounds_like_time
 from dicompile.offload import check_hooks
 from dicompile.parallel import settle_hooks
+from dicompile.progress import progress
 from dicompile.runtime import Owner, current_session
 from dicompile.same import Same
 
@@ -196,12 +197,13 @@ class ModelCalls:
         settle_hooks(self.module)
         start = time.perf_counter()
         try:
-            known, pins = self._known(key, arguments)
-            tensors = known.captured.tensors(pins.tensors, arguments)
-            inputs = known.captured.pick(tensors)
-            way = Same((arguments.key, str(known.captured.guards)))
-            self._require_timestep(known.capture, arguments)
-            compiled = compile_capture(known.capture, inputs, self.options, way, self._resized(key, arguments))
+            with progress(f"looking at {type(self.module).__name__}"):
+                known, pins = self._known(key, arguments)
+                tensors = known.captured.tensors(pins.tensors, arguments)
+                inputs = known.captured.pick(tensors)
+                way = Same((arguments.key, str(known.captured.guards)))
+                self._require_timestep(known.capture, arguments)
+                compiled = compile_capture(known.capture, inputs, self.options, way, self._resized(key, arguments))
         except CannotCapture:
             if not arguments.numbers:
                 raise
