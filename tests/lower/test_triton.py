@@ -27,6 +27,7 @@ class Figures(NamedTuple):
         gemm: products by cuBLAS.
         attention: calls of fused attention.
         received: launches of the hand-written kernel that scores tokens.
+        selection: launches of the one that chooses them.
         copies: launches, among those of Triton, that only copy or cast a tensor of the stream's size or more.
     """
 
@@ -34,6 +35,7 @@ class Figures(NamedTuple):
     gemm: int
     attention: int = 0
     received: int = 0
+    selection: int = 0
     copies: int = 0
 
 
@@ -45,9 +47,9 @@ FIGURES = {
     "reuse two blocks": Figures(triton=8, gemm=8),
     # Besides the kernel that sums over queries: the mean over heads, and stamps that begin with zero.
     "compute, store and score": Figures(triton=10, gemm=9, attention=1, received=1),
-    # Score, places and chosen tokens are a kernel each; nothing is sorted, scattered or copied.
-    "refresh": Figures(triton=10, gemm=8),
-    "last refresh": Figures(triton=10, gemm=8),
+    # Choosing is a score of unit length, and one kernel; nothing is sorted, scattered or copied.
+    "refresh": Figures(triton=8, gemm=8, selection=1),
+    "last refresh": Figures(triton=8, gemm=8, selection=1),
 }
 
 TRAFFIC = {
