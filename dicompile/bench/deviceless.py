@@ -324,7 +324,7 @@ def _names(node: ast.AST) -> set[str]:
     return {part.id for part in ast.walk(node) if isinstance(part, ast.Name)}
 
 
-BY_HAND = ("received", "entropy", "log_sum_exp")
+BY_HAND = ("received", "entropy", "log_sum_exp", "selection")
 """Kernels of `dicompile.runtime.kernels`."""
 
 

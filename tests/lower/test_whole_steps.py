@@ -46,7 +46,7 @@ FIGURES: dict[Step, Figures] = {
     ("dit", "fora", "all", "reuse"): Figures(9, 2, 0, 0, 28_192_576, 28_192_576),
     ("dit", "toca", "all", "full"): Figures(205, 170, 28, 0, 557_352_768, 522_527_552),
     ("dit", "toca", "all", "reuse"): Figures(9, 2, 0, 0, 28_192_576, 28_192_576),
-    ("dit", "toca", "all", "partial"): Figures(117, 86, 0, 0, 190_475_776, 168_197_632),
+    ("dit", "toca", "all", "partial"): Figures(145, 58, 0, 0, 190_475_776, 168_197_632),
     ("dit", "torch.compile", "off", "full"): Figures(185, 257, 28, 0, 586_503_088, 541_135_712),
     ("dit", "fora", "conditioning", "full"): Figures(237, 257, 28, 0, 598_947_552, 564_003_552),
     ("dit", "fora", "conditioning", "reuse"): Figures(101, 117, 0, 0, 143_015_264, 142_896_096),
@@ -56,14 +56,14 @@ FIGURES: dict[Step, Figures] = {
     ("pixart", "fora", "all", "full"): Figures(147, 226, 56, 0, 654_584_640, 608_944_960),
     ("pixart", "fora", "all", "reuse"): Figures(9, 2, 0, 0, 39_110_464, 39_110_464),
     ("pixart", "toca", "all", "full"): Figures(231, 226, 56, 0, 669_264_704, 623_625_024),
-    ("pixart", "toca", "all", "partial"): Figures(257, 170, 28, 0, 293_105_184, 253_265_440),
+    ("pixart", "toca", "all", "partial"): Figures(313, 114, 28, 0, 293_105_184, 253_265_440),
     ("flux", "torch.compile", "off", "full"): Figures(412, 504, 57, 0, 987_065_286, 902_021_830),
     ("flux", "fora", "conditioning", "full"): Figures(521, 499, 57, 0, 1_000_437_890, 938_711_682),
     ("flux", "fora", "conditioning", "reuse"): Figures(26, 119, 0, 0, 194_066_306, 193_572_738),
     ("flux", "fora", "all", "full"): Figures(459, 420, 57, 0, 897_793_920, 836_069_760),
     ("flux", "fora", "all", "reuse"): Figures(13, 2, 0, 0, 24_365_952, 23_874_432),
     ("flux", "toca", "all", "full"): Figures(459, 420, 57, 0, 897_793_920, 836_069_760),
-    ("flux", "toca", "all", "partial"): Figures(324, 268, 0, 19, 391_062_584, 372_097_848),
+    ("flux", "toca", "all", "partial"): Figures(400, 192, 0, 19, 391_062_584, 372_097_848),
 }
 
 
