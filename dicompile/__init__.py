@@ -24,6 +24,8 @@ from dicompile.learn.trajectory import Trajectories as Trajectories
 from dicompile.learn.trajectory import record_trajectories as record_trajectories
 from dicompile.ops.registry import register_attention as register_attention
 from dicompile.ops.registry import register_operator as register_operator
+from dicompile.plan import Aligned as Aligned
+from dicompile.plan import Bands as Bands
 from dicompile.plan import Cadence as Cadence
 from dicompile.plan import Elsewhere as Elsewhere
 from dicompile.plan import Fitted as Fitted
@@ -42,11 +44,14 @@ from dicompile.plan import TokenTable as TokenTable
 from dicompile.policies import FORA as FORA
 from dicompile.policies import PAB as PAB
 from dicompile.policies import DBCache as DBCache
+from dicompile.policies import DiCache as DiCache
 from dicompile.policies import DuCa as DuCa
 from dicompile.policies import DuCaFlux as DuCaFlux
 from dicompile.policies import DuCaOpenSora as DuCaOpenSora
 from dicompile.policies import DuCaPixArt as DuCaPixArt
+from dicompile.policies import EasyCache as EasyCache
 from dicompile.policies import FirstBlockCache as FirstBlockCache
+from dicompile.policies import FreqCa as FreqCa
 from dicompile.policies import HiCache as HiCache
 from dicompile.policies import LearningToCache as LearningToCache
 from dicompile.policies import MagCache as MagCache

@@ -15,7 +15,7 @@ from torch import fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dicompile.nodes import results_of
-from dicompile.plan import Action, Context, Score, SiteStep, SlotKind, What
+from dicompile.plan import Action, Context, LowBand, Score, SiteStep, SlotKind, What
 from dicompile.text import graph_text
 
 
@@ -122,6 +122,7 @@ class LocalStep:
         source: position of the site whose score slot ranks the tokens, or None.
         attention: position of the first site with the same attention, which keeps its output, or None.
         dtype: values are stored in this where they are wider; None stores them as they are.
+        low: what is taken of the newest stored value as it is, whatever the weights say.
     """
 
     weights: tuple[float, ...] = (1.0,)
@@ -135,6 +136,7 @@ class LocalStep:
     source: int | None = None
     attention: int | None = None
     dtype: torch.dtype | None = None
+    low: LowBand | None = None
 
     @property
     def only_reuses(self) -> bool:
@@ -164,11 +166,12 @@ class LocalStep:
             what=action.what,
             refresh=action.tokens.score if action.tokens else None,
             context=action.tokens.context if action.tokens else Context.STORED,
-            writes=tuple(slot.kind for slot in step.writes if not slot.kind.is_scale),
+            writes=tuple(slot.kind for slot in step.writes if slot.kind.is_made_here),
             produces=step.score,
             source=None if step.source is None else positions[step.source],
             attention=None if attention is None else positions[attention],
             dtype=dtype,
+            low=action.low,
         )
 
 
@@ -185,6 +188,7 @@ class SiteNodes:
     tokens: int
     keys: tuple[int, int] = (0, 0)
     is_span: bool = False
+    picture: tuple[int, int] = (0, 0)
 
 
 @dataclass

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from dicompile.analysis import Dataflow, ModelStructure, Site
+from dicompile.analysis import Dataflow, ModelStructure, Site, Span
 from dicompile.capture import Capture, Role
 from dicompile.passes.base import Segment, SiteNodes, Value, is_dense, strides_of
 
@@ -73,6 +73,7 @@ def outline(capture: Capture, structure: ModelStructure, nodes: Sequence[fx.Node
                 tokens=site.tokens.count,
                 keys=site.keys,
                 is_span=site.kind.is_span,
+                picture=site.picture if isinstance(site, Span) else (0, 0),
             )
             for site in sites
         ),

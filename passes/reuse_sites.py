@@ -10,8 +10,9 @@ After::
     %4: f32[2,64,32] = aten.mul.Tensor(gate, value[0])
 
 The value is the plan's linear combination ``w0 * fresh + w1 * h1 + w2 * h2 + ...``; weights other than 0 and 1 are an
-input, so that one variant serves every step. The branch itself stays in the graph; drop-dead removes what nobody reads
-any more.
+input, so that one variant serves every step. Where low frequencies over the tokens are to be reused whatever the
+weights say, those of ``h1`` take the place of the sum's. The branch itself stays in the graph; drop-dead removes what
+nobody reads any more.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ from torch import fx
 
 from dicompile.passes.base import LocalStep, PassReport, Segment, SlotRef, Weights
 from dicompile.passes.edit import Editor
-from dicompile.plan import What
+from dicompile.passes.low_band import low_part
+from dicompile.plan import LowBand, What
 
 aten = torch.ops.aten
 
@@ -72,16 +74,32 @@ def _combine(segment: Segment, position: int, step: LocalStep) -> None:
 
 def recalled(editor: Editor, position: int, step: LocalStep, like: fx.Node) -> fx.Node | None:
     """What the stored values contribute to a site: ``w1 * h1 + w2 * h2 + ...``; None if nothing."""
-    value = like.meta["val"]
     result = None
     for age, weight in enumerate(step.weights[1:]):
         if not weight:
             continue
-        term = editor.tensor_input(SlotRef(position, step.slot, age), tuple(value.shape), value.dtype, like)
+        term = _stored(editor, position, step, age, like)
         if step.variable:
             term = editor.call(aten.mul.Tensor, term, _weight(editor, position, step, age + 1))
         result = term if result is None else editor.call(aten.add.Tensor, result, term)
+    if step.low is not None and result is not None:
+        return _with_low_band(editor, position, step.low, result, _stored(editor, position, step, 0, like))
     return result
+
+
+def _stored(editor: Editor, position: int, step: LocalStep, age: int, like: fx.Node) -> fx.Node:
+    value = like.meta["val"]
+    return editor.tensor_input(SlotRef(position, step.slot, age), tuple(value.shape), value.dtype, like)
+
+
+def _with_low_band(editor: Editor, position: int, low: LowBand, result: fx.Node, newest: fx.Node) -> fx.Node:
+    """The value with the low frequencies of the newest stored one."""
+    picture, grid = editor.segment.sites[position].picture, editor.segment.grid
+
+    def exchanged(forecast: torch.Tensor, stored: torch.Tensor) -> torch.Tensor:
+        return forecast + low_part(stored - forecast, low, picture, grid).to(forecast.dtype)
+
+    return editor.trace(exchanged, result, newest)
 
 
 def _weight(editor: Editor, position: int, step: LocalStep, index: int) -> fx.Node:

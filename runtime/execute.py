@@ -9,14 +9,15 @@ import functools
 import logging
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 
 from dicompile.errors import StaleRead
 from dicompile.lower import Constant, GatedProgram, Program
-from dicompile.plan import HISTORIC, Plan, Slot, StepPlan, TimestepSchedule
+from dicompile.plan import HISTORIC, Aligned, Plan, Slot, SlotKind, StepPlan, TimestepSchedule
 from dicompile.runtime.contexts import ContextState
+from dicompile.runtime.gate import Anchors
 from dicompile.runtime.graphs import Graphs, Outcome
 from dicompile.runtime.identify import Place, Signature, identify
 from dicompile.runtime.invariants import Doubt, Kept, Tables
@@ -51,6 +52,8 @@ class Step:
         stored_copies: registers that are stored, and have to be copied since somebody else may write to them.
         loads: name and register of what is put there before the first call, besides inputs, slots and numbers.
         key: equal for steps of which one recording will do, but for numbers and places in memory.
+        anchors: number of a slot, and register, of what the gate compares from full step to full step: the probe, and
+            the model's output. Empty where it compares nothing.
     """
 
     plan: Plan
@@ -65,6 +68,7 @@ class Step:
     stored_copies: tuple[int, ...]
     loads: tuple[tuple[Hashable, int], ...]
     key: Same
+    anchors: tuple[tuple[int, int], ...] = ()
 
     @classmethod
     def of(cls, plan: Plan, index: int, program: Program, planned: StepPlan | None = None) -> Step:
@@ -107,6 +111,11 @@ class Step:
                 *((("predicted", item.block), item.register) for item in program.predicted),
             ),
             key=Same((program, tuple(moves), slots)),
+            anchors=tuple(
+                (number[slot], register)
+                for slot, register in sorted(program.writes, key=lambda write: write[0].site != plan.probe)
+                if slot.kind is SlotKind.ANCHOR
+            ),
         )
 
     @property
@@ -168,20 +177,30 @@ class GatedStep:
         recalled: how it goes on where the probe has drifted little.
         full: how it goes on otherwise.
         probe: number of the slot of the probe, and the register of its value.
+        trace: numbers of the slots of a trace, newest first, and the register of its value, where values are recalled
+            by it.
+        aligned: how.
     """
 
     program: Program
     recalled: Step
     full: Step
     probe: tuple[int, int]
+    trace: tuple[tuple[int, ...], int] = ((), 0)
+    aligned: Aligned | None = None
 
     @classmethod
     def of(cls, plan: Plan, index: int, programs: GatedProgram) -> GatedStep:
         """Work out everything that does not depend on values."""
-        planned, (slot, register) = plan.steps[index], programs.probe
+        planned, ((slot, register), *traced) = plan.steps[index], programs.watched
         recalled = Step.of(plan, index, programs.recalled)
         full = Step.of(plan, index, programs.full, planned.full)
-        return cls(programs.before, recalled, full, (plan.slots.index(slot), register))
+        number = {slot: i for i, slot in enumerate(plan.slots)}
+        trace = next(
+            ((tuple(number[read] for read in planned.sites[of.site].reads), value) for of, value in traced), ((), 0)
+        )  # fmt: skip
+        aligned = next((recall for recall in plan.recalls.values() if isinstance(recall, Aligned)), None)
+        return cls(programs.before, recalled, full, (number[slot], register), trace, aligned)
 
 
 class StepSource(Protocol):
@@ -339,18 +358,24 @@ class Executor:
         if reference is None:
             raise _not_written(step.full.slots[number])
         if self.check:
-            context.stamps.check([number], context.store, step.full, state.generation)
+            context.stamps.check([number, *step.trace[0]], context.store, step.full, state.generation)
         load = self._loading(state, owner, step.program, registers, place.step)
         doubt = load(may_doubt=True)
         before = [] if doubt is None else registers.copy()
         run_calls(step.program, registers, None)
-        decision = context.drift.decide(gate, registers[register], reference)
+        first = state.decided_at(place.step) if gate.partners == "first" else None
+        decision = context.drift.decide(gate, registers[register], reference, first)
         if doubt is not None and doubt.is_justified:
             registers[:] = before
             load(is_again=True)
             run_calls(step.program, registers, None)
-            decision = context.drift.decide(gate, registers[register], reference)
+            decision = context.drift.decide(gate, registers[register], reference, first)
         context.drift.take(decision)
+        if decision.recalls and step.trace[0]:
+            assert step.aligned is not None
+            stored = [cast("torch.Tensor", context.store[number]) for number in step.trace[0]]
+            context.drift.align(step.aligned, registers[step.trace[1]], stored)
+        state.decided = place.step, first or decision
         state.report.decide(decision)
         return step.recalled if decision.recalls else step.full
 
@@ -396,10 +421,21 @@ class Executor:
         results, chosen = step.outputs(registers), step.chosen(registers) if session.keep_chosen else {}
         if watch is not None:
             watch.end(results)
+        if context is not None and step.anchors:
+            self._measure(state, context, step, registers)
         outcome = Outcome(results, chosen, [] if context is None else step.contents(registers, context.store))
         if context is not None:
             context.store = outcome.store
         return outcome
+
+    def _measure(self, state: ModelState, context: ContextState, step: Step, registers: Sequence[Any]) -> None:
+        """Compare a full step with the one before it, for a gate that wants to know how far the output moves."""
+        store, numbers = context.store, [number for number, _ in step.anchors]
+        is_first = not store or store[numbers[0]] is None
+        if self.check and not is_first:
+            context.stamps.check(numbers, store, step, state.generation)
+        before = None if is_first else Anchors(*(cast("torch.Tensor", store[number]) for number in numbers))
+        context.drift.measure(Anchors(*(registers[register] for _, register in step.anchors)), before)
 
     def _replay(
         self,
@@ -459,7 +495,11 @@ class Executor:
         for noise in program.noise:
             registers[noise.register] = self._noise(noise.shape, noise.share_guidance, number, int(noise.site), device)
         for weights in program.weights:
-            registers[weights.register] = _on_device(step.weights(weights.site, number, full), device)
+            if sites[weights.site].action.is_aligned:
+                assert place.context is not None
+                registers[weights.register] = place.context.drift.weights
+            else:
+                registers[weights.register] = _on_device(step.weights(weights.site, number, full), device)
         if program.predicted:
             assert self.predictor is not None
             importance = self.predictor(inputs, number)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
-from dicompile.plan import Gate
+from dicompile.plan import Aligned, Gate
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,25 +34,63 @@ class Drift:
         total: rescaled drift added up since the latest of them.
         run: steps since then, all of which recalled.
         recalled: steps of the run that recalled.
+        output: mean size of the model's output at the latest full step, where the gate measures it; on the device.
+        rate: how far that had moved since the full step before, over how far the probe had.
+        weights: of the last two stored values, with a 0 before them, where they follow from what the gate watches.
     """
 
     full: tuple[int, ...] = ()
     total: float = 0.0
     run: int = 0
     recalled: int = 0
+    output: torch.Tensor | None = None
+    rate: torch.Tensor | None = None
+    weights: torch.Tensor | None = None
 
-    def decide(self, gate: Gate, probe: torch.Tensor, reference: torch.Tensor) -> Decision:
-        """Decide about a step; waits for the device, unless the gate's limits leave nothing to decide.
+    def decide(self, gate: Gate, probe: torch.Tensor, reference: torch.Tensor, first: Decision | None) -> Decision:
+        """Decide about a step; waits for the device, unless there is nothing to decide.
 
         Args:
             gate: of the policy.
             probe: its value at this step.
             reference: what it is compared with.
+            first: what a guidance partner has decided at this step, if that holds for this one, too.
         """
         if not gate.may_recall(self.run, self.recalled):
             return Decision(None, recalls=False)
-        drift = gate.rescaled(drift_of(probe, reference)) + (self.total if gate.accumulates else 0.0)
+        if first is not None:
+            return first
+        if gate.relative_to == "probe":
+            drift = drift_of(probe, reference)
+        elif self.rate is None or self.output is None:
+            return Decision(None, recalls=False)
+        else:
+            drift = drift_of(probe, reference, self.output / self.rate)
+        drift = gate.rescaled(drift) + (self.total if gate.accumulates else 0.0)
         return Decision(drift, drift < gate.limit(self.run))
+
+    def measure(self, now: Anchors, before: Anchors | None) -> None:
+        """Note how far the output has moved with the probe, after a full step; waits for nothing.
+
+        Args:
+            now: of this step.
+            before: of the full step before it, if there was one.
+        """
+        self.output = _mean(now.output)
+        if before is not None:
+            self.rate = _mean(now.output - before.output) / _mean(now.probe - before.probe)
+
+    def align(self, recall: Aligned, trace: torch.Tensor, stored: Sequence[torch.Tensor]) -> None:
+        """Note how far what is watched has gone; waits for nothing.
+
+        Args:
+            recall: limits.
+            trace: what the first blocks add at this step.
+            stored: what they added at the last two full steps, newest first.
+        """
+        last, before = stored
+        way = (_mean(trace - before) / _mean(last - before)).clamp(recall.least, recall.most)
+        self.weights = torch.stack((torch.zeros_like(way), way, 1 - way))
 
     def take(self, decision: Decision) -> None:
         """Add up what a decision has found."""
@@ -64,7 +104,22 @@ class Drift:
             self.full, self.total, self.run = (step, *self.full), 0.0, 0
 
 
-def drift_of(probe: torch.Tensor, reference: torch.Tensor) -> float:
-    """Mean distance of two values over the mean size of the second; waits for the device."""
-    distance = (probe - reference).abs().mean(dtype=torch.float32)
-    return float(distance / reference.abs().mean(dtype=torch.float32))
+class Anchors(NamedTuple):
+    """What is compared from one full step to the next.
+
+    Attributes:
+        probe: its value.
+        output: what the model returns.
+    """
+
+    probe: torch.Tensor
+    output: torch.Tensor
+
+
+def drift_of(probe: torch.Tensor, reference: torch.Tensor, size: torch.Tensor | None = None) -> float:
+    """Mean distance of two values over a size, or the mean size of the second; waits for the device."""
+    return float(_mean(probe - reference) / (_mean(reference) if size is None else size))
+
+
+def _mean(value: torch.Tensor) -> torch.Tensor:
+    return value.abs().mean(dtype=torch.float32)

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from dicompile.runtime.contexts import Contexts
+from dicompile.runtime.gate import Decision
 from dicompile.runtime.invariants import Kept
 from dicompile.runtime.owner import Owner
 from dicompile.runtime.report import RunReport
@@ -46,6 +47,7 @@ class ModelState:
         calls: names of the contexts of the calls so far at this step.
         first_step: the step at which the generation began.
         is_uncached: a call of it came before its code was compiled; contexts that begin from then on run uncached.
+        decided: what a gate has decided first at a step, and which.
         contexts: of its calls.
         tables: what does not depend on the latent, by compiled code.
         report: what happened.
@@ -63,6 +65,7 @@ class ModelState:
     calls: set[str] = field(default_factory=set)
     first_step: int | None = None
     is_uncached: bool = False
+    decided: tuple[int, Decision] | None = None
     contexts: Contexts = field(default_factory=Contexts)
     tables: dict[object, Kept] = field(default_factory=dict)
     report: RunReport = field(default_factory=RunReport)
@@ -88,6 +91,10 @@ class ModelState:
         """Release what was stored before a step: contexts that were not called since then start anew."""
         self.contexts.leave(before)
         self.report.hold(self.cache_bytes)
+
+    def decided_at(self, step: int) -> Decision | None:
+        """What a gate has decided first at a step, if one has."""
+        return self.decided[1] if self.decided is not None and self.decided[0] == step else None
 
     @property
     def cache_bytes(self) -> int:

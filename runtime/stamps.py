@@ -153,7 +153,7 @@ def written_at(plan: Plan, index: int, slot: Slot, full: Collection[int] = ()) -
         planned = plan.steps[step]
         site = (planned.full if planned.full is not None and step in full else planned).sites[slot.site]
         is_whole = site.action.computes and site.action.tokens is None and slot.kind is SlotKind.VALUE
-        is_whole = is_whole and slot.site != plan.probe  # of a gate, which computes it at every step
+        is_whole = is_whole and slot.site not in (plan.probe, plan.trace)  # which are computed at every step
         if not is_whole and newest not in site.writes:
             continue
         if age == 0:

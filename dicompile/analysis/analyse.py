@@ -45,8 +45,11 @@ class Analysis:
             role: flow.bits(p for p, item in zip(placeholders, capture.inputs, strict=True) if item.role is role)
             for role in Role
         }
-        position = capture.input_position(Role.LATENT)
-        self.latent = latent = placeholders[position] if position is not None else None
+        self.latent, self.timestep = (
+            None if position is None else placeholders[position]
+            for position in map(capture.input_position, (Role.LATENT, Role.TIMESTEP))
+        )
+        latent = self.latent
         samples = by_role[Role.LATENT] | by_role[Role.CONDITIONING]
         self.branches = branches = find_branches(flow, latent, samples) if latent is not None else []
         self.groups, paths = group_branches(flow, branches)
@@ -83,7 +86,8 @@ class Analysis:
         if trunk not in self._structures:
             known = self._without_trunk
             number = SiteId(len(known.everything))
-            spans = spans_of_trunk(self.flow, self.branches, known.sites, self.groups, number, self.latent, trunk)
+            given = self.latent, self.timestep
+            spans = spans_of_trunk(self.flow, self.branches, known.sites, self.groups, number, given, trunk)
             self._structures[trunk] = replace(known, spans=(*known.spans, *spans), trunk=trunk)
         return self._structures[trunk]
 

@@ -31,8 +31,14 @@ class SiteKind(enum.Enum):
     STACK = "stack"
     """A span: everything all blocks add to a stream, or those of a `Trunk`."""
 
+    MODEL = "model"
+    """A span: everything the model adds to its latent; only where a `Trunk` asks for it."""
+
     PROBE = "probe"
     """A span that is only watched, see `Trunk`."""
+
+    TRACE = "trace"
+    """A span that is only held against itself at earlier steps, see `Trunk`."""
 
     @property
     def is_attention(self) -> bool:
@@ -42,7 +48,15 @@ class SiteKind(enum.Enum):
     @property
     def is_span(self) -> bool:
         """True for runs of sites."""
-        return self in (SiteKind.BLOCK, SiteKind.STACK, SiteKind.PROBE)
+        return self in _SPANS
+
+    @property
+    def is_watched(self) -> bool:
+        """True for spans that are never recalled."""
+        return self in (SiteKind.PROBE, SiteKind.TRACE)
+
+
+_SPANS = frozenset({SiteKind.BLOCK, SiteKind.STACK, SiteKind.MODEL, SiteKind.PROBE, SiteKind.TRACE})
 
 
 class Pace(enum.Enum):
@@ -56,10 +70,22 @@ class Probe(enum.Enum):
     """A value early in the model, from which it is told how far everything after it has drifted."""
 
     RESIDUAL = "residual"
-    """What the blocks before the trunk add to the latent's stream."""
+    """What the first blocks add to the latent's stream."""
+
+    STREAM = "stream"
+    """That stream behind them."""
 
     MODULATED = "modulated"
     """What enters the first product of the first branch on the latent's stream: normalised and modulated tokens."""
+
+    MODULATION = "modulation"
+    """The product that makes scale and shift of that input of the timestep, and of what else goes into it."""
+
+    EMBEDDING = "embedding"
+    """What goes into that product, before its activation: the embedding of the timestep."""
+
+    LATENT = "latent"
+    """The latent itself: nothing of the model runs before a gate has decided."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,11 +96,17 @@ class Trunk:
         before: blocks at the start that are no part of them.
         after: blocks at the end that are not.
         probe: see `Probe`; None where nothing is watched.
+        model: whether there is a span of the whole model.
+        watched: how many blocks at the start the probe goes through; 0 for those that are no part of the stack.
+        traces: whether what these blocks add is kept from one full step to the next.
     """
 
     before: int = 0
     after: int = 0
     probe: Probe | None = None
+    model: bool = False
+    watched: int = 0
+    traces: bool = False
 
 
 WHOLE = Trunk()
@@ -184,10 +216,17 @@ class Span(Site):
     Attributes:
         inside: its sites, in execution order.
         is_last: whether the model's output reads its end without passing through another site.
+        picture: first of the tokens at its end that the model's output reads, and their number; (0, 0) if unknown.
     """
 
     inside: tuple[SiteId, ...] = ()
     is_last: bool = False
+    picture: tuple[int, int] = (0, 0)
+
+    @property
+    def is_given(self) -> bool:
+        """True if its value is an input of the model, which no code has to compute."""
+        return self.core == self.source
 
 
 @dataclass(frozen=True, slots=True)
@@ -271,6 +310,16 @@ class ModelStructure:
     def probe(self) -> Span | None:
         """What is watched, if the trunk asks for it and the model has it."""
         return next((span for span in self.spans if span.kind is SiteKind.PROBE), None)
+
+    @property
+    def trace(self) -> Span | None:
+        """What the watched blocks add, if the trunk asks for it and the model has it."""
+        return next((span for span in self.spans if span.kind is SiteKind.TRACE), None)
+
+    @property
+    def whole(self) -> Span | None:
+        """The whole model as a span, if the trunk asks for it and the model's output can be added to its latent."""
+        return next((span for span in self.spans if span.kind is SiteKind.MODEL), None)
 
     @property
     def everything(self) -> tuple[Site, ...]:

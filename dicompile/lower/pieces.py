@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from torch import fx
 
-from dicompile.analysis import Block, ModelStructure, Site, SiteKind
+from dicompile.analysis import Block, ModelStructure, Site, SiteKind, Span
 from dicompile.analysis.blocks import structure_key
 from dicompile.capture import Capture
 from dicompile.lower.hoist import Hoist, Invariants
@@ -58,6 +58,7 @@ class Pieces:
         self.invariants = Invariants(capture, structure, hoist)
         self._nodes = {node.name: node for node in capture.graph.nodes}
         self._order = {node: i for i, node in enumerate(capture.graph.nodes)}
+        self._prologue, self._epilogue = frozenset(structure.prologue), frozenset(structure.epilogue)
         sites = (name for s in structure.everything for name in (s.source, s.core, s.update, s.add, *s.attention))
         results = [node for node in results_of(capture.graph) if isinstance(node, fx.Node)]
         self._steps = self.invariants.left([*results, *(self._nodes[name] for name in sites)])
@@ -67,7 +68,7 @@ class Pieces:
     def of_step(self, step: StepPlan) -> list[Piece]:
         """Pieces that a step runs, in order: prologue, blocks, epilogue."""
         structure = self.structure
-        active = [span for span in structure.spans if not _is_idle(step.sites[span.id])]
+        active = [span for span in structure.spans if not self.is_at_hand(span) and not _is_idle(step.sites[span.id])]
 
         def reuses(block: Block) -> bool:
             spans = [span.id for span in active if span.kind is SiteKind.BLOCK and span.block == block.id]
@@ -77,33 +78,47 @@ class Pieces:
         for is_reused, alike in itertools.groupby(structure.blocks, reuses):
             numbers = [int(block.id) for block in alike]
             runs += _cut(numbers) if is_reused else [[number] for number in numbers]
-        pieces = [self._piece("prologue", structure.prologue, ())]
+        at_the_start, at_the_end = (
+            tuple(span for span in active if span.add in nodes) for nodes in (self._prologue, self._epilogue)
+        )
+        of_blocks = [span for span in active if span not in (*at_the_start, *at_the_end)]
+        pieces = [self._piece("prologue", structure.prologue, at_the_start)]
         for run in runs:
             blocks = [structure.blocks[i] for i in run]
             name = f"block{run[0]}" if len(run) == 1 else f"blocks{run[0]}-{run[-1]}"
             sites = tuple(site for block in blocks for site in structure.sites_of(block))
-            sites += tuple(span for span in active if span.block in run)
+            sites += tuple(span for span in of_blocks if span.block in run)
             pieces.append(self._piece(name, tuple(node for block in blocks for node in block.nodes), sites))
-        pieces.append(self._piece("epilogue", structure.epilogue, ()))
+        pieces.append(self._piece("epilogue", structure.epilogue, at_the_end))
         return [piece for piece in pieces if piece.outline.outputs]
+
+    def is_at_hand(self, span: Span) -> bool:
+        """True if no piece computes the value of a probe: it is an input, or made outside of the steps."""
+        return span.is_given or (span.kind is SiteKind.PROBE and span.core in self.invariants.paces)
 
     def around_gate(self, step: StepPlan) -> tuple[Part, Part, Part]:
         """What a gated step runs before its gate decides, where it recalls, and where it does not.
 
-        The value of the probe leaves the first part, and no other.
+        What is watched leaves the first part, and no other.
         """
         probe = self.structure.probe
         assert probe is not None
         assert step.full is not None
-        watched = step.full.writing(probe.id, (Slot.of(probe.id, SlotKind.VALUE),))
-        recalled, full = (
-            (way, self.of_step(way)) for way in (step.writing(probe.id, ()), step.full.writing(probe.id, ()))
-        )
+        watched, ways = step.full, [step, step.full]
+        for span in filter(None, (probe, self.structure.trace)):
+            watched = watched.writing(span.id, (Slot.of(span.id, SlotKind.VALUE),))
+            ways = [way.writing(span.id, ()) for way in ways]
+        recalled, full = ((way, self.of_step(way)) for way in ways)
+        if self.is_at_hand(probe):
+            return Part(watched, []), Part(*recalled), Part(*full)
         if probe.inside:
             pieces = self.of_step(watched)
             later = (i for i, piece in enumerate(pieces) if piece.sites and piece.sites[0].block > probe.block)
             before = pieces[: next(later)]
-            rest = [Part(way, pieces[len(before) :]) for way, pieces in (recalled, full)]
+            rest = [
+                Part(way, [p for i, p in enumerate(pieces) if i >= len(before) or _ends_recalled(way, p)])
+                for way, pieces in (recalled, full)
+            ]
         else:
             before = [self._piece("probe", (*self.structure.prologue, *self._leading_to(probe.core)), (probe,))]
             rest = [
@@ -130,6 +145,7 @@ class Pieces:
                     (
                         site.kind, entry[site.source], number[site.core], number[site.update], number[site.add],
                         *(number[name] for name in site.attention), site.keys, site.tokens.axis, site.tokens.count,
+                        site.picture if isinstance(site, Span) else (0, 0),
                     )
                     for site in sites
                 ),
@@ -154,6 +170,12 @@ def _cut(numbers: list[int]) -> list[list[int]]:
             rest -= lengths[-1]
     ends = list(itertools.accumulate(lengths))
     return [numbers[end - length : end] for end, length in zip(ends, lengths, strict=True)]
+
+
+def _ends_recalled(step: StepPlan, piece: Piece) -> bool:
+    """True if a span ends in a piece that is recalled, although what it covers may have run to be watched."""
+    actions = (step.sites[site.id].action for site in piece.sites if site.kind.is_span)
+    return any(not (action.computes or action.is_skip) for action in actions)
 
 
 def _is_idle(step: SiteStep) -> bool:

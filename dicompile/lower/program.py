@@ -7,14 +7,14 @@ blocks, of few lengths, so that a run of reused blocks is few fused kernels and 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import fx
 
-from dicompile.analysis import SiteId, SiteKind
+from dicompile.analysis import ModelStructure, SiteId, SiteKind, Span
 from dicompile.capture import Capture
 from dicompile.lower.pieces import Piece, Pieces
 from dicompile.lower.variants import Variant, VariantCache
@@ -149,16 +149,17 @@ class GatedProgram:
         before: reads no slot; loads what either way needs from outside of the steps.
         recalled: what runs where the probe has drifted little.
         full: what runs otherwise.
-        probe: slot of the probe, and the register in which `before` leaves its value.
+        watched: slots of the probe, and of a trace if there is one, and the registers in which `before` leaves their
+            values.
     """
 
     before: Program
     recalled: Program
     full: Program
-    probe: tuple[Slot, int]
+    watched: tuple[tuple[Slot, int], ...]
 
     def __str__(self) -> str:
-        slot, register = self.probe
+        slot, register = self.watched[0]
         return "\n".join((str(self.before), f"if {slot} ~ %{register}:", str(self.recalled), "else:", str(self.full)))
 
 
@@ -209,23 +210,27 @@ class ProgramBuilder:
         chosen = self._choose_variants(step, self.pieces.of_step(step), self._wanted())
         assembly = _Assembly(self.capture, step, self._invariants)
         assembly.add_all(chosen)
+        assembly.store_watched(self.structure)
         return assembly.finish(self._results())
 
     def _build_gated(self, step: StepPlan, full: StepPlan) -> GatedProgram:
         (watched, first), *rest = self._choose_around_gate(step)
         before = _Assembly(self.capture, watched, self._invariants)
         before.add_all(first)
-        ((probe, register),) = before.writes.items()
+        assert self.structure.probe is not None
+        before.store_at_hand(self.structure.probe)
         ways, count = [], before.count
         for planned, (way, variants) in zip((step, full), rest, strict=True):
             assembly = before.fork(way, count)
-            if planned.sites[probe.site].writes:
-                assembly.writes[probe] = register
+            assembly.writes |= _already_written(planned, before.writes)
             assembly.add_all(variants)
+            assembly.store_watched(self.structure)
             ways.append(assembly.finish(self._results()))
             count = assembly.count
         recalled, computed = (replace(way, registers=count, invariants=()) for way in ways)
-        return GatedProgram(before.finish_before(ways, count), recalled, computed, (probe, register))
+        values = (Slot.of(span.id, SlotKind.VALUE) for span in (self.structure.probe, self.structure.trace) if span)
+        left = tuple((slot, before.writes[slot]) for slot in values)
+        return GatedProgram(before.finish_before(ways, count), recalled, computed, left)
 
     def _choose_around_gate(self, step: StepPlan) -> list[tuple[StepPlan, list[tuple[Piece, Variant]]]]:
         """Variants that a gated step runs before its gate decides, where it recalls, and where it does not."""
@@ -259,7 +264,7 @@ class ProgramBuilder:
                     step.sites[site.id],
                     positions,
                     attention_owner(self.structure, site),
-                    None if site.kind is SiteKind.PROBE else self.cache_dtype,
+                    None if site.kind.is_watched or site.kind is SiteKind.MODEL else self.cache_dtype,
                 )
                 for site in piece.sites
             )
@@ -271,6 +276,16 @@ class ProgramBuilder:
 
     def _results(self) -> list[Any]:
         return results_of(self.capture.graph)
+
+
+def _already_written(planned: StepPlan, writes: Mapping[Slot, int]) -> dict[Slot, int]:
+    """What a step stores of values that were made before its gate has decided; an anchor is the value of its probe."""
+    return {
+        slot: register
+        for made, register in writes.items()
+        for slot in planned.sites[made.site].writes
+        if slot == made or slot.kind is SlotKind.ANCHOR
+    }
 
 
 class _Assembly:
@@ -331,6 +346,26 @@ class _Assembly:
         self.calls.append(Call(f"{piece.name}:{variant.name}", variant.function, inputs, outputs))
         for register, memory in zip(outputs, variant.memory, strict=True):
             self.memory[register] = self.memory.get(inputs[memory]) if isinstance(memory, int) else (call, memory)
+
+    def store_at_hand(self, probe: Span) -> None:
+        """Store a probe that is an input of the model, or made outside of the steps."""
+        if probe.is_given or probe.core in self.of_invariants:
+            self.writes |= dict.fromkeys(self.step.sites[probe.id].writes, self._value(probe.core))
+
+    def store_watched(self, structure: ModelStructure) -> None:
+        """Store what a gate watches and no piece stores: inputs of the model, and anchors."""
+        probe, whole = structure.probe, structure.whole
+        if probe is not None:
+            self.store_at_hand(probe)
+            self._store_anchor(probe, self.writes.get(Slot.of(probe.id, SlotKind.VALUE)))
+        if whole is not None:
+            self._store_anchor(whole, self.values.get(whole.add))
+
+    def _store_anchor(self, span: Span, register: int | None) -> None:
+        anchor = Slot.of(span.id, SlotKind.ANCHOR)
+        if anchor in self.step.sites[span.id].writes:
+            assert register is not None
+            self.writes[anchor] = register
 
     def finish(self, results: Iterable[Any]) -> Program:
         registers = tuple(self._value(r.name) if isinstance(r, fx.Node) else Constant(r) for r in results)

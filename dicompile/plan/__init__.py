@@ -7,6 +7,7 @@ from dicompile.plan.action import (
     SKIP,
     Action,
     Context,
+    LowBand,
     Score,
     ScoreBase,
     Selection,
@@ -31,7 +32,7 @@ from dicompile.plan.memory import DTYPES, UNLIMITED, CacheOptions, check_can_com
 from dicompile.plan.plan import Dropped, Plan, SiteStep, StepPlan
 from dicompile.plan.planner import attention_owner, make_plan, plan_actions, recording_plan, reusing_plan
 from dicompile.plan.predictor import Predictor, PredictorFacts, load_predictor
-from dicompile.plan.recall import Fitted, Forecast, Reuse, Spectral, WhatName
+from dicompile.plan.recall import Aligned, Bands, Fitted, Forecast, Reuse, Spectral, WhatName
 from dicompile.plan.rows import make_rows
 from dicompile.plan.schedule import TimestepSchedule
 from dicompile.plan.schema import (
@@ -56,6 +57,8 @@ __all__ = [
     "SKIP",
     "UNLIMITED",
     "Action",
+    "Aligned",
+    "Bands",
     "CacheOptions",
     "Cadence",
     "Context",
@@ -65,6 +68,7 @@ __all__ = [
     "Forecast",
     "Gate",
     "Line",
+    "LowBand",
     "Magnitudes",
     "Origin",
     "Plan",

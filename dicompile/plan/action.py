@@ -128,6 +128,22 @@ class Selection:
 
 
 @dataclass(frozen=True, slots=True)
+class LowBand:
+    """The low frequencies of a value over its tokens.
+
+    Attributes:
+        basis: "dct": the cosine transform over rows and columns of the tokens. "fft": the Fourier transform over the
+            tokens as they follow each other.
+        cutoff: highest of them, as a share of the highest that there is.
+        grid: rows and columns of the tokens; None where the model's are known.
+    """
+
+    basis: str
+    cutoff: float
+    grid: tuple[int, int] | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Action:
     """What happens to one site or span at one step.
 
@@ -135,11 +151,15 @@ class Action:
         weights: see the module docstring; the first belongs to the fresh value.
         what: which value is remembered.
         tokens: restricts the fresh value to some tokens; None means all.
+        is_aligned: the weights are examples; the real ones follow, while sampling, from what a gate watches.
+        low: what is taken of the newest stored value as it is, whatever the weights say; None for nothing.
     """
 
     weights: tuple[float, ...] = (1.0,)
     what: What = What.CORE
     tokens: Selection | None = None
+    is_aligned: bool = False
+    low: LowBand | None = None
 
     def __post_init__(self) -> None:
         if not self.weights:
@@ -212,6 +232,9 @@ class SlotKind(enum.Enum):
     ATTENTION_SCALE = "attention-scale"
     """The same for the stored attention."""
 
+    ANCHOR = "anchor"
+    """What a gate compares with: a probe, or the model's output, at the last full step."""
+
     @property
     def scale(self) -> SlotKind | None:
         """Kind of the slot that holds the scales of this one, or None."""
@@ -221,6 +244,11 @@ class SlotKind(enum.Enum):
     def is_scale(self) -> bool:
         """True for slots of scales."""
         return self in (SlotKind.VALUE_SCALE, SlotKind.ATTENTION_SCALE)
+
+    @property
+    def is_made_here(self) -> bool:
+        """False for what comes with another slot, or leaves the model anyway: no action asks for it."""
+        return not self.is_scale and self is not SlotKind.ANCHOR
 
 
 HISTORIC = (SlotKind.VALUE, SlotKind.ATTENTION, SlotKind.VALUE_SCALE, SlotKind.ATTENTION_SCALE)

@@ -42,6 +42,7 @@ class Magnitudes(Frozen):
         threshold: of the error, unitless.
         longest: most steps in a row that are recalled.
         retention: share of the steps at the start that are full.
+        always: numbers of entries at which a step is full, whatever they say.
 
     Reference:
         Ma et al., MagCache: Fast Video Generation with Magnitude-Aware Cache, arXiv 2506.09045, section 3.
@@ -51,21 +52,23 @@ class Magnitudes(Frozen):
     threshold: Annotated[float, Field(ge=0)]
     longest: NonNegativeInt
     retention: Annotated[float, Field(ge=0, le=1)] = 0.2
+    always: tuple[NonNegativeInt, ...] = ()
 
     def full(self, steps: int, begin: int = 0) -> frozenset[int]:
         """Numbers of the full steps of a run that begins at one of the schedule's; see `Cadence.moments`."""
         retained = int(self.retention * steps + 0.5)
         ratio, error, run, full = 1.0, 0.0, 0, {begin}
         for step in range(begin + 1, steps):
-            ratio *= self._ratio(step, steps)
+            entry = self._entry(step, steps)
+            ratio *= self.ratios[entry]
             error, run = error + abs(1.0 - ratio), run + 1
-            if step < retained or error > self.threshold or run > self.longest:
+            if step < retained or error > self.threshold or run > self.longest or entry in self.always:
                 full.add(step)
                 ratio, error, run = 1.0, 0.0, 0
         return frozenset(full)
 
-    def _ratio(self, step: int, steps: int) -> float:
-        return self.ratios[round(step * (len(self.ratios) - 1) / (steps - 1))]
+    def _entry(self, step: int, steps: int) -> int:
+        return round(step * (len(self.ratios) - 1) / (steps - 1))
 
 
 class Cadence(Frozen):

@@ -12,12 +12,12 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from dicompile.analysis import ModelStructure, Site, SiteId, SiteKind, TokenWise
+from dicompile.analysis import ModelStructure, Site, SiteId, SiteKind, Span, TokenWise
 from dicompile.errors import CacheTooLarge, InvalidSetting, PolicyDoesNotFit
 from dicompile.plan.action import ScoreBase
 from dicompile.plan.frozen import Origin
 from dicompile.plan.plan import Plan
-from dicompile.plan.recall import Fitted, Recall
+from dicompile.plan.recall import Bands, Fitted, Recall
 from dicompile.plan.schedule import TimestepSchedule
 from dicompile.plan.schema import Policy, Refresh, Rule, Table, TokenScore, TokenTable
 from dicompile.text import size_text
@@ -345,14 +345,22 @@ def first_span(structure: ModelStructure) -> Site:
 
 
 def _check_trunk(policy: Policy, structure: ModelStructure) -> None:
-    first, last = policy.outside
+    first, last = max(policy.outside[0], (policy.gate and policy.gate.depth) or 0), policy.outside[1]
     blocks = len(structure.blocks)
-    if structure.sites and first + last >= blocks and policy.outside != (0, 0):
+    if structure.sites and first + last >= blocks and first + last > 0:
         raise PolicyDoesNotFit(
             f"policy {policy.name!r} runs {first + last} blocks at every step, the model has {blocks}",
             where="outside",
             why=f"{first} at the start and {last} at the end leave none to reuse",
             fix="run fewer of them at every step",
+        )
+    if structure.sites and policy.trunk.model and structure.whole is None:
+        raise PolicyDoesNotFit(
+            f"policy {policy.name!r} adds to the latent what the model added to it before, which this model's output "
+            "does not allow",
+            where="analysis",
+            why="it is not one tensor with the latent's shape and dtype",
+            fix="use a policy that reuses what the blocks add, such as dicompile.TeaCache() or dicompile.MagCache()",
         )
     if structure.sites and policy.gate is not None and structure.probe is None:
         raise PolicyDoesNotFit(
@@ -365,8 +373,16 @@ def _check_trunk(policy: Policy, structure: ModelStructure) -> None:
 
 
 _NO_PROBE = {
-    "residual": "there are no blocks before the stack (outside=(1, 0)), or the latent's stream passes them by",
+    **dict.fromkeys(
+        ("residual", "stream"),
+        "there are no blocks before the stack (outside=(1, 0), or depth=1), or the latent's stream passes them by",
+    ),
     "modulated": "no branch reads the latent's stream through a normalisation or modulation",
+    **dict.fromkeys(
+        ("modulation", "embedding"),
+        "the first branch on the latent's stream is not modulated by one product of the timestep",
+    ),
+    "latent": "no branch depends on the latent",
 }
 
 
@@ -407,6 +423,8 @@ def _check_named(policy: Policy, structure: ModelStructure, rule: Rule) -> None:
         )
     what = rule.recall.what
     for site in named:
+        if isinstance(rule.recall, Bands):
+            _check_bands(policy, structure, site, rule.recall)
         if what in (("core", "attention") if site.kind.is_span else ("stream",)):
             raise PolicyDoesNotFit(
                 f"policy {policy.name!r} stores the {what} of a {site.kind.value}, which has none",
@@ -419,6 +437,27 @@ def _check_named(policy: Policy, structure: ModelStructure, rule: Rule) -> None:
                 where=_where(site),
                 fix="store 'core' for this kind of site",
             )
+
+
+def _check_bands(policy: Policy, structure: ModelStructure, site: Site, bands: Bands) -> None:
+    """Frequencies over tokens need tokens that follow each other in the picture, or lie on its grid."""
+    picture = site.picture if isinstance(site, Span) else (0, 0)
+    needed = {(0, 0): "which of its tokens are the picture's cannot be told"}
+    if bands.basis == "dct":
+        grid = bands.grid or structure.grid or ()
+        shape = "x".join(map(str, grid)) or "unknown"
+        if len(grid) != 2 or math.prod(grid) != picture[1]:
+            needed[picture] = f"it has {picture[1]} tokens of the picture, and their grid is {shape}"
+    is_read = site.kind is SiteKind.BLOCK or bands.what != "stream" or not isinstance(site, Span) or site.is_last
+    if is_read and picture in needed:
+        raise PolicyDoesNotFit(
+            f"policy {policy.name!r} tells low frequencies over the tokens from high ones, which this "
+            f"{'span' if site.kind.is_span else 'branch'} does not allow",
+            where=_where(site),
+            why=needed[picture],
+            fix="forecast all of them alike (Forecast)"
+            + ("" if bands.basis == "fft" else ", or set its grid, or basis='fft'"),
+        )
 
 
 def _check_one_value(policy: Policy, site: Site) -> None:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Annotated, Literal
 
-from pydantic import Field, NonNegativeInt, PositiveInt
+from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
+from dicompile.errors import InvalidPolicy
 from dicompile.plan.frozen import Frozen
 
 
@@ -14,13 +15,21 @@ class Gate(Frozen):
     """Recall at steps at which a probe has drifted little, compute everything at the others.
 
     With ``d = mean|probe - reference| / mean|reference|`` over the whole batch, a step recalls if ``P(d)``, or the sum
-    of it over the steps since the last full one, is below the threshold. One decision holds for all samples of a call;
-    guidance partners that are called one by one decide for themselves.
+    of it over the steps since the last full one, is below the threshold. One decision holds for all samples of a call.
 
     Attributes:
-        probe: "residual": what the blocks before the stack add to the latent's stream (`Policy.outside`); "modulated":
-            what enters the first attention, the latent's tokens normalised and modulated by the timestep.
+        probe: "residual": what the first blocks add to the latent's stream; "stream": that behind them; "modulated":
+            what enters the first attention, the latent's tokens normalised and modulated by the timestep; "modulation"
+            and "embedding": what the timestep has become by which they are modulated, after the last product, and
+            before it and its activation; "latent": the latent itself.
+        depth: number of the first blocks that the probe goes through; None for those that run at every step for
+            themselves (`Policy.outside`).
         reference: the probe at the last full step ("full"), or at the step before ("previous").
+        relative_to: "probe": as above. "output": ``d = k mean|probe - reference| / mean|output|``, with the model's
+            output at the last full step, and k how far that had moved since the full step before it, over how far the
+            probe had. Without two full steps there is no k, and a step is full.
+        partners: guidance partners that are called one by one decide "each" for themselves, or do at every step what
+            the "first" of them has decided, within the limits of their own.
         threshold: drift from which a step is full, unitless.
         rescale: coefficients of P, the highest power first.
         accumulates: add up the drift since the last full step.
@@ -30,8 +39,11 @@ class Gate(Frozen):
         last: steps at the end that are full.
     """
 
-    probe: Literal["residual", "modulated"] = "residual"
+    probe: Literal["residual", "stream", "modulated", "modulation", "embedding", "latent"] = "residual"
+    depth: PositiveInt | None = None
     reference: Literal["full", "previous"] = "full"
+    relative_to: Literal["probe", "output"] = "probe"
+    partners: Literal["each", "first"] = "each"
     threshold: Annotated[float, Field(ge=0)]
     rescale: Annotated[tuple[float, ...], Field(min_length=1)] = (1.0, 0.0)
     accumulates: bool = False
@@ -39,6 +51,22 @@ class Gate(Frozen):
     longest: PositiveInt | None = None
     most: NonNegativeInt | None = None
     last: NonNegativeInt = 0
+
+    @model_validator(mode="after")
+    def _check_depth(self) -> Gate:
+        if self.depth is not None and not self.watches_blocks:
+            raise InvalidPolicy(
+                f"a gate watches the {self.probe} through {self.depth} blocks",
+                where="Gate",
+                why="that is known before any block runs",
+                fix="leave depth out, or set probe='residual' or 'stream'",
+            )
+        return self
+
+    @property
+    def watches_blocks(self) -> bool:
+        """True if blocks run before it decides."""
+        return self.probe in ("residual", "stream")
 
     def may_recall(self, run: int, recalled: int) -> bool:
         """True if its limits allow another step that recalls.

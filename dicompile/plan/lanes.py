@@ -59,7 +59,9 @@ def make_lanes(plan: Plan, *, every_site: bool = False) -> tuple[Lane, ...]:
         spans = [plan.block_spans.get(plan.block_sites[b][0], ()) for b in run]
         if plan.block_spans.get(first):
             lanes += _spans(plan, Lane(f"{blocks} whole block", tuple(i for span in spans for i in span), is_span=True))
-    return (*lanes, *_spans(plan, Lane("whole stack", plan.stack, is_span=True)))
+    for label, members in (("whole stack", plan.stack), ("whole model", plan.model)):
+        lanes += _spans(plan, Lane(label, members, is_span=True))
+    return tuple(lanes)
 
 
 def _spans(plan: Plan, lane: Lane) -> list[Lane]:

@@ -93,8 +93,8 @@ class CacheOptions:
         return self.narrows(itemsize) and needs_scale(self.torch_dtype)
 
     def for_site(self, site: Site) -> CacheOptions:
-        """What holds for a site: the probe of a gate is compared, so it stays as it is."""
-        return replace(self, dtype=None) if site.kind is SiteKind.PROBE else self
+        """What holds for a site: what is watched is compared, what a model adds is small, so these stay as they are."""
+        return replace(self, dtype=None) if site.kind.is_watched or site.kind is SiteKind.MODEL else self
 
     def __str__(self) -> str:
         parts = [self.dtype or "", "in host memory" if self.device else ""]

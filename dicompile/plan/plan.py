@@ -11,7 +11,7 @@ from dicompile.analysis import BlockId, ModelStructure
 from dicompile.plan.action import Action, Score, Slot
 from dicompile.plan.gate import Gate
 from dicompile.plan.memory import UNLIMITED, CacheOptions
-from dicompile.plan.recall import Forecast, Reuse
+from dicompile.plan.recall import Aligned, Forecast, Reuse
 from dicompile.plan.schedule import TimestepSchedule
 from dicompile.text import ranges_text, size_text
 
@@ -128,6 +128,7 @@ class Plan:
         block_sites: numbers of the sites of every block.
         block_spans: numbers of the spans of a block, by its first site.
         stack: numbers of the spans of the stack.
+        model: number of the span of the whole model, where the policy asks for it.
         labels: of every site and span, by number: "3.mlp".
         cache: how much may be remembered, and in which numbers.
         dropped: what is computed at every step because there is no room to remember it.
@@ -140,6 +141,7 @@ class Plan:
         wanted_flops: and the operations it would have taken.
         gate: what decides at gated steps; None where there are none.
         probe: number of the span that it watches.
+        trace: number of the span that is held against what it was, where values are recalled by that.
         recalls: of a gated policy, what stands in for a site or span.
     """
 
@@ -152,6 +154,7 @@ class Plan:
     block_sites: tuple[tuple[int, ...], ...] = field(repr=False, default=())
     block_spans: dict[int, tuple[int, ...]] = field(repr=False, default_factory=dict)
     stack: tuple[int, ...] = field(repr=False, default=())
+    model: tuple[int, ...] = field(repr=False, default=())
     labels: tuple[str, ...] = field(repr=False, default=())
     cache: CacheOptions = UNLIMITED
     dropped: tuple[Dropped, ...] = ()
@@ -163,7 +166,8 @@ class Plan:
     wanted_flops: int = 0
     gate: Gate | None = None
     probe: int | None = None
-    recalls: Mapping[int, Reuse | Forecast] = field(repr=False, default_factory=dict)
+    trace: int | None = None
+    recalls: Mapping[int, Reuse | Forecast | Aligned] = field(repr=False, default_factory=dict)
 
     @property
     def flops(self) -> int:
@@ -221,7 +225,7 @@ class Plan:
         lines = []
         for number, step in enumerate(self.steps):
             cells = " ".join(self._cell(step, block) for block in self.block_sites)
-            stack = "".join(step.sites[i].action.symbol for i in self.stack)
+            stack = "".join(step.sites[i].action.symbol for i in (*self.stack, *self.model))
             cells += f"  | {stack}" if stack.strip("F") else ""
             share = step.flops / (self.baseline_flops / len(self.steps)) if self.baseline_flops else 0.0
             timestep = f"{self.schedule.timesteps[number]:8.2f}" if self.schedule.timesteps else ""
@@ -319,7 +323,9 @@ def _by_kind(labels: Sequence[str]) -> str:
         block, _, kind = label.partition(".")
         blocks.setdefault(kind, []).append(int(block))
     parts = [
-        "the stack" if kind == "stack" else f"{kind} of block{'s'[: len(set(numbers)) - 1]} {ranges_text(numbers)}"
+        f"the {kind}"
+        if kind in ("stack", "model")
+        else f"{kind} of block{'s'[: len(set(numbers)) - 1]} {ranges_text(numbers)}"
         for kind, numbers in blocks.items()
     ]
     return ", ".join(parts)

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Literal, NamedTuple
 
-from dicompile.analysis import WHOLE, ModelStructure, Site, SiteId, SiteKind, TokenWise
+from dicompile.analysis import WHOLE, ModelStructure, Probe, Site, SiteId, SiteKind, TokenWise
 from dicompile.plan.action import (
     COMPUTE,
     HISTORIC,
@@ -28,7 +28,7 @@ from dicompile.plan.fits import check_timesteps, choose_setting, reused_whole, s
 from dicompile.plan.gate import Gate
 from dicompile.plan.memory import UNLIMITED, CacheOptions, slot_bytes, stored_value
 from dicompile.plan.plan import Plan, SiteStep, StepPlan, replaced, sites_by_block
-from dicompile.plan.recall import Forecast, Reuse
+from dicompile.plan.recall import Aligned, Forecast, Reuse
 from dicompile.plan.rows import Gated, Row, make_rows
 from dicompile.plan.schedule import TimestepSchedule
 from dicompile.plan.schema import Policy
@@ -109,8 +109,12 @@ def plan_actions(
         raise ValueError(f"{schedule.steps} rows of {len(structure.sites)} actions are needed")
     whats = _whats(_ways(rows))
     if structure.probe is not None:
-        whats[structure.probe.id] = What.UPDATE if structure.probe.inside else What.CORE
+        is_update = structure.trunk.probe is Probe.RESIDUAL
+        whats[structure.probe.id] = What.UPDATE if is_update else What.CORE
+    if structure.trace is not None:
+        whats[structure.trace.id] = What.UPDATE
     plan_steps = tuple(_plan_steps(structure, rows, whats, cache, gate))
+    whole = structure.whole
     all_slots = {slot for step in plan_steps for slot in step.live}
     return Plan(
         policy=name,
@@ -130,10 +134,12 @@ def plan_actions(
             for block in structure.blocks
         },
         stack=tuple(int(span.id) for span in structure.spans if span.kind is SiteKind.STACK),
+        model=() if whole is None else (int(whole.id),),
         labels=tuple(site.label for site in structure.everything),
         cache=cache,
         gate=gate if any(step.full is not None for step in plan_steps) else None,
         probe=None if structure.probe is None else structure.probe.id,
+        trace=None if structure.trace is None else structure.trace.id,
     )
 
 
@@ -150,12 +156,17 @@ def _plan_steps(
         _with_reads(structure, _with_whats([row.full], whats))[0] if isinstance(row, Gated) else None for row in rows
     ]
     probe = structure.probe
-    if gate is not None and gate.reference == "full" and probe is not None:
+    watched: tuple[Slot, ...] = ()
+    if gate is not None and probe is not None:
+        anchors = _anchors(structure, gate)
+        watched = (Slot.of(probe.id, SlotKind.VALUE), *anchors)
         recalled = [
-            sites if otherwise is None else replaced(sites, probe.id, writes=())
-            for sites, otherwise in zip(recalled, full, strict=True)
-        ]
-    for kept in _with_liveness(recalled, full, None if probe is None else Slot.of(probe.id, SlotKind.VALUE)):
+            _anchored(sites, anchors, is_first=number == 0) if otherwise is None
+            else _watched(structure, sites, gate)
+            for number, (sites, otherwise) in enumerate(zip(recalled, full, strict=True))
+        ]  # fmt: skip
+        full = [None if sites is None else _anchored(sites, anchors) for sites in full]
+    for kept in _with_liveness(recalled, full, watched):
         scaled = _with_scales(structure, kept, whats, cache)
         step = StepPlan(_kind(scaled.sites, len(structure.sites)), scaled.sites, scaled.live)
         if scaled.full is None:
@@ -165,17 +176,45 @@ def _plan_steps(
             yield with_cost(structure, replace(step, kind="gated", full=otherwise))
 
 
+def _watched(structure: ModelStructure, sites: tuple[SiteStep, ...], gate: Gate) -> tuple[SiteStep, ...]:
+    """The sites of a step that recalls, which stores nothing of what is watched but a probe for the next step."""
+    if structure.probe is not None and gate.reference == "full":
+        sites = replaced(sites, structure.probe.id, writes=())
+    trace = structure.trace
+    if trace is None:
+        return sites
+    needed = max((len(site.action.weights) - 1 for site in sites if site.action.is_aligned), default=0)
+    reads = tuple(Slot.of(trace.id, SlotKind.VALUE, age) for age in range(needed))
+    return (*sites[: trace.id], replace(sites[trace.id], reads=reads, writes=()), *sites[trace.id + 1 :])
+
+
+def _anchors(structure: ModelStructure, gate: Gate) -> tuple[Slot, ...]:
+    """Slots of what a gate compares from one full step to the next, beside its probe."""
+    spans = (structure.probe, structure.whole) if gate.relative_to == "output" else ()
+    return tuple(Slot.of(span.id, SlotKind.ANCHOR) for span in spans if span is not None)
+
+
+def _anchored(sites: tuple[SiteStep, ...], anchors: Sequence[Slot], *, is_first: bool = False) -> tuple[SiteStep, ...]:
+    """The sites of a full step, which could write anchors, and compares them with those of the one before it."""
+    result = list(sites)
+    for anchor in anchors:
+        site = result[anchor.site]
+        reads = site.reads if is_first else (*site.reads, anchor)
+        result[anchor.site] = replace(site, reads=reads, writes=(*site.writes, anchor))
+    return tuple(result)
+
+
 def _ways(rows: Sequence[Row | Gated]) -> list[Row]:
     """What every step does, a gated one where its gate recalls."""
     return [row.recalled if isinstance(row, Gated) else row for row in rows]
 
 
-def _recalls(structure: ModelStructure, policy: Policy) -> dict[int, Reuse | Forecast]:
+def _recalls(structure: ModelStructure, policy: Policy) -> dict[int, Reuse | Forecast | Aligned]:
     """What stands in for every site and span of a gated policy, whose weights follow from the steps that ran."""
-    recalls: dict[int, Reuse | Forecast] = {}
+    recalls: dict[int, Reuse | Forecast | Aligned] = {}
     for rule in reversed(policy.rules):
         recalls |= {int(site.id): rule.do for site in structure.everything if rule.names(site)
-                    and isinstance(rule.do, (Reuse, Forecast))}  # fmt: skip
+                    and isinstance(rule.do, (Reuse, Forecast, Aligned))}  # fmt: skip
     return recalls
 
 
@@ -365,24 +404,25 @@ class _Kept(NamedTuple):
 
 
 def _with_liveness(
-    steps: Sequence[tuple[SiteStep, ...]], full: Sequence[tuple[SiteStep, ...] | None], probe: Slot | None
+    steps: Sequence[tuple[SiteStep, ...]], full: Sequence[tuple[SiteStep, ...] | None], watched: Sequence[Slot]
 ) -> list[_Kept]:
     """Keep only writes that are read later. Walks backwards, site by site, with what is still wanted of each.
 
-    Before a gated step, what is wanted whichever way its gate decides is, and so is the probe.
+    Before a gated step, what is wanted whichever way its gate decides is, and so is what is watched.
     """
     live: dict[int, set[Slot]] = defaultdict(set)
     result = []
     for sites, otherwise in zip(reversed(steps), reversed(full), strict=True):
         after = frozenset(itertools.chain.from_iterable(live.values()))
-        if otherwise is None or probe is None:
+        if otherwise is None:
             result.append(_Kept(_live_sites(sites, live), after))
             continue
         other = defaultdict(set, {site: set(slots) for site, slots in live.items()})
         result.append(_Kept(_live_sites(sites, live), after, _live_sites(otherwise, other)))
         for site, slots in other.items():
             live[site] |= slots
-        live[probe.site].add(probe)
+        for slot in watched:
+            live[slot.site].add(slot)
     return result[::-1]
 
 
@@ -404,6 +444,8 @@ def _live_site(site: SiteStep, number: int, live: dict[int, set[Slot]]) -> SiteS
     own = {slot for slot in live[number] if slot.kind in stored}
     history = max((slot.age for slot in own), default=0) if shifts else 0
     kept = {slot.kind for slot in own} if shifts else set()
+    if any(slot.kind is SlotKind.ANCHOR and slot in live[number] for slot in site.writes):
+        kept.add(SlotKind.VALUE)  # which it is a second name of
     writes = tuple(slot for slot in site.writes if slot in live[slot.site] or slot.kind in kept)
     for slot in writes:
         live[slot.site].discard(slot)
@@ -412,7 +454,8 @@ def _live_site(site: SiteStep, number: int, live: dict[int, set[Slot]]) -> SiteS
     score = site.score if any(slot.kind is SlotKind.SCORE for slot in writes) else None
     # Stamping the chosen tokens starts from the stamps of the others, even where the score does not count ages.
     stamps = [slot for slot in writes if slot.kind is SlotKind.STAMP and site.action.tokens and slot not in site.reads]
-    reads = (*site.reads, *stamps)
+    compared = (slot for slot in site.reads if slot.kind is not SlotKind.ANCHOR or slot in writes)
+    reads = (*compared, *stamps)
     for slot in reads:
         live[slot.site].add(slot)
     return SiteStep(site.action, site.clock, reads, writes, history, score, site.source)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Annotated, Literal, cast
 
 from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
 from dicompile.errors import InvalidPolicy
-from dicompile.plan.action import Action, What
+from dicompile.plan.action import Action, LowBand, What
 from dicompile.plan.frozen import Frozen, Origin
 from dicompile.plan.weights import chebyshev_weights, polynomial_weights, taylor_weights
 
@@ -43,6 +44,7 @@ class Forecast(Frozen):
             however they are spaced.
         hermite: scale of the Hermite polynomials that stand in for the powers of the series; None for powers. For
             backward differences only.
+        since: values that were stored before this step count for nothing, but for a single one.
         what: which value is stored.
 
     Raises:
@@ -56,6 +58,7 @@ class Forecast(Frozen):
     order: NonNegativeInt = 1
     differences: Literal["backward", "divided"] = "backward"
     hermite: Annotated[float, Field(gt=0)] | None = None
+    since: NonNegativeInt = 0
     what: WhatName = "core"
 
     @model_validator(mode="after")
@@ -71,6 +74,8 @@ class Forecast(Frozen):
     def action(self, stored: Sequence[int], step: int, place: int = 0) -> Action:
         """Action at `step` for values stored at the steps `stored`, newest first."""
         del place
+        if self.since:
+            stored = [other for other in stored if other >= self.since] or stored[:1]
         if self.differences == "divided":
             return Action((0.0, *polynomial_weights(stored, step, self.order)), What(self.what))
         return Action((0.0, *taylor_weights(stored, step, self.order, self.hermite)), What(self.what))
@@ -106,6 +111,71 @@ class Spectral(Frozen):
         for i, weight in enumerate(polynomial_weights(stored, step, 1)):
             weights[i] += (1 - self.share) * weight
         return Action((0.0, *weights), What(self.what))
+
+
+class Bands(Frozen):
+    """Reuse the low frequencies of a value over its tokens, and forecast the high ones as `Forecast` does.
+
+    Of tokens that lead to no picture (text) all frequencies are forecast.
+
+    Attributes:
+        basis: "dct": the cosine transform over the rows and columns of the token grid, of which frequencies with
+            ``sqrt(i**2 + j**2)`` up to the cutoff are low. "fft": the Fourier transform over the tokens in their order.
+        cutoff: highest of the low frequencies, as a share of the highest that there is.
+        grid: rows and columns of the picture's tokens, where the latent's shape does not tell them.
+        order: highest derivative.
+        hermite: scale of the polynomials; see `Forecast`.
+        since: values that were stored before this step count for nothing; see `Forecast`.
+        what: which value is stored.
+
+    Reference:
+        Liu et al., FreqCa: Accelerating Diffusion Models via Frequency-Aware Caching, arXiv 2510.08669.
+    """
+
+    do: Literal["bands"] = "bands"
+    basis: Literal["dct", "fft"] = "dct"
+    cutoff: Annotated[float, Field(ge=0, le=1)] = 0.1
+    grid: tuple[PositiveInt, PositiveInt] | None = None
+    order: NonNegativeInt = 2
+    hermite: Annotated[float, Field(gt=0)] | None = 0.71
+    since: NonNegativeInt = 0
+    what: WhatName = "stream"
+
+    def action(self, stored: Sequence[int], step: int, place: int = 0) -> Action:
+        """Action at `step` for values stored at the steps `stored`, newest first."""
+        rule = Forecast(order=self.order, hermite=self.hermite, since=self.since, what=self.what)
+        forecast = rule.action(stored, step, place)
+        if forecast.weights == (0.0, 1.0):
+            return forecast
+        return replace(forecast, low=LowBand(self.basis, self.cutoff, self.grid))
+
+
+class Aligned(Frozen):
+    """Go on from the last stored value but one in the direction of the last, as far as the first blocks have gone.
+
+    ``h2 + g (h1 - h2)`` with ``g = mean|p - p2| / mean|p1 - p2|``, where p is what the blocks that a gate watches add
+    at this step, p1 and p2 what they added when the values were stored. Where a single value is stored, it is reused.
+
+    Attributes:
+        least: smallest g, unitless.
+        most: largest g.
+        what: which value is stored.
+
+    Reference:
+        Bu et al., DiCache: Let Diffusion Model Determine Its Own Cache, arXiv 2508.17356.
+    """
+
+    do: Literal["align"] = "align"
+    least: float = 1.0
+    most: float = 1.5
+    what: WhatName = "update"
+
+    def action(self, stored: Sequence[int], step: int, place: int = 0) -> Action:
+        """Action at `step` for values stored at the steps `stored`, newest first."""
+        del step, place
+        example = (self.least + self.most) / 2
+        weights = (0.0, example, 1 - example) if len(stored) > 1 and example not in (0.0, 1.0) else (0.0, 1.0)
+        return Action(weights, What(self.what), is_aligned=len(weights) > 2)
 
 
 Weights = tuple[float, ...]
@@ -163,5 +233,5 @@ class Fitted(Frozen):
         return Forecast(order=max(count - 1, 0), differences="divided", what=self.what)
 
 
-Recall = Annotated[Reuse | Forecast | Spectral | Fitted, Field(discriminator="do")]
+Recall = Annotated[Reuse | Forecast | Spectral | Bands | Aligned | Fitted, Field(discriminator="do")]
 """What stands in for a value that is not computed."""

@@ -67,6 +67,7 @@ class _Rows:
         self.structure, self.policy, self.steps = structure, policy, steps
         self.begin, self.timesteps = begin, timesteps
         self.always = dropped | outside(structure, policy)
+        self.watched = outside(structure, policy) & {int(site.id) for site in structure.sites}
         probe = structure.probe
         if probe is not None and probe.id in dropped:  # nothing tells what has drifted
             self.always |= {int(site.id) for site in structure.everything}
@@ -100,7 +101,7 @@ class _Rows:
             for span, action in zip(self.structure.spans, spans, strict=True)
             if not action.is_full and (not action.computes or action.tokens is not None)
             for i in span.inside
-        }
+        } - self.watched
         return (*(self.site(site, step, site.id in covered) for site in self.structure.sites), *spans)
 
     def site(self, site: Site, step: int, covered: bool) -> Action:
@@ -129,7 +130,7 @@ class _Rows:
                 return COMPUTE if rule.do.computes(step, place) else self.recall(rule, site, step, place)
             if isinstance(rule.do, TokenTable):
                 return self.by_count(rule.do, rule.do.counts[step][place], site, step)
-            if moment.others if site.kind is SiteKind.STACK else moment.is_full(site.block):
+            if moment.others if site.kind in (SiteKind.STACK, SiteKind.MODEL) else moment.is_full(site.block):
                 return COMPUTE
             if rule.holds(moment):
                 return self.instead(rule, site, moment, cadence.interval, place)
@@ -172,12 +173,13 @@ class _Rows:
 
 
 def outside(structure: ModelStructure, policy: Policy) -> frozenset[int]:
-    """Sites and spans of the blocks that run at every step, whatever the rules say."""
-    first, last = policy.outside[0], len(structure.blocks) - policy.outside[1]
+    """Sites and spans of the blocks that run at every step, whatever the rules say: outside, or to be watched."""
+    watched = (policy.gate and policy.gate.depth) or 0
+    first, last = max(policy.outside[0], watched), len(structure.blocks) - policy.outside[1]
     return frozenset(
         int(site.id)
         for site in structure.everything
-        if site.kind is not SiteKind.STACK and not first <= site.block < last
+        if site.kind not in (SiteKind.STACK, SiteKind.MODEL) and not first <= site.block < last
     )
 
 

@@ -13,7 +13,7 @@ from dicompile.plan.cadence import Cadence, Moment
 from dicompile.plan.frozen import Frozen, Origin
 from dicompile.plan.gate import Gate
 from dicompile.plan.predictor import Predictor
-from dicompile.plan.recall import Fitted, Forecast, Recall, Reuse, Spectral, WhatName
+from dicompile.plan.recall import Aligned, Bands, Fitted, Forecast, Recall, Reuse, Spectral, WhatName
 from dicompile.plan.yaml_json import YamlJson
 
 
@@ -135,7 +135,7 @@ class TokenTable(Frozen):
 
 
 SiteName = Literal[
-    "self-attention", "cross-attention", "joint-attention", "mlp", "parallel", "unknown", "block", "stack"
+    "self-attention", "cross-attention", "joint-attention", "mlp", "parallel", "unknown", "block", "stack", "model"
 ]  # fmt: skip
 
 
@@ -144,7 +144,7 @@ class Rule(Frozen):
 
     Attributes:
         sites: kinds of site; empty means all but spans. "block" is all that a block adds to a stream, "stack" all that
-            the blocks add.
+            the blocks add, "model" all that the model adds to its latent.
         when: only on steps whose index is odd, or even, within the current interval.
         cadence: which steps are full for these sites, instead of the policy's.
         do: what happens instead of computing.
@@ -153,14 +153,16 @@ class Rule(Frozen):
     sites: tuple[SiteName, ...] = ()
     when: Literal["always", "odd", "even"] = "always"
     cadence: Cadence | None = None
-    do: Annotated[Reuse | Forecast | Spectral | Fitted | Refresh | Table | TokenTable, Field(discriminator="do")]
+    do: Annotated[
+        Reuse | Forecast | Spectral | Bands | Aligned | Fitted | Refresh | Table | TokenTable, Field(discriminator="do")
+    ]
 
     def names(self, site: Site) -> bool:
         """True if the rule is for the kind of `site`."""
         return site.kind.value in self.sites if self.sites else not site.kind.is_span
 
     @property
-    def recall(self) -> Reuse | Forecast | Spectral | Fitted | TokenTable:
+    def recall(self) -> Recall | TokenTable:
         """What says which stored value stands in for one that is not computed."""
         return self.do.otherwise if isinstance(self.do, (Refresh, Table)) else self.do
 
@@ -219,6 +221,12 @@ class Policy(YamlJson):
     def _check_gate(self) -> Policy:
         if self.gate is not None:
             check_gated(self)
+        if self.is_aligned and (self.gate is None or not self.gate.watches_blocks):
+            raise InvalidPolicy(
+                f"policy {self.name!r} aligns what it recalls with what the first blocks add, and does not watch them",
+                where="rules",
+                fix="give its cadence a Gate(probe='stream', depth=1, ...)",
+            )
         for other in self.elsewhere:
             if other.policy.trunk != self.trunk:
                 raise InvalidPolicy(
@@ -230,15 +238,38 @@ class Policy(YamlJson):
                 )
         return self
 
+    @model_validator(mode="after")
+    def _check_outside(self) -> Policy:
+        if self.outside != (0, 0) and any("model" in rule.sites for rule in self.rules):
+            raise InvalidPolicy(
+                f"policy {self.name!r} has blocks that run at every step, and a rule for the whole model",
+                where="outside",
+                why="where the whole model is recalled, none of its blocks runs",
+                fix="leave 'outside' out, or recall what the blocks between add: Rule(sites=('stack',), ...)",
+            )
+        return self
+
     @property
     def gate(self) -> Gate | None:
         """What decides about steps while sampling, if anything does."""
         return self.cadence.gate
 
     @property
+    def is_aligned(self) -> bool:
+        """True if it recalls by what the first blocks add."""
+        return any(isinstance(rule.recall, Aligned) for rule in self.rules)
+
+    @property
     def trunk(self) -> Trunk:
-        """What has to be known of the blocks of a model: which of them run at every step, and what is watched."""
-        return Trunk(*self.outside, None if self.gate is None else Probe(self.gate.probe))
+        """What has to be known of a model: which of its blocks run at every step, and what is watched or added."""
+        watches_output = self.gate is not None and self.gate.relative_to == "output"
+        return Trunk(
+            *self.outside,
+            None if self.gate is None else Probe(self.gate.probe),
+            watches_output or any("model" in rule.sites for rule in self.rules),
+            0 if self.gate is None else self.gate.depth or 0,
+            self.is_aligned,
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data: what JSON and YAML hold.
@@ -269,7 +300,7 @@ def check_gated(policy: Policy) -> None:
         reasons += [
             ("one of its rules has a cadence of its own", rule.cadence is not None),
             (f"one of its rules holds at {rule.when} steps only", rule.when != "always"),
-            (f"one of its rules does {rule.do.do!r}", rule.do.do not in ("reuse", "forecast")),
+            (f"one of its rules does {rule.do.do!r}", rule.do.do not in ("reuse", "forecast", "align")),
         ]
     for reason, holds in reasons:
         if holds:
@@ -277,7 +308,7 @@ def check_gated(policy: Policy) -> None:
                 f"policy {policy.name!r} has a gate, but {reason}",
                 where="cadence.gate",
                 why="a gate decides once for the whole step, and which steps are full is known only then",
-                fix="leave the gate out, or give it rules of Reuse and Forecast alone",
+                fix="leave the gate out, or give it rules of Reuse, Forecast and Aligned alone",
             )
 
 

@@ -11,9 +11,12 @@ from dicompile.errors import InvalidPolicy, UnknownPolicy
 from dicompile.outside import read_text
 from dicompile.plan import Policy, Predictor, load_predictor
 from dicompile.policies.anywhere import duca_anywhere, toca_anywhere
+from dicompile.policies.dicache import DiCache
 from dicompile.policies.duca import DuCa, DuCaFlux, DuCaOpenSora, DuCaPixArt
+from dicompile.policies.easycache import EasyCache
 from dicompile.policies.first_block import DBCache, FirstBlockCache
 from dicompile.policies.fora import FORA
+from dicompile.policies.freqca import FreqCa
 from dicompile.policies.hicache import HiCache
 from dicompile.policies.l2c import LearningToCache
 from dicompile.policies.magcache import MagCache
@@ -34,11 +37,14 @@ __all__ = [
     "PAB",
     "POLICIES",
     "DBCache",
+    "DiCache",
     "DuCa",
     "DuCaFlux",
     "DuCaOpenSora",
     "DuCaPixArt",
+    "EasyCache",
     "FirstBlockCache",
+    "FreqCa",
     "HiCache",
     "LearningToCache",
     "MagCache",
@@ -82,9 +88,12 @@ POLICIES: dict[str, Callable[..., Policy]] = {
     "taylorseer-lite": TaylorSeerLite,
     "hicache": HiCache,
     "spectrum": Spectrum,
+    "freqca": FreqCa,
     "first-block-cache": FirstBlockCache,
     "dbcache": DBCache,
     "teacache": TeaCache,
+    "easycache": EasyCache,
+    "dicache": DiCache,
     "magcache": MagCache,
     "pab": PAB,
     "smoothcache": SmoothCache,

@@ -139,6 +139,46 @@ def test_the_modulated_probe_is_what_enters_the_first_product() -> None:
     assert node.target is torch.ops.aten.add.Tensor  # x * (1 + scale) + shift
 
 
+@pytest.mark.parametrize(
+    ("name", "width", "modulations"), [("plain_dit", 32, 6), ("pixart", 32, 6), ("flux", 32, 6), ("dit", 32, 6)]
+)
+def test_what_the_timestep_becomes_is_watched_before_the_modulation_and_after(
+    name: str, width: int, modulations: int
+) -> None:
+    capture = captured(name)
+    product, embedding = (
+        analyse(capture, Trunk(probe=probe)).probe for probe in (Probe.MODULATION, Probe.EMBEDDING)
+    )  # fmt: skip
+    assert product is not None
+    assert embedding is not None
+    assert node_of(capture, product.core).target is torch.ops.aten.linear.default
+    assert product.shape[-1] == modulations * width
+    assert embedding.shape[-1] == width
+    activation = node_of(capture, product.core).all_input_nodes[0]
+    assert activation.target is torch.ops.aten.silu.default
+    assert node_of(capture, embedding.core) in activation.all_input_nodes
+
+
+def test_the_latent_is_watched_where_it_comes_in() -> None:
+    capture = captured("flux")
+    probe = analyse(capture, Trunk(probe=Probe.LATENT)).probe
+    assert probe is not None
+    assert probe.is_given
+    assert node_of(capture, probe.core).op == "placeholder"
+    assert probe.shape == (1, 16, 4)
+
+
+@pytest.mark.parametrize(("name", "there"), [("flux", True), ("plain_dit", True), ("pixart", False), ("dit", False)])
+def test_the_model_is_a_span_where_its_output_can_be_added_to_its_latent(name: str, there: bool) -> None:
+    found = analyse(captured(name), Trunk(model=True))
+    assert (found.whole is not None) == there
+    if found.whole is not None:
+        assert found.whole.inside == tuple(site.id for site in found.sites)
+        assert found.whole.flops == found.flops
+        assert found.probe is None
+    assert analyse(captured(name)).whole is None
+
+
 def test_where_no_stream_goes_through_all_first_blocks_there_is_no_probe() -> None:
     found = analyse(
         captured("flux"), Trunk(before=3, probe=Probe.RESIDUAL)

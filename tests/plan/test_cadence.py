@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from dicompile.plan import Cadence, Magnitudes, Window
 from dicompile.policies import FORA, PAB, MagCache, Spectrum, TaylorSeer, ToCa, ToCaPixArt
+from dicompile.policies.magcache import RATIOS
 
 
 def letters(cadence: Cadence, steps: int) -> str:
@@ -183,8 +184,18 @@ def test_a_table_of_magnitudes_is_read_at_the_nearest_place() -> None:
     assert letters(Cadence(magnitudes=table), 1) == "F"
 
 
+def test_some_entries_of_a_table_are_full_whatever_they_say() -> None:
+    table = Magnitudes(ratios=(1.0,) * 28, threshold=9.0, longest=4, retention=0.1, always=(11,))
+    assert letters(Cadence(magnitudes=table), 28) == "FFF....F...F....F....F....F."
+    assert letters(Cadence(magnitudes=table), 14) == "F....F....F..."  # no step's nearest entry is that one
+    assert MagCache("flux").cadence.magnitudes == Magnitudes(
+        ratios=RATIOS["flux"], threshold=0.24, longest=5, retention=0.1, always=(11,)
+    )
+    assert MagCache(RATIOS["flux"]).cadence.magnitudes.always == ()
+
+
 def test_a_run_that_begins_late_accumulates_from_its_first_step() -> None:
-    cadence = MagCache("flux", threshold=0.12, longest=2, retention=0.1).cadence
+    cadence = MagCache(RATIOS["flux"], threshold=0.12, longest=2, retention=0.1).cadence
     late = cadence.moments(28, 9)
     assert [moment.step for moment in late if moment.first][:3] == [9, 12, 15]
     assert not {9, 12} <= {moment.step for moment in cadence.moments(28) if moment.first}

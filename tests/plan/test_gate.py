@@ -28,8 +28,10 @@ STEPS = 8
 
 
 @functools.cache
-def plan(name: str, order: int, warmup: int, reference: str = "full", longest: int | None = None) -> Plan:
-    gate = Gate(reference=reference, threshold=0.1, longest=longest, last=1)  # type: ignore[arg-type]
+def plan(
+    name: str, order: int, warmup: int, reference: str = "full", longest: int | None = None, by: str = "probe"
+) -> Plan:
+    gate = Gate(reference=reference, relative_to=by, threshold=0.1, longest=longest, last=1)  # type: ignore[arg-type]
     policy = Policy(
         name="gated",
         cadence=Cadence(warmup=warmup, gate=gate),
@@ -53,18 +55,21 @@ def followed(made: Plan, decisions: list[bool]) -> list[StepPlan]:
     st.integers(0, 2),
     st.integers(1, 3),
     st.sampled_from(["full", "previous"]),
+    st.sampled_from(["probe", "output"]),
     st.lists(st.booleans(), min_size=STEPS, max_size=STEPS),
 )
 def test_whichever_way_a_gate_decides_what_is_read_was_stored(
-    name: str, order: int, warmup: int, reference: str, decisions: list[bool]
+    name: str, order: int, warmup: int, reference: str, by: str, decisions: list[bool]
 ) -> None:
-    made = plan(name, order, warmup, reference)
+    made = plan(name, order, warmup, reference, None, by)
     probe = Slot(made.probe, "value")  # type: ignore[arg-type]
+    anchors = [Slot(site, "anchor") for site in (made.probe, *made.model) if by == "output"]  # type: ignore[arg-type]
     held: dict[Slot, int] = {}
     full: list[int] = []
     for number, row in enumerate(followed(made, decisions)):
         if made.steps[number].full is not None:
             assert held[probe] == (number - 1 if reference == "previous" else full[0])
+            assert [held[anchor] for anchor in anchors] == [full[0]] * len(anchors)
         for site in row.sites:
             for slot in site.reads:
                 assert held[slot] == full[slot.age], "the value of age k is that of the k-th full step before"

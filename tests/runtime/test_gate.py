@@ -55,6 +55,7 @@ class Reference:
     recalled: list[bool] = field(default_factory=list)
     drifts: list[float] = field(default_factory=list)
     stored: list[tuple[int, Tensor]] = field(default_factory=list)
+    anchors: list[tuple[Tensor, Tensor]] = field(default_factory=list)
 
     def call(self, step: int, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         gate, (first, last) = self.policy.gate, self.policy.outside
@@ -67,7 +68,10 @@ class Reference:
             h = block(h, c)
         shift, scale = blocks[0].modulation(c).chunk(6, dim=1)[:2]
         modulated = blocks[0].norm1(start) * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)
-        probe = modulated if gate.probe == "modulated" else h - start
+        probe = {
+            "modulated": modulated, "residual": h - start, "latent": x, "embedding": c,
+            "modulation": blocks[0].modulation(c),
+        }[gate.probe]  # fmt: skip
         full = step < self.policy.cadence.warmup or step >= STEPS - gate.last
         if self.policy.cadence.at:
             full = step in self.policy.cadence.at
@@ -86,13 +90,23 @@ class Reference:
             self.stored.insert(0, (step, h - before))
         for block in blocks[stop:]:
             h = block(h, c)
-        return self.model.picture(h, c, *x.shape[2:])
+        output = self.model.picture(h, c, *x.shape[2:])
+        if not recalls:
+            self.anchors.insert(0, (probe, output))
+        return output
 
     def recalls(self, gate: Gate, probe: Tensor) -> bool:
         if (gate.longest is not None and self.run >= gate.longest) or sum(self.recalled) >= (gate.most or 10**9):
             return False
         assert self.reference is not None
-        drift = float((probe - self.reference).abs().mean() / self.reference.abs().mean())
+        size = self.reference.abs().mean()
+        if gate.relative_to == "output":
+            if len(self.anchors) < 2:
+                return False
+            (last, output), (before, output_before) = self.anchors[:2]
+            rate = (output - output_before).abs().mean() / (last - before).abs().mean()
+            size = output.abs().mean() / rate
+        drift = float((probe - self.reference).abs().mean() / size)
         drift = sum(c * drift**power for power, c in enumerate(reversed(gate.rescale)))
         self.total = self.total + drift if gate.accumulates else drift
         self.drifts.append(self.total)
@@ -149,6 +163,19 @@ GATES = {
     "at most two in a row": policy(Gate(threshold=0.9, longest=2, last=2)),
     "at most three": policy(Gate(threshold=0.9, most=3)),
     "hard to begin": policy(Gate(threshold=0.7, resume=0.39)),
+    "modulation": policy(
+        Gate(probe="modulation", reference="previous", accumulates=True, threshold=0.6), outside=(0, 0)
+    ),
+    "embedding": policy(Gate(probe="embedding", threshold=0.5), outside=(0, 0)),
+    "the latent": policy(Gate(probe="latent", threshold=0.6), outside=(0, 0)),
+    "by the output": policy(
+        Gate(probe="latent", reference="previous", relative_to="output", threshold=0.3, accumulates=True),
+        outside=(0, 0),
+    ),
+    "by the output, from the last full step": policy(
+        Gate(probe="modulated", relative_to="output", threshold=0.3), outside=(0, 0), warmup=2, order=1
+    ),
+    "first block, by the output": policy(Gate(reference="previous", relative_to="output", threshold=0.25, last=2)),
 }
 
 
@@ -289,7 +316,7 @@ def test_branches_may_be_recalled_one_by_one(sample: Sample) -> None:
     assert [action.action.symbol for action in recalled.sites[: 2 * LAYERS]] == ["F", "F", *"." * 6]
 
 
-@pytest.mark.parametrize("name", ["first block", "modulated"])
+@pytest.mark.parametrize("name", ["first block", "modulated", "modulation", "by the output"])
 def test_a_step_with_another_timestep_than_was_foretold_is_decided_anew(
     sample: Sample, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
