@@ -52,6 +52,7 @@ from dicompile.policies import DuCaPixArt as DuCaPixArt
 from dicompile.policies import EasyCache as EasyCache
 from dicompile.policies import FirstBlockCache as FirstBlockCache
 from dicompile.policies import FreqCa as FreqCa
+from dicompile.policies import GuidanceReuse as GuidanceReuse
 from dicompile.policies import HiCache as HiCache
 from dicompile.policies import LearningToCache as LearningToCache
 from dicompile.policies import MagCache as MagCache

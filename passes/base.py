@@ -83,6 +83,16 @@ class Chosen:
 
 
 @dataclass(frozen=True, slots=True)
+class Partner:
+    """What a guidance partner has returned at this step; like the end of the span at `position`."""
+
+    position: int
+
+    def __str__(self) -> str:
+        return f"partner[{self.position}]"
+
+
+@dataclass(frozen=True, slots=True)
 class Predicted:
     """Predicted importance of the tokens of the site at `position`; float32, [b, n]."""
 
@@ -102,7 +112,7 @@ class Weights:
         return f"weights[{self.position}]"
 
 
-InputRef = Value | SlotRef | TokenCount | ReuseClock | Noise | Predicted | Weights
+InputRef = Value | SlotRef | TokenCount | ReuseClock | Noise | Predicted | Weights | Partner
 OutputRef = Value | SlotRef | Chosen
 
 

@@ -12,7 +12,8 @@ After::
     %10: f32[2,64,32] = aten.sub.Tensor(%9, stream)     # the span's update
     %11: f32[2,64,32] = aten.add.Tensor(stream, %10)    # only if the update is about to be replaced
 
-From then on the span is a site like any other.
+From then on the span is a site like any other. Of the whole model it may be what it adds to the output of a guidance
+partner, which then is an input, in the place of the stream.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from typing import ClassVar
 
 import torch
 
-from dicompile.passes.base import LocalStep, PassReport, Segment
+from dicompile.passes.base import LocalStep, Partner, PassReport, Segment
 from dicompile.passes.edit import Editor
 from dicompile.plan import What
 
@@ -40,7 +41,7 @@ class OpenSpans:
         """Open every span whose update is stored or reused."""
         changed = []
         for position, (site, step) in enumerate(zip(segment.sites, segment.steps, strict=True)):
-            if site.is_span and step.what is What.UPDATE and not step.is_plain:
+            if site.is_span and step.what.is_added and not step.is_plain:
                 _open(segment, position, step)
                 changed.append(f"span {position}")
         return PassReport(tuple(changed))
@@ -49,9 +50,12 @@ class OpenSpans:
 def _open(segment: Segment, position: int, step: LocalStep) -> None:
     editor, span = Editor(segment), segment.sites[position]
     end, users = span.add, list(span.add.users)
+    start = span.stream
+    if step.what is What.DIFFERENCE:
+        start = editor.tensor_input(Partner(position), tuple(end.meta["val"].shape), end.meta["val"].dtype, end)
     with editor.before(end.next):
-        update = editor.call(aten.sub.Tensor, end, span.stream)
-        after = editor.call(aten.add.Tensor, span.stream, update) if step.weights != (1.0,) else end
+        update = editor.call(aten.sub.Tensor, end, start)
+        after = editor.call(aten.add.Tensor, start, update) if step.weights != (1.0,) else end
     if after is not end:
         segment.redirect(end, after, users)
     opened = replace(span, core=update, update=update, add=after)

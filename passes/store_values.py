@@ -24,7 +24,7 @@ from torch import fx
 
 from dicompile.passes.base import PassReport, Segment, SlotRef
 from dicompile.passes.edit import Editor
-from dicompile.plan import SlotKind, What
+from dicompile.plan import SlotKind
 
 aten = torch.ops.aten
 
@@ -44,9 +44,7 @@ class StoreValues:
                 continue
             site = segment.sites[position]
             if SlotKind.VALUE in step.writes:
-                _store(
-                    segment, SlotRef(position, SlotKind.VALUE), site.update if step.what is What.UPDATE else site.core
-                )
+                _store(segment, SlotRef(position, SlotKind.VALUE), site.update if step.what.is_added else site.core)
             if SlotKind.ATTENTION in step.writes:
                 _store(segment, SlotRef(position, SlotKind.ATTENTION), site.attention[0])
             if SlotKind.STAMP in step.writes:

@@ -16,6 +16,7 @@ import torch
 
 from dicompile.plan import TimestepSchedule
 from dicompile.runtime.gate import Drift
+from dicompile.runtime.given import Given
 from dicompile.runtime.graphs import Buffers
 from dicompile.runtime.stamps import Stamps
 
@@ -29,33 +30,6 @@ MOST_TWINS = 4
 """Contexts of one step that nothing tells apart."""
 MOST = 64
 """Contexts of one model in one session."""
-
-
-@dataclass(frozen=True, slots=True)
-class Given:
-    """An input as a call got it.
-
-    Attributes:
-        tensor: the input itself, not a copy; as long as it is held, nothing else is written where it lies.
-        version: counts the writes to it.
-    """
-
-    tensor: torch.Tensor
-    version: int
-
-    @classmethod
-    def of(cls, tensor: torch.Tensor) -> Given:
-        """An input of the call that is being made."""
-        return cls(tensor, 0 if tensor.is_inference() else tensor._version)
-
-    def is_same(self, other: Given) -> bool:
-        """True if both were equal in every bit; waits for the device only if they lie at different places."""
-        first, second = self.tensor, other.tensor
-        if first.shape != second.shape or first.dtype != second.dtype or first.device != second.device:
-            return False
-        if first.data_ptr() == second.data_ptr() and first.stride() == second.stride():
-            return self.version == other.version
-        return Given.of(first).version == self.version and bool(torch.equal(first, second))
 
 
 Conditioning = Mapping[str, Given]

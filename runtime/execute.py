@@ -18,6 +18,7 @@ from dicompile.lower import Constant, GatedProgram, Program
 from dicompile.plan import HISTORIC, Aligned, Plan, Slot, SlotKind, StepPlan, TimestepSchedule
 from dicompile.runtime.contexts import ContextState
 from dicompile.runtime.gate import Anchors
+from dicompile.runtime.given import Given
 from dicompile.runtime.graphs import Graphs, Outcome
 from dicompile.runtime.identify import Place, Signature, identify
 from dicompile.runtime.invariants import Doubt, Kept, Tables
@@ -119,6 +120,11 @@ class Step:
         )
 
     @property
+    def is_led(self) -> bool:
+        """True if a guidance partner may wait for what it returns."""
+        return self.plan.gate is not None and bool(self.plan.gate.leads)
+
+    @property
     def is_recall(self) -> bool:
         """True if it does what a gated step does where the probe has drifted little."""
         return self.planned.full is not None
@@ -176,7 +182,7 @@ class GatedStep:
         program: what runs before the gate decides.
         recalled: how it goes on where the probe has drifted little.
         full: how it goes on otherwise.
-        probe: number of the slot of the probe, and the register of its value.
+        probe: number of the slot of the probe, and the register of its value; None where none is watched.
         trace: numbers of the slots of a trace, newest first, and the register of its value, where values are recalled
             by it.
         aligned: how.
@@ -185,22 +191,24 @@ class GatedStep:
     program: Program
     recalled: Step
     full: Step
-    probe: tuple[int, int]
+    probe: tuple[int, int] | None
     trace: tuple[tuple[int, ...], int] = ((), 0)
     aligned: Aligned | None = None
 
     @classmethod
     def of(cls, plan: Plan, index: int, programs: GatedProgram) -> GatedStep:
         """Work out everything that does not depend on values."""
-        planned, ((slot, register), *traced) = plan.steps[index], programs.watched
+        planned, watched = plan.steps[index], programs.watched
         recalled = Step.of(plan, index, programs.recalled)
         full = Step.of(plan, index, programs.full, planned.full)
         number = {slot: i for i, slot in enumerate(plan.slots)}
+        probe = next(((number[slot], register) for slot, register in watched[:1]), None)
         trace = next(
-            ((tuple(number[read] for read in planned.sites[of.site].reads), value) for of, value in traced), ((), 0)
-        )  # fmt: skip
+            ((tuple(number[read] for read in planned.sites[slot.site].reads), value) for slot, value in watched[1:]),
+            ((), 0),
+        )
         aligned = next((recall for recall in plan.recalls.values() if isinstance(recall, Aligned)), None)
-        return cls(programs.before, recalled, full, (number[slot], register), trace, aligned)
+        return cls(programs.before, recalled, full, probe, trace, aligned)
 
 
 class StepSource(Protocol):
@@ -324,9 +332,12 @@ class Executor:
         context = place.context
         registers: list[Any] = [*inputs, *[None] * (step.program.registers - len(inputs))]
         try:
+            partner = self._partner(state, place, step)
             if isinstance(step, GatedStep):
-                step = self._decided(owner, state, place, step, registers)
+                step = self._decided(owner, state, place, step, registers, partner)
             self._load(registers, step, inputs, place)
+            for register in step.program.partners:
+                registers[register] = self._nobody(place) if partner is None else partner
             load = self._loading(state, owner, step.program, registers, place.step)
             watch = self._watch(state, place, step, owner.link.schedule, inputs)
             is_uncached = self.warmup is not None and step is self.warmup.uncached
@@ -338,7 +349,7 @@ class Executor:
                 outcome, how = self._replay(graphs, state, context, step, registers, keep_chosen=session.keep_chosen)
                 state.report.record(how, owner.graph_bytes)
             if context is not None:
-                self._keep(state, place, context, step)
+                self._keep(state, place, context, step, is_paired=partner is not None)
                 context.chosen = outcome.chosen
             kind = UNCACHED if is_uncached else RECALLED if step.is_recall else step.planned.kind
             state.report.count(kind, state.cache_bytes)
@@ -348,10 +359,43 @@ class Executor:
         finally:
             registers.clear()  # the traceback of an error may hold on to this frame
 
-    def _decided(self, owner: Owner, state: ModelState, place: Place, step: GatedStep, registers: list[Any]) -> Step:
+    @staticmethod
+    def _nobody(place: Place) -> torch.Tensor:
+        """What stands in for the output of a partner who was not there; what is made of it is not recalled."""
+        assert place.call.latent is not None
+        return torch.zeros_like(place.call.latent)
+
+    @staticmethod
+    def _partner(state: ModelState, place: Place, step: Step | GatedStep) -> torch.Tensor | None:
+        """What the guidance partner after whom this call may recall has returned at this step, if it was there."""
+        gate = (step.full if isinstance(step, GatedStep) else step).plan.gate
+        if gate is None or not gate.leads or place.context is None or place.call.latent is None:
+            return None
+        latent, found = Given.of(place.call.latent), []
+        for other in state.contexts.values():
+            if other.name == gate.leads and other is not place.context and other.drift.result is not None:
+                result, given = other.drift.result
+                if other.step == place.step and other.drift.full[:1] == (place.step,) and given.is_same(latent):
+                    found.append(result)
+        return found[0] if len(found) == 1 and place.context.name != gate.leads else None
+
+    def _decided(
+        self,
+        owner: Owner,
+        state: ModelState,
+        place: Place,
+        step: GatedStep,
+        registers: list[Any],
+        partner: torch.Tensor | None,
+    ) -> Step:
         """Run a step until its gate decides; how it goes on. This is the one place that waits for the device."""
         context = place.context
         assert context is not None
+        if step.probe is None:
+            assert step.full.plan.gate is not None
+            decision = context.drift.wait(step.full.plan.gate, partner)
+            state.report.decide(decision)
+            return step.recalled if decision.recalls else step.full
         number, register = step.probe
         gate, reference = step.full.plan.gate, context.store[number] if context.store else None
         assert gate is not None
@@ -421,11 +465,13 @@ class Executor:
         results, chosen = step.outputs(registers), step.chosen(registers) if session.keep_chosen else {}
         if watch is not None:
             watch.end(results)
-        if context is not None and step.anchors:
+        if context is not None and step.anchors and not step.is_led:
             self._measure(state, context, step, registers)
         outcome = Outcome(results, chosen, [] if context is None else step.contents(registers, context.store))
         if context is not None:
             context.store = outcome.store
+            if step.anchors and step.is_led and place.call.latent is not None:
+                context.drift.result = registers[step.anchors[0][1]], Given.of(place.call.latent)
         return outcome
 
     def _measure(self, state: ModelState, context: ContextState, step: Step, registers: Sequence[Any]) -> None:
@@ -471,11 +517,14 @@ class Executor:
             if not stays:
                 store[number] = None
 
-    def _keep(self, state: ModelState, place: Place, context: ContextState, step: Step) -> None:
+    def _keep(
+        self, state: ModelState, place: Place, context: ContextState, step: Step, *, is_paired: bool = False
+    ) -> None:
         """Note that a call of a context is done, and what its slots hold now."""
         context.held = step.held
         if step.plan.gate is not None:
             context.drift.follow(place.step, recalls=step.is_recall)
+            context.drift.is_paired = is_paired
         if self.check:
             are_copied = context.buffers is not None
             context.stamps.advance(step, context.store, state.generation, are_copied=are_copied)

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 
 from dicompile.plan import Aligned, Gate
+from dicompile.runtime.given import Given
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +38,8 @@ class Drift:
         output: mean size of the model's output at the latest full step, where the gate measures it; on the device.
         rate: how far that had moved since the full step before, over how far the probe had.
         weights: of the last two stored values, with a 0 before them, where they follow from what the gate watches.
+        result: what the model has returned at the latest full step, and for which latent, where partners read it.
+        is_paired: a partner was there at the latest full step.
     """
 
     full: tuple[int, ...] = ()
@@ -46,6 +49,8 @@ class Drift:
     output: torch.Tensor | None = None
     rate: torch.Tensor | None = None
     weights: torch.Tensor | None = None
+    result: tuple[torch.Tensor, Given] | None = None
+    is_paired: bool = False
 
     def decide(self, gate: Gate, probe: torch.Tensor, reference: torch.Tensor, first: Decision | None) -> Decision:
         """Decide about a step; waits for the device, unless there is nothing to decide.
@@ -68,6 +73,10 @@ class Drift:
             drift = drift_of(probe, reference, self.output / self.rate)
         drift = gate.rescaled(drift) + (self.total if gate.accumulates else 0.0)
         return Decision(drift, drift < gate.limit(self.run))
+
+    def wait(self, gate: Gate, partner: torch.Tensor | None) -> Decision:
+        """Decide about a step by whether a guidance partner was there before; waits for nothing."""
+        return Decision(None, partner is not None and self.is_paired and gate.may_recall(self.run, self.recalled))
 
     def measure(self, now: Anchors, before: Anchors | None) -> None:
         """Note how far the output has moved with the probe, after a full step; waits for nothing.

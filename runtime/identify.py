@@ -11,7 +11,8 @@ from typing import Any
 import torch
 
 from dicompile.runtime.clock import OutsideSchedule, SchedulerLink, find_step
-from dicompile.runtime.contexts import Call, ContextState, Given
+from dicompile.runtime.contexts import Call, ContextState
+from dicompile.runtime.given import Given
 from dicompile.runtime.owner import Owner
 from dicompile.runtime.session import Count, Lead, ModelState, Session, current_context
 

@@ -146,7 +146,7 @@ class RunReport:
         recalled = sum(decision.recalls for decision in self.decisions)
         drifts = sorted(decision.drift for decision in self.decisions if decision.drift is not None)
         if not drifts:
-            return ""
+            return f"the gate recalled at {recalled} of {len(self.decisions)} steps" if recalled else ""
         quartiles = " ".join(f"{drifts[round(share * (len(drifts) - 1))]:.3g}" for share in (0.25, 0.5, 0.75))
         told = f"the gate recalled at {recalled} of {len(self.decisions)} steps, drift {quartiles} (quartiles)"
         if not recalled:

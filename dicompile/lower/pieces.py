@@ -102,14 +102,13 @@ class Pieces:
         What is watched leaves the first part, and no other.
         """
         probe = self.structure.probe
-        assert probe is not None
         assert step.full is not None
         watched, ways = step.full, [step, step.full]
         for span in filter(None, (probe, self.structure.trace)):
             watched = watched.writing(span.id, (Slot.of(span.id, SlotKind.VALUE),))
             ways = [way.writing(span.id, ()) for way in ways]
         recalled, full = ((way, self.of_step(way)) for way in ways)
-        if self.is_at_hand(probe):
+        if probe is None or self.is_at_hand(probe):
             return Part(watched, []), Part(*recalled), Part(*full)
         if probe.inside:
             pieces = self.of_step(watched)

@@ -23,6 +23,7 @@ from dicompile.passes import (
     Chosen,
     LocalStep,
     Noise,
+    Partner,
     Predicted,
     ReuseClock,
     SlotRef,
@@ -114,6 +115,7 @@ class Program:
         shared_results: registers among the results that may share memory with a slot: the caller gets copies of them.
         shared_writes: registers that are stored, and may share memory with an input of the model.
         invariants: values that are computed outside of the steps, by name, and their registers.
+        partners: registers of what a guidance partner has returned at this step.
     """
 
     calls: tuple[Call, ...]
@@ -129,6 +131,7 @@ class Program:
     shared_results: frozenset[int] = frozenset()
     shared_writes: frozenset[int] = frozenset()
     invariants: tuple[tuple[str, int], ...] = ()
+    partners: tuple[int, ...] = ()
 
     def __str__(self) -> str:
         loads = [f"%{register} = slot {slot}" for slot, register in self.reads]
@@ -159,8 +162,8 @@ class GatedProgram:
     watched: tuple[tuple[Slot, int], ...]
 
     def __str__(self) -> str:
-        slot, register = self.watched[0]
-        return "\n".join((str(self.before), f"if {slot} ~ %{register}:", str(self.recalled), "else:", str(self.full)))
+        condition = " and ".join(f"{slot} ~ %{register}" for slot, register in self.watched) or "a partner was here"
+        return "\n".join((str(self.before), f"if {condition}:", str(self.recalled), "else:", str(self.full)))
 
 
 class ProgramBuilder:
@@ -217,8 +220,8 @@ class ProgramBuilder:
         (watched, first), *rest = self._choose_around_gate(step)
         before = _Assembly(self.capture, watched, self._invariants)
         before.add_all(first)
-        assert self.structure.probe is not None
-        before.store_at_hand(self.structure.probe)
+        if self.structure.probe is not None:
+            before.store_at_hand(self.structure.probe)
         ways, count = [], before.count
         for planned, (way, variants) in zip((step, full), rest, strict=True):
             assembly = before.fork(way, count)
@@ -303,6 +306,7 @@ class _Assembly:
         self.noise: list[NoiseRead] = []
         self.predicted: list[PredictedRead] = []
         self.weights: list[WeightsRead] = []
+        self.partners: list[int] = []
         self.chosen: list[tuple[SiteId, int]] = []
         self.calls: list[Call] = []
         self.before = 0
@@ -316,7 +320,7 @@ class _Assembly:
         other.step, other.count, other.before = step, count, self.before + len(self.calls)
         other.values, other.memory, other.invariants = {**self.values}, {**self.memory}, {**self.invariants}
         other.slots, other.reads, other.writes, other.calls, other.chosen = {}, [], {}, [], []
-        other.ints, other.noise, other.predicted, other.weights = [], [], [], []
+        other.ints, other.noise, other.predicted, other.weights, other.partners = [], [], [], [], []
         return other
 
     def finish_before(self, ways: Sequence[Program], count: int) -> Program:
@@ -384,6 +388,7 @@ class _Assembly:
             predicted=tuple(self.predicted),
             weights=tuple(self.weights),
             invariants=tuple(self.invariants.items()),
+            partners=tuple(self.partners),
             chosen=tuple(self.chosen),
             results=registers,
             shared_results=frozenset(r for r in registers if isinstance(r, int) and self.memory[r] in stored),
@@ -411,6 +416,8 @@ class _Assembly:
             self.predicted.append(PredictedRead(register, int(piece.sites[ref.position].block)))
         elif isinstance(ref, Weights):
             self.weights.append(WeightsRead(register, site))
+        elif isinstance(ref, Partner):
+            self.partners.append(register)
         return register
 
     def _value(self, name: str) -> int:

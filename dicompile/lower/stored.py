@@ -13,6 +13,7 @@ from dicompile.passes import (
     InputRef,
     Noise,
     OutputRef,
+    Partner,
     Predicted,
     ReuseClock,
     Segment,
@@ -25,7 +26,7 @@ from dicompile.plan import SlotKind
 from dicompile.store import Unwritable, packed, unpacked
 
 _REFERENCES: dict[str, Callable[..., Any]] = {
-    cls.__name__: cls for cls in (Value, SlotRef, TokenCount, ReuseClock, Noise, Predicted, Weights, Chosen)
+    cls.__name__: cls for cls in (Value, SlotRef, TokenCount, ReuseClock, Noise, Partner, Predicted, Weights, Chosen)
 }
 
 

@@ -32,6 +32,14 @@ class What(enum.Enum):
     STREAM = "stream"
     """Of a span: the stream at its end."""
 
+    DIFFERENCE = "difference"
+    """Of the whole model: its output minus that of a guidance partner at the same step, to which it is added again."""
+
+    @property
+    def is_added(self) -> bool:
+        """True if the value is added to another one."""
+        return self in (What.UPDATE, What.DIFFERENCE)
+
 
 class ScoreBase(enum.Enum):
     """What makes a token worth refreshing (ToCa arXiv 2410.05317, section 3; DuCa arXiv 2412.18911)."""

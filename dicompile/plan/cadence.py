@@ -89,7 +89,8 @@ class Cadence(Frozen):
         at: numbers of the full steps, counted from 0; then no other rule holds.
         magnitudes: a table that says which steps are full; then no other rule holds.
         timesteps: between these two timesteps, as the scheduler counts them, the rules hold; all other steps are full.
-        gate: decides while sampling about all steps but those of `warmup`, or of `at`; then no interval holds.
+        gate: decides while sampling about all steps but those of `warmup`, or of `at`; then no interval holds. One that
+            waits for a partner decides about those that are not full anyway.
         decide: "step": once for all blocks. "block": again in every block, as the reference code of ToCa does; where
             the interval changes, the first block is then full and the others are not.
     """
@@ -126,10 +127,11 @@ class Cadence(Frozen):
             warm = step - begin < self.warmup or self._is_outside(timesteps, step - begin)
             if listed is not None:
                 first = step == begin or step in listed
-            elif self.gate is not None:
+            elif self.gate is not None and self.gate.probe != "partner":
                 first = warm or step >= steps - self.gate.last
             else:
-                first = warm or self._residue(index, step - latest, current) == 0
+                ends = self.gate is not None and step >= steps - self.gate.last
+                first = warm or ends or self._residue(index, step - latest, current) == 0
             if first:
                 grown += 0.0 if warm else self.growth
                 current, latest = self._interval_at(index, steps) + int(grown + ROUNDING), step

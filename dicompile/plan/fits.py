@@ -362,7 +362,7 @@ def _check_trunk(policy: Policy, structure: ModelStructure) -> None:
             why="it is not one tensor with the latent's shape and dtype",
             fix="use a policy that reuses what the blocks add, such as dicompile.TeaCache() or dicompile.MagCache()",
         )
-    if structure.sites and policy.gate is not None and structure.probe is None:
+    if structure.sites and policy.trunk.probe is not None and policy.gate is not None and structure.probe is None:
         raise PolicyDoesNotFit(
             f"policy {policy.name!r} has a gate, but the model has nothing for it to watch",
             where=f"analysis, probe {policy.gate.probe!r}",
@@ -425,7 +425,8 @@ def _check_named(policy: Policy, structure: ModelStructure, rule: Rule) -> None:
     for site in named:
         if isinstance(rule.recall, Bands):
             _check_bands(policy, structure, site, rule.recall)
-        if what in (("core", "attention") if site.kind.is_span else ("stream",)):
+        has_none = ("core", "attention") if site.kind.is_span else ("stream",)
+        if what in has_none or (what == "difference" and site.kind is not SiteKind.MODEL):
             raise PolicyDoesNotFit(
                 f"policy {policy.name!r} stores the {what} of a {site.kind.value}, which has none",
                 where=_where(site),

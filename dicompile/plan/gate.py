@@ -21,7 +21,9 @@ class Gate(Frozen):
         probe: "residual": what the first blocks add to the latent's stream; "stream": that behind them; "modulated":
             what enters the first attention, the latent's tokens normalised and modulated by the timestep; "modulation"
             and "embedding": what the timestep has become by which they are modulated, after the last product, and
-            before it and its activation; "latent": the latent itself.
+            before it and its activation; "latent": the latent itself. "partner": nothing is compared; a step recalls
+            where the guidance partner `leads`, of the same latent, has been called at it before.
+        leads: name of the context that never recalls, and after which the others do; for "partner" only.
         depth: number of the first blocks that the probe goes through; None for those that run at every step for
             themselves (`Policy.outside`).
         reference: the probe at the last full step ("full"), or at the step before ("previous").
@@ -39,12 +41,13 @@ class Gate(Frozen):
         last: steps at the end that are full.
     """
 
-    probe: Literal["residual", "stream", "modulated", "modulation", "embedding", "latent"] = "residual"
+    probe: Literal["residual", "stream", "modulated", "modulation", "embedding", "latent", "partner"] = "residual"
+    leads: str = ""
     depth: PositiveInt | None = None
     reference: Literal["full", "previous"] = "full"
     relative_to: Literal["probe", "output"] = "probe"
     partners: Literal["each", "first"] = "each"
-    threshold: Annotated[float, Field(ge=0)]
+    threshold: Annotated[float, Field(ge=0)] = 0.0
     rescale: Annotated[tuple[float, ...], Field(min_length=1)] = (1.0, 0.0)
     accumulates: bool = False
     resume: Annotated[float, Field(ge=0)] | None = None
@@ -53,13 +56,20 @@ class Gate(Frozen):
     last: NonNegativeInt = 0
 
     @model_validator(mode="after")
-    def _check_depth(self) -> Gate:
+    def _check_probe(self) -> Gate:
         if self.depth is not None and not self.watches_blocks:
             raise InvalidPolicy(
                 f"a gate watches the {self.probe} through {self.depth} blocks",
                 where="Gate",
                 why="that is known before any block runs",
                 fix="leave depth out, or set probe='residual' or 'stream'",
+            )
+        if bool(self.leads) != (self.probe == "partner"):
+            raise InvalidPolicy(
+                f"a gate watches the {self.probe}" + (f" and waits for {self.leads!r}" if self.leads else ""),
+                where="Gate",
+                why="the name of a context is for gates that wait for a guidance partner, and for these alone",
+                fix="Gate(probe='partner', leads='cond')",
             )
         return self
 

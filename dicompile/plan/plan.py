@@ -312,7 +312,10 @@ class Plan:
     def __str__(self) -> str:
         legend = "F computed   t some tokens   . reused   f forecast   b blended   - skipped, a span is reused"
         if self.gate is not None:
-            legend += "\ngated steps do this where the probe has drifted little, and else compute everything"
+            where = "the probe has drifted little"
+            if self.gate.leads:
+                where = f"the context {self.gate.leads!r}, which computes every step, was called before"
+            legend += f"\ngated steps do this where {where}, and else compute everything"
         return "\n".join((self.summary(), *self.notes(), legend, self.grid()))
 
 

@@ -157,16 +157,18 @@ def _plan_steps(
     ]
     probe = structure.probe
     watched: tuple[Slot, ...] = ()
-    if gate is not None and probe is not None:
+    pinned: tuple[Slot, ...] = ()
+    if gate is not None:
         anchors = _anchors(structure, gate)
-        watched = (Slot.of(probe.id, SlotKind.VALUE), *anchors)
+        pinned = anchors if gate.probe == "partner" else ()
+        watched = (*([] if probe is None else [Slot.of(probe.id, SlotKind.VALUE)]), *anchors)
         recalled = [
-            _anchored(sites, anchors, is_first=number == 0) if otherwise is None
+            _anchored(sites, anchors, compares=number > 0 and not pinned) if otherwise is None
             else _watched(structure, sites, gate)
             for number, (sites, otherwise) in enumerate(zip(recalled, full, strict=True))
         ]  # fmt: skip
-        full = [None if sites is None else _anchored(sites, anchors) for sites in full]
-    for kept in _with_liveness(recalled, full, watched):
+        full = [None if sites is None else _anchored(sites, anchors, compares=not pinned) for sites in full]
+    for kept in _with_liveness(recalled, full, watched, pinned):
         scaled = _with_scales(structure, kept, whats, cache)
         step = StepPlan(_kind(scaled.sites, len(structure.sites)), scaled.sites, scaled.live)
         if scaled.full is None:
@@ -189,17 +191,19 @@ def _watched(structure: ModelStructure, sites: tuple[SiteStep, ...], gate: Gate)
 
 
 def _anchors(structure: ModelStructure, gate: Gate) -> tuple[Slot, ...]:
-    """Slots of what a gate compares from one full step to the next, beside its probe."""
-    spans = (structure.probe, structure.whole) if gate.relative_to == "output" else ()
+    """Slots of what a gate compares from one full step to the next beside its probe, or of what partners read."""
+    spans = [structure.probe, structure.whole] if gate.relative_to == "output" else []
+    if gate.probe == "partner":
+        spans = [structure.whole]
     return tuple(Slot.of(span.id, SlotKind.ANCHOR) for span in spans if span is not None)
 
 
-def _anchored(sites: tuple[SiteStep, ...], anchors: Sequence[Slot], *, is_first: bool = False) -> tuple[SiteStep, ...]:
-    """The sites of a full step, which could write anchors, and compares them with those of the one before it."""
+def _anchored(sites: tuple[SiteStep, ...], anchors: Sequence[Slot], *, compares: bool) -> tuple[SiteStep, ...]:
+    """The sites of a full step, which could write anchors, and may compare them with those of the one before it."""
     result = list(sites)
     for anchor in anchors:
         site = result[anchor.site]
-        reads = site.reads if is_first else (*site.reads, anchor)
+        reads = (*site.reads, anchor) if compares else site.reads
         result[anchor.site] = replace(site, reads=reads, writes=(*site.writes, anchor))
     return tuple(result)
 
@@ -404,15 +408,21 @@ class _Kept(NamedTuple):
 
 
 def _with_liveness(
-    steps: Sequence[tuple[SiteStep, ...]], full: Sequence[tuple[SiteStep, ...] | None], watched: Sequence[Slot]
+    steps: Sequence[tuple[SiteStep, ...]],
+    full: Sequence[tuple[SiteStep, ...] | None],
+    watched: Sequence[Slot],
+    pinned: Sequence[Slot],
 ) -> list[_Kept]:
     """Keep only writes that are read later. Walks backwards, site by site, with what is still wanted of each.
 
-    Before a gated step, what is wanted whichever way its gate decides is, and so is what is watched.
+    Before a gated step, what is wanted whichever way its gate decides is, and so is what is watched. What others read
+    is kept after every step.
     """
     live: dict[int, set[Slot]] = defaultdict(set)
     result = []
     for sites, otherwise in zip(reversed(steps), reversed(full), strict=True):
+        for slot in pinned:
+            live[slot.site].add(slot)
         after = frozenset(itertools.chain.from_iterable(live.values()))
         if otherwise is None:
             result.append(_Kept(_live_sites(sites, live), after))

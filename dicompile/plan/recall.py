@@ -13,7 +13,7 @@ from dicompile.plan.action import Action, LowBand, What
 from dicompile.plan.frozen import Frozen, Origin
 from dicompile.plan.weights import chebyshev_weights, polynomial_weights, taylor_weights
 
-WhatName = Literal["core", "update", "attention", "stream"]
+WhatName = Literal["core", "update", "attention", "stream", "difference"]
 
 
 class Reuse(Frozen):

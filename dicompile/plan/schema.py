@@ -239,6 +239,19 @@ class Policy(YamlJson):
         return self
 
     @model_validator(mode="after")
+    def _check_partner(self) -> Policy:
+        waits = self.gate is not None and self.gate.probe == "partner"
+        if any((rule.recall.what == "difference") != waits for rule in self.rules):
+            raise InvalidPolicy(
+                f"policy {self.name!r} waits for a guidance partner, but does not recall its difference to it"
+                if waits
+                else f"policy {self.name!r} recalls a difference to a guidance partner, but waits for none",
+                where="rules",
+                fix="Gate(probe='partner', leads='cond') and Rule(sites=('model',), do=Reuse(what='difference'))",
+            )
+        return self
+
+    @model_validator(mode="after")
     def _check_outside(self) -> Policy:
         if self.outside != (0, 0) and any("model" in rule.sites for rule in self.rules):
             raise InvalidPolicy(
@@ -265,7 +278,7 @@ class Policy(YamlJson):
         watches_output = self.gate is not None and self.gate.relative_to == "output"
         return Trunk(
             *self.outside,
-            None if self.gate is None else Probe(self.gate.probe),
+            None if self.gate is None or self.gate.probe == "partner" else Probe(self.gate.probe),
             watches_output or any("model" in rule.sites for rule in self.rules),
             0 if self.gate is None else self.gate.depth or 0,
             self.is_aligned,

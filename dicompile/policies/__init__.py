@@ -17,6 +17,7 @@ from dicompile.policies.easycache import EasyCache
 from dicompile.policies.first_block import DBCache, FirstBlockCache
 from dicompile.policies.fora import FORA
 from dicompile.policies.freqca import FreqCa
+from dicompile.policies.guidance import GuidanceReuse
 from dicompile.policies.hicache import HiCache
 from dicompile.policies.l2c import LearningToCache
 from dicompile.policies.magcache import MagCache
@@ -45,6 +46,7 @@ __all__ = [
     "EasyCache",
     "FirstBlockCache",
     "FreqCa",
+    "GuidanceReuse",
     "HiCache",
     "LearningToCache",
     "MagCache",
@@ -94,6 +96,7 @@ POLICIES: dict[str, Callable[..., Policy]] = {
     "teacache": TeaCache,
     "easycache": EasyCache,
     "dicache": DiCache,
+    "guidance-reuse": GuidanceReuse,
     "magcache": MagCache,
     "pab": PAB,
     "smoothcache": SmoothCache,

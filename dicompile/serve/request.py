@@ -19,7 +19,7 @@ from dicompile.model import Found, Frame, ModelCalls
 from dicompile.ops.collectives import groups_of
 from dicompile.plan import Plan
 from dicompile.runtime import Owner, RunReport, SchedulerLink, Session, Step, session
-from dicompile.runtime.contexts import Given
+from dicompile.runtime.given import Given
 from dicompile.serve.together import Call
 from dicompile.text import size_text
 from dicompile.wrapper import CachedModel

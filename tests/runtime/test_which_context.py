@@ -14,7 +14,8 @@ from torch import Tensor
 
 from dicompile.plan import TimestepSchedule
 from dicompile.runtime import contexts as module
-from dicompile.runtime.contexts import MOST_TWINS, Call, Contexts, ContextState, Given, new_label
+from dicompile.runtime.contexts import MOST_TWINS, Call, Contexts, ContextState, new_label
+from dicompile.runtime.given import Given
 
 SCHEDULE = TimestepSchedule(100)
 COND, UNCOND = torch.ones(3), torch.zeros(3)

@@ -1,0 +1,233 @@
+"""Guidance reuse beside the hook of diffusers for FasterCache, and whatever programs may do between two halves."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from diffusers import FasterCacheConfig
+from diffusers.hooks import apply_faster_cache
+from torch import Tensor, nn
+
+import dicompile
+from dicompile.errors import InvalidPolicy, PolicyDoesNotFit
+from dicompile.plan import Cadence, Gate, Policy, Reuse, Rule
+from tests import models
+from tests.models import Sample, optimized, timesteps
+
+STEPS = 11
+TIMES = timesteps(STEPS)
+HALVES = ("cond", "uncond")
+FULL = [step for step in range(STEPS) if TIMES[step] >= 641 or step % 5 == 0]
+
+
+@pytest.fixture(scope="module")
+def sample() -> Sample:
+    torch.manual_seed(0)
+    found = models.sd3(2)
+    inputs = {name: value[:1] if isinstance(value, Tensor) else value for name, value in found.inputs.items()}
+    return Sample(found.model, inputs)
+
+
+@pytest.fixture(scope="module")
+def texts(sample: Sample) -> dict[str, dict[str, Tensor]]:
+    generator = torch.Generator().manual_seed(3)
+    return {
+        name: {
+            key: torch.randn(sample.inputs[key].shape, generator=generator)
+            for key in ("encoder_hidden_states", "pooled_projections")
+        }
+        for name in HALVES
+    }
+
+
+def latents(seed: int = 1) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    start, end = (torch.randn(1, 4, 16, 16, generator=generator) for _ in range(2))
+    return [start + (end - start) * step / STEPS for step in range(STEPS)]
+
+
+def call(
+    model: nn.Module, sample: Sample, text: dict[str, Tensor], step: int, latent: Tensor, name: str = ""
+) -> Tensor:
+    inputs = sample.inputs | text | {"hidden_states": latent, "timestep": torch.full((1,), TIMES[step])}
+    with torch.no_grad(), dicompile.cache_context(name) if name else contextlib.nullcontext():
+        return model(**inputs)[0]
+
+
+def kinds(model: nn.Module) -> list[str]:
+    return [found.kind for found in dicompile.report(model).calls]
+
+
+@pytest.mark.filterwarnings("ignore:torch.meshgrid")  # of theirs
+def test_it_reuses_what_the_hook_of_diffusers_reuses(sample: Sample, texts: dict[str, dict[str, Tensor]]) -> None:
+    """Theirs has both halves in one batch, and runs half of it; with weights of 1 it is the same rule."""
+    peer, now = copy.deepcopy(sample.model), [0]
+    config = FasterCacheConfig(
+        spatial_attention_block_skip_range=None,  # type: ignore[arg-type]
+        alpha_low_frequency=1.0,
+        alpha_high_frequency=1.0,
+        tensor_format="BCHW",
+        current_timestep_callback=lambda: TIMES[now[0]],
+        attention_weight_callback=lambda _: 0.5,
+        _unconditional_conditional_input_kwargs_identifiers=[
+            "hidden_states", "encoder_hidden_states", "pooled_projections", "timestep"
+        ],
+    )  # fmt: skip
+    apply_faster_cache(peer, config)
+    batches: list[int] = []
+    peer.transformer_blocks[0].register_forward_pre_hook(
+        lambda _, args, kwargs: batches.append(kwargs["hidden_states"].shape[0]), with_kwargs=True
+    )
+    model = optimized(sample, dicompile.GuidanceReuse(), STEPS)
+    both = {key: torch.cat([texts[name][key] for name in reversed(HALVES)]) for key in texts["cond"]}
+    for step, latent in enumerate(latents()):
+        now[0] = step
+        found = {name: call(model, sample, texts[name], step, latent, name) for name in HALVES}
+        with torch.no_grad():
+            inputs = sample.inputs | both | {
+                "hidden_states": latent.repeat(2, 1, 1, 1), "timestep": torch.full((2,), TIMES[step])
+            }  # fmt: skip
+            uncond, cond = peer(**inputs)[0].chunk(2)
+        torch.testing.assert_close(found["cond"], cond, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(found["uncond"], uncond, rtol=1e-4, atol=1e-5)
+    assert [step for step, count in enumerate(batches) if count == 2] == FULL
+    assert kinds(model)[0::2] == ["full"] * STEPS
+    assert [step for step, kind in enumerate(kinds(model)[1::2]) if kind == "full"] == FULL
+    assert "the gate recalled at 5 of 10 steps" in str(dicompile.report(model))
+
+
+def run(
+    model: nn.Module, sample: Sample, texts: dict[str, dict[str, Tensor]], order: Sequence[Sequence[str]]
+) -> dict[str, list[tuple[int, str, Tensor]]]:
+    """Steps with some calls each, in an order: what every half was, and returned."""
+    found: dict[str, list[tuple[int, str, Tensor]]] = {name: [] for name in HALVES}
+    for step, (latent, names) in enumerate(zip(latents(), order, strict=True)):
+        for name in names:
+            value = call(model, sample, texts[name], step, latent, name)
+            found[name].append((step, dicompile.report(model).calls[-1].kind, value))
+    return found
+
+
+@pytest.mark.parametrize("case", ["the other one first", "alone", "without names"])
+def test_without_a_partner_before_it_everything_is_computed(
+    sample: Sample, texts: dict[str, dict[str, Tensor]], case: str
+) -> None:
+    model = optimized(sample, dicompile.GuidanceReuse(), STEPS)
+    names = {"the other one first": HALVES[::-1], "alone": ("uncond",), "without names": HALVES}[case]
+    for step, latent in enumerate(latents()):
+        for name in names:
+            found = call(model, sample, texts[name], step, latent, "" if case == "without names" else name)
+            torch.testing.assert_close(found, call(sample.model, sample, texts[name], step, latent))
+    assert set(kinds(model)) == {"full"}
+    assert "was never applied" in str(dicompile.report(model))
+
+
+def test_a_half_that_joins_late_computes_its_first_step(sample: Sample, texts: dict[str, dict[str, Tensor]]) -> None:
+    model = optimized(sample, dicompile.GuidanceReuse(), STEPS)
+    found = run(model, sample, texts, [HALVES[: 1 + (step > 6)] for step in range(STEPS)])
+    assert [kind for _, kind, _ in found["cond"]] == ["full"] * STEPS
+    assert [kind for _, kind, _ in found["uncond"]] == ["full", "recalled", "recalled", "full"]
+    step, _, value = found["uncond"][1]
+    cond = {name: call(sample.model, sample, texts[name], 7, latents()[7]) for name in HALVES}
+    expected = call(sample.model, sample, texts["cond"], step, latents()[step]) + cond["uncond"] - cond["cond"]
+    torch.testing.assert_close(value, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_difference_that_was_taken_without_a_partner_is_not_used(
+    sample: Sample, texts: dict[str, dict[str, Tensor]]
+) -> None:
+    """At step 5 the halves come the other way round: there is no difference, so the next steps compute."""
+    model = optimized(sample, dicompile.GuidanceReuse(), STEPS)
+    order = [HALVES[::-1] if step == 5 else HALVES for step in range(STEPS)]
+    found = run(model, sample, texts, order)
+    assert [kind for _, kind, _ in found["uncond"]] == [
+        *["full"] * 4, "recalled", "full", "full", *["recalled"] * 3, "full",
+    ]  # fmt: skip
+    step, _, value = found["uncond"][7]
+    before = {name: call(sample.model, sample, texts[name], 6, latents()[6]) for name in HALVES}
+    expected = call(sample.model, sample, texts["cond"], step, latents()[step]) + before["uncond"] - before["cond"]
+    torch.testing.assert_close(value, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_partner_with_another_latent_is_none(sample: Sample, texts: dict[str, dict[str, Tensor]]) -> None:
+    model = optimized(sample, dicompile.GuidanceReuse(), STEPS)
+    for step, (one, other) in enumerate(zip(latents(1), latents(2), strict=True)):
+        call(model, sample, texts["cond"], step, one, "cond")
+        found = call(model, sample, texts["uncond"], step, other, "uncond")
+        torch.testing.assert_close(found, call(sample.model, sample, texts["uncond"], step, other))
+    assert set(kinds(model)) == {"full"}
+
+
+def test_two_pictures_in_turn_have_a_partner_each(sample: Sample, texts: dict[str, dict[str, Tensor]]) -> None:
+    """Equal names and texts: the latent alone tells whose difference is whose."""
+    model, alone = (optimized(sample, dicompile.GuidanceReuse(), STEPS) for _ in range(2))
+    expected: dict[int, list[Tensor]] = {}
+    for seed in (1, 2):
+        with dicompile.session():
+            expected[seed] = [
+                call(alone, sample, texts[name], step, latent, name)
+                for step, latent in enumerate(latents(seed)) for name in HALVES
+            ]  # fmt: skip
+    found: dict[int, list[Tensor]] = {1: [], 2: []}
+    for step in range(STEPS):
+        for name in HALVES:
+            for seed in (1, 2):
+                found[seed].append(call(model, sample, texts[name], step, latents(seed)[step], name))
+    for seed in (1, 2):
+        for ours, theirs in zip(found[seed], expected[seed], strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+    assert "recalled" in kinds(model)
+
+
+def test_what_a_partner_returned_is_remembered_as_it_was(sample: Sample, texts: dict[str, dict[str, Tensor]]) -> None:
+    fresh, written = (optimized(sample, dicompile.GuidanceReuse(), STEPS) for _ in range(2))
+    for step, latent in enumerate(latents()):
+        for name in HALVES:
+            expected = call(fresh, sample, texts[name], step, latent, name)
+            found = call(written, sample, texts[name], step, latent, name)
+            torch.testing.assert_close(found, expected, rtol=0, atol=0)
+            found.zero_()
+
+
+def test_memory_is_that_of_the_plan_and_goes_back(sample: Sample, texts: dict[str, dict[str, Tensor]]) -> None:
+    model = optimized(sample, dicompile.GuidanceReuse(), STEPS)
+    run(model, sample, texts, [HALVES] * STEPS)
+    plan, report = dicompile.plan_of(model), dicompile.report(model)
+    assert plan.cache_bytes == 2 * 4 * 16 * 16 * 4, "the difference, and what the half returned"
+    assert (report.peak_cache_bytes, report.cache_bytes) == (2 * plan.cache_bytes, 0)
+    assert "do this where the context 'cond', which computes every step, was called before, and else" in str(plan)
+    assert [step.full is None for step in plan.steps] == [step in FULL for step in range(STEPS)]
+
+
+def test_an_output_of_another_shape_is_refused() -> None:
+    with pytest.raises(PolicyDoesNotFit, match=r"which this model's output does not allow"):
+        other = models.pixart()
+        optimized(other, dicompile.GuidanceReuse(), STEPS)(**other.inputs | {"timestep": torch.full((2,), 999)})
+
+
+@pytest.mark.parametrize(
+    ("gate", "rule", "why"),
+    [
+        (Gate(probe="partner", leads="cond"), Reuse(what="update"), "does not recall its difference to it"),
+        (Gate(probe="latent", threshold=0.1), Reuse(what="difference"), "but waits for none"),
+        (None, Reuse(what="difference"), "but waits for none"),
+    ],
+)
+def test_gate_and_rule_belong_together(gate: Gate | None, rule: Reuse, why: str) -> None:
+    with pytest.raises(InvalidPolicy, match=why):
+        Policy(name="x", cadence=Cadence(gate=gate), rules=(Rule(sites=("model",), do=rule),))
+
+
+@pytest.mark.parametrize("options", [{"probe": "partner"}, {"probe": "latent", "leads": "cond"}])
+def test_a_name_is_for_gates_that_wait(options: dict[str, Any]) -> None:
+    with pytest.raises(InvalidPolicy, match="the name of a context is for gates that wait for a guidance partner"):
+        Gate(threshold=0.1, **options)
+
+
+def test_it_goes_to_text_and_back() -> None:
+    assert Policy.from_yaml(dicompile.GuidanceReuse().to_yaml()) == dicompile.GuidanceReuse()
