@@ -171,13 +171,22 @@ class Plan:
 
     @property
     def flops(self) -> int:
-        """Operations of the run, matrix products only; with a gate, the least that its limits allow."""
-        return sum(step.flops for step in self.at_best)
+        """Operations of the run, matrix products only; with a gate, the least that its limits allow.
+
+        With one that waits for a partner, the mean of the half that leads and the one that recalls.
+        """
+        least = sum(step.flops for step in self.at_best)
+        return (least + self.most_flops) // 2 if self.waits else least
 
     @property
     def most_flops(self) -> int:
         """Operations of a run in which no gate recalls."""
         return sum((step.full or step).flops for step in self.steps)
+
+    @property
+    def waits(self) -> bool:
+        """True if a call recalls where a guidance partner, who computes everything, was there before."""
+        return self.gate is not None and bool(self.gate.leads)
 
     @property
     def at_best(self) -> tuple[StepPlan, ...]:
@@ -202,6 +211,8 @@ class Plan:
     def predicted_speedup(self) -> float:
         """Roofline estimate at `FLOPS_PER_BYTE`, nothing fused; with a gate, the most that its limits allow."""
         time = sum(step.time for step in self.at_best)
+        if self.waits:
+            time = (time + sum((step.full or step).time for step in self.steps)) / 2
         return self.baseline_time / time if time else 1.0
 
     @property

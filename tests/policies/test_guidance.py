@@ -202,6 +202,8 @@ def test_memory_is_that_of_the_plan_and_goes_back(sample: Sample, texts: dict[st
     assert (report.peak_cache_bytes, report.cache_bytes) == (2 * plan.cache_bytes, 0)
     assert "do this where the context 'cond', which computes every step, was called before, and else" in str(plan)
     assert [step.full is None for step in plan.steps] == [step in FULL for step in range(STEPS)]
+    assert plan.baseline_flops == plan.most_flops
+    assert 2 * STEPS * plan.flops == (STEPS + len(FULL)) * plan.baseline_flops, "both halves together"
 
 
 def test_an_output_of_another_shape_is_refused() -> None:
