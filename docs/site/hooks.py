@@ -18,10 +18,9 @@ from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 
 from dicompile import errors
-from dicompile.analysis import ModelStructure
-from dicompile.capture import Capture
+from dicompile.analysis import Analysis
 from dicompile.cli.docstrings import description, entries, reference, summary
-from dicompile.cli.models import load, structure_for
+from dicompile.cli.models import load
 from dicompile.cli.policy import explained
 from dicompile.errors import CacheTooLarge, DicompileError, PolicyDoesNotFit
 from dicompile.passes import PASSES
@@ -99,13 +98,13 @@ def policy_page(name: str) -> str:
 
 
 @functools.cache
-def _demo() -> tuple[Capture, ModelStructure]:
-    return load("demo").structure()
+def _demo() -> Analysis:
+    return load("demo").analysis()
 
 
 def _plan(policy: Policy, steps: int) -> Plan:
     """What a policy does to the demo's model."""
-    return make_plan(structure_for(policy, *_demo()), policy, TimestepSchedule.of(steps))
+    return make_plan(_demo().structure(policy.trunk), policy, TimestepSchedule.of(steps))
 
 
 def _on_demo(name: str) -> Iterator[str]:
