@@ -10,7 +10,7 @@ def GuidanceReuse(interval: int = 5, timesteps: tuple[float, float] = (-1, 641),
 
     For pipelines that call both halves one by one, under names (`dicompile.cache_context`; those of diffusers do):
     "cond", then "uncond". The first one always runs, and a half that joins late, or was not paired at its last full
-    step, does. Pipelines with both halves in one batch get nothing from it.
+    step, does. The last step is full. Pipelines with both halves in one batch get nothing from it.
 
     In FasterCache the low and high frequencies of the difference have weights of their own, and attention is reused,
     too; here both weights are 1, and attention is computed.
@@ -24,7 +24,7 @@ def GuidanceReuse(interval: int = 5, timesteps: tuple[float, float] = (-1, 641),
         Lv et al., FasterCache: Training-Free Video Diffusion Model Acceleration with High Quality, arXiv 2410.19355,
         section on CFG-Cache; defaults are those of diffusers.
     """
-    gate = Gate(probe="partner", leads=leads)
+    gate = Gate(probe="partner", leads=leads, last=1)
     return Policy(
         name=f"guidance-reuse-{interval}",
         cadence=Cadence(interval=interval, counting="up", timesteps=timesteps, gate=gate),

@@ -12,8 +12,7 @@ def HiCache(interval: int = 5, order: int = 2, scale: float = 0.5, warmup: int =
         interval: steps from one full step to the next.
         order: highest derivative.
         scale: c, unitless; published are 0.5 to 0.7. Less leans more on the latest value.
-        warmup: full steps at the start. The reference code leaves the first of three out of all differences, so that
-            the second order begins one full step later than here.
+        warmup: full steps at the start. All but the last two of them are left out of the differences.
 
     Reference:
         HiCache: A Plug-in Scaled-Hermite Upgrade for Taylor-Style Cache-then-Forecast Diffusion Acceleration,
@@ -22,5 +21,5 @@ def HiCache(interval: int = 5, order: int = 2, scale: float = 0.5, warmup: int =
     return Policy(
         name=f"hicache-{interval}-{order}",
         cadence=Cadence(interval=interval, anchor="last", warmup=warmup),
-        rules=(Rule(do=Forecast(order=order, hermite=scale)),),
+        rules=(Rule(do=Forecast(order=order, hermite=scale, since=max(warmup - 2, 0))),),
     )

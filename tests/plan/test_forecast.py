@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from dicompile.errors import InvalidPolicy
 from dicompile.plan import Action, Forecast, Spectral, What, chebyshev_weights, polynomial_weights, taylor_weights
+from dicompile.policies import HiCache
 
 
 def by_recursion(stored: list[int], values: list[float], step: int, order: int) -> float:
@@ -197,3 +198,12 @@ def test_a_weak_ridge_continues_the_polynomial() -> None:
     values = [0.5 * t**2 - t + 3 for t in times]
     weights = chebyshev_weights(times[::-1], 24, 2, 1e-9, 50)
     assert np.dot(weights, values[::-1]) == pytest.approx(0.5 * 24**2 - 24 + 3, rel=1e-5)
+
+
+def test_values_from_before_a_step_are_left_out_of_the_differences() -> None:
+    """The reference code of HiCache and FreqCa leaves out the first of three full steps at the start."""
+    late = Forecast(order=2, since=1)
+    assert late.action([2, 1, 0], 4) == Forecast(order=2).action([2, 1], 4)
+    assert late.action([6, 2, 1, 0], 7) == Forecast(order=2).action([6, 2, 1], 7)
+    assert late.action([0], 1).weights == (0.0, 1.0)
+    assert HiCache(warmup=3).rules[0].do == Forecast(order=2, hermite=0.5, since=1)
