@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import pytest
 import torch
@@ -24,6 +25,18 @@ Call = Callable[[Tensor, float], Tensor]
 def sample() -> Sample:
     torch.manual_seed(0)
     return models.plain_dit(2)
+
+
+@pytest.fixture(scope="module")
+def model(sample: Sample) -> Any:
+    """One for several tests, each of which has a session of its own."""
+    return optimized(sample, dicompile.EasyCache(0.2, 3), STEPS)
+
+
+@pytest.fixture(autouse=True)
+def own_session() -> Iterator[None]:
+    with dicompile.session():
+        yield
 
 
 def latents(sample: Sample, seed: int = 1) -> list[Tensor]:
@@ -99,8 +112,7 @@ def test_it_decides_and_computes_as_published(sample: Sample, threshold: float, 
     assert warmup < sum(rule.computed) < STEPS - 2, "the test would say nothing"
 
 
-def test_guidance_partners_follow_the_first(sample: Sample) -> None:
-    model = optimized(sample, dicompile.EasyCache(0.2, 3), STEPS)
+def test_guidance_partners_follow_the_first(model: Any, sample: Sample) -> None:
     first = Reference(caller(sample.model, sample, 0), 0.2, 3)
     rules = [first, Reference(caller(sample.model, sample, 1), 0.2, 3, first)]
     own = Reference(caller(sample.model, sample, 1), 0.2, 3)
@@ -143,28 +155,26 @@ def test_a_latent_that_stands_still_tells_no_rate(sample: Sample) -> None:
     assert computed(model)[:7] == [True] * 5 + [False] * 2
 
 
-def test_a_latent_that_is_written_to_in_place_is_remembered_as_it_was(sample: Sample) -> None:
-    fresh, written = (optimized(sample, dicompile.EasyCache(0.2, 3), STEPS) for _ in range(2))
-    place = torch.empty_like(sample.inputs["x"])
-    for x, time in zip(latents(sample), TIMES, strict=True):
-        expected = caller(fresh, sample)(x, time)
-        place.copy_(x)
-        torch.testing.assert_close(caller(written, sample)(place, time), expected, rtol=0, atol=0)
-    assert computed(written) == computed(fresh)
+@pytest.mark.parametrize("written", ["latent", "output"])
+def test_what_is_written_to_in_place_is_remembered_as_it_was(model: Any, sample: Sample, written: str) -> None:
+    found, place = dict[bool, list[Tensor]](), torch.empty_like(sample.inputs["x"])
+    kinds = {}
+    for is_written in (False, True):
+        with dicompile.session():
+            found[is_written] = []
+            for x, time in zip(latents(sample), TIMES, strict=True):
+                is_place = is_written and written == "latent"
+                value = caller(model, sample)(place.copy_(x) if is_place else x, time)
+                found[is_written].append(value.clone())
+                if is_written and written == "output":
+                    value.zero_()
+            kinds[is_written] = computed(model)
+    assert kinds[True] == kinds[False]
+    for ours, theirs in zip(found[True], found[False], strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
 
 
-def test_what_is_returned_may_be_written_to(sample: Sample) -> None:
-    fresh, written = (optimized(sample, dicompile.EasyCache(0.2, 3), STEPS) for _ in range(2))
-    for x, time in zip(latents(sample), TIMES, strict=True):
-        expected = caller(fresh, sample)(x, time)
-        found = caller(written, sample)(x, time)
-        torch.testing.assert_close(found, expected, rtol=0, atol=0)
-        found.zero_()
-    assert computed(written) == computed(fresh)
-
-
-def test_the_plan_says_that_nothing_runs(sample: Sample) -> None:
-    model = optimized(sample, dicompile.EasyCache(0.2, 3), STEPS)
+def test_the_plan_says_that_nothing_runs(model: Any, sample: Sample) -> None:
     for x, time in zip(latents(sample), TIMES, strict=True):
         caller(model, sample)(x, time)
     plan = dicompile.plan_of(model)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -31,6 +31,18 @@ def sample() -> Sample:
     found = models.sd3(2)
     inputs = {name: value[:1] if isinstance(value, Tensor) else value for name, value in found.inputs.items()}
     return Sample(found.model, inputs)
+
+
+@pytest.fixture(scope="module")
+def model(sample: Sample) -> Any:
+    """One for all tests, each of which has a session of its own."""
+    return optimized(sample, dicompile.GuidanceReuse(), STEPS)
+
+
+@pytest.fixture(autouse=True)
+def own_session() -> Iterator[None]:
+    with dicompile.session():
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +76,9 @@ def kinds(model: nn.Module) -> list[str]:
 
 
 @pytest.mark.filterwarnings("ignore:torch.meshgrid")  # of theirs
-def test_it_reuses_what_the_hook_of_diffusers_reuses(sample: Sample, texts: dict[str, dict[str, Tensor]]) -> None:
+def test_it_reuses_what_the_hook_of_diffusers_reuses(
+    model: Any, sample: Sample, texts: dict[str, dict[str, Tensor]]
+) -> None:
     """Theirs has both halves in one batch, and runs half of it; with weights of 1 it is the same rule."""
     peer, now = copy.deepcopy(sample.model), [0]
     config = FasterCacheConfig(
@@ -83,7 +97,6 @@ def test_it_reuses_what_the_hook_of_diffusers_reuses(sample: Sample, texts: dict
     peer.transformer_blocks[0].register_forward_pre_hook(
         lambda _, args, kwargs: batches.append(kwargs["hidden_states"].shape[0]), with_kwargs=True
     )
-    model = optimized(sample, dicompile.GuidanceReuse(), STEPS)
     both = {key: torch.cat([texts[name][key] for name in reversed(HALVES)]) for key in texts["cond"]}
     for step, latent in enumerate(latents()):
         now[0] = step
@@ -115,9 +128,8 @@ def run(
 
 @pytest.mark.parametrize("case", ["the other one first", "alone", "without names"])
 def test_without_a_partner_before_it_everything_is_computed(
-    sample: Sample, texts: dict[str, dict[str, Tensor]], case: str
+    model: Any, sample: Sample, texts: dict[str, dict[str, Tensor]], case: str
 ) -> None:
-    model = optimized(sample, dicompile.GuidanceReuse(), STEPS)
     names = {"the other one first": HALVES[::-1], "alone": ("uncond",), "without names": HALVES}[case]
     for step, latent in enumerate(latents()):
         for name in names:
@@ -127,8 +139,9 @@ def test_without_a_partner_before_it_everything_is_computed(
     assert "was never applied" in str(dicompile.report(model))
 
 
-def test_a_half_that_joins_late_computes_its_first_step(sample: Sample, texts: dict[str, dict[str, Tensor]]) -> None:
-    model = optimized(sample, dicompile.GuidanceReuse(), STEPS)
+def test_a_half_that_joins_late_computes_its_first_step(
+    model: Any, sample: Sample, texts: dict[str, dict[str, Tensor]]
+) -> None:
     found = run(model, sample, texts, [HALVES[: 1 + (step > 6)] for step in range(STEPS)])
     assert [kind for _, kind, _ in found["cond"]] == ["full"] * STEPS
     assert [kind for _, kind, _ in found["uncond"]] == ["full", "recalled", "recalled", "full"]
@@ -139,10 +152,9 @@ def test_a_half_that_joins_late_computes_its_first_step(sample: Sample, texts: d
 
 
 def test_a_difference_that_was_taken_without_a_partner_is_not_used(
-    sample: Sample, texts: dict[str, dict[str, Tensor]]
+    model: Any, sample: Sample, texts: dict[str, dict[str, Tensor]]
 ) -> None:
     """At step 5 the halves come the other way round: there is no difference, so the next steps compute."""
-    model = optimized(sample, dicompile.GuidanceReuse(), STEPS)
     order = [HALVES[::-1] if step == 5 else HALVES for step in range(STEPS)]
     found = run(model, sample, texts, order)
     assert [kind for _, kind, _ in found["uncond"]] == [
@@ -154,8 +166,7 @@ def test_a_difference_that_was_taken_without_a_partner_is_not_used(
     torch.testing.assert_close(value, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_a_partner_with_another_latent_is_none(sample: Sample, texts: dict[str, dict[str, Tensor]]) -> None:
-    model = optimized(sample, dicompile.GuidanceReuse(), STEPS)
+def test_a_partner_with_another_latent_is_none(model: Any, sample: Sample, texts: dict[str, dict[str, Tensor]]) -> None:
     for step, (one, other) in enumerate(zip(latents(1), latents(2), strict=True)):
         call(model, sample, texts["cond"], step, one, "cond")
         found = call(model, sample, texts["uncond"], step, other, "uncond")
@@ -163,14 +174,15 @@ def test_a_partner_with_another_latent_is_none(sample: Sample, texts: dict[str, 
     assert set(kinds(model)) == {"full"}
 
 
-def test_two_pictures_in_turn_have_a_partner_each(sample: Sample, texts: dict[str, dict[str, Tensor]]) -> None:
+def test_two_pictures_in_turn_have_a_partner_each(
+    model: Any, sample: Sample, texts: dict[str, dict[str, Tensor]]
+) -> None:
     """Equal names and texts: the latent alone tells whose difference is whose."""
-    model, alone = (optimized(sample, dicompile.GuidanceReuse(), STEPS) for _ in range(2))
     expected: dict[int, list[Tensor]] = {}
     for seed in (1, 2):
         with dicompile.session():
             expected[seed] = [
-                call(alone, sample, texts[name], step, latent, name)
+                call(model, sample, texts[name], step, latent, name)
                 for step, latent in enumerate(latents(seed)) for name in HALVES
             ]  # fmt: skip
     found: dict[int, list[Tensor]] = {1: [], 2: []}
@@ -184,18 +196,26 @@ def test_two_pictures_in_turn_have_a_partner_each(sample: Sample, texts: dict[st
     assert "recalled" in kinds(model)
 
 
-def test_what_a_partner_returned_is_remembered_as_it_was(sample: Sample, texts: dict[str, dict[str, Tensor]]) -> None:
-    fresh, written = (optimized(sample, dicompile.GuidanceReuse(), STEPS) for _ in range(2))
-    for step, latent in enumerate(latents()):
-        for name in HALVES:
-            expected = call(fresh, sample, texts[name], step, latent, name)
-            found = call(written, sample, texts[name], step, latent, name)
-            torch.testing.assert_close(found, expected, rtol=0, atol=0)
-            found.zero_()
+def test_what_a_partner_returned_is_remembered_as_it_was(
+    model: Any, sample: Sample, texts: dict[str, dict[str, Tensor]]
+) -> None:
+    found: dict[bool, list[Tensor]] = {}
+    for is_written in (False, True):
+        with dicompile.session():
+            found[is_written] = []
+            for step, latent in enumerate(latents()):
+                for name in HALVES:
+                    value = call(model, sample, texts[name], step, latent, name)
+                    found[is_written].append(value.clone())
+                    if is_written:
+                        value.zero_()
+    for ours, theirs in zip(found[True], found[False], strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
 
 
-def test_memory_is_that_of_the_plan_and_goes_back(sample: Sample, texts: dict[str, dict[str, Tensor]]) -> None:
-    model = optimized(sample, dicompile.GuidanceReuse(), STEPS)
+def test_memory_is_that_of_the_plan_and_goes_back(
+    model: Any, sample: Sample, texts: dict[str, dict[str, Tensor]]
+) -> None:
     run(model, sample, texts, [HALVES] * STEPS)
     plan, report = dicompile.plan_of(model), dicompile.report(model)
     assert plan.cache_bytes == 2 * 4 * 16 * 16 * 4, "the difference, and what the half returned"
