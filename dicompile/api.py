@@ -66,8 +66,8 @@ def optimize(
             followed.
         policy: a policy, the name of a published one, plain data, or the path of a YAML or JSON file; or "auto": the
             best plan that follows from `recording` for one goal: `budget`, `speedup` or `max_error`.
-        schedule: for a module: the diffusers scheduler that drives the sampling, a list of timesteps, or a number of
-            steps.
+        schedule: for a module: the diffusers scheduler that drives the sampling, or what has it as its ``scheduler``,
+            and may have another one later; a list of timesteps, or a number of steps.
         backend: "inductor" compiles; "eager" runs the rewritten graphs operator by operator, for debugging.
         options: of Inductor, as ``torch.compile`` takes them: ``{"max_autotune": True}``.
         compile_mode: what ``torch.compile`` calls its mode: "max-autotune", or "reduce-overhead" for CUDA graphs. Those
