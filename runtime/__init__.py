@@ -11,6 +11,7 @@ from dicompile.runtime.owner import Owner, Owners
 from dicompile.runtime.report import CallReport, RunReport
 from dicompile.runtime.session import Session, cache_context, current_session, session
 from dicompile.runtime.storage import run_calls
+from dicompile.runtime.streams import after, give, settle, stream_for
 
 __all__ = [
     "CallReport",
@@ -28,10 +29,14 @@ __all__ = [
     "Step",
     "StepSource",
     "Tables",
+    "after",
     "cache_context",
     "current_session",
+    "give",
     "kernels",
     "recorder_of",
     "run_calls",
     "session",
+    "settle",
+    "stream_for",
 ]

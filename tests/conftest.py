@@ -44,7 +44,11 @@ THINNED = {
 }
 """Tests with many parameters, and a fifth of all time: `make test` runs every third one, `make nightly` the others."""
 
-SHARING = {*SPREAD, "tests/comfyui/test_node.py", "tests/fuzz/test_fuzz.py"} - {"tests/test_examples.py"}
+SHARING = SPREAD - {"tests/test_examples.py"} | {
+    "tests/comfyui/test_node.py",
+    "tests/fuzz/test_fuzz.py",
+    "tests/serve/test_app.py",
+}
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -10,17 +10,19 @@ import contextlib
 import copy
 import threading
 import time
+import weakref
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from dicompile.analysis import Trunk
 from dicompile.capture import Said, check_names
-from dicompile.compiler import Options
+from dicompile.compiler import CompiledFrame, Options
 from dicompile.errors import InvalidSetting, UnsupportedModel
 from dicompile.lower import Backend, Hoist
 from dicompile.model import ModelCalls
@@ -28,12 +30,15 @@ from dicompile.offload import HOOK_ATTRIBUTES
 from dicompile.pipelines import components_of
 from dicompile.plan import CacheOptions, Policy
 from dicompile.policies import NoCache, get_policy
-from dicompile.runtime import SchedulerLink, run_calls
+from dicompile.runtime import Executor, SchedulerLink, run_calls, settle, stream_for
 from dicompile.serve.budget import Budget
 from dicompile.serve.request import Request
 from dicompile.serve.together import Call, Together
 from dicompile.serve.turns import Turns
 from dicompile.wrapper import find_optimized, without_compile
+
+_WARMING_UP = 60.0
+"""Seconds that a call waits for those that are to be one batch with it."""
 
 
 @dataclass(frozen=True)
@@ -156,6 +161,7 @@ class Batcher:
         self._lock = threading.Lock()
         self._tiers: dict[Policy, ModelCalls] = {}
         self._together: dict[Trunk, Together] = {}
+        self._settled: weakref.WeakSet[Executor] = weakref.WeakSet()
         self._open: set[Request] = set()
         self._counts = _Counts()
 
@@ -226,6 +232,20 @@ class Batcher:
                 setattr(own, name, request.model)
             yield own
 
+    def warm_up(self, opened: Callable[[int], Callable[[], object]]) -> None:
+        """Run one batch of every size, so that no request has to wait for a capture.
+
+        Args:
+            opened: opens a request, the first one of number 0, and returns what runs it to its end and closes it. It is
+                called for all requests of a batch before any of them runs, each then in a thread of its own. They
+                have to do the same, as those of one policy and number of steps do.
+        """
+        for size in self.turns.sizes:
+            with self.turns.patient(_WARMING_UP), ThreadPoolExecutor(size) as threads:
+                runs = [opened(number) for number in range(size)]
+                for done in [threads.submit(run) for run in runs]:
+                    done.result()
+
     def served(self) -> Served:
         """What was done so far, and what is done now."""
         with self._lock:
@@ -267,6 +287,12 @@ class Batcher:
             if trunk not in self._together:
                 self._together[trunk] = Together(self.module, call.options)
             return self._together[trunk]
+
+    def settle(self, compiled: CompiledFrame, latent: Tensor) -> None:
+        """Wait, once, for what a capture has put on the device, on the stream of whichever thread came first."""
+        if compiled.run not in self._settled:
+            settle(stream_for(latent))
+            self._settled.add(compiled.run)
 
     def ended(self, request: Request, how: str) -> None:
         """A request has ended."""

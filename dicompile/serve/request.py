@@ -18,7 +18,7 @@ from dicompile.errors import CacheTooLarge, CannotBatch, RequestEnded, RequestTi
 from dicompile.model import Found, Frame, ModelCalls
 from dicompile.ops.collectives import groups_of
 from dicompile.plan import Plan
-from dicompile.runtime import Owner, RunReport, SchedulerLink, Session, Step, session
+from dicompile.runtime import Owner, RunReport, SchedulerLink, Session, Step, session, stream_for
 from dicompile.runtime.given import Given
 from dicompile.serve.together import Call
 from dicompile.text import size_text
@@ -156,6 +156,7 @@ class Request:
         reads = found[0].captured.reads
         if reads and max(self._batcher.turns.sizes) > 1:
             raise self._cannot("its code reads values of its inputs", f"{reads}", "Batcher(..., sizes=(1,))")
+        self._batcher.settle(found[0].compiled, latent)
         return arguments, found
 
     def _with_rows(self, arguments: Arguments, time: Tensor, latent: Tensor) -> tuple[Arguments, Found]:
@@ -218,8 +219,8 @@ class Request:
         frame, arguments = self._running
         position = frame.known.capture.input_position(Role.LATENT)
         assert position is not None
-        rows = len(registers[position])
-        call = Call(step, registers, frame, arguments, rows, self._tier.options)
+        latent = registers[position]
+        call = Call(step, registers, frame, arguments, len(latent), self._tier.options, stream_for(latent))
         shared = tuple(
             self._text(i, tensor)
             for i, (tensor, has_rows) in enumerate(zip(arguments.given, call.has_rows, strict=True))

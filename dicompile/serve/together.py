@@ -24,7 +24,7 @@ from dicompile.errors import CannotBatch, CannotCapture
 from dicompile.lower import Program
 from dicompile.model import Found, Frame, ModelCalls
 from dicompile.policies import NoCache
-from dicompile.runtime import SchedulerLink, Step, run_calls
+from dicompile.runtime import SchedulerLink, Step, after, give, run_calls, settle
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,7 @@ class Call:
         arguments: of the model.
         rows: of its batch.
         options: of its policy.
+        stream: on which its thread queues work for the accelerator, if there is one.
     """
 
     step: Step
@@ -46,6 +47,7 @@ class Call:
     arguments: Arguments
     rows: int
     options: Options
+    stream: torch.Stream | None = None
 
     @property
     def has_rows(self) -> tuple[bool, ...]:
@@ -93,12 +95,19 @@ class Together:
     def run(self, calls: Sequence[Call]) -> None:
         """Run the step of every request; what it leaves is in its registers then.
 
+        Work is queued on the stream of the thread that runs this: after what the requests' threads have queued on
+        theirs, and before what they will queue.
+
         Args:
             calls: alike in shapes, settings and what they do.
 
         Raises:
             CannotBatch: the model mixes the rows of a batch, or cannot be captured for a larger one.
         """
+        with after([call.stream for call in calls]):
+            self._run(calls)
+
+    def _run(self, calls: Sequence[Call]) -> None:
         first = calls[0]
         frame, _, inputs = self._found(calls)
         program = frame.compiled.programs.program(first.step.planned)
@@ -112,7 +121,7 @@ class Together:
             if isinstance(what, tuple) and what[0] == "write":
                 self.copied += sum(part.nbytes for part in parts)
             for call, part in zip(calls, parts, strict=True):
-                call.registers[_left(call.step.program)[what]] = part
+                call.registers[_left(call.step.program)[what]] = give(part, call.stream)
 
     def _load(self, program: Program, registers: list[Any], calls: Sequence[Call]) -> None:
         own = [_loaded(call.step.program) for call in calls]
@@ -148,6 +157,7 @@ class Together:
         checked = self._checked.setdefault(found[0].known.capture, set())
         if first.rows not in checked:
             self._check(found[0], found[1], first)
+            settle(first.stream)  # what the capture has made is read on other streams later
             checked.add(first.rows)
             self.captures += 1
         return found

@@ -8,9 +8,10 @@ called yet), nobody is waited for longer than `patience`.
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
@@ -59,6 +60,16 @@ class Turns(Generic[T]):
     def waiting(self) -> int:
         """So many calls wait."""
         return len(self._waiting)
+
+    @contextlib.contextmanager
+    def patient(self, seconds: float) -> Iterator[None]:
+        """While open, calls wait so long for others."""
+        before, self.patience = self.patience, seconds
+        try:
+            yield
+        finally:
+            self.patience = before
+            self.look_again()
 
     def look_again(self, more: int = 0) -> None:
         """Something changed from outside: somebody may have to stop waiting; `more` may call than did."""

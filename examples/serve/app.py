@@ -4,16 +4,19 @@
     curl localhost:8000/pictures --json '{"label": 7, "tier": "fast"}' -o picture.png
 
 POST /pictures answers with a PNG; with `previews=4` as a query it streams one every four steps, each after a line with
-its length. A client that hangs up, or an order that takes too long, frees what it held at once. Where too many wait the
-answer is 429 (this replica's memory) or 503 (Serve's own queue).
+its length; a line that begins with ! ends a stream early, and says why. A client that hangs up, or an order that takes
+too long, frees what it held at once. Where too many wait the answer is 429 (this replica's memory) or 503 (Serve's own
+queue).
 """
 
 # No postponed annotations: FastAPI would look for the names of a class that Ray sends to its replicas.
 
 import asyncio
+import contextlib
 import time
 from collections import Counter as Counts
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -26,8 +29,10 @@ from ray.serve import metrics
 
 from dicompile.errors import RequestTimedOut
 
-MOST_QUEUED = 32
-"""Orders of a replica that may wait for memory."""
+MOST_AT_ONCE = 32
+"""Orders that a replica takes; more of them wait in Serve's queue."""
+MOST_QUEUED = 16
+"""Those of them that may wait for memory."""
 STUCK = 60.0
 """Seconds without a forward, while calls wait, after which a replica is taken for broken."""
 
@@ -91,7 +96,7 @@ def _after(pictures: Iterator[torch.Tensor], steps: int) -> bytes:
 
 @serve.deployment(
     num_replicas=1,
-    max_ongoing_requests=32,
+    max_ongoing_requests=MOST_AT_ONCE,
     max_queued_requests=64,
     health_check_period_s=5,
     graceful_shutdown_timeout_s=20,
@@ -102,12 +107,15 @@ class Pictures:
 
     Args:
         threads: that torch computes with; 0 leaves it to torch.
+        most_queued: orders that may wait for memory.
         options: of `Engine`.
     """
 
-    def __init__(self, threads: int = 0, **options: Any) -> None:
+    def __init__(self, threads: int = 0, most_queued: int = MOST_QUEUED, **options: Any) -> None:
         if threads:
             torch.set_num_threads(threads)
+        self._most_queued = most_queued
+        self._threads = ThreadPoolExecutor(MOST_AT_ONCE)  # those of asyncio are few: who waits would keep them from all
         self.engine, self.gauges = Engine(**options), Gauges()
         self.engine.warm_up()
         self._moved = time.monotonic(), 0
@@ -115,11 +123,14 @@ class Pictures:
     @api.post("/pictures")
     async def picture(self, wanted: Wanted, previews: int = Query(0, ge=0)) -> Response:
         """A picture, or a stream of previews with the picture at the end."""
-        if self.engine.batcher.served().queued >= MOST_QUEUED:
+        if self.engine.batcher.served().queued >= self._most_queued:
             raise HTTPException(429, "too many orders wait for memory", {"Retry-After": "1"})
         if previews:
             return StreamingResponse(self._stream(wanted, previews), media_type="application/octet-stream")
-        (picture,) = [file async for file in self._pictures(wanted, wanted.steps)]
+        try:
+            (picture,) = [file async for file in self._pictures(wanted, wanted.steps)]
+        except RequestTimedOut as error:
+            raise HTTPException(503, error.what, {"Retry-After": "1"}) from error
         return Response(picture, media_type="image/png")
 
     @api.get("/served")
@@ -127,8 +138,9 @@ class Pictures:
         """What this replica has done."""
         return vars(self.engine.batcher.served()) | {"replica": serve.get_replica_context().replica_id.unique_id}
 
-    def check_health(self) -> None:
+    async def check_health(self) -> None:
         """Ray asks for it; raises where nothing has moved for too long although calls wait."""
+        self.gauges.update(self.engine)
         served = self.engine.batcher.served()
         done = sum(served.batches.values())
         if done != self._moved[1] or not served.waiting:
@@ -137,21 +149,24 @@ class Pictures:
             raise RuntimeError(f"{served.waiting} calls wait, and nothing has run for {STUCK:g} s")
 
     async def _stream(self, wanted: Wanted, previews: int) -> AsyncIterator[bytes]:
-        async for file in self._pictures(wanted, previews):
-            yield b"%d\n" % len(file) + file
+        try:
+            async with contextlib.aclosing(self._pictures(wanted, previews)) as pictures:
+                async for file in pictures:
+                    yield b"%d\n" % len(file) + file
+        except RequestTimedOut as error:  # the answer has begun: its status cannot be another one any more
+            yield b"! %s\n" % error.what.encode()
 
-    async def _pictures(self, wanted: Wanted, every: int) -> AsyncIterator[bytes]:
+    async def _pictures(self, wanted: Wanted, every: int) -> AsyncGenerator[bytes, None]:
         """Files, every so many steps; a client that goes away cancels the request."""
         start = time.monotonic()
         order = Order(wanted.label, wanted.seed, wanted.steps, wanted.tier)
         request, pictures = self.engine.open(order, wanted.timeout)
         try:
             for step in range(every, wanted.steps + every, every):
-                yield await asyncio.to_thread(_after, pictures, min(every, wanted.steps - step + every))
+                further = min(every, wanted.steps - step + every)
+                yield await asyncio.get_running_loop().run_in_executor(self._threads, _after, pictures, further)
             request.close()
             self.gauges.took(time.monotonic() - start, wanted.tier)
-        except RequestTimedOut as error:
-            raise HTTPException(503, error.what, {"Retry-After": "1"}) from error
         finally:
             request.cancel()  # nothing, where it was closed
             self.gauges.update(self.engine)

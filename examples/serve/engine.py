@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import io
-import itertools
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -79,17 +78,15 @@ class Engine:
 
     def warm_up(self, steps: int = 12) -> None:
         """Let every size of a batch run once for every tier, so that no order waits for a capture."""
-        patience, self.batcher.turns.patience = self.batcher.turns.patience, 60.0
-        for tier, size in itertools.product(TIERS, self.batcher.turns.sizes):
-            opened = [self.open(Order(0, seed, steps, tier)) for seed in range(size)]
-            with ThreadPoolExecutor(size) as threads:
-                for _ in threads.map(_finish, opened):
-                    pass
-        self.batcher.turns.patience = patience
+        for tier in TIERS:
+
+            def opened(seed: int, tier: str = tier) -> Callable[[], None]:
+                return functools.partial(_finish, *self.open(Order(0, seed, steps, tier)))
+
+            self.batcher.warm_up(opened)
 
 
-def _finish(opened: tuple[Request, Iterator[Tensor]]) -> None:
-    request, pictures = opened
+def _finish(request: Request, pictures: Iterator[Tensor]) -> None:
     with request:
         for _ in pictures:
             pass

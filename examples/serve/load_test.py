@@ -2,7 +2,8 @@
 
     python load_test.py                                   # needs 'dicompile[serve]'
 
-Three rounds: with batches, cancellations and the death of a replica; then with and without batches, undisturbed.
+Three rounds: with batches, cancellations and the death of a replica; then with and without batches, undisturbed. Then
+what clients and operators meet at the edges: previews, orders that take too long, too many orders, health and metrics.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import json
 import random
 import statistics
 import time
+import urllib.request
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -25,7 +27,7 @@ import numpy as np
 import ray
 import torch
 from app import Pictures
-from engine import TIERS, Order, png, sampled
+from engine import TIERS, Engine, Order, png, sampled
 from PIL import Image
 from ray import serve
 
@@ -167,6 +169,70 @@ def told(name: str, done: Round, ran: Counter[int]) -> str:
     )
 
 
+def posted(order: Order, query: str = "", **more: Any) -> tuple[int, bytes]:
+    """Status and content of the answer to an order."""
+    connection = http.client.HTTPConnection("127.0.0.1", PORT, timeout=300)
+    body = json.dumps(vars(order) | more)
+    connection.request("POST", f"/pictures{query}", body, {"Content-Type": "application/json"})
+    response = connection.getresponse()
+    content = response.read()
+    connection.close()
+    return response.status, content
+
+
+def files_of(stream: bytes) -> list[bytes]:
+    """What lies after each line of a stream with previews."""
+    files = []
+    while stream:
+        length, _, rest = stream.partition(b"\n")
+        files.append(rest[: int(length)])
+        stream = rest[int(length) :]
+    return files
+
+
+def metrics_page(*names: str) -> str:
+    """What Prometheus would read on this machine, when all of these are there."""
+    port = ray.nodes()[0]["MetricsExportPort"]
+    for _ in range(60):
+        with contextlib.suppress(OSError):
+            page = urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10).read().decode()
+            if all(name in page for name in names):
+                return page
+        time.sleep(1)
+    raise AssertionError(f"not all of {names} are at port {port}")
+
+
+def edges() -> None:
+    """Previews, time-outs, too many orders for the memory and for the queue, health, metrics."""
+    order = Order(7, seed=1, steps=8, tier="balanced")
+    engine = Engine(sizes=(1,), backend="eager")
+    request, pictures = engine.open(order)
+    with request:
+        files = [png(picture) for picture in pictures]
+    deployment = Pictures.options(max_ongoing_requests=4, max_queued_requests=2, ray_actor_options={"num_cpus": 0.5})
+    memory = engine.batcher.served().most_reserved_bytes  # of one order at a time
+    serve.run(deployment.bind(threads=1, backend="eager", sizes=(1,), most_queued=1, max_cache_bytes=memory))
+
+    status, stream = posted(order, "?previews=3")
+    shown = [differs(ours, files[step]) for ours, step in zip(files_of(stream), (2, 5, 7), strict=True)]
+    assert (status, max(shown) <= NEAR) == (200, True), (status, shown)
+    status, content = posted(order, timeout=0.01)
+    assert status == 503 and b"took longer" in content, (status, content)
+    with ThreadPoolExecutor(24) as clients:
+        statuses = Counter(status for status, _ in clients.map(lambda _: posted(order), range(24)))
+    assert statuses.keys() == {200, 429, 503}, statuses
+    (served,) = left_behind(1)
+    assert not any(served[name] for name in ("open", "waiting", "cache_bytes", "reserved_bytes")), served
+    health = serve.status().applications["default"].deployments["Pictures"].status
+    assert health == "HEALTHY", health
+    names = ("steps", "captures", "requests", "cache_bytes", "open_requests", "request_seconds")
+    page = metrics_page(*[f"dicompile_{name}" for name in names])
+    counted = sum(float(line.split()[-1]) for line in page.splitlines() if line.startswith("ray_dicompile_steps"))
+    assert counted == sum(served["steps"].values()), (counted, served["steps"])
+    print(f"edges: {len(shown)} previews, {dict(statuses)}, {health}, {counted:g} steps in the metrics")
+    serve.shutdown()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--requests", type=int, default=200)
@@ -200,6 +266,7 @@ def main() -> None:
         assert len(done.files) + done.cancelled == len(some)
         assert len(kept) == arguments.replicas and not any(any(each) for each in kept), "something was left behind"
         serve.shutdown()
+    edges()
     ray.shutdown()
     print("\n".join(lines))
 

@@ -40,14 +40,12 @@ def served(
     Each is so many steps ahead of the one after it.
     """
     opened: list[tuple[tuple[Any, int, int], Any, list[Tensor]]] = []
-    patience, batcher.turns.patience = batcher.turns.patience, 0.0
-    for policy, steps, seed in requests:
-        for (_, length, other), request, outputs in opened:
-            outputs += [_step(request, sample, length, other, len(outputs) + i) for i in range(ahead)]
-        request = batcher.request(policy, schedule=models.timesteps(steps))
-        opened.append(((policy, steps, seed), request, []))
-
-    batcher.turns.patience = patience
+    with batcher.turns.patient(0.0):
+        for policy, steps, seed in requests:
+            for (_, length, other), request, outputs in opened:
+                outputs += [_step(request, sample, length, other, len(outputs) + i) for i in range(ahead)]
+            request = batcher.request(policy, schedule=models.timesteps(steps))
+            opened.append(((policy, steps, seed), request, []))
 
     def finish(steps: int, seed: int, request: Any, outputs: list[Tensor]) -> list[Tensor]:
         with request:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections.abc import Callable
@@ -193,6 +194,29 @@ def test_policies_share_code() -> None:
     before = batcher.served().captures
     served(batcher, sample, [(dicompile.FORA(interval=2), 6, 1), (dicompile.FORA(interval=4), 6, 2)])
     assert batcher.served().captures == before == 1
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_warming_up_runs_a_batch_of_every_size(fails: bool) -> None:
+    sample = models.plain_dit(layers=2)
+    batcher = batcher_of(sample, patience=0.0)
+
+    def opened(number: int) -> Callable[[], None]:
+        request = batcher.request("fora", schedule=models.timesteps(3))
+
+        def run() -> None:
+            with request:
+                models.run(request.model, sample.inputs, models.timesteps(3), number)
+                if fails:
+                    raise ValueError("no picture")
+
+        return run
+
+    with pytest.raises(ValueError, match="no picture") if fails else contextlib.nullcontext():
+        batcher.warm_up(opened)
+    done = batcher.served()
+    assert done.batches == ({1: 3} if fails else {1: 3, 2: 3})
+    assert (done.captures, done.open, batcher.turns.patience) == (0 if fails else 1, 0, 0.0)
 
 
 def held_request(batcher: Batcher, sample: Sample, **options: Any) -> Any:

@@ -62,3 +62,4 @@ def test_under_load_every_finished_picture_is_that_of_its_single_run() -> None:
     )
     assert done.returncode == 0, done.stderr[-4000:]
     assert "| disturbed |" in done.stdout
+    assert "edges: 3 previews" in done.stdout
