@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import sys
 import types
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ from dicompile.capture.ambient import HOOKS_OF_ALL, entry_of
 from dicompile.capture.arguments import Arguments, TakenOut, Watched
 from dicompile.capture.captured import Captured, Changes, Unsettled, packer
 from dicompile.capture.guards import PARTS, By, Fact, Guards, Path, below, find_place, python_module
+from dicompile.capture.homes import Homes
 from dicompile.capture.numbers import open_numbers
 from dicompile.capture.wrapped import open_wrapped, take_apart
 from dicompile.compat import LOGGING_IS_LEFT_OUT, METHODS_ARE_GUARDED, DynamoCapture, dynamo_capture, noting_writes
@@ -131,6 +133,15 @@ def trace(module: nn.Module, arguments: Arguments, stand_in: nn.Module | None = 
     Raises:
         CannotCapture: Dynamo cannot take the forward as one graph.
     """
+    homes = Homes(module)
+    absent = next((name for name in homes.foreign if name not in sys.modules), None)
+    if absent is not None:
+        raise CannotCapture(
+            f"{type(module).__name__} is of a module that is not there",
+            where="capture",
+            why=f"its functions say that they are of {absent}, and Dynamo looks there for what they read",
+            fix="define its classes in a Python module that can be imported",
+        )
     numbers = dict(zip(arguments.numbers, arguments.tensors[len(arguments.given) :], strict=True))
     args, kwargs = arguments.filled(arguments.given)  # lists and dictionaries of our own: the caller's stay as they are
     watched = Watched(args, kwargs)
@@ -147,7 +158,7 @@ def trace(module: nn.Module, arguments: Arguments, stand_in: nn.Module | None = 
         )
     open_numbers(made.graph)
     _refuse_reads(module, made.graph)
-    read = _Read(module, made)
+    read = _Read(module, made, homes)
     results = [torch.empty((), device="meta") for _ in range(made.results)]
     own, wrapped = take_apart({path: read.value(path) for path in read.tensors})
     guards = Guards.of(module, {**read.facts, **wrapped}, list(own), read.modules)
@@ -256,12 +267,13 @@ class _Read:
         containers: dictionaries and lists on the way, by the text of their path.
     """
 
-    def __init__(self, module: nn.Module, made: DynamoCapture) -> None:
+    def __init__(self, module: nn.Module, made: DynamoCapture, homes: Homes) -> None:
         self.facts: dict[Path, Fact] = {}
         self.tensors: list[Path] = []
         self.modules: list[Path] = [Path()]
         self.containers: dict[str, Any] = {}
         self._aliases = made.aliases
+        self._foreign = {path: called for called, path in homes.foreign.items()}
         self._values: dict[Path, Any] = {Path(): module}
         for source, kind, operand in made.guards:
             self._read(source, kind, operand)
@@ -337,7 +349,7 @@ class _Read:
         if isinstance(own, dict) and not isinstance(parent, types.ModuleType):
             self.containers[str(path)] = own
         if place is None:
-            return getattr(parent, key)
+            return _attribute_of(parent, key)
         if isinstance(place[0], (dict, list)) and place[0] is not own and path.root == "self":
             self.containers[str(path) if by is By.ITEM else f"{path} ({key})"] = place[0]
         return place[0][key]
@@ -376,9 +388,27 @@ class _Read:
     def _attribute(self, base: Path, name: str) -> Path:
         if name == "__dict__":
             return base.via(By.DICT)
+        if base in self._foreign:
+            return self._global(self._foreign[base], base, name)
         if name in ("__func__", "__self__") and isinstance(self._follow(base), types.FunctionType):
             return base if name == "__func__" else base.parent  # a method lies in its class as a function
         return base.attribute(name)
+
+    def _global(self, called: str, home: Path, name: str) -> Path:
+        """A name of a namespace that is not that of the module by whose name it goes, which Dynamo takes for it.
+
+        Raises:
+            CannotCapture: it is a name of both, for other things.
+        """
+        names, others = self._follow(home), vars(python_module(called))
+        if name in names and name in others and names[name] is not others[name]:
+            raise CannotCapture(
+                f"whose {name} the forward reads cannot be told",
+                where="capture",
+                why=f"a class says that it is of {called}, which is another module that has a {name}, too",
+                fix="define its classes in a Python module that can be imported",
+            )
+        return home.item(name) if name in names else Path(called).attribute(name)
 
     def _item(self, base: Path, source: Any) -> Path:
         index = source.index
@@ -390,4 +420,24 @@ class _Read:
     def _root(self, name: str) -> Path | None:
         if name.startswith("__builtins_dict__"):
             return Path("builtins").via(By.DICT)
-        return Path(self._aliases[name]) if name in self._aliases else None
+        if name not in self._aliases:
+            return None
+        called = self._aliases[name]
+        return next((path for path, other in self._foreign.items() if other == called), Path(called))
+
+
+def _attribute_of(parent: Any, name: str) -> Any:
+    """An attribute that lies in no dictionary.
+
+    Raises:
+        CannotCapture: there is none, though the forward has read it.
+    """
+    try:
+        return getattr(parent, name)
+    except AttributeError as error:
+        raise CannotCapture(
+            f"a function that the forward calls reads {name}, which cannot be found again",
+            where="capture",
+            why=f"{error}: the function has names of its own, and says that they are of another module",
+            fix="define the function in a Python module that is imported",
+        ) from error

@@ -28,6 +28,7 @@ from torch.utils._pytree import tree_leaves
 
 from dicompile.capture.captured import Changes, is_equal_to
 from dicompile.capture.guards import FIXED, PARTS, PLAIN, By, Cell, Fact, Path, Walk, find_place
+from dicompile.capture.homes import Homes
 from dicompile.errors import CannotCapture
 
 _TORCH = str(File(torch.__file__).parent)
@@ -67,7 +68,7 @@ class Reads:
         self._looked_up: set[Path] = set()  # one by one; whoever lists all buffers does not compute with them
         self.modules: list[Path] = [Path()]
         self.facts: dict[Path, Fact] = {}
-        self._module = module
+        self._module, self._homes = module, Homes(module)
         self._path_of: dict[int, Path] = {id(module): Path()}
         self._alive: list[object] = [module]  # ids are those of living objects
         self._changes: dict[int, Changes] = {}
@@ -317,17 +318,22 @@ class Reads:
                 self._note_code(frame)
 
     def _note_code(self, frame: types.FrameType) -> None:
-        code = frame.f_code
-        if _is_of_others(code.co_filename):
-            return
+        code, home = frame.f_code, self._homes.find(frame.f_globals)
+        has_no_file = code.co_filename.startswith("<") and not code.co_filename.startswith("<frozen ")
+        if has_no_file and home is None:
+            _check_is_of_a_module(code, frame.f_globals)
+        if _is_of_others(code.co_filename) and not (has_no_file and home is not None):
+            return  # what has no file was generated, or typed into the session that classes are of
         is_busy, self._is_busy = self._is_busy, True
         try:
             if code not in self._codes:
                 self._codes.add(code)
                 names = frame.f_globals
                 module = names.get("__name__", "")
-                if module in sys.modules and vars(sys.modules[module]) is names:
-                    self._note_names(code, Path(module), names)
+                if home is None and module in sys.modules and vars(sys.modules[module]) is names:
+                    home = Path(module)
+                if home is not None:
+                    self._note_names(code, home, names)
             free = {name: frame.f_locals[name] for name in code.co_freevars if name in frame.f_locals}
             free.pop("__class__", None)
             called = (code, *map(id, free.values()))
@@ -342,7 +348,8 @@ class Reads:
         for number, instruction in enumerate(instructions):
             if instruction.opname not in ("LOAD_GLOBAL", "LOAD_NAME") or instruction.argval not in names:
                 continue
-            path, value = root.attribute(instruction.argval), names[instruction.argval]
+            name = instruction.argval
+            path, value = root.item(name) if root.links else root.attribute(name), names[name]
             for following in instructions[number + 1 :]:
                 self._note(path, value)
                 is_namespace = isinstance(value, (types.ModuleType, type))
@@ -370,6 +377,23 @@ def _is_of_others(file: str) -> bool:
     if file.startswith((_TORCH, _OWN, "<")):
         return True
     return file.startswith(_PYTHON) and "site-packages" not in file and "dist-packages" not in file
+
+
+def _check_is_of_a_module(code: types.CodeType, names: dict[str, Any]) -> None:
+    """Check that what has no file is no function with names that nobody can find.
+
+    Raises:
+        CannotCapture: it says that it is of a module, and is not.
+    """
+    called = names.get("__name__", "")
+    if not called or called.startswith("namedtuple_") or vars(sys.modules.get(called, sys)) is names:
+        return
+    raise CannotCapture(
+        f"{code.co_name} is a function of no module",
+        where=f"capture, {code.co_filename}",
+        why=f"it says that it is of {called}, whose names are others, so that what it reads cannot be found again",
+        fix="define it in a Python module that is imported",
+    )
 
 
 def _closures() -> dict[types.CodeType, list[types.FunctionType]]:
