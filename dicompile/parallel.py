@@ -8,6 +8,7 @@ step. What is decided while sampling, by values that a rank has for itself, is r
 from __future__ import annotations
 
 import hashlib
+import inspect
 from collections.abc import Sequence
 
 from torch import distributed, fx, nn
@@ -16,9 +17,6 @@ from dicompile.compat import process_group
 from dicompile.errors import PlansDiffer, UnsupportedModel, UnsupportedParallelism
 from dicompile.ops.collectives import groups_of
 from dicompile.plan import Plan, Policy
-
-MOST_ARGUMENTS = 256
-"""Of a forward."""
 
 
 def check_parts(module: nn.Module) -> None:
@@ -61,7 +59,7 @@ def check_parts(module: nn.Module) -> None:
 
 
 def settle_hooks(module: nn.Module) -> None:
-    """Let the hooks that split tokens look up the arguments of a forward now, and not when they first run.
+    """Tell the hooks that split tokens the arguments of a forward now, which they look up when they first run.
 
     Dynamo cannot follow them there, and a model that needs other ranks cannot be run to let them settle.
     """
@@ -69,9 +67,9 @@ def settle_hooks(module: nn.Module) -> None:
         registry = vars(part).get("_diffusers_hook")
         for hook in () if registry is None else registry.hooks.values():
             signature = getattr(hook, "module_forward_metadata", None)
-            names = [name for name in getattr(hook, "metadata", ()) if isinstance(name, str)]
-            if signature is not None and names:
-                signature._get_parameter_from_args_kwargs(names[0], range(MOST_ARGUMENTS))
+            if signature is not None and signature.cached_parameter_indices is None:
+                names = [*inspect.signature(type(part).forward).parameters][1:]
+                signature.cached_parameter_indices = {name: i for i, name in enumerate(names)}
 
 
 def check_ranks(graph: fx.Graph, policy: Policy, *, in_background: bool, is_observed: bool) -> None:
