@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import importlib
+import inspect
 import io
 import sys
 from collections import Counter
@@ -74,9 +75,17 @@ class Metric:
         self.values[self.key(tags)] += 1
 
 
-def deployment(**options: Any) -> Callable[[type], type]:
-    def decorate(replica: type) -> type:
-        replica.options = options  # type: ignore[attr-defined]
+def deployment(**declared: Any) -> Callable[[Any], Any]:
+    """The class itself, which Ray would put into another one; and what it was told where that is asked for."""
+
+    def decorate(replica: Any) -> Any:
+        def options(**more: Any) -> Any:
+            def bind(*args: Any, **kwargs: Any) -> Any:
+                return declared | more, inspect.signature(replica).bind(*args, **kwargs).arguments
+
+            return SimpleNamespace(bind=bind)
+
+        replica.declared, replica.options = declared, options
         return replica
 
     return decorate
@@ -239,7 +248,7 @@ def test_where_too_many_wait_for_memory_the_next_is_refused(app: ModuleType) -> 
 
 def test_a_replica_takes_more_orders_than_may_wait_for_memory(app: ModuleType) -> None:
     """Else Serve would keep them, and nobody would ever be told 429."""
-    assert app.Pictures.options["max_ongoing_requests"] > app.MOST_QUEUED
+    assert app.Pictures.declared["max_ongoing_requests"] > app.MOST_QUEUED
 
 
 def test_who_waits_for_memory_keeps_nobody_from_going_on(app: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -305,6 +314,13 @@ def test_metrics_count_what_came_since_the_last_time(app: ModuleType) -> None:
     assert found["dicompile_request_seconds"] == {("balanced",): 1}
     assert (found["dicompile_cache_bytes"][()], found["dicompile_open_requests"][()]) == (0, 0)
     assert asyncio.run(replica.served())["replica"] == "one"
+
+
+def test_serve_run_tells_replicas_what_it_was_told(app: ModuleType) -> None:
+    told, given = app.app({"replicas": "2", "threads": "1", "backend": "eager"})
+    assert told["num_replicas"] == 2
+    assert given == {"threads": 1, "options": {"backend": "eager"}}
+    assert app.app({})[1] == {"threads": 0, "options": {"backend": "inductor"}}
 
 
 def test_orders_are_checked_before_anything_runs(app: ModuleType) -> None:

@@ -125,6 +125,15 @@ def test_they_go_on_after_a_batch_that_failed() -> None:
     assert log == [("own", "waits for", "other"), ("forward",), ("other", "waits for", "own")]
 
 
+def test_a_stream_is_one_whoever_holds_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    def stream() -> torch.Stream:
+        return torch.Stream(stream_id=3, device_index=0, device_type=1)  # of a GPU, which need not be there
+
+    monkeypatch.setattr(torch.accelerator, "current_stream", lambda _: stream())
+    with streams.after([stream(), stream()]):  # to let it wait would raise here
+        pass
+
+
 def test_on_a_cpu_nothing_is_queued() -> None:
     tensor = torch.ones(2)
     assert streams.stream_for(tensor) is None
