@@ -1,6 +1,6 @@
 """Threads with streams of their own: a batch comes after what they have queued, and they go on after it.
 
-A CPU queues nothing, so streams are stood in for by names; `tests/gpu/test_serve_gpu.py` has real ones.
+A CPU queues nothing, so streams are stood in for; `tests/gpu/test_serve_gpu.py` has real ones.
 """
 
 from __future__ import annotations
@@ -14,22 +14,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from dicompile.runtime import streams
 from dicompile.serve import Batcher, batcher, request, together
 from tests import models
+from tests.runtime.test_streams import Stream
 from tests.serve.clients import at_once
-
-
-class Stream:
-    """A stream that does nothing but to note what it waits for."""
-
-    device = torch.device("cpu")
-
-    def __init__(self, name: str, log: list[tuple[str, ...]]) -> None:
-        self.name, self.log = name, log
-
-    def wait_stream(self, other: Stream) -> None:
-        self.log.append((self.name, "waits for", other.name))
 
 
 class Device:
@@ -112,31 +100,3 @@ def test_threads_on_one_stream_wait_for_nothing(device: Device) -> None:
 def test_what_a_capture_puts_on_the_device_is_there_before_another_thread_reads_it(device: Device) -> None:
     served(device, ["a", "b"])
     assert 2 <= device.settled <= 3  # of one request, by one thread or by both; and of two
-
-
-def test_they_go_on_after_a_batch_that_failed() -> None:
-    log: list[tuple[str, ...]] = []
-    own, other = Stream("own", log), Stream("other", log)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch.accelerator, "current_stream", lambda _: own)
-        with pytest.raises(ValueError, match="broken"), streams.after([own, other, other]):
-            log.append(("forward",))
-            raise ValueError("broken")
-    assert log == [("own", "waits for", "other"), ("forward",), ("other", "waits for", "own")]
-
-
-def test_a_stream_is_one_whoever_holds_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    def stream() -> torch.Stream:
-        return torch.Stream(stream_id=3, device_index=0, device_type=1)  # of a GPU, which need not be there
-
-    monkeypatch.setattr(torch.accelerator, "current_stream", lambda _: stream())
-    with streams.after([stream(), stream()]):  # to let it wait would raise here
-        pass
-
-
-def test_on_a_cpu_nothing_is_queued() -> None:
-    tensor = torch.ones(2)
-    assert streams.stream_for(tensor) is None
-    assert streams.give(tensor, None) is tensor
-    with streams.after([None, None]):
-        streams.settle(None)
