@@ -1,6 +1,6 @@
 """Runtime: per call, which step it is, which program runs, what is remembered. Knows no graphs."""
 
-from dicompile.runtime import kernels
+from dicompile.runtime import kernels, streams
 from dicompile.runtime.clock import SchedulerLink
 from dicompile.runtime.execute import Executor, GatedStep, Step, StepSource
 from dicompile.runtime.graphs import Graphs, recorder_of
@@ -11,7 +11,6 @@ from dicompile.runtime.owner import Owner, Owners
 from dicompile.runtime.report import CallReport, RunReport
 from dicompile.runtime.session import Session, cache_context, current_session, session
 from dicompile.runtime.storage import run_calls
-from dicompile.runtime.streams import after, give, settle, stream_for
 
 __all__ = [
     "CallReport",
@@ -29,14 +28,11 @@ __all__ = [
     "Step",
     "StepSource",
     "Tables",
-    "after",
     "cache_context",
     "current_session",
-    "give",
     "kernels",
     "recorder_of",
     "run_calls",
     "session",
-    "settle",
-    "stream_for",
+    "streams",
 ]

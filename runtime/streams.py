@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 
-def stream_for(tensor: Tensor) -> torch.Stream | None:
+def of(tensor: Tensor) -> torch.Stream | None:
     """The stream on which this thread queues work for the device of a tensor; None for the CPU, which has none."""
     return None if tensor.device.type == "cpu" else torch.accelerator.current_stream(tensor.device)
 

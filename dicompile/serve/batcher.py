@@ -30,7 +30,7 @@ from dicompile.offload import HOOK_ATTRIBUTES
 from dicompile.pipelines import components_of
 from dicompile.plan import CacheOptions, Policy
 from dicompile.policies import NoCache, get_policy
-from dicompile.runtime import Executor, SchedulerLink, run_calls, settle, stream_for
+from dicompile.runtime import Executor, SchedulerLink, run_calls, streams
 from dicompile.serve.budget import Budget
 from dicompile.serve.request import Request
 from dicompile.serve.together import Call, Together
@@ -291,7 +291,7 @@ class Batcher:
     def settle(self, compiled: CompiledFrame, latent: Tensor) -> None:
         """Wait, once, for what a capture has put on the device, on the stream of whichever thread came first."""
         if compiled.run not in self._settled:
-            settle(stream_for(latent))
+            streams.settle(streams.of(latent))
             self._settled.add(compiled.run)
 
     def ended(self, request: Request, how: str) -> None:

@@ -18,7 +18,7 @@ from dicompile.errors import CacheTooLarge, CannotBatch, RequestEnded, RequestTi
 from dicompile.model import Found, Frame, ModelCalls
 from dicompile.ops.collectives import groups_of
 from dicompile.plan import Plan
-from dicompile.runtime import Owner, RunReport, SchedulerLink, Session, Step, session, stream_for
+from dicompile.runtime import Owner, RunReport, SchedulerLink, Session, Step, session, streams
 from dicompile.runtime.given import Given
 from dicompile.serve.together import Call
 from dicompile.text import size_text
@@ -220,7 +220,7 @@ class Request:
         position = frame.known.capture.input_position(Role.LATENT)
         assert position is not None
         latent = registers[position]
-        call = Call(step, registers, frame, arguments, len(latent), self._tier.options, stream_for(latent))
+        call = Call(step, registers, frame, arguments, len(latent), self._tier.options, streams.of(latent))
         shared = tuple(
             self._text(i, tensor)
             for i, (tensor, has_rows) in enumerate(zip(arguments.given, call.has_rows, strict=True))

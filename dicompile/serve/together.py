@@ -24,7 +24,7 @@ from dicompile.errors import CannotBatch, CannotCapture
 from dicompile.lower import Program
 from dicompile.model import Found, Frame, ModelCalls
 from dicompile.policies import NoCache
-from dicompile.runtime import SchedulerLink, Step, after, give, run_calls, settle
+from dicompile.runtime import SchedulerLink, Step, run_calls, streams
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ class Together:
         Raises:
             CannotBatch: the model mixes the rows of a batch, or cannot be captured for a larger one.
         """
-        with after([call.stream for call in calls]):
+        with streams.after([call.stream for call in calls]):
             self._run(calls)
 
     def _run(self, calls: Sequence[Call]) -> None:
@@ -121,7 +121,7 @@ class Together:
             if isinstance(what, tuple) and what[0] == "write":
                 self.copied += sum(part.nbytes for part in parts)
             for call, part in zip(calls, parts, strict=True):
-                call.registers[_left(call.step.program)[what]] = give(part, call.stream)
+                call.registers[_left(call.step.program)[what]] = streams.give(part, call.stream)
 
     def _load(self, program: Program, registers: list[Any], calls: Sequence[Call]) -> None:
         own = [_loaded(call.step.program) for call in calls]
@@ -157,7 +157,7 @@ class Together:
         checked = self._checked.setdefault(found[0].known.capture, set())
         if first.rows not in checked:
             self._check(found[0], found[1], first)
-            settle(first.stream)  # what the capture has made is read on other streams later
+            streams.settle(first.stream)  # what the capture has made is read on other streams later
             checked.add(first.rows)
             self.captures += 1
         return found

@@ -42,7 +42,7 @@ def test_a_stream_is_one_whoever_holds_it(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_on_a_cpu_nothing_is_queued() -> None:
     tensor = torch.ones(2)
-    assert streams.stream_for(tensor) is None
+    assert streams.of(tensor) is None
     assert streams.give(tensor, None) is tensor
     with streams.after([None, None]):
         streams.settle(None)

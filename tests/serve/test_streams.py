@@ -14,7 +14,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from dicompile.serve import Batcher, batcher, request, together
+from dicompile.runtime import streams
+from dicompile.serve import Batcher, together
 from tests import models
 from tests.runtime.test_streams import Stream
 from tests.serve.clients import at_once
@@ -28,11 +29,10 @@ class Device:
         self.given: dict[int, tuple[Tensor, str]] = {}
         self.settled = 0
         self._thread = threading.local()
-        for module in (batcher, request):
-            monkeypatch.setattr(module, "stream_for", lambda _: self._thread.stream)
+        monkeypatch.setattr(streams, "of", lambda _: self._thread.stream)
         monkeypatch.setattr(torch.accelerator, "current_stream", lambda _: self._thread.stream)
         monkeypatch.setattr(torch.accelerator, "synchronize", self._synchronize)
-        monkeypatch.setattr(together, "give", self._give)
+        monkeypatch.setattr(streams, "give", self._give)
         run_calls = together.run_calls
         monkeypatch.setattr(together, "run_calls", lambda *args: (self.log.append(("forward",)), run_calls(*args)))
 
@@ -59,11 +59,11 @@ def served(device: Device, names: list[str], steps: int = 3) -> dict[str, list[T
     serving = Batcher(sample.model, backend="eager", patience=20.0, sizes=(1, 2))
     times = models.timesteps(steps)
     opened = [serving.request("fora", schedule=times) for _ in names]
-    streams_by_name = {name: Stream(name, device.log) for name in names}
+    by_name = {name: Stream(name, device.log) for name in names}
     held: dict[str, list[Tensor]] = {}
 
     def run(name: str, one: Any) -> None:
-        device.use(streams_by_name[name])
+        device.use(by_name[name])
         with one:
             for i, timestep in enumerate(times):
                 models.call(one.model, sample.inputs, timestep, i)
