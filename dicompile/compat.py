@@ -19,6 +19,7 @@ from torch._dynamo import convert_frame, symbolic_convert
 from torch._dynamo.eval_frame import skip_code
 from torch._dynamo.utils import dynamo_timed, get_metrics_context
 from torch._dynamo.variables.base import AttributeMutationNew, ValueMutationNew
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import _lazy_graph_module
 
 from dicompile.nodes import results_of
@@ -147,6 +148,16 @@ def tracer_settings() -> tuple[tuple[str, str], ...]:
         if isinstance(value, (bool, int, float, str))
     }
     return tuple(sorted(settings.items()))
+
+
+def forget_tensors(graph: fx.Graph) -> None:
+    """Let fake modes of a graph's values forget of which tensors they have made fake ones.
+
+    They refer to these weakly, and torch exchanges no tensor that is referred to so: ``.to()`` of a quantised weight.
+    """
+    values = (node.meta.get("val", node.meta.get("example_value")) for node in graph.nodes)
+    for mode in {value.fake_mode for value in values if isinstance(value, FakeTensor)}:
+        mode.fake_tensor_converter.meta_converter.describer.lookup_tensor.clear()
 
 
 def left_alone(function: _CallableT) -> _CallableT:

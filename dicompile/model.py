@@ -34,6 +34,7 @@ from dicompile.capture import (
     marked_dims,
     with_python_numbers,
 )
+from dicompile.compat import forget_tensors
 from dicompile.compiler import COMPILING, ONE_AT_A_TIME, CompiledFrame, Options, compile_capture
 from dicompile.errors import CannotCapture, InvalidSetting, NoSitesFound, TimestepNotFound
 from dicompile.garbage import uncollected
@@ -214,6 +215,8 @@ class ModelCalls:
         sites, seconds = len(compiled.structure.sites), time.perf_counter() - start
         log.info("%s captured and analysed in %.1f s: %d sites", type(self.module).__name__, seconds, sites)
         self._keep(key, frame)
+        for graph in (known.captured.graph.graph, known.capture.graph):
+            forget_tensors(graph)
         return frame, tensors, inputs
 
     def _resized(self, key: tuple[object, ...], arguments: Arguments) -> Capture | None:

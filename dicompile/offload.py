@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from dicompile.errors import UnsupportedModel
+from dicompile.ops.wrapped import is_wrapped
 from dicompile.parallel import check_parts
 
 HOOK_ATTRIBUTES = frozenset({"_hf_hook", "_old_forward", "_diffusers_hook"})
@@ -27,21 +28,32 @@ def check_hooks(module: nn.Module) -> None:
 
     Raises:
         UnsupportedModel: hooks bring the weights of every part when it runs, as sequential offloading and diffusers'
-            group offloading do; or they keep what parts have computed, as diffusers' caches do.
+            group offloading do; they keep what parts have computed, as diffusers' caches do; or they cast weights that
+            are quantised.
     """
     check_parts(module)
     _check_weights_are_whole(module)
     for name, part in module.named_modules():
         hooks = vars(part).get("_diffusers_hook")
-        for hook in () if hooks is None or hooks._module_ref is not part else hooks.hooks.values():
+        if hooks is None or hooks._module_ref is not part:
+            continue
+        where = name or type(module).__name__
+        for hook in hooks.hooks.values():
             if hook._is_stateful:
                 raise UnsupportedModel(
                     f"{type(module).__name__} caches by itself",
-                    where=f"{type(hook).__name__} on {name or type(module).__name__}",
+                    where=f"{type(hook).__name__} on {where}",
                     why="what it keeps from one call to the next is in no plan, and of two caches each would take what "
                     "the other reused for computed",
                     fix="model.disable_cache() first; or leave out dicompile.optimize",
                 )
+        if hooks.get_hook("layerwise_casting") is not None and any(map(is_wrapped, part.parameters(recurse=False))):
+            raise UnsupportedModel(
+                f"weights of {type(module).__name__} are quantised and cast layer by layer",
+                where=where,
+                why="to cast a quantised weight is to exchange it for another one at every call",
+                fix="one of them: quantise, or model.enable_layerwise_casting(...); both store fewer bits",
+            )
 
 
 def _check_weights_are_whole(module: nn.Module) -> None:

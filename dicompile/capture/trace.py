@@ -73,7 +73,15 @@ def capture_by_running(module: nn.Module, arguments: Arguments) -> Captured:
         returned.append(result)
         return [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor)]
 
-    with torch.no_grad(), _buffers_put_back(module), written_out(), reads.uncached(), transforms_undone():
+    parts_run_as_they_are = torch._dynamo.config.patch(error_on_nested_fx_trace=False)  # whoever has compiled them
+    with (
+        torch.no_grad(),
+        _buffers_put_back(module),
+        written_out(),
+        reads.uncached(),
+        transforms_undone(),
+        parts_run_as_they_are,
+    ):
         try:
             with fx.traceback.preserve_node_meta(), _module_paths(module):
                 graph = make_fx(run, tracing_mode="real", pre_dispatch=True)(*own.values(), *copied.tensors)

@@ -167,11 +167,25 @@ def test_the_order_of_three_changes_nothing(first: str, second: str) -> None:
         called(after([first, second]))
     except Exception as error:
         pytest.skip(f"diffusers itself does not: {error}")
+    orders = ([first, OPTIMIZE, second], [OPTIMIZE, first, RUN, second])
+    if {first, second} == {"quantise", "cast layer by layer"}:
+        for actions in ([first, second, OPTIMIZE], *orders):
+            with pytest.raises(UnsupportedModel, match="are quantised and cast layer by layer"):
+                outcome(actions)
+        return
     wanted, plan = outcome([first, second, OPTIMIZE])
-    for actions in ([first, OPTIMIZE, second], [OPTIMIZE, first, RUN, second]):
+    for actions in orders:
         result, other = outcome(actions)
         assert torch.equal(result, wanted), actions
         assert other == plan, actions
+
+
+def test_quantised_weights_can_be_moved_after_a_run() -> None:
+    """torch exchanges them, and exchanges nothing that is referred to weakly."""
+    sampler = after([OPTIMIZE, "quantise", RUN])
+    wanted = called(sampler)
+    sampler.pipe.transformer.to(torch.float64).to(torch.float32)
+    assert torch.equal(called(sampler), wanted)
 
 
 @pytest.mark.parametrize("change", REFUSED)
