@@ -158,6 +158,9 @@ def plan_text(model: Any) -> str:
     return re.sub(r"predicted \S+x", "", str(dicompile.plan_of(model)))
 
 
+SCORED = 0.02
+"""Difference of a full step in bfloat16 whose attention scores tokens, relative to the largest output."""
+
 FEW = ("torchao int8 dynamic", "gguf")
 CASES = [
     pytest.param(name, kind, marks=() if (name, kind) in itertools.product(["flux"], FEW) else pytest.mark.nightly)
@@ -179,7 +182,10 @@ def test_sites_plans_and_steps_are_those_of_the_model_without(name: str, kind: s
         got = run(cached, sample.inputs)
         assert (plan_text(cached), dicompile.report(cached).kinds) == plan
         for step, eager, result in zip(dicompile.plan_of(cached).steps, wanted, got, strict=True):
-            assert torch.equal(result, eager) == (step.kind == "full")
+            if any(site.score for site in step.sites):  # attention and score are made of the same weights, in float32
+                assert (result - eager).abs().max() < SCORED * eager.abs().max()
+            else:
+                assert torch.equal(result, eager) == (step.kind == "full")
 
 
 def test_four_bits_of_bitsandbytes_are_linear_maps() -> None:

@@ -111,7 +111,7 @@ def test_attention_scores_are_an_operator_and_no_map() -> None:
     run(fast, sample.inputs, timesteps(12))
     variants = fast.frames[-1].programs.variants.variants
     operators = {str(node.target) for variant in variants for node in variant.segment.graph.nodes}
-    assert "dicompile.attention_received.default" in operators
+    assert "dicompile.attention_and_received.default" in operators
     assert not [name for name in operators if "softmax" in name or "matmul" in name or "bmm" in name]
 
 
