@@ -134,12 +134,12 @@ class _SiteRefresh:
         """Rank the tokens by everything that counts: in one kernel where there is one, else by sorting."""
         editor, score, base = self.editor, self.score, self.base()
         keeps_stamps = SlotKind.STAMP in self.step.writes
-        operator_ = select_tokens.operator_for(tensor_of(base).device, self.tokens)
-        if operator_ is None:
+        select = select_tokens.operator_for(tensor_of(base).device, self.tokens)
+        if select is None:
             return self.sorted(self.ranked(base), keeps_stamps)
         stamp, clock = (self.stamp(), self.clock()) if score.age_weight or keeps_stamps else (None, 0)
-        cells = (self.segment.grid or (), score.grid_cell or 0, score.grid_bonus)
-        call = editor.call(operator_, base, stamp, self.count, clock, score.age_weight, list(cells[0]), *cells[1:])
+        of_grid = list(self.segment.grid or ()), score.grid_cell, score.grid_bonus
+        call = editor.call(select, base, stamp, self.count, clock, score.age_weight, *of_grid)
         chosen, places, stamps = (editor.call(operator.getitem, call, i) for i in range(3))
         return Selection(chosen, places, stamps if keeps_stamps else None)
 
