@@ -29,7 +29,14 @@ from dicompile.capture.guards import PARTS, By, Fact, Guards, Path, below, find_
 from dicompile.capture.homes import Homes
 from dicompile.capture.numbers import open_numbers
 from dicompile.capture.wrapped import open_wrapped, take_apart
-from dicompile.compat import LOGGING_IS_LEFT_OUT, METHODS_ARE_GUARDED, DynamoCapture, dynamo_capture, noting_writes
+from dicompile.compat import (
+    LOGGING_IS_LEFT_OUT,
+    METHODS_ARE_GUARDED,
+    UNNAMED_SCOPE,
+    DynamoCapture,
+    dynamo_capture,
+    noting_writes,
+)
 from dicompile.errors import CannotCapture
 
 _CONTAINERS = ("DICT_KEYS_MATCH", "SEQUENCE_LENGTH", "DICT_CONTAINS", "DICT_NOT_CONTAINS", "SET_CONTAINS",
@@ -273,7 +280,7 @@ class _Read:
         self.modules: list[Path] = [Path()]
         self.containers: dict[str, Any] = {}
         self._aliases = made.aliases
-        self._foreign = {path: called for called, path in homes.foreign.items()}
+        self._homes, self._foreign = homes, {path: called for called, path in homes.foreign.items()}
         self._values: dict[Path, Any] = {Path(): module}
         for source, kind, operand in made.guards:
             self._read(source, kind, operand)
@@ -420,6 +427,8 @@ class _Read:
     def _root(self, name: str) -> Path | None:
         if name.startswith("__builtins_dict__"):
             return Path("builtins").via(By.DICT)
+        if unnamed := UNNAMED_SCOPE.match(name):
+            return self._homes.path_of(int(unnamed[1]))
         if name not in self._aliases:
             return None
         called = self._aliases[name]

@@ -47,6 +47,21 @@ class Homes:
         """The path of a namespace, if it is one of them."""
         return self._paths.get(id(names))
 
+    def path_of(self, number: int) -> Path:
+        """The path of a namespace by its id.
+
+        Raises:
+            CannotCapture: no class of the module is of it.
+        """
+        if number not in self._paths:
+            raise CannotCapture(
+                "a function that the forward calls is of no module",
+                where="capture",
+                why="its names lie in a namespace that nothing in the model leads to",
+                fix="define it in a Python module that is imported",
+            )
+        return self._paths[number]
+
     def _add(self, kind: type, mro: Path) -> None:
         for i, cls in enumerate(kind.__mro__):
             for key, value in vars(cls).items():
