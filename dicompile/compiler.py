@@ -392,9 +392,8 @@ class Programs:
         """Everything that the steps of a run need, of which nothing is compiled for being asked for here."""
         with ONE_AT_A_TIME, torch.inference_mode(mode=False), torch.no_grad(), uncollected():
             for index, planned in enumerate(self._planned(schedule)[0].steps):
-                self._rehearse(schedule, index, planned)
-                self._builder.try_out(planned)
-            return [*self._beside, *(variant.function for variant in self.variants.variants)]
+                self._missing(schedule, index, planned)
+            return self._codes()
 
     def prepare(self, schedule: TimestepSchedule, *, late: bool) -> None:
         """Make every step of a run ahead.
@@ -453,36 +452,32 @@ class Programs:
         self.debug.write(f"step{index}-gated", programs)
         return GatedStep.of(plan, index, programs)
 
-    def _rehearse(self, schedule: TimestepSchedule, index: int, planned: StepPlan) -> None:
-        """Note other sizes of what a step compiles, if it compiles anything."""
-        if self._rehearsal is not None:
-            self._builder.try_out(planned)
-            if not all(variant.function.is_compiled for variant in self.variants.variants):
-                self._rehearsal.note(schedule, index)
+    def _codes(self) -> list[Code]:
+        return [*self._beside, *(variant.function for variant in self.variants.variants)]
+
+    def _missing(self, schedule: TimestepSchedule, index: int, planned: StepPlan) -> int:
+        """Make the variants of a step; how much code waits to be compiled, of which other sizes are noted."""
+        self._builder.try_out(planned)
+        missing = sum(not code.is_compiled for code in self._codes())
+        if missing and self._rehearsal is not None:
+            self._rehearsal.note(schedule, index)
+        return missing
 
     def _program(self, schedule: TimestepSchedule, index: int, planned: StepPlan) -> Program:
-        with torch.inference_mode(mode=False), torch.no_grad(), uncollected():
-            self._rehearse(schedule, index, planned)
-            with self._bar(planned):
-                for code in self._beside:
-                    code.compile()
-                return self._builder.program(planned)
+        with torch.inference_mode(mode=False), torch.no_grad(), uncollected(), self._bar(schedule, index, planned):
+            for code in self._beside:
+                code.compile()
+            return self._builder.program(planned)
 
     def _gated_program(self, schedule: TimestepSchedule, index: int, planned: StepPlan) -> GatedProgram:
-        with torch.inference_mode(mode=False), torch.no_grad(), uncollected():
-            self._rehearse(schedule, index, planned)
-            with self._bar(planned):
-                return self._builder.gated(planned)
+        with torch.inference_mode(mode=False), torch.no_grad(), uncollected(), self._bar(schedule, index, planned):
+            return self._builder.gated(planned)
 
-    def _bar(self, planned: StepPlan) -> contextlib.AbstractContextManager[Any]:
+    def _bar(self, schedule: TimestepSchedule, index: int, planned: StepPlan) -> contextlib.AbstractContextManager[Any]:
         """A bar while the code of a step is compiled, if any has to be."""
-        self._builder.try_out(planned)
-        codes = [*self._beside, *(variant.function for variant in self.variants.variants)]
-        missing = sum(not code.is_compiled for code in codes)
-        if self.backend.is_eager or not missing:
-            return contextlib.nullcontext()
+        missing = 0 if self.backend.is_eager else self._missing(schedule, index, planned)
         pieces = "1 piece" if missing == 1 else f"{missing} pieces"
-        return bar(f"compiling {pieces} of code for a {planned.kind} step")
+        return bar(f"compiling {pieces} of code for a {planned.kind} step") if missing else contextlib.nullcontext()
 
 
 class Rehearsal:
