@@ -200,6 +200,10 @@ class SiteNodes:
     is_span: bool = False
     picture: tuple[int, int] = (0, 0)
 
+    def fresh(self, what: What) -> fx.Node:
+        """The value that is computed and stored: what the site adds, or its core."""
+        return self.update if what.is_added else self.core
+
 
 @dataclass
 class Segment:

@@ -58,7 +58,7 @@ from dicompile.passes.narrow import Narrow
 from dicompile.passes.reuse_sites import recalled
 from dicompile.passes.rows import Rows
 from dicompile.passes.score_tokens import raw_score
-from dicompile.plan import Context, Score, ScoreBase, SlotKind, What
+from dicompile.plan import Context, Score, ScoreBase, SlotKind
 
 aten = torch.ops.aten
 
@@ -100,7 +100,7 @@ class _SiteRefresh:
     def __init__(self, segment: Segment, position: int, step: LocalStep, score: Score) -> None:
         self.segment, self.position, self.step, self.score = segment, position, step, score
         self.site: SiteNodes = segment.sites[position]
-        self.fresh = self.site.update if step.what is What.UPDATE else self.site.core
+        self.fresh = self.site.fresh(step.what)
         self.editor = Editor(segment)
         self.batch, self.tokens, self.width = (int(size) for size in self.site.stream.meta["val"].shape)
         self.count = self.editor.int_input(TokenCount(position), below=self.tokens)

@@ -53,11 +53,7 @@ class ReuseSites:
 
 def _combine(segment: Segment, position: int, step: LocalStep) -> None:
     editor, site = Editor(segment), segment.sites[position]
-    fresh = {
-        What.UPDATE: site.update,
-        What.DIFFERENCE: site.update,
-        What.ATTENTION: site.attention[0] if site.attention else site.core,
-    }.get(step.what, site.core)
+    fresh = site.attention[0] if step.what is What.ATTENTION and site.attention else site.fresh(step.what)
     users = list(fresh.users)
     if not users:
         return  # somebody else's business: the span around this site is reused, too

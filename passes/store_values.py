@@ -44,7 +44,7 @@ class StoreValues:
                 continue
             site = segment.sites[position]
             if SlotKind.VALUE in step.writes:
-                _store(segment, SlotRef(position, SlotKind.VALUE), site.update if step.what.is_added else site.core)
+                _store(segment, SlotRef(position, SlotKind.VALUE), site.fresh(step.what))
             if SlotKind.ATTENTION in step.writes:
                 _store(segment, SlotRef(position, SlotKind.ATTENTION), site.attention[0])
             if SlotKind.STAMP in step.writes:

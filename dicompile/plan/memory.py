@@ -150,7 +150,7 @@ def stored_value(site: Site, kind: SlotKind, what: What) -> tuple[tuple[int, ...
     """Shape of what a slot (or the scales of one) stores, and its own bytes per element."""
     if kind in (SlotKind.ATTENTION, SlotKind.ATTENTION_SCALE):
         return site.attention_shape, site.attention_itemsize
-    return site.shape, (what is What.UPDATE and site.update_itemsize) or site.itemsize
+    return site.shape, (what.is_added and site.update_itemsize) or site.itemsize
 
 
 def _check(option: str, value: str, allowed: Any, where: str) -> None:
