@@ -23,6 +23,18 @@ TILE = 64
 
 
 @triton.jit
+def _comparable(score):
+    """The score; infinite where it is no number."""
+    return tl.where(score <= float("inf"), score, float("inf"))
+
+
+@triton.jit
+def _aged(score, stamp, clock, AGE: tl.constexpr):
+    """The score with what the token has gained by age."""
+    return _comparable(score + AGE * (clock - stamp).to(tl.float32) if AGE != 0 else score)
+
+
+@triton.jit
 def selection(
     score, stamp, chosen, places, stamped, tokens, count, clock, frames, rows, columns,
     AGE: tl.constexpr, BONUS: tl.constexpr, CELL: tl.constexpr, DEPTH: tl.constexpr, STAMPS: tl.constexpr,
@@ -30,8 +42,8 @@ def selection(
 ):  # fmt: skip
     """Places of the `TILE` tokens of a program; the grid is (tiles, b).
 
-    It is one function: torch follows what a store's address is made of, and takes all that a function of the kernel is
-    given for written where its result is part of one.
+    All loads are in this function: torch follows what a store's address is made of up to them, but not into another
+    function, whose pointers it would take for written.
     """
     sample = tl.program_id(1).to(tl.int64)
     score += sample * tokens
@@ -43,10 +55,8 @@ def selection(
     for step in range(-1, tl.cdiv(tokens, TILE)):  # first its own tile, then all of them
         token = tl.where(step < 0, tl.program_id(0), step) * TILE + tl.arange(0, TILE)
         there = token < tokens
-        theirs = tl.load(score + token, mask=there, other=float("-inf"))
-        if AGE != 0:
-            theirs += AGE * (clock - tl.load(stamp + token, mask=there, other=0)).to(tl.float32)
-        theirs = tl.where(theirs <= float("inf"), theirs, float("inf"))  # what is no number is
+        since = tl.load(stamp + token, mask=there & (AGE != 0), other=0)
+        theirs = _aged(tl.load(score + token, mask=there, other=float("-inf")), since, clock, AGE)
         if BONUS != 0:
             column, row, frame = token % columns, token // columns % rows, token // (columns * rows)
             better = tl.zeros([TILE], tl.int32)
@@ -56,15 +66,11 @@ def selection(
                 of_frame = frame // DEPTH * DEPTH + member // (CELL * CELL)
                 other = (of_frame * rows + of_row) * columns + of_column
                 exists = there & (of_column < columns) & (of_row < rows) & (of_frame < frames)
-                rival = tl.load(score + other, mask=exists, other=float("-inf"))
-                if AGE != 0:
-                    rival += AGE * (clock - tl.load(stamp + other, mask=exists, other=0)).to(tl.float32)
-                rival = tl.where(rival <= float("inf"), rival, float("inf"))
+                since = tl.load(stamp + other, mask=exists & (AGE != 0), other=0)
+                rival = _aged(tl.load(score + other, mask=exists, other=float("-inf")), since, clock, AGE)
                 is_better = (rival > theirs) | ((rival == theirs) & (other < token))
                 better += (exists & is_better).to(tl.int32)
-            raised = theirs + BONUS * theirs
-            raised = tl.where(raised <= float("inf"), raised, float("inf"))
-            theirs = tl.where(better == 0, raised, theirs)
+            theirs = tl.where(better == 0, _comparable(theirs + BONUS * theirs), theirs)
         ours = tl.where(step < 0, theirs, ours)
         is_first = (theirs[None, :] > ours[:, None]) | (
             (theirs[None, :] == ours[:, None]) & (token[None, :] < own[:, None])

@@ -42,7 +42,7 @@ FIGURES = {
     "selection sm_80": (191, 512),
     "selection sm_90": (147, 512),
     "selection aged sm_80": (226, 512),
-    "selection aged sm_90": (167, 512),
+    "selection aged sm_90": (160, 512),
     "selection aged, grid sm_80": (152, 512),
     "selection aged, grid sm_90": (140, 512),
     "selection aged, film sm_80": (128, 512),
