@@ -13,7 +13,19 @@ from torch import Tensor, fx, nn
 
 from dicompile.analysis import SiteKind, analyse
 from dicompile.config import DebugFolder, Settings
-from dicompile.passes import InputRef, LocalStep, OutputRef, Pass, PassReport, Segment, Value, outline, rewrite
+from dicompile.passes import (
+    InputRef,
+    LocalStep,
+    OutputRef,
+    Pass,
+    PassReport,
+    Segment,
+    SlotRef,
+    Value,
+    outline,
+    rewrite,
+)
+from dicompile.plan import Score, ScoreBase, SlotKind
 from tests.models import Sample, capture, redraw
 
 BATCH, TOKENS, WIDTH, HEADS, WORDS = 2, 16, 8, 2, 5
@@ -251,6 +263,15 @@ def reported(
     debug = DebugFolder(None)
     result, runs = rewrite(segment, steps, frozenset(live), passes, settings=Settings(), debug=debug, name="test")
     return result, [run.report for run in runs]
+
+
+SCORE = SlotRef(0, SlotKind.SCORE)
+"""Where the first site's score leaves a segment."""
+
+
+def produce(base: ScoreBase, *, shared: bool = False) -> LocalStep:
+    """A step that computes a site and delivers the raw score of its tokens."""
+    return LocalStep(produces=Score(base, share_guidance=shared), writes=(SlotKind.SCORE,))
 
 
 def run_segment(segment: Segment, values: Mapping[InputRef, Any]) -> dict[OutputRef, Tensor]:

@@ -7,15 +7,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dicompile.passes import LocalStep, SlotRef, Value
+from dicompile.passes import SlotRef, Value
 from dicompile.passes.score_tokens import ScoreTokens
-from dicompile.plan import Score, ScoreBase, SlotKind
+from dicompile.plan import ScoreBase, SlotKind
 from tests import models
 from tests.models import Sample
 from tests.passes.segments import (
     BATCH,
     FULL,
     HEADS,
+    SCORE,
     TOKENS,
     WIDTH,
     Attention,
@@ -24,13 +25,13 @@ from tests.passes.segments import (
     chain,
     cross_attention_block,
     cut,
+    produce,
     reported,
     rewritten,
     run_segment,
     self_attention_block,
 )
 
-SCORE = SlotRef(0, SlotKind.SCORE)
 FLOAT32 = 1e-5
 """Scores are computed in float32 and here in float64."""
 
@@ -40,10 +41,6 @@ NORM = """\
 %20: f32[2,2,16] = aten.linalg_vector_norm.default(%19, 2, [-1])  # blocks.0
 %21: f32[2,2,16] = aten.rsub.Scalar(%20, 1)  # blocks.0
 %22: f32[2,16] = aten.sum.dim_IntList(%21, [1])  # blocks.0"""
-
-
-def produce(base: ScoreBase, *, shared: bool = False) -> LocalStep:
-    return LocalStep(produces=Score(base, share_guidance=shared), writes=(SlotKind.SCORE,))
 
 
 def operands(block: Cut) -> list[Tensor]:

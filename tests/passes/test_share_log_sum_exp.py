@@ -11,10 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._ops import OpOverload
 
-from dicompile.passes import LocalStep, Segment, SlotRef
+from dicompile.passes import Segment
 from dicompile.passes.score_tokens import ScoreTokens
 from dicompile.passes.share_log_sum_exp import ShareLogSumExp
-from dicompile.plan import Score, ScoreBase, SlotKind
+from dicompile.plan import ScoreBase
 from tests.passes.segments import (
     BATCH,
     WIDTH,
@@ -22,12 +22,12 @@ from tests.passes.segments import (
     chain,
     cross_attention_block,
     cut,
+    produce,
     reported,
     rewritten,
     self_attention_block,
 )
 
-SCORE = SlotRef(0, SlotKind.SCORE)
 PASSES = (ScoreTokens(), ShareLogSumExp())
 
 SHARED = "f32[2,16] = dicompile.attention_received.default(%11, %14, None, None, False, lse=%20)"
@@ -48,10 +48,6 @@ def kernel(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> I
     yield kernel
     monkeypatch.undo()
     attention._dispatch_cache.clear()
-
-
-def produce(base: ScoreBase) -> LocalStep:
-    return LocalStep(produces=Score(base), writes=(SlotKind.SCORE,))
 
 
 def lse_of(segment: Segment) -> list[Any]:

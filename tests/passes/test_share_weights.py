@@ -10,35 +10,32 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dicompile.ops.kinds import ATTENTION
-from dicompile.passes import LocalStep, Segment, SlotRef, Value
+from dicompile.passes import Segment, Value
 from dicompile.passes.score_tokens import ScoreTokens
 from dicompile.passes.share_weights import ShareWeights
-from dicompile.plan import Score, ScoreBase, SlotKind
+from dicompile.plan import ScoreBase
 from tests.passes.segments import (
     BATCH,
+    SCORE,
     WIDTH,
     Attention,
     Cut,
     chain,
     cross_attention_block,
     cut,
+    produce,
     reported,
     rewritten,
     run_segment,
     self_attention_block,
 )
 
-SCORE = SlotRef(0, SlotKind.SCORE)
 PASSES = (ScoreTokens(), ShareWeights())
 
 SHARED = """\
 %18: (f32[2,2,16,4], f32[2,16]) = dicompile.attention_and_received.default(%11, %14, %17, None, None, False)  # blocks.0
 %19: f32[2,2,16,4] = getitem(%18, 0)  # blocks.0
 %20: f32[2,16] = getitem(%18, 1)  # blocks.0"""
-
-
-def produce(base: ScoreBase) -> LocalStep:
-    return LocalStep(produces=Score(base), writes=(SlotKind.SCORE,))
 
 
 def is_shared(segment: Segment) -> bool:
