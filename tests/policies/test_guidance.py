@@ -174,6 +174,19 @@ def test_a_partner_with_another_latent_is_none(model: Any, sample: Sample, texts
     assert set(kinds(model)) == {"full"}
 
 
+def test_of_two_partners_with_one_latent_none_is_chosen(
+    model: Any, sample: Sample, texts: dict[str, dict[str, Tensor]]
+) -> None:
+    """Two prompts for one picture, by regions: which of them the difference is to cannot be told."""
+    region = {key: value.flip(-1) for key, value in texts["cond"].items()}
+    for step, latent in enumerate(latents()):
+        for text in (texts["cond"], region):
+            call(model, sample, text, step, latent, "cond")
+        found = call(model, sample, texts["uncond"], step, latent, "uncond")
+        torch.testing.assert_close(found, call(sample.model, sample, texts["uncond"], step, latent))
+    assert set(kinds(model)) == {"full"}
+
+
 def test_two_pictures_in_turn_have_a_partner_each(
     model: Any, sample: Sample, texts: dict[str, dict[str, Tensor]]
 ) -> None:
