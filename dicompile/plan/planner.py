@@ -90,7 +90,7 @@ def plan_actions(
 
     Args:
         structure: the model.
-        rows: the actions; two rows where a gate decides.
+        rows: the actions; where a gate decides, those of a step that recalls.
         schedule: the timesteps.
         name: of the policy.
         cache: in which numbers values are stored.
@@ -152,9 +152,8 @@ def _plan_steps(
 ) -> Iterator[StepPlan]:
     """Steps with reads, liveness and cost, whichever way a gate will decide."""
     recalled = _with_reads(structure, _with_whats(_ways(rows), whats))
-    full = [
-        _with_reads(structure, _with_whats([row.full], whats))[0] if isinstance(row, Gated) else None for row in rows
-    ]
+    everything = _with_reads(structure, _with_whats([(COMPUTE,) * len(structure.everything)], whats))[0]
+    full = [everything if isinstance(row, Gated) else None for row in rows]
     probe = structure.probe
     watched: tuple[Slot, ...] = ()
     pinned: tuple[Slot, ...] = ()

@@ -17,15 +17,13 @@ Row = tuple[Action, ...]
 
 @dataclass(frozen=True, slots=True)
 class Gated:
-    """A step at which a gate decides.
+    """A step at which a gate decides; it computes everything if the probe has drifted too far.
 
     Attributes:
-        recalled: what the step does if the probe has drifted little.
-        full: what it does otherwise.
+        recalled: what the step does otherwise.
     """
 
     recalled: Row
-    full: Row
 
 
 def make_rows(
@@ -80,12 +78,12 @@ class _Rows:
             check_table(policy, rule, sites, steps)
 
     def rows(self) -> list[Row | Gated]:
-        """One row per step of the run, two where a gate decides; what that may store, no step counts on."""
+        """One row per step of the run; on what a step may store if its gate decides so, no other counts."""
         result: list[Row | Gated] = []
         for step in range(self.begin, self.steps):
             row = self.row(step)
             if self.moment(self.policy.cadence, step).gated and not all(action.is_full for action in row):
-                result.append(Gated(row, (COMPUTE,) * len(row)))
+                result.append(Gated(row))
                 continue
             for stored, action in zip(self.stored, row, strict=True):
                 if action.is_full:

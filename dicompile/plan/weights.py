@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 
@@ -31,7 +32,12 @@ def taylor_weights(stored: Sequence[int], step: int, order: int, hermite: float 
         hermite: scale c of the polynomials that stand in for powers of the distance x, ``c**k H_k(c x)``; None for the
             powers.
     """
-    times = list(stored[: order + 1])[::-1]
+    return _taylor_weights(tuple(stored[: order + 1]), step, order, hermite)
+
+
+@functools.lru_cache(maxsize=4096)  # the sites of a step share theirs
+def _taylor_weights(stored: tuple[int, ...], step: int, order: int, hermite: float | None) -> tuple[float, ...]:
+    times = stored[::-1]
     older: list[np.ndarray] = []
     for number, time in enumerate(times):
         newer = [np.eye(len(times))[number]]
