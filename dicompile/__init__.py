@@ -41,7 +41,9 @@ from dicompile.plan import Table as Table
 from dicompile.plan import TimestepSchedule as TimestepSchedule
 from dicompile.plan import TokenScore as TokenScore
 from dicompile.plan import TokenTable as TokenTable
+from dicompile.plan import Velocity as Velocity
 from dicompile.policies import FORA as FORA
+from dicompile.policies import L2P as L2P
 from dicompile.policies import PAB as PAB
 from dicompile.policies import DBCache as DBCache
 from dicompile.policies import DiCache as DiCache
@@ -56,6 +58,7 @@ from dicompile.policies import GuidanceReuse as GuidanceReuse
 from dicompile.policies import HiCache as HiCache
 from dicompile.policies import LearningToCache as LearningToCache
 from dicompile.policies import MagCache as MagCache
+from dicompile.policies import MeanCache as MeanCache
 from dicompile.policies import NoCache as NoCache
 from dicompile.policies import Router as Router
 from dicompile.policies import SmoothCache as SmoothCache

@@ -32,7 +32,7 @@ from dicompile.plan.memory import DTYPES, UNLIMITED, CacheOptions, check_can_com
 from dicompile.plan.plan import Dropped, Plan, SiteStep, StepPlan
 from dicompile.plan.planner import attention_owner, make_plan, plan_actions, recording_plan, reusing_plan
 from dicompile.plan.predictor import Predictor, PredictorFacts, load_predictor
-from dicompile.plan.recall import Aligned, Bands, Fitted, Forecast, Reuse, Spectral, WhatName
+from dicompile.plan.recall import Aligned, Bands, Fitted, Forecast, Reuse, Spectral, Velocity, WhatName
 from dicompile.plan.rows import make_rows
 from dicompile.plan.schedule import TimestepSchedule
 from dicompile.plan.schema import (
@@ -46,7 +46,7 @@ from dicompile.plan.schema import (
     TokenScore,
     TokenTable,
 )
-from dicompile.plan.weights import chebyshev_weights, polynomial_weights, taylor_weights
+from dicompile.plan.weights import chebyshev_weights, polynomial_weights, taylor_weights, unrolled_weights
 
 __all__ = [
     "COMPUTE",
@@ -91,6 +91,7 @@ __all__ = [
     "TimestepSchedule",
     "TokenScore",
     "TokenTable",
+    "Velocity",
     "What",
     "WhatName",
     "Window",
@@ -113,4 +114,5 @@ __all__ = [
     "reusing_plan",
     "score_source",
     "taylor_weights",
+    "unrolled_weights",
 ]

@@ -7,6 +7,7 @@ A policy is refused in this order: by what its rules ask of branches (`check_fit
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -17,7 +18,7 @@ from dicompile.errors import CacheTooLarge, InvalidSetting, PolicyDoesNotFit
 from dicompile.plan.action import ScoreBase
 from dicompile.plan.frozen import Origin
 from dicompile.plan.plan import Plan
-from dicompile.plan.recall import Bands, Fitted, Recall
+from dicompile.plan.recall import Bands, Fitted, Recall, Velocity
 from dicompile.plan.schedule import TimestepSchedule
 from dicompile.plan.schema import Policy, Refresh, Rule, Table, TokenScore, TokenTable
 from dicompile.text import size_text
@@ -106,6 +107,8 @@ def check_timesteps(policy: Policy, schedule: TimestepSchedule) -> None:
             why=f"only the number of steps was given: {schedule.steps}",
             fix="optimize(..., schedule=scheduler), or a list of timesteps",
         )
+    if any(isinstance(rule.recall, Velocity) for rule in policy.rules):
+        _check_levels(policy, schedule)
     for rule in policy.rules:
         origin = _origin(rule)
         if origin is None or len(origin.timesteps) != schedule.before + len(schedule.timesteps):
@@ -121,6 +124,24 @@ def check_timesteps(policy: Policy, schedule: TimestepSchedule) -> None:
                     why="a learned table holds for the timesteps of one sampler",
                     fix="set up the scheduler as for the training, or learn a table for this one",
                 )
+
+
+def _check_levels(policy: Policy, schedule: TimestepSchedule) -> None:
+    """Weights that follow from noise levels need those, each unlike the one before."""
+    times = schedule.timesteps
+    if times and 0.0 not in (later - earlier for earlier, later in itertools.pairwise(times)):
+        return
+    raise PolicyDoesNotFit(
+        f"policy {policy.name!r} weighs velocities by the timesteps in between, and "
+        + ("two that follow each other are equal" if times else "no timesteps are known"),
+        where="schedule",
+        why="the rule is for Euler's method, which evaluates every timestep once"
+        if times
+        else f"only the number of steps was given: {schedule.steps}",
+        fix="sample with Euler's method (FlowMatchEulerDiscreteScheduler)"
+        if times
+        else "optimize(..., schedule=scheduler), or a list of timesteps",
+    )
 
 
 def check_table(policy: Policy, rule: Rule, sites: Sequence[Site], steps: int) -> None:
@@ -139,6 +160,14 @@ def check_table(policy: Policy, rule: Rule, sites: Sequence[Site], steps: int) -
     where = origin.file if origin else f"rule for {', '.join(rule.sites) or 'all sites'}"
     if isinstance(rule.recall, Fitted):
         _check_fitted(policy, rule.recall, sites, steps, where)
+    if isinstance(rule.recall, Velocity) and len(rule.recall.back) != steps:
+        raise PolicyDoesNotFit(
+            f"policy {policy.name!r} says for {len(rule.recall.back)} steps how far to look back, "
+            f"the schedule has {steps}",
+            where=where,
+            why="a published schedule holds for one number of steps",
+            fix=f"sample in {len(rule.recall.back)} steps",
+        )
     if origin and origin.sites:
         _check_labels(policy, origin, [site.label for site in sites])
     if not isinstance(rule.do, (Table, TokenTable)):

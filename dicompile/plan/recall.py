@@ -11,7 +11,7 @@ from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 from dicompile.errors import InvalidPolicy
 from dicompile.plan.action import Action, LowBand, What
 from dicompile.plan.frozen import Frozen, Origin
-from dicompile.plan.weights import chebyshev_weights, polynomial_weights, taylor_weights
+from dicompile.plan.weights import chebyshev_weights, polynomial_weights, taylor_weights, unrolled_weights
 
 WhatName = Literal["core", "update", "attention", "stream", "difference"]
 
@@ -233,5 +233,56 @@ class Fitted(Frozen):
         return Forecast(order=max(count - 1, 0), differences="divided", what=self.what)
 
 
-Recall = Annotated[Reuse | Forecast | Spectral | Bands | Aligned | Fitted, Field(discriminator="do")]
+class Velocity(Frozen):
+    """Go on from the velocity of the step before by how much the average one of some steps differs from their first.
+
+    For flow matching with Euler's method: ``v = v1 + (u - v0) (s2 - s) / (s - s0)``. At noise level s, v1 is the
+    velocity of the step before, computed or not, v0 that of the step `back` steps before, at level s0, and s2 the next
+    level; ``u = (x - x0) / (s - s0)`` is the average velocity in between, by which the latent has moved.
+
+    Attributes:
+        back: per step of the schedule, over how many steps the average is taken: 1 is `Reuse`. Of no matter at full
+            steps, and never further than to the first step of the run.
+        what: which value is stored.
+
+    Reference:
+        Gao et al., MeanCache: From Instantaneous to Average Velocity for Accelerating Flow Matching Inference,
+        arXiv 2601.19961.
+    """
+
+    do: Literal["velocity"] = "velocity"
+    back: tuple[PositiveInt, ...]
+    what: WhatName = "stream"
+
+    def fitted(self, stored: Sequence[int], step: int, timesteps: Sequence[float], begin: int = 0) -> Fitted:
+        """The weights for values stored at the steps `stored`, up to `step`; they follow from the timesteps.
+
+        Args:
+            stored: steps at which velocities were computed.
+            step: the last one with weights.
+            timesteps: of the run: noise levels up to a factor; 0 comes after the last.
+            begin: step of the schedule at which the run begins.
+        """
+        times = (*timesteps, 0.0)
+        rows = [self._row(times, number, self.back[begin + number]) for number in range(step - begin + 1)]
+        weights = unrolled_weights(rows, {other - begin for other in stored})
+        return Fitted(weights=((),) * begin + weights, what=self.what)
+
+    @staticmethod
+    def _row(times: Sequence[float], step: int, back: int) -> Weights:
+        """Weights of the velocities of all steps before one, the oldest first."""
+        if step == 0:
+            return ()
+        first = max(step - back, 0)
+        length = times[step] - times[first]
+        ahead = (times[step + 1] - times[step]) / length
+        weights = [0.0] * step
+        for other in range(first, step):
+            weights[other] = ahead * (times[other + 1] - times[other]) / length
+        weights[first] -= ahead
+        weights[-1] += 1.0
+        return tuple(weights)
+
+
+Recall = Annotated[Reuse | Forecast | Spectral | Bands | Aligned | Fitted | Velocity, Field(discriminator="do")]
 """What stands in for a value that is not computed."""

@@ -8,7 +8,7 @@ from dicompile.analysis import ModelStructure, Site, SiteKind, Span
 from dicompile.plan.action import COMPUTE, SKIP, Action, Context, Score, ScoreBase, Selection, What
 from dicompile.plan.cadence import Cadence, Moment
 from dicompile.plan.fits import check_stored, check_table, reused_whole
-from dicompile.plan.recall import Fitted
+from dicompile.plan.recall import Fitted, Velocity
 from dicompile.plan.schema import Policy, Refresh, Rule, Table, TokenScore, TokenTable
 
 Row = tuple[Action, ...]
@@ -160,6 +160,8 @@ class _Rows:
         assert not isinstance(recall, TokenTable)
         if self.begin and isinstance(recall, Fitted):
             recall = recall.for_stored(stored, step, place)
+        elif isinstance(recall, Velocity):
+            recall = recall.fitted(stored, step, self.timesteps, self.begin)
         check_stored(self.policy, site, recall, stored, step, place)
         return recall.action(stored, step, place)
 

@@ -13,7 +13,7 @@ from dicompile.plan.cadence import Cadence, Moment
 from dicompile.plan.frozen import Frozen, Origin
 from dicompile.plan.gate import Gate
 from dicompile.plan.predictor import Predictor
-from dicompile.plan.recall import Aligned, Bands, Fitted, Forecast, Recall, Reuse, Spectral, WhatName
+from dicompile.plan.recall import Aligned, Bands, Fitted, Forecast, Recall, Reuse, Spectral, Velocity, WhatName
 from dicompile.plan.yaml_json import YamlJson
 
 
@@ -154,7 +154,8 @@ class Rule(Frozen):
     when: Literal["always", "odd", "even"] = "always"
     cadence: Cadence | None = None
     do: Annotated[
-        Reuse | Forecast | Spectral | Bands | Aligned | Fitted | Refresh | Table | TokenTable, Field(discriminator="do")
+        Reuse | Forecast | Spectral | Bands | Aligned | Fitted | Velocity | Refresh | Table | TokenTable,
+        Field(discriminator="do"),
     ]
 
     def names(self, site: Site) -> bool:

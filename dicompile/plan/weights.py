@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 
 import numpy as np
 
@@ -72,3 +72,23 @@ def chebyshev_weights(stored: Sequence[int], step: int, degree: int, ridge: floa
     known, wanted = basis[:-1], basis[-1]
     weights = np.linalg.solve(known.T @ known + ridge * np.eye(degree + 1), wanted) @ known.T
     return tuple(float(weight) for weight in weights)
+
+
+def unrolled_weights(rows: Sequence[Sequence[float]], full: Container[int]) -> tuple[tuple[float, ...], ...]:
+    """Weights of computed values alone, newest first, of forecasts that also build on earlier forecasts.
+
+    Args:
+        rows: per step, weights of the values of all steps before it, the oldest first, whether computed or forecast.
+        full: steps that compute; the first one does. Their rows count for nothing.
+
+    Returns:
+        Per step, weights of the values computed before it; of steps that compute none.
+    """
+    values = np.zeros((len(rows), len(rows)))
+    for step, row in enumerate(rows):
+        values[step] = np.eye(len(rows))[step] if step in full else np.asarray(row[:step]) @ values[:step]
+    computed = [step for step in range(len(rows)) if step in full]
+    return tuple(
+        () if step in full else tuple(float(value[other]) for other in reversed(computed) if other < step)
+        for step, value in enumerate(values)
+    )

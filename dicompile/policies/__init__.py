@@ -20,7 +20,9 @@ from dicompile.policies.freqca import FreqCa
 from dicompile.policies.guidance import GuidanceReuse
 from dicompile.policies.hicache import HiCache
 from dicompile.policies.l2c import LearningToCache
+from dicompile.policies.l2p import L2P
 from dicompile.policies.magcache import MagCache
+from dicompile.policies.meancache import MeanCache
 from dicompile.policies.none import NoCache
 from dicompile.policies.pab import PAB
 from dicompile.policies.router import Router, RouterFacts
@@ -35,6 +37,7 @@ from dicompile.policies.tokencache import TokenCache
 
 __all__ = [
     "FORA",
+    "L2P",
     "PAB",
     "POLICIES",
     "DBCache",
@@ -50,6 +53,7 @@ __all__ = [
     "HiCache",
     "LearningToCache",
     "MagCache",
+    "MeanCache",
     "NoCache",
     "Predictor",
     "Router",
@@ -91,6 +95,8 @@ POLICIES: dict[str, Callable[..., Policy]] = {
     "hicache": HiCache,
     "spectrum": Spectrum,
     "freqca": FreqCa,
+    "meancache": MeanCache,
+    "l2p": L2P,
     "first-block-cache": FirstBlockCache,
     "dbcache": DBCache,
     "teacache": TeaCache,

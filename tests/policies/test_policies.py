@@ -49,7 +49,7 @@ from dicompile.policies import (
 )
 from tests.capture.captured import structure
 
-LEARNED = {"l2c", "smoothcache", "tokencache"}
+LEARNED = {"l2c", "l2p", "smoothcache", "tokencache"}
 """Policies that need a file."""
 
 ratios, numbers = st.floats(0, 1), st.floats(-10, 10)
