@@ -230,10 +230,13 @@ class ProgramBuilder:
             assembly.store_watched(self.structure)
             ways.append(assembly.finish(self._results()))
             count = assembly.count
-        recalled, computed = (replace(way, registers=count, invariants=()) for way in ways)
+        done = before.finish_before(ways, count)
+        if self.structure.probe is not None:  # or else nothing runs before the gate decides, and each way loads its own
+            ways = [replace(way, invariants=()) for way in ways]
+        recalled, computed = (replace(way, registers=count) for way in ways)
         values = (Slot.of(span.id, SlotKind.VALUE) for span in (self.structure.probe, self.structure.trace) if span)
         left = tuple((slot, before.writes[slot]) for slot in values)
-        return GatedProgram(before.finish_before(ways, count), recalled, computed, left)
+        return GatedProgram(done, recalled, computed, left)
 
     def _choose_around_gate(self, step: StepPlan) -> list[tuple[StepPlan, list[tuple[Piece, Variant]]]]:
         """Variants that a gated step runs before its gate decides, where it recalls, and where it does not."""

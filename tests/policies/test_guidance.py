@@ -239,6 +239,23 @@ def test_memory_is_that_of_the_plan_and_goes_back(
     assert 2 * STEPS * plan.flops == (STEPS + len(FULL)) * plan.baseline_flops, "both halves together"
 
 
+def test_each_way_has_what_is_computed_outside_of_the_steps() -> None:
+    torch.manual_seed(0)
+    sample, steps = models.plain_dit(1), 4
+    found, latent = dict[str, list[Tensor]](), torch.randn(4, 4, 16, 16)
+    for hoist in ("off", "all"):
+        model = optimized(sample, dicompile.GuidanceReuse(2, (-1, 2000)), steps, hoist=hoist)
+        for time in timesteps(steps):
+            for name, label in zip(HALVES, (1, 10), strict=True):
+                with torch.no_grad(), dicompile.cache_context(name):
+                    output = model(latent, torch.full((4,), time), torch.full((4,), label))
+                found.setdefault(hoist, []).append(output)
+        assert kinds(model)[1::2] == ["full", "recalled", "full", "full"]
+    assert dicompile.report(model).hoisted_bytes > 0
+    for ours, theirs in zip(found["all"], found["off"], strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
 def test_an_output_of_another_shape_is_refused() -> None:
     with pytest.raises(PolicyDoesNotFit, match=r"which this model's output does not allow"):
         other = models.pixart()
