@@ -62,6 +62,7 @@ from dicompile.policies import MeanCache as MeanCache
 from dicompile.policies import NoCache as NoCache
 from dicompile.policies import Router as Router
 from dicompile.policies import SmoothCache as SmoothCache
+from dicompile.policies import SpeCa as SpeCa
 from dicompile.policies import Spectrum as Spectrum
 from dicompile.policies import TaylorSeer as TaylorSeer
 from dicompile.policies import TaylorSeerLite as TaylorSeerLite

@@ -14,7 +14,7 @@ from typing import Any, Protocol, cast
 import torch
 
 from dicompile.errors import StaleRead
-from dicompile.lower import Constant, GatedProgram, Program
+from dicompile.lower import Constant, GatedProgram, Program, Verification
 from dicompile.plan import HISTORIC, Aligned, Plan, Slot, SlotKind, StepPlan, TimestepSchedule
 from dicompile.runtime.contexts import ContextState
 from dicompile.runtime.gate import Anchors
@@ -55,6 +55,7 @@ class Step:
         key: equal for steps of which one recording will do, but for numbers and places in memory.
         anchors: number of a slot, and register, of what the gate compares from full step to full step: the probe, and
             the model's output. Empty where it compares nothing.
+        verification: what tells, after the program, how far off what it has recalled is, if anything does.
     """
 
     plan: Plan
@@ -70,9 +71,17 @@ class Step:
     loads: tuple[tuple[Hashable, int], ...]
     key: Same
     anchors: tuple[tuple[int, int], ...] = ()
+    verification: Verification | None = None
 
     @classmethod
-    def of(cls, plan: Plan, index: int, program: Program, planned: StepPlan | None = None) -> Step:
+    def of(
+        cls,
+        plan: Plan,
+        index: int,
+        program: Program,
+        planned: StepPlan | None = None,
+        verification: Verification | None = None,
+    ) -> Step:
         """Work out everything that does not depend on values.
 
         Args:
@@ -80,6 +89,7 @@ class Step:
             index: of the step in it.
             program: what runs.
             planned: what the plan says about the step, where it says two things.
+            verification: what tells how far off is what the program recalls.
 
         Raises:
             StaleRead: the plan reads what it never holds.
@@ -117,6 +127,7 @@ class Step:
                 for slot, register in sorted(program.writes, key=lambda write: write[0].site != plan.probe)
                 if slot.kind is SlotKind.ANCHOR
             ),
+            verification=verification,
         )
 
     @property
@@ -130,7 +141,7 @@ class Step:
         return self.planned.full is not None
 
     def weights(self, site: int, number: int, full: Sequence[int]) -> tuple[float, ...]:
-        """Weights of a site; where a gate recalls, they follow from the steps that really were full.
+        """Weights of a site; where a gate recalls, they follow from the steps that really were full; of others 0.
 
         Args:
             site: its number.
@@ -140,7 +151,8 @@ class Step:
         planned = self.planned.sites[site].action.weights
         if not self.is_recall:
             return planned
-        return self.plan.recalls[site].action(full[: len(planned) - 1], number).weights
+        weights = self.plan.recalls[site].action(full[: len(planned) - 1], number).weights
+        return (*weights, *(0.0,) * (len(planned) - len(weights)))
 
     @functools.cached_property
     def does(self) -> Hashable:
@@ -199,7 +211,7 @@ class GatedStep:
     def of(cls, plan: Plan, index: int, programs: GatedProgram) -> GatedStep:
         """Work out everything that does not depend on values."""
         planned, watched = plan.steps[index], programs.watched
-        recalled = Step.of(plan, index, programs.recalled)
+        recalled = Step.of(plan, index, programs.recalled, verification=programs.verification)
         full = Step.of(plan, index, programs.full, planned.full)
         number = {slot: i for i, slot in enumerate(plan.slots)}
         probe = next(((number[slot], register) for slot, register in watched[:1]), None)
@@ -391,14 +403,16 @@ class Executor:
         """Run a step until its gate decides; how it goes on. This is the one place that waits for the device."""
         context = place.context
         assert context is not None
+        gate, schedule = step.full.plan.gate, step.full.plan.schedule
+        assert gate is not None
+        share = (place.step + 1) / (schedule.before + schedule.steps)
         if step.probe is None:
-            assert step.full.plan.gate is not None
-            decision = context.drift.wait(step.full.plan.gate, partner)
+            decision = context.drift.trust(gate, share) if gate.verifies else context.drift.wait(gate, partner)
+            context.drift.take(decision)
             state.report.decide(decision)
             return step.recalled if decision.recalls else step.full
         number, register = step.probe
-        gate, reference = step.full.plan.gate, context.store[number] if context.store else None
-        assert gate is not None
+        reference = context.store[number] if context.store else None
         if reference is None:
             raise _not_written(step.full.slots[number])
         if self.check:
@@ -408,12 +422,12 @@ class Executor:
         before = [] if doubt is None else registers.copy()
         run_calls(step.program, registers, None)
         first = state.decided_at(place.step) if gate.partners == "first" else None
-        decision = context.drift.decide(gate, registers[register], reference, first)
+        decision = context.drift.decide(gate, registers[register], reference, first, share)
         if doubt is not None and doubt.is_justified:
             registers[:] = before
             load(is_again=True)
             run_calls(step.program, registers, None)
-            decision = context.drift.decide(gate, registers[register], reference, first)
+            decision = context.drift.decide(gate, registers[register], reference, first, share)
         context.drift.take(decision)
         if decision.recalls and step.trace[0]:
             assert step.aligned is not None
@@ -462,6 +476,9 @@ class Executor:
             registers[:] = before
             load(is_again=True)
             run_calls(step.program, registers, lane)
+        if context is not None and (verification := self._due(context, step)) is not None:
+            run_calls(verification.program, registers, None)
+            context.drift.verify(registers[verification.recalled], registers[verification.computed])
         results, chosen = step.outputs(registers), step.chosen(registers) if session.keep_chosen else {}
         if watch is not None:
             watch.end(results)
@@ -473,6 +490,14 @@ class Executor:
             if step.anchors and step.is_led and place.call.latent is not None:
                 context.drift.result = registers[step.anchors[0][1]], Given.of(place.call.latent)
         return outcome
+
+    @staticmethod
+    def _due(context: ContextState, step: Step) -> Verification | None:
+        """What verifies this call, if it recalls and has to be."""
+        gate = step.plan.gate
+        if gate is None or not gate.is_verified(context.drift.run, context.drift.recalled):
+            return None
+        return step.verification
 
     def _measure(self, state: ModelState, context: ContextState, step: Step, registers: Sequence[Any]) -> None:
         """Compare a full step with the one before it, for a gate that wants to know how far the output moves."""
@@ -506,16 +531,30 @@ class Executor:
 
     def _load_slots(self, state: ModelState, context: ContextState, step: Step, registers: list[Any]) -> None:
         store = context.store
+        missing = self._newer(context, step) if step.is_recall and store else {}
         if self.check:
-            reads = [number for number, _, _ in step.reads]
+            reads = [number for number, _, _ in step.reads if number not in missing]
             context.stamps.check(reads, store, step, state.generation)
         for number, register, stays in step.reads:
-            content = store[number] if store else None
+            content = missing[number] if number in missing else store[number] if store else None
             if content is None:
                 raise _not_written(step.slots[number])
             registers[register] = content
             if not stays:
                 store[number] = None
+
+    @staticmethod
+    def _newer(context: ContextState, step: Step) -> dict[int, torch.Tensor | None]:
+        """What stands in for values that no full step has stored yet, and that have no weight: the newest ones."""
+        store, full = context.store, len(context.drift.full)
+        newest = {
+            (slot.site, slot.kind): store[number] for number, _, _ in step.reads if not (slot := step.slots[number]).age
+        }
+        return {
+            number: newest.get((slot.site, slot.kind))
+            for number, _, _ in step.reads
+            if (slot := step.slots[number]).age >= full > 0
+        }
 
     def _keep(
         self, state: ModelState, place: Place, context: ContextState, step: Step, *, is_paired: bool = False

@@ -11,6 +11,9 @@ import torch
 from dicompile.plan import Aligned, Gate
 from dicompile.runtime.given import Given
 
+EPSILON = 1e-10
+"""What a computed value is taken for at least, where an error is divided by it."""
+
 
 @dataclass(frozen=True, slots=True)
 class Decision:
@@ -18,7 +21,7 @@ class Decision:
 
     Attributes:
         drift: what was held against the threshold: rescaled, and added up if the gate does that; None where its limits
-            left nothing to decide.
+            left nothing to decide, or nothing has been compared.
         recalls: whether the step recalls.
     """
 
@@ -40,6 +43,7 @@ class Drift:
         weights: of the last two stored values, with a 0 before them, where they follow from what the gate watches.
         result: what the model has returned at the latest full step, and for which latent, where partners read it.
         is_paired: a partner was there at the latest full step.
+        error: of the latest recalled step that was verified since the latest full one; on the device.
     """
 
     full: tuple[int, ...] = ()
@@ -51,8 +55,11 @@ class Drift:
     weights: torch.Tensor | None = None
     result: tuple[torch.Tensor, Given] | None = None
     is_paired: bool = False
+    error: torch.Tensor | None = None
 
-    def decide(self, gate: Gate, probe: torch.Tensor, reference: torch.Tensor, first: Decision | None) -> Decision:
+    def decide(
+        self, gate: Gate, probe: torch.Tensor, reference: torch.Tensor, first: Decision | None, share: float
+    ) -> Decision:
         """Decide about a step; waits for the device, unless there is nothing to decide.
 
         Args:
@@ -60,23 +67,47 @@ class Drift:
             probe: its value at this step.
             reference: what it is compared with.
             first: what a guidance partner has decided at this step, if that holds for this one, too.
+            share: of the run that is over with this step.
         """
         if not gate.may_recall(self.run, self.recalled):
             return Decision(None, recalls=False)
         if first is not None:
             return first
+        if gate.must_recall(self.run):
+            return Decision(None, recalls=True)
         if gate.relative_to == "probe":
             drift = drift_of(probe, reference)
         elif self.rate is None or self.output is None:
             return Decision(None, recalls=False)
         else:
             drift = drift_of(probe, reference, self.output / self.rate)
+        return self._decision(gate, drift, share)
+
+    def trust(self, gate: Gate, share: float) -> Decision:
+        """Decide about a step by how far off the recalled one before it was; waits for the device if that is known.
+
+        Args:
+            gate: of the policy.
+            share: of the run that is over with this step.
+        """
+        if not gate.may_recall(self.run, self.recalled):
+            return Decision(None, recalls=False)
+        if gate.must_recall(self.run) or self.error is None:
+            return Decision(None, recalls=True)
+        return self._decision(gate, float(self.error), share)
+
+    def _decision(self, gate: Gate, drift: float, share: float) -> Decision:
         drift = gate.rescaled(drift) + (self.total if gate.accumulates else 0.0)
-        return Decision(drift, drift < gate.limit(self.run))
+        return Decision(drift, drift < gate.limit(self.run, share))
 
     def wait(self, gate: Gate, partner: torch.Tensor | None) -> Decision:
         """Decide about a step by whether a guidance partner was there before; waits for nothing."""
         return Decision(None, partner is not None and self.is_paired and gate.may_recall(self.run, self.recalled))
+
+    def verify(self, recalled: torch.Tensor, computed: torch.Tensor) -> None:
+        """Note how far off a recalled stream is; waits for nothing."""
+        recalled, computed = recalled.float(), computed.float()
+        self.error = ((recalled - computed).abs() / (computed.abs() + EPSILON)).mean()
 
     def measure(self, now: Anchors, before: Anchors | None) -> None:
         """Note how far the output has moved with the probe, after a full step; waits for nothing.
@@ -110,7 +141,7 @@ class Drift:
         if recalls:
             self.run, self.recalled = self.run + 1, self.recalled + 1
         else:
-            self.full, self.total, self.run = (step, *self.full), 0.0, 0
+            self.full, self.total, self.run, self.error = (step, *self.full), 0.0, 0, None
 
 
 class Anchors(NamedTuple):

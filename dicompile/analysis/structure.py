@@ -322,6 +322,12 @@ class ModelStructure:
         return next((span for span in self.spans if span.kind is SiteKind.MODEL), None)
 
     @property
+    def last(self) -> Span | None:
+        """What the last block adds to the one stream that the model's output reads; None where there are several."""
+        ends = [span for span in self.spans if span.kind is SiteKind.BLOCK and span.is_last]
+        return ends[0] if len(ends) == 1 and ends[0].block == len(self.blocks) - 1 else None
+
+    @property
     def everything(self) -> tuple[Site, ...]:
         """Sites and spans, by number."""
         return self.sites + self.spans

@@ -14,7 +14,16 @@ from dicompile.lower.inductor import (
 )
 from dicompile.lower.pieces import Piece, Pieces
 from dicompile.lower.predictor import network_predictor, table_predictor
-from dicompile.lower.program import Call, Constant, GatedProgram, IntRef, NoiseRead, Program, ProgramBuilder
+from dicompile.lower.program import (
+    Call,
+    Constant,
+    GatedProgram,
+    IntRef,
+    NoiseRead,
+    Program,
+    ProgramBuilder,
+    Verification,
+)
 from dicompile.lower.recordable import check_can_record
 from dicompile.lower.variants import VARIANTS, Variant, VariantCache
 from dicompile.lower.workers import Request, count_workers
@@ -42,6 +51,7 @@ __all__ = [
     "Request",
     "Variant",
     "VariantCache",
+    "Verification",
     "ask_workers",
     "check_can_record",
     "compile_plainly",

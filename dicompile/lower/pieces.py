@@ -74,8 +74,9 @@ class Pieces:
             spans = [span.id for span in active if span.kind is SiteKind.BLOCK and span.block == block.id]
             return not any(step.sites[i].action.computes for i in (*block.sites, *spans))
 
+        verified = None if step.verified is None else structure.everything[step.verified].block
         runs: list[list[int]] = []
-        for is_reused, alike in itertools.groupby(structure.blocks, reuses):
+        for (is_reused, _), alike in itertools.groupby(structure.blocks, lambda b: (reuses(b), b.id == verified)):
             numbers = [int(block.id) for block in alike]
             runs += _cut(numbers) if is_reused else [[number] for number in numbers]
         at_the_start, at_the_end = (

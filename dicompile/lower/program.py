@@ -31,7 +31,7 @@ from dicompile.passes import (
     Value,
     Weights,
 )
-from dicompile.plan import Slot, SlotKind, StepPlan, attention_owner
+from dicompile.plan import COMPUTE, SiteStep, Slot, SlotKind, StepPlan, attention_owner
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,6 +145,21 @@ class Program:
 
 
 @dataclass(frozen=True, eq=False)
+class Verification:
+    """What computes a span of which a step has recalled the sites, on the registers that the step has left.
+
+    Attributes:
+        program: reads no slot and stores nothing; loads nothing from outside of the steps either.
+        recalled: register of the stream behind the span, as the step has made it.
+        computed: register in which the program leaves it.
+    """
+
+    program: Program
+    recalled: int
+    computed: int
+
+
+@dataclass(frozen=True, eq=False)
 class GatedProgram:
     """A step at which a gate decides: what runs before, then one of two programs on the same registers.
 
@@ -154,16 +169,22 @@ class GatedProgram:
         full: what runs otherwise.
         watched: slots of the probe, and of a trace if there is one, and the registers in which `before` leaves their
             values.
+        verification: what tells, after recalling, how far off that was; None where nothing does.
     """
 
     before: Program
     recalled: Program
     full: Program
     watched: tuple[tuple[Slot, int], ...]
+    verification: Verification | None = None
 
     def __str__(self) -> str:
         condition = " and ".join(f"{slot} ~ %{register}" for slot, register in self.watched) or "a partner was here"
-        return "\n".join((str(self.before), f"if {condition}:", str(self.recalled), "else:", str(self.full)))
+        recalled, check = [str(self.recalled)], self.verification
+        if check is not None:
+            condition = "the last forecast was near enough"
+            recalled += [str(check.program), f"compare %{check.recalled} with %{check.computed}"]
+        return "\n".join((str(self.before), f"if {condition}:", *recalled, "else:", str(self.full)))
 
 
 class ProgramBuilder:
@@ -197,16 +218,20 @@ class ProgramBuilder:
         """Make the variants of a step, but compile none."""
         with self.variants.trial():
             if step.full is not None:
-                self._choose_around_gate(step)
+                self._choose_around_gate(step, self._choose_verification(step)[1])
             elif step.signature not in self._programs:
                 self._choose_variants(step, self.pieces.of_step(step), self._wanted())
 
     def gated(self, step: StepPlan) -> GatedProgram:
         """The programs of a step at which a gate decides; steps of equal signatures share them."""
         assert step.full is not None
-        key = (step.signature, step.full.signature)
+        key = (step.signature, step.full.signature, step.verified)
         if key not in self._gated:
-            self._gated[key] = self._build_gated(step, step.full)
+            if step.verified is None:
+                self._gated[key] = self._build_gated(step, step.full)
+            else:
+                end = self.structure.everything[step.verified].add
+                self._gated[key] = self._build_verified(step, step.full, end)
         return self._gated[key]
 
     def _build(self, step: StepPlan) -> Program:
@@ -238,15 +263,64 @@ class ProgramBuilder:
         left = tuple((slot, before.writes[slot]) for slot in values)
         return GatedProgram(done, recalled, computed, left)
 
-    def _choose_around_gate(self, step: StepPlan) -> list[tuple[StepPlan, list[tuple[Piece, Variant]]]]:
-        """Variants that a gated step runs before its gate decides, where it recalls, and where it does not."""
+    def _build_verified(self, step: StepPlan, full: StepPlan, end: str) -> GatedProgram:
+        """Nothing runs before such a gate decides; what compares runs after recalling, on what that has left.
+
+        Args:
+            step: what it does where it recalls.
+            full: what it does otherwise.
+            end: the stream that is compared.
+        """
+        checking, needed = self._choose_verification(step)
+        _, (_, recalling), (_, computing) = self._choose_around_gate(step, needed)
+        nothing = _Assembly(self.capture, step, self._invariants)
+        recalled = nothing.fork(step, nothing.count)
+        recalled.add_all(recalling)
+        check = recalled.fork(_plain(self.structure), recalled.count)
+        check.add_all(checking)
+        computed = nothing.fork(full, check.count)
+        computed.add_all(computing)
+        left = {recalled.values[end], *(register for call in check.calls for register in call.inputs)}
+        first = replace(
+            recalled.finish(self._results(), left),
+            registers=computed.count,
+            invariants=tuple(check.invariants.items()),
+        )
+        compared = check.values[end]
+        program = replace(check.finish((), {compared}), registers=computed.count, invariants=())
+        return GatedProgram(
+            before=nothing.finish_before((), computed.count),
+            recalled=first,
+            full=computed.finish(self._results()),
+            watched=(),
+            verification=Verification(program, recalled.values[end], compared),
+        )
+
+    def _choose_around_gate(
+        self, step: StepPlan, also: frozenset[str] = frozenset()
+    ) -> list[tuple[StepPlan, list[tuple[Piece, Variant]]]]:
+        """Variants that a gated step runs before its gate decides, where it recalls, and where it does not.
+
+        Args:
+            step: the step.
+            also: values that are needed where it recalls.
+        """
         before, *ways = self.pieces.around_gate(step)
         chosen, needed = [], set[str]()
-        for way in ways:
-            own = self._wanted()
+        for way, more in zip(ways, (also, frozenset[str]()), strict=True):
+            own = self._wanted() | more
             chosen.append((way.step, self._choose_variants(way.step, way.pieces, own)))
             needed |= own
         return [(before.step, self._choose_variants(before.step, before.pieces, needed)), *chosen]
+
+    def _choose_verification(self, step: StepPlan) -> tuple[list[tuple[Piece, Variant]], frozenset[str]]:
+        """Variants that compute what a step verifies, and the values that enter them and come out; none for nothing."""
+        if step.verified is None:
+            return [], frozenset()
+        span, plain = self.structure.everything[step.verified], _plain(self.structure)
+        pieces = [p for p in self.pieces.of_step(plain) if p.sites and p.sites[0].block == span.block]
+        needed = {span.add}
+        return self._choose_variants(plain, pieces, needed), frozenset(needed)
 
     def _wanted(self) -> set[str]:
         return {node.name for node in self._results() if isinstance(node, fx.Node)}
@@ -282,6 +356,11 @@ class ProgramBuilder:
 
     def _results(self) -> list[Any]:
         return results_of(self.capture.graph)
+
+
+def _plain(structure: ModelStructure) -> StepPlan:
+    """A step that computes everything and stores nothing."""
+    return StepPlan("full", (SiteStep(COMPUTE),) * len(structure.everything), frozenset())
 
 
 def _already_written(planned: StepPlan, writes: Mapping[Slot, int]) -> dict[Slot, int]:
@@ -374,10 +453,16 @@ class _Assembly:
             assert register is not None
             self.writes[anchor] = register
 
-    def finish(self, results: Iterable[Any]) -> Program:
+    def finish(self, results: Iterable[Any], left: Iterable[int] = ()) -> Program:
+        """The program.
+
+        Args:
+            results: what the model returns, as nodes and constants.
+            left: registers that somebody reads after it.
+        """
         registers = tuple(self._value(r.name) if isinstance(r, fx.Node) else Constant(r) for r in results)
         kept = {r for r in registers if isinstance(r, int)} | set(self.writes.values())
-        kept |= {register for _, register in self.chosen} | set(range(self.inputs))
+        kept |= {register for _, register in self.chosen} | set(range(self.inputs)) | set(left)
         tables = self.invariants.values()
         given = {self.memory[register] for register in (*range(self.inputs), *tables)}
         stored = {self.memory[register] for register in (*self.slots.values(), *self.writes.values(), *tables)}

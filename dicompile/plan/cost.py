@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from dicompile.analysis import ModelStructure, Site, TokenWise
+from dicompile.analysis import ModelStructure, Site, Span, TokenWise
 from dicompile.plan.action import Action, Context, ScoreBase, SlotKind, What
 from dicompile.plan.plan import FLOPS_PER_BYTE, StepPlan
 
@@ -51,6 +51,15 @@ def scoring(structure: ModelStructure, step: StepPlan) -> tuple[float, float]:
             shares[site.attention] = site, tokens.count / site.tokens.count
     flops = sum(site.score_flops * share for site, share in shares.values())
     return flops, sum(site.score_bytes * share for site, share in shares.values())
+
+
+def with_check(structure: ModelStructure, step: StepPlan, span: Span) -> StepPlan:
+    """Note what computing a span beside what is recalled of it costs."""
+    inside = [structure.sites[i] for i in span.inside]
+    flops = sum(site.flops for site in inside)
+    return replace(
+        step, verified=int(span.id), check=(flops, sum(_roofline(site.flops, site.bytes) for site in inside))
+    )
 
 
 def with_predictor(structure: ModelStructure, step: StepPlan, cost: float) -> StepPlan:

@@ -391,6 +391,14 @@ def _check_trunk(policy: Policy, structure: ModelStructure) -> None:
             why="it is not one tensor with the latent's shape and dtype",
             fix="use a policy that reuses what the blocks add, such as dicompile.TeaCache() or dicompile.MagCache()",
         )
+    if structure.sites and policy.gate is not None and policy.gate.verifies and structure.last is None:
+        raise PolicyDoesNotFit(
+            f"policy {policy.name!r} verifies the stream behind the last block, but the model has no such one",
+            where="analysis",
+            why="its output reads several streams, or one that no block ends with",
+            fix="watch another value (Gate(probe=...)), or use a policy that is planned ahead, such as "
+            "dicompile.TaylorSeer()",
+        )
     if structure.sites and policy.trunk.probe is not None and policy.gate is not None and structure.probe is None:
         raise PolicyDoesNotFit(
             f"policy {policy.name!r} has a gate, but the model has nothing for it to watch",

@@ -22,7 +22,9 @@ class Gate(Frozen):
             what enters the first attention, the latent's tokens normalised and modulated by the timestep; "modulation"
             and "embedding": what the timestep has become by which they are modulated, after the last product, and
             before it and its activation; "latent": the latent itself. "partner": nothing is compared; a step recalls
-            where the guidance partner `leads`, of the same latent, has been called at it before.
+            where the guidance partner `leads`, of the same latent, has been called at it before. "forecast": at steps
+            that recall, the last block is computed, too, and its stream held against the recalled one:
+            ``d = mean(|recalled - computed| / |computed|)``, for the step after; what was computed is thrown away.
         leads: name of the context that never recalls, and after which the others do; for "partner" only.
         depth: number of the first blocks that the probe goes through; None for those that run at every step for
             themselves (`Policy.outside`).
@@ -33,24 +35,33 @@ class Gate(Frozen):
         partners: guidance partners that are called one by one decide "each" for themselves, or do at every step what
             the "first" of them has decided, within the limits of their own.
         threshold: drift from which a step is full, unitless.
+        decay: what the threshold is multiplied by over the run: at step s of S, by ``decay ** (s / S)``.
+        floor: least threshold, whatever it has decayed to.
         rescale: coefficients of P, the highest power first.
         accumulates: add up the drift since the last full step.
         resume: after a full step, recall only below this; None for the threshold.
+        shortest: steps in a row that recall before anything is compared; "forecast" has at least 1, and makes its first
+            comparison at the one after these.
         longest: most steps in a row that recall; None for any number.
         most: most steps of a run that do.
         last: steps at the end that are full.
     """
 
-    probe: Literal["residual", "stream", "modulated", "modulation", "embedding", "latent", "partner"] = "residual"
+    probe: Literal["residual", "stream", "modulated", "modulation", "embedding", "latent", "partner", "forecast"] = (
+        "residual"
+    )
     leads: str = ""
     depth: PositiveInt | None = None
     reference: Literal["full", "previous"] = "full"
     relative_to: Literal["probe", "output"] = "probe"
     partners: Literal["each", "first"] = "each"
     threshold: Annotated[float, Field(ge=0)] = 0.0
+    decay: Annotated[float, Field(gt=0, le=1)] = 1.0
+    floor: Annotated[float, Field(ge=0)] = 0.0
     rescale: Annotated[tuple[float, ...], Field(min_length=1)] = (1.0, 0.0)
     accumulates: bool = False
     resume: Annotated[float, Field(ge=0)] | None = None
+    shortest: NonNegativeInt = 0
     longest: PositiveInt | None = None
     most: NonNegativeInt | None = None
     last: NonNegativeInt = 0
@@ -73,6 +84,29 @@ class Gate(Frozen):
             )
         return self
 
+    @model_validator(mode="after")
+    def _check_verifies(self) -> Gate:
+        if not self.verifies:
+            return self
+        reasons = {
+            "compares with something else than what is recalled": self.relative_to == "output",
+            "has no step that is compared before it decides": self.shortest == 0,
+            "starts again below another threshold, but never decides right after a full step": self.resume is not None,
+        }
+        for reason, holds in reasons.items():
+            if holds:
+                raise InvalidPolicy(
+                    f"a gate that verifies forecasts {reason}",
+                    where="Gate",
+                    fix="Gate(probe='forecast', shortest=1, longest=8, threshold=0.3)",
+                )
+        return self
+
+    @property
+    def verifies(self) -> bool:
+        """True if it computes some of what is recalled, to see how far off that is."""
+        return self.probe == "forecast"
+
     @property
     def watches_blocks(self) -> bool:
         """True if blocks run before it decides."""
@@ -94,9 +128,28 @@ class Gate(Frozen):
             result = result * drift + coefficient
         return result
 
-    def limit(self, run: int) -> float:
-        """Drift from which a step is full, after so many in a row that recalled."""
-        return self.threshold if run or self.resume is None else self.resume
+    def must_recall(self, run: int) -> bool:
+        """True if nothing is compared yet, after so many steps in a row that recalled."""
+        return run < self.shortest
+
+    def is_verified(self, run: int, recalled: int) -> bool:
+        """True if what a step recalls is compared with what it would have computed: the next one decides by that.
+
+        Args:
+            run: steps that recalled since the last full one, before it.
+            recalled: steps of the run that did, before it.
+        """
+        return self.verifies and not self.must_recall(run) and self.may_recall(run + 1, recalled + 1)
+
+    def limit(self, run: int, share: float) -> float:
+        """Drift from which a step is full.
+
+        Args:
+            run: steps that recalled since the last full one.
+            share: of the run that is over with this step.
+        """
+        threshold = self.threshold if run or self.resume is None else self.resume
+        return max(threshold * self.decay**share, self.floor)
 
     def most_recalled(self, gated: Sequence[bool]) -> list[bool]:
         """At which steps of a run it recalls at most, within its limits.

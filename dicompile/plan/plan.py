@@ -61,6 +61,8 @@ class StepPlan:
         bytes: memory traffic of the step, nothing fused.
         time: roofline time of the step, in operations.
         full: of a gated step, what it does where the probe has drifted: everything. The rest is about recalling.
+        verified: of a gated step, number of the span that may be computed beside what is recalled of it, to compare.
+        check: operations of that, and their roofline time; not in `flops` and `time`.
     """
 
     kind: str
@@ -71,6 +73,8 @@ class StepPlan:
     bytes: int = 0
     time: float = 0.0
     full: StepPlan | None = field(repr=False, default=None)
+    verified: int | None = None
+    check: tuple[int, float] = (0, 0.0)
 
     def writing(self, site: int, slots: tuple[Slot, ...]) -> StepPlan:
         """The step, of which one site writes other slots."""
@@ -193,9 +197,14 @@ class Plan:
         """The steps of a run in which the gate recalls as often as its limits allow."""
         if self.gate is None:
             return self.steps
+        run, recalled, result = 0, 0, list[StepPlan]()
         recalls = self.gate.most_recalled([step.full is not None for step in self.steps])
-        return tuple(step if is_recalled else step.full or step
-                     for step, is_recalled in zip(self.steps, recalls, strict=True))  # fmt: skip
+        for step, is_recalled in zip(self.steps, recalls, strict=True):
+            flops, time = step.check if self.gate.is_verified(run, recalled) else (0, 0.0)
+            done = replace(step, flops=step.flops + flops, time=step.time + time)
+            result.append(done if is_recalled else step.full or step)
+            run, recalled = (run + 1, recalled + 1) if is_recalled else (0, recalled)
+        return tuple(result)
 
     @property
     def score_flops(self) -> int:
@@ -323,7 +332,7 @@ class Plan:
     def __str__(self) -> str:
         legend = "F computed   t some tokens   . reused   f forecast   b blended   - skipped, a span is reused"
         if self.gate is not None:
-            where = "the probe has drifted little"
+            where = "the last forecast was near enough" if self.gate.verifies else "the probe has drifted little"
             if self.gate.leads:
                 where = f"the context {self.gate.leads!r}, which computes every step, was called before"
             legend += f"\ngated steps do this where {where}, and else compute everything"

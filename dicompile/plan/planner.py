@@ -23,7 +23,7 @@ from dicompile.plan.action import (
     What,
 )
 from dicompile.plan.budget import fit_budget
-from dicompile.plan.cost import baseline_time, with_cost, with_predictor
+from dicompile.plan.cost import baseline_time, with_check, with_cost, with_predictor
 from dicompile.plan.fits import check_timesteps, choose_setting, reused_whole, score_source, unmatched_rules
 from dicompile.plan.gate import Gate
 from dicompile.plan.memory import UNLIMITED, CacheOptions, slot_bytes, stored_value
@@ -167,14 +167,17 @@ def _plan_steps(
             for number, (sites, otherwise) in enumerate(zip(recalled, full, strict=True))
         ]  # fmt: skip
         full = [None if sites is None else _anchored(sites, anchors, compares=not pinned) for sites in full]
-    for kept in _with_liveness(recalled, full, watched, pinned):
+    found = _with_liveness(recalled, full, watched, pinned)
+    for kept in found if gate is None else _written(found):
         scaled = _with_scales(structure, kept, whats, cache)
         step = StepPlan(_kind(scaled.sites, len(structure.sites)), scaled.sites, scaled.live)
         if scaled.full is None:
             yield with_cost(structure, step)
         else:
             otherwise = with_cost(structure, StepPlan("full", scaled.full, scaled.live))
-            yield with_cost(structure, replace(step, kind="gated", full=otherwise))
+            gated = with_cost(structure, replace(step, kind="gated", full=otherwise))
+            last = structure.last if gate is not None and gate.verifies else None
+            yield gated if last is None else with_check(structure, gated, last)
 
 
 def _watched(structure: ModelStructure, sites: tuple[SiteStep, ...], gate: Gate) -> tuple[SiteStep, ...]:
@@ -433,6 +436,19 @@ def _with_liveness(
         for slot in watched:
             live[slot.site].add(slot)
     return result[::-1]
+
+
+def _written(steps: Iterable[_Kept]) -> Iterator[_Kept]:
+    """Steps that keep no more values than the steps until then can have stored, whichever way a gate decided."""
+    before: set[Slot] = set()
+    for step in steps:
+        after = set(before)
+        for sites in (step.sites, step.full or step.sites):
+            after.update(slot for site in sites for slot in site.writes)
+            moved = (slot for slot in before if slot.kind in HISTORIC and slot.age < sites[slot.site].history)
+            after.update(replace(slot, age=slot.age + 1) for slot in moved)
+        before = after & step.live
+        yield step._replace(live=frozenset(before))
 
 
 def _live_sites(sites: tuple[SiteStep, ...], live: dict[int, set[Slot]]) -> tuple[SiteStep, ...]:

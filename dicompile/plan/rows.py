@@ -8,7 +8,7 @@ from dicompile.analysis import ModelStructure, Site, SiteKind, Span
 from dicompile.plan.action import COMPUTE, SKIP, Action, Context, Score, ScoreBase, Selection, What
 from dicompile.plan.cadence import Cadence, Moment
 from dicompile.plan.fits import check_stored, check_table, reused_whole
-from dicompile.plan.recall import Fitted, Velocity
+from dicompile.plan.recall import Fitted, Forecast, Velocity
 from dicompile.plan.schema import Policy, Refresh, Rule, Table, TokenScore, TokenTable
 
 Row = tuple[Action, ...]
@@ -70,6 +70,7 @@ class _Rows:
         if probe is not None and probe.id in dropped:  # nothing tells what has drifted
             self.always |= {int(site.id) for site in structure.everything}
         self.stored: list[list[int]] = [[] for _ in structure.everything]
+        self.possible: list[list[int]] = [[] for _ in structure.everything]
         self.moments: dict[Cadence, tuple[Moment, ...]] = {}
         named = [[site for site in structure.everything if rule.names(site)] for rule in policy.rules]
         self.places = [{site.id: place for place, site in enumerate(sites)} for sites in named]
@@ -78,16 +79,19 @@ class _Rows:
             check_table(policy, rule, sites, steps)
 
     def rows(self) -> list[Row | Gated]:
-        """One row per step of the run; on what a step may store if its gate decides so, no other counts."""
+        """One row per step of the run; on what a step may store if its gate decides so, forecasts alone count."""
         result: list[Row | Gated] = []
         for step in range(self.begin, self.steps):
             row = self.row(step)
             if self.moment(self.policy.cadence, step).gated and not all(action.is_full for action in row):
                 result.append(Gated(row))
+                for possible in self.possible:
+                    possible.insert(0, step)
                 continue
-            for stored, action in zip(self.stored, row, strict=True):
+            for stored, possible, action in zip(self.stored, self.possible, row, strict=True):
                 if action.is_full:
                     stored.insert(0, step)
+                    possible.insert(0, step)
             result.append(row)
         return result
 
@@ -163,7 +167,7 @@ class _Rows:
         elif isinstance(recall, Velocity):
             recall = recall.fitted(stored, step, self.timesteps, self.begin)
         check_stored(self.policy, site, recall, stored, step, place)
-        return recall.action(stored, step, place)
+        return recall.action(self.possible[site.id] if isinstance(recall, Forecast) else stored, step, place)
 
     def moment(self, cadence: Cadence, step: int) -> Moment:
         """What `step` is to a cadence."""

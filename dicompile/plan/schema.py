@@ -279,7 +279,7 @@ class Policy(YamlJson):
         watches_output = self.gate is not None and self.gate.relative_to == "output"
         return Trunk(
             *self.outside,
-            None if self.gate is None or self.gate.probe == "partner" else Probe(self.gate.probe),
+            None if self.gate is None or self.gate.probe in ("partner", "forecast") else Probe(self.gate.probe),
             watches_output or any("model" in rule.sites for rule in self.rules),
             0 if self.gate is None else self.gate.depth or 0,
             self.is_aligned,
@@ -315,6 +315,12 @@ def check_gated(policy: Policy) -> None:
             ("one of its rules has a cadence of its own", rule.cadence is not None),
             (f"one of its rules holds at {rule.when} steps only", rule.when != "always"),
             (f"one of its rules does {rule.do.do!r}", rule.do.do not in ("reuse", "forecast", "align")),
+        ]
+    if policy.gate is not None and policy.gate.verifies:
+        spans = any(site in ("stack", "model") for rule in policy.rules for site in rule.sites)
+        reasons += [
+            ("nothing enters the last block where more than that is recalled as a whole", spans),
+            ("the last block, which it verifies, runs at every step", policy.outside[1] > 0),
         ]
     for reason, holds in reasons:
         if holds:

@@ -29,6 +29,7 @@ from dicompile.policies.router import Router, RouterFacts
 from dicompile.policies.router_file import load_router, save_router
 from dicompile.policies.schedule_json import schedule_from_json, schedule_to_json
 from dicompile.policies.smoothcache import SmoothCache, smooth_schedule
+from dicompile.policies.speca import SpeCa
 from dicompile.policies.spectrum import Spectrum
 from dicompile.policies.taylorseer import TaylorSeer, TaylorSeerLite
 from dicompile.policies.teacache import TeaCache
@@ -59,6 +60,7 @@ __all__ = [
     "Router",
     "RouterFacts",
     "SmoothCache",
+    "SpeCa",
     "Spectrum",
     "TaylorSeer",
     "TaylorSeerLite",
@@ -102,6 +104,7 @@ POLICIES: dict[str, Callable[..., Policy]] = {
     "teacache": TeaCache,
     "easycache": EasyCache,
     "dicache": DiCache,
+    "speca": SpeCa,
     "guidance-reuse": GuidanceReuse,
     "magcache": MagCache,
     "pab": PAB,
