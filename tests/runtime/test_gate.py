@@ -75,7 +75,7 @@ class Reference:
         full = step < self.policy.cadence.warmup or step >= STEPS - gate.last
         if self.policy.cadence.at:
             full = step in self.policy.cadence.at
-        recalls = not full and self.recalls(gate, probe)
+        recalls = not full and self.recalls(gate, probe, (step + 1) / STEPS)
         if not full:
             self.recalled.append(recalls)
         if gate.reference == "previous" or not recalls:
@@ -95,9 +95,11 @@ class Reference:
             self.anchors.insert(0, (probe, output))
         return output
 
-    def recalls(self, gate: Gate, probe: Tensor) -> bool:
+    def recalls(self, gate: Gate, probe: Tensor, share: float) -> bool:
         if (gate.longest is not None and self.run >= gate.longest) or sum(self.recalled) >= (gate.most or 10**9):
             return False
+        if self.run < gate.shortest:
+            return True
         assert self.reference is not None
         size = self.reference.abs().mean()
         if gate.relative_to == "output":
@@ -111,13 +113,11 @@ class Reference:
         self.total = self.total + drift if gate.accumulates else drift
         self.drifts.append(self.total)
         start = gate.threshold if gate.resume is None or self.run else gate.resume
-        return self.total < start
+        return self.total < max(start * gate.decay**share, gate.floor)
 
     def forecast(self, step: int) -> Tensor:
         (latest, value), *older = self.stored
-        cadence = self.policy.cadence
-        sure = sum(before in cadence.at if cadence.at else before < cadence.warmup for before in range(step))
-        if not getattr(self.policy.rules[0].do, "order", 0) or sure < 2:
+        if not getattr(self.policy.rules[0].do, "order", 0) or not older:
             return value
         before, older_value = older[0]
         return value + (value - older_value) * (step - latest) / (latest - before)
@@ -151,7 +151,9 @@ GATES = {
     "first block": policy(Gate(threshold=0.55)),
     "two blocks, one at the end": policy(Gate(threshold=0.5), outside=(2, 1)),
     "forecast": policy(Gate(threshold=0.6), warmup=2, order=1),
-    "forecast as soon as two steps are full for sure": policy(Gate(threshold=0.5), at=(0, 2, 6), order=1),
+    "forecast as soon as two values are stored": policy(Gate(threshold=0.6), at=(0, 6), order=1),
+    "at least two in a row": policy(Gate(threshold=0.3, shortest=2)),
+    "a threshold that decays": policy(Gate(threshold=1.2, decay=0.3, floor=0.5)),
     "modulated": policy(
         Gate(probe="modulated", reference="previous", accumulates=True, threshold=0.4, last=1), outside=(0, 0)
     ),
