@@ -23,8 +23,9 @@ def SpeCa(
 
     Args:
         threshold: mean over all numbers of the stream of the relative error from which the next step is full, unitless.
-            The authors' code for HunyuanVideo has 1.
-        decay: what the threshold is multiplied by over the run, unitless; for HunyuanVideo 0.1. It stays above 0.01.
+            The authors' code for HunyuanVideo has 1; the default here is not a published one.
+        decay: what the threshold is multiplied by over the run, unitless; 0.1 for HunyuanVideo. It does not fall below
+            0.01.
         shortest: forecast steps after a full one before one is verified; published are 2 and 3 for DiT, 4 for
             HunyuanVideo.
         longest: most steps in a row that are forecast; published are 5 and 8 for DiT, 12 for HunyuanVideo.

@@ -13,6 +13,7 @@ from torch import Tensor
 import dicompile
 from dicompile.errors import InvalidPolicy, PolicyDoesNotFit
 from dicompile.plan import Cadence, Gate, Policy, Reuse, Rule, TimestepSchedule, make_plan
+from dicompile.runtime import invariants
 from dicompile.runtime.gate import Drift
 from tests import models
 from tests.models import PlainDiT, Sample, optimized, timesteps
@@ -174,6 +175,22 @@ def test_guidance_partners_have_errors_of_their_own(sample: Sample) -> None:
                 found.setdefault(name, []).append(dicompile.report(model).calls[-1].kind != "recalled")
     assert found["cond"] == expected(sample, CASES["as published"])[1].full
     assert found["uncond"] != found["cond"]
+
+
+def test_a_step_with_another_timestep_than_was_foretold_is_verified_anew(
+    sample: Sample, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(invariants, "_is_waited_for", lambda tensor: True)  # as if the CPU were an accelerator
+    off_by, found = {4: 0.3, 6: -0.3, 11: 0.2}, dict[str, tuple[list[Tensor], list[float]]]()
+    for hoist in ("off", "all"):
+        model, outputs = optimized(sample, dicompile.SpeCa(**CASES["as published"]), STEPS, hoist=hoist), list[Tensor]()
+        with torch.no_grad():
+            for step, (x, time) in enumerate(zip(latents(sample), TIMES, strict=True)):
+                outputs.append(model(x, torch.full((2,), time + off_by.get(step, 0.0)), sample.inputs["y"]))
+        found[hoist] = outputs, drifts(model)
+    assert found["all"][1] == pytest.approx(found["off"][1], rel=1e-2)
+    for ours, theirs in zip(found["all"][0], found["off"][0], strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)
 
 
 def test_only_what_decides_is_verified(sample: Sample, monkeypatch: pytest.MonkeyPatch) -> None:
