@@ -561,7 +561,9 @@ class Executor:
     ) -> None:
         """Note that a call of a context is done, and what its slots hold now."""
         context.held = step.held
-        if step.plan.gate is not None:
+        if step.plan.gate is not None:  # which may have let less be stored than the plan has room for
+            there = (slot for slot, value in zip(step.slots, context.store, strict=True) if value is not None)
+            context.held = sum(step.plan.slot_bytes[slot] for slot in there)
             context.drift.follow(place.step, recalls=step.is_recall)
             context.drift.is_paired = is_paired
         if self.check:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Annotated, Literal
 
@@ -149,7 +150,7 @@ class Gate(Frozen):
             share: of the run that is over with this step.
         """
         threshold = self.threshold if run or self.resume is None else self.resume
-        return max(threshold * self.decay**share, self.floor)
+        return max(threshold * math.pow(self.decay, share), self.floor)
 
     def most_recalled(self, gated: Sequence[bool]) -> list[bool]:
         """At which steps of a run it recalls at most, within its limits.
