@@ -147,7 +147,7 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize(("name", "hoist"), [*((name, "off") for name in CASES), ("as published", "all")])
+@pytest.mark.parametrize(("name", "hoist"), zip(CASES, ("all", "off", "off"), strict=True))
 def test_it_decides_and_computes_as_the_authors_code(sample: Sample, name: str, hoist: str) -> None:
     outputs, reference = expected(sample, CASES[name])
     model = optimized(sample, dicompile.SpeCa(**CASES[name]), STEPS, hoist=hoist)
