@@ -89,8 +89,10 @@ class Gate(Frozen):
     def _check_verifies(self) -> Gate:
         if not self.verifies:
             return self
+        other = self.relative_to == "output" or self.reference == "previous"
         reasons = {
-            "compares with something else than what is recalled": self.relative_to == "output",
+            "compares with something else than what is recalled": other,
+            "has guidance partners follow one that recalls something else": self.partners == "first",
             "has no step that is compared before it decides": self.shortest == 0,
             "starts again below another threshold, but never decides right after a full step": self.resume is not None,
         }

@@ -147,7 +147,7 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize(("name", "hoist"), zip(CASES, ("all", "off", "off"), strict=True))
+@pytest.mark.parametrize(("name", "hoist"), list(zip(CASES, ("all", "off", "off"), strict=True)))
 def test_it_decides_and_computes_as_the_authors_code(sample: Sample, name: str, hoist: str) -> None:
     outputs, reference = expected(sample, CASES[name])
     model = optimized(sample, dicompile.SpeCa(**CASES[name]), STEPS, hoist=hoist)
@@ -242,6 +242,8 @@ def test_a_narrow_cache_has_the_same_weights(sample: Sample) -> None:
     [
         ({"shortest": 0}, "has no step that is compared before it decides"),
         ({"shortest": 1, "relative_to": "output"}, "compares with something else than what is recalled"),
+        ({"shortest": 1, "reference": "previous"}, "compares with something else than what is recalled"),
+        ({"shortest": 1, "partners": "first"}, "has guidance partners follow one that recalls something else"),
         ({"shortest": 1, "resume": 0.1}, "never decides right after a full step"),
         ({"shortest": 1, "depth": 1}, "watches the forecast through 1 blocks"),
     ],
