@@ -13,7 +13,8 @@ import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from concurrent.futures import Future, as_completed
 from dataclasses import dataclass, field, replace
-from typing import Any
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx
@@ -25,6 +26,7 @@ from dicompile.errors import CallOutsideSchedule, DicompileError
 from dicompile.garbage import uncollected
 from dicompile.lower import (
     INDUCTOR,
+    NO_RANKS,
     PLAIN_TENSORS,
     SIZES,
     VARIANTS,
@@ -40,6 +42,7 @@ from dicompile.lower import (
     ask_workers,
     check_can_record,
     count_workers,
+    lora_weights,
     network_predictor,
     note_sizes,
     requests_of,
@@ -48,6 +51,7 @@ from dicompile.lower import (
 from dicompile.nodes import results_of
 from dicompile.ops.flash import check_fits
 from dicompile.parallel import check_ranks, check_same_plan
+from dicompile.passes import UP
 from dicompile.plan import (
     UNLIMITED,
     CacheOptions,
@@ -191,16 +195,18 @@ def compile_capture(
     options.debug.write("structure", structure)
     records = options.backend.records_steps and options.observer is None
     graphs = _graphs(pieces, arguments) if records else None
-    predictor, own = _predictor(capture, structure, options)
-    rehearsal = None if resized is None else Rehearsal(pieces_of(resized, hoist, options.policy.trunk), options)
-    programs = Programs(pieces, options, own, rehearsal)
+    predictor = _predictor(capture, structure, options)
+    ranks = predictor.ranks
+    rehearsal = None if resized is None else Rehearsal(pieces_of(resized, hoist, options.policy.trunk), options, ranks)
+    programs = Programs(pieces, options, predictor.code, rehearsal, ranks)
     if options.cache.max_bytes is not None:
         programs.plan(options.link.schedule)  # refuses before anything is compiled, a predictor included
     executor = Executor(
         programs,
         _signature(capture, structure, arguments, way, options),
         seed=options.policy.seed,
-        predictor=predictor,
+        predictor=predictor.predict,
+        adapters=predictor.adapters,
         constants=capture.constants,
         tables=_tables(capture, pieces),
         offload=options.cache.device == "cpu",
@@ -301,19 +307,37 @@ def _signature(
     )
 
 
-def _predictor(
-    capture: Capture, structure: ModelStructure, options: Options
-) -> tuple[Callable[[Sequence[Any], int], Tensor] | None, tuple[Code, ...]]:
-    """What predicts importance, if anything does, and code that it needs."""
+class _Predictor(NamedTuple):
+    """What comes with the predictor of a policy.
+
+    Attributes:
+        predict: importance, from the model's inputs and the step; None if there is no predictor.
+        code: that it needs.
+        adapters: LoRA weights of the model's last blocks, by the names of `dicompile.passes.with_adapters`.
+    """
+
+    predict: Callable[[Sequence[Any], int], Tensor] | None = None
+    code: tuple[Code, ...] = ()
+    adapters: Mapping[str, Tensor] = MappingProxyType({})
+
+    @property
+    def ranks(self) -> dict[str, int]:
+        """Of the LoRA weights, by the parameters beside which they stand."""
+        return {name.removesuffix(UP): each.shape[1] for name, each in self.adapters.items() if name.endswith(UP)}
+
+
+def _predictor(capture: Capture, structure: ModelStructure, options: Options) -> _Predictor:
+    """What the policy's predictor is for one captured model; nothing if it has none."""
     given = options.policy.predictor
     if given is None:
-        return None, ()
+        return _Predictor()
     trained = given if isinstance(given, Predictor) else load_predictor(given)
     check_predictor(structure, trained.blocks, trained.tokens, trained.source)
+    adapters = lora_weights(capture, structure, trained, options.policy.adapters)
     if trained.facts.kind == "table":
-        return table_predictor(trained.importance, first_span(structure).shape[0]), ()
+        return _Predictor(table_predictor(trained.importance, first_span(structure).shape[0]), (), adapters)
     predict, code = network_predictor(capture, structure, trained.parameters, options.backend, trained.source)
-    return predict, (code,)
+    return _Predictor(predict, (code,), adapters)
 
 
 @dataclass(frozen=True)
@@ -333,10 +357,16 @@ class Programs:
         options: what the user asked for.
         beside: code that every step needs, beside the pieces.
         rehearsal: of steps with other sizes.
+        ranks: see `dicompile.lower.ProgramBuilder`.
     """
 
     def __init__(
-        self, pieces: Pieces, options: Options, beside: Sequence[Code] = (), rehearsal: Rehearsal | None = None
+        self,
+        pieces: Pieces,
+        options: Options,
+        beside: Sequence[Code] = (),
+        rehearsal: Rehearsal | None = None,
+        ranks: Mapping[str, int] = NO_RANKS,
     ) -> None:
         self.backend, self._beside, self._rehearsal = options.backend, beside, rehearsal
         self.structure, self.policy = pieces.structure, options.policy
@@ -344,7 +374,7 @@ class Programs:
         self.cache, self.debug = options.cache, options.debug
         self._is_watched = options.observer is not None
         self.variants = VariantCache(options.backend, options.settings, options.debug)
-        self._builder = ProgramBuilder(pieces, self.variants, options.cache.torch_dtype)
+        self._builder = ProgramBuilder(pieces, self.variants, options.cache.torch_dtype, ranks)
         self._plans: dict[TimestepSchedule, tuple[Plan, dict[int, Step | GatedStep]]] = {}
         self._others: dict[Hashable, Program] = {}
 
@@ -486,13 +516,14 @@ class Rehearsal:
     Args:
         pieces: of the model with other sizes.
         options: what the user asked for.
+        ranks: see `dicompile.lower.ProgramBuilder`.
     """
 
-    def __init__(self, pieces: Pieces, options: Options) -> None:
+    def __init__(self, pieces: Pieces, options: Options, ranks: Mapping[str, int] = NO_RANKS) -> None:
         self._structure, self._options = pieces.structure, options
         self._cache = replace(options.cache, max_bytes=None)
         self._variants = VariantCache(options.backend, options.settings, DebugFolder(None))
-        self._builder = ProgramBuilder(pieces, self._variants, options.cache.torch_dtype)
+        self._builder = ProgramBuilder(pieces, self._variants, options.cache.torch_dtype, ranks)
         self._plan = functools.lru_cache(maxsize=MOST_PLANS)(self._planned)
         self._noted: set[Hashable] = set()
 

@@ -3,6 +3,7 @@
 One ordered pipeline. Leave one out with ``DICOMPILE_PASSES=-name``.
 """
 
+from dicompile.passes.adapt_linears import DOWN, UP, adaptable, parameters_of, with_adapters
 from dicompile.passes.base import (
     Chosen,
     InputRef,
@@ -58,8 +59,10 @@ FLASH_PASSES: tuple[Pass, ...] = (*PASSES[:_SHARING], UseFlashAttention(), *PASS
 """The same where attention is computed by the package flash-attn, whose log-sum-exp scores read as well."""
 
 __all__ = [
+    "DOWN",
     "FLASH_PASSES",
     "PASSES",
+    "UP",
     "Chosen",
     "InputRef",
     "LocalStep",
@@ -78,8 +81,11 @@ __all__ = [
     "TokenCount",
     "Value",
     "Weights",
+    "adaptable",
     "boundary",
     "outline",
     "outline_until",
+    "parameters_of",
     "rewrite",
+    "with_adapters",
 ]

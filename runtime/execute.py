@@ -9,6 +9,7 @@ import functools
 import logging
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, Protocol, cast
 
 import torch
@@ -268,6 +269,7 @@ class Executor:
         warmup: what runs before steps are compiled; None if they are compiled when they are first wanted.
         graphs: makes a place for steps that are recorded as CUDA graphs; None if they are not.
         observer: who is shown what the steps write.
+        adapters: LoRA weights that programs load, by name.
     """
 
     def __init__(  # noqa: PLR0913 - named one by one
@@ -284,11 +286,12 @@ class Executor:
         warmup: Warmup | None = None,
         graphs: Callable[[], Graphs] | None = None,
         observer: Observer | None = None,
+        adapters: Mapping[str, torch.Tensor] = MappingProxyType({}),
     ) -> None:
         self.steps, self.signature, self.warmup = steps, signature, warmup
         self.graphs, self.observer = graphs, observer
         self.seed, self.predictor, self.offload, self.check = seed, predictor, offload, check
-        self.constants, self.tables = tuple(constants), tables
+        self.constants, self.tables, self.adapters = tuple(constants), tables, adapters
 
     def run(self, owner: Owner, inputs: Sequence[Any]) -> Sequence[Any]:
         """Run one call of a model; returns its outputs.
@@ -590,6 +593,8 @@ class Executor:
                 registers[weights.register] = place.context.drift.weights
             else:
                 registers[weights.register] = _on_device(step.weights(weights.site, number, full), device)
+        for name, register in program.adapters:
+            registers[register] = self.adapters[name]
         if program.predicted:
             assert self.predictor is not None
             importance = self.predictor(inputs, number)

@@ -30,6 +30,10 @@ def train_predictor_command(  # noqa: PLR0913, PLR0917 - options
     runs: Annotated[int, typer.Option(min=1, help="Runs of each iteration, over all processes.")] = 1,
     every: Annotated[int, typer.Option(min=1, help="Iterations that come with each new run; four are kept.")] = 100,
     lr: Annotated[float, typer.Option(min=0, help="Learning rate.")] = 1e-4,
+    lora_blocks: Annotated[
+        int, typer.Option(min=0, help="Last blocks that are never cached, and get LoRA weights.")
+    ] = 0,
+    lora_rank: Annotated[int, typer.Option(min=1, help="Of the LoRA weights.")] = 16,
     max_gap: Annotated[int, typer.Option(min=1, help="Age of recorded updates, in steps, at most.")] = 3,
     data: Annotated[Path | None, typer.Option(help="Safetensors: latents, conditioning by forward argument.")] = None,
     seed: Annotated[int, typer.Option(help="Of everything that is drawn.")] = 0,
@@ -42,7 +46,10 @@ def train_predictor_command(  # noqa: PLR0913, PLR0917 - options
     The model stays as it is. Under torchrun several processes share the runs of every iteration.
     """
     make_folder(out, "dicompile train-predictor")
-    options = PredictorOptions(iterations, kind, penalty, lr, batch=runs, max_gap=max_gap, seed=seed)
+    options = PredictorOptions(
+        iterations, kind, penalty, lr, batch=runs, max_gap=max_gap, seed=seed,
+        lora_blocks=lora_blocks, lora_rank=lora_rank,
+    )  # fmt: skip
     files = Files(checkpoint=out.with_suffix(".ckpt"), log=out.with_suffix(".jsonl"))
     with one_of_several() as is_first:
         subject = trainable(model, batch, data, device)

@@ -6,13 +6,15 @@ be learned::
     record   every site's value leaves the graph as well
     blend    value = weights[0] * fresh + weights[1] * stored, weights an input
 
-Both run operator by operator under autograd; gradients reach the weights and nothing else.
+Both run operator by operator under autograd; gradients reach the weights, LoRA weights if there are any, and nothing
+else.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any, Literal
 
 import torch
@@ -23,12 +25,28 @@ from dicompile.analysis import ModelStructure, Site, SiteKind, analyse
 from dicompile.capture import Arguments, Capture, Role, capture_by_dynamo, normalised, values_of
 from dicompile.config import DebugFolder, Settings
 from dicompile.errors import InvalidTrainingData, NoSitesFound
+from dicompile.lower import NO_RANKS
 from dicompile.nodes import results_of
-from dicompile.passes import PASSES, InputRef, LocalStep, OutputRef, SlotRef, Value, Weights, outline_until, rewrite
+from dicompile.passes import (
+    PASSES,
+    InputRef,
+    LocalStep,
+    OutputRef,
+    SlotRef,
+    Value,
+    Weights,
+    adaptable,
+    outline_until,
+    parameters_of,
+    rewrite,
+    with_adapters,
+)
 from dicompile.plan import SlotKind, What
 
 Inputs = Mapping[str, Any]
 """Keyword arguments of the model's forward."""
+NO_ADAPTERS: Mapping[str, Tensor] = MappingProxyType({})
+"""No layer has LoRA weights."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +59,7 @@ class LearnableModel:
         structure: of the model.
         sites: what is recorded and blended, in execution order: branches, or what whole blocks add.
         device: where the model is.
+        adaptable: fake weights, [d, c], of the linear layers beside which `blend` takes LoRA weights, by their names.
 
     Example:
         >>> model = learnable(dit, inputs)
@@ -53,6 +72,7 @@ class LearnableModel:
     structure: ModelStructure
     sites: tuple[Site, ...]
     device: torch.device
+    adaptable: Mapping[str, Tensor] = field(repr=False)
     _plain: _Graph = field(repr=False)
     _record: _Graph = field(repr=False)
     _blend: _Graph = field(repr=False)
@@ -68,21 +88,28 @@ class LearnableModel:
         results = self._record(inputs, {})
         return results[Value(0)], tuple(results[_slot(i)] for i in range(len(self.sites)))
 
-    def blend(self, inputs: Inputs, stored: Sequence[Tensor], weights: Sequence[Tensor]) -> Tensor:
+    def blend(
+        self,
+        inputs: Inputs,
+        stored: Sequence[Tensor],
+        weights: Sequence[Tensor],
+        adapters: Mapping[str, Tensor] = NO_ADAPTERS,
+    ) -> Tensor:
         """Result of the model with stored values mixed in.
 
         Args:
             inputs: keyword arguments of its forward.
             stored: per site a value as `record` returned it.
             weights: per site float32 [2], of the fresh and of the stored value; per token [2, b, n, 1].
+            adapters: LoRA weights by the names of `dicompile.passes.with_adapters`, in the dtype of their layers.
 
         Returns:
-            The result, through which gradients reach the weights.
+            The result, through which gradients reach the weights and the LoRA weights.
         """
         given: dict[InputRef, Tensor] = {_slot(i): value for i, value in enumerate(stored)}
         # Tensors of more than one number would promote a bfloat16 stream to float32.
         given |= {Weights(i): pair.to(stored[i].dtype) if pair.ndim > 1 else pair for i, pair in enumerate(weights)}
-        return self._blend(inputs, given)[Value(0)]
+        return self._blend(inputs, given, adapters)[Value(0)]
 
 
 def learnable(
@@ -93,6 +120,7 @@ def learnable(
     what: What = What.CORE,
     per_token: bool = False,
     result: Literal["output", "stream"] = "output",
+    lora: tuple[int, int] = (0, 0),
     compiled: bool = False,
 ) -> LearnableModel:
     """Make a model learnable.
@@ -105,6 +133,7 @@ def learnable(
         what: value of a site; of a block `What.UPDATE`.
         per_token: every token has weights of its own.
         result: what `predict`, `record` and `blend` return: the model's output, or the stream after its last block.
+        lora: number of the last blocks whose linear layers get LoRA weights in `blend`, and the rank of these.
         compiled: run the graphs through `torch.compile`.
 
     Raises:
@@ -125,9 +154,11 @@ def learnable(
         )
 
     wanted = _output(capture) if result == "output" else _last_add(structure)
+    adapted, rank = lora
+    beside = adaptable(capture, structure, structure.blocks[len(structure.blocks) - adapted :])
 
-    def graph(step: LocalStep, name: str) -> _Graph:
-        return _rewritten(capture, structure, sites, step, wanted, name).bound_to(module, compiled=compiled)
+    def graph(step: LocalStep, name: str, ranks: Mapping[str, int] = NO_RANKS) -> _Graph:
+        return _rewritten(capture, structure, sites, step, wanted, name, ranks).bound_to(module, compiled=compiled)
 
     return LearnableModel(
         name=type(module).__name__,
@@ -137,7 +168,10 @@ def learnable(
         device=next(value.device for value in tree_leaves(dict(inputs)) if isinstance(value, Tensor)),
         _plain=graph(LocalStep(), "plain"),
         _record=graph(LocalStep(what=what, writes=(SlotKind.VALUE,)), "record"),
-        _blend=graph(LocalStep((1.0, 1.0), variable=True, per_token=per_token, what=what), "blend"),
+        adaptable=beside,
+        _blend=graph(
+            LocalStep((1.0, 1.0), variable=True, per_token=per_token, what=what), "blend", dict.fromkeys(beside, rank)
+        ),
     )
 
 
@@ -212,15 +246,20 @@ class _Graph:
     function: Callable[..., Sequence[Tensor]]
     module: nn.Module
 
-    def __call__(self, inputs: Inputs, given: Mapping[InputRef, Tensor]) -> dict[OutputRef, Tensor]:
+    def __call__(
+        self, inputs: Inputs, given: Mapping[InputRef, Tensor], adapters: Mapping[str, Tensor] = NO_ADAPTERS
+    ) -> dict[OutputRef, Tensor]:
         made = self.rewritten
         arguments = [
-            self._value(made.names[ref.index], inputs) if isinstance(ref, Value) else given[ref] for ref in made.inputs
+            self._value(made.names[ref.index], inputs, adapters) if isinstance(ref, Value) else given[ref]
+            for ref in made.inputs
         ]
         with torch._C._DisableAutocast():  # its casts are part of the graph
             return dict(zip(made.outputs, self.function(*arguments), strict=True))
 
-    def _value(self, name: str, inputs: Inputs) -> Any:
+    def _value(self, name: str, inputs: Inputs, adapters: Mapping[str, Tensor]) -> Any:
+        if name in adapters:
+            return adapters[name]
         if name in self.rewritten.constants:
             return self.rewritten.constants[name]
         if name in self.rewritten.parameters:
@@ -229,10 +268,17 @@ class _Graph:
 
 
 def _rewritten(
-    capture: Capture, structure: ModelStructure, sites: Sequence[Site], step: LocalStep, returned: str, name: str
+    capture: Capture,
+    structure: ModelStructure,
+    sites: Sequence[Site],
+    step: LocalStep,
+    returned: str,
+    name: str,
+    ranks: Mapping[str, int],
 ) -> _Rewritten:
-    """The whole model as one segment, every site of which does the same."""
+    """The whole model as one segment, every site of which does the same; with LoRA weights of some ranks."""
     whole, live = outline_until(capture, structure, returned, sites)
+    whole = with_adapters(whole, parameters_of(capture), ranks)
     settings = Settings.from_environment()
     segment, _ = rewrite(
         whole.segment,
@@ -251,7 +297,7 @@ def _rewritten(
         graph_module=segment.graph_module,
         inputs=tuple(segment.inputs),
         outputs=tuple(Value(0) if isinstance(ref, Value) else ref for ref in segment.outputs),
-        names=tuple(label[name] for name in whole.inputs),
+        names=tuple(label.get(name, name) for name in whole.inputs),
         parameters=frozenset(item.name for item in capture.inputs if item.role is Role.PARAMETER),
         constants={
             item.name: value for item, value in zip(capture.inputs[::-1], capture.constants[::-1], strict=False)

@@ -2,17 +2,20 @@
 
 Every iteration draws trajectories of uncached runs (see `dicompile.learn.trajectory`), a step, and a recent step that
 recorded what every block added to the stream. The student adds, for every token, a mixture of the fresh and of the
-recorded update; the loss is how far its stream ends from the teacher's, plus a penalty on importance.
+recorded update; the loss is how far its stream ends from the teacher's, plus a penalty on importance. The last blocks
+may be left out of caching and get LoRA weights instead, which are learned in the same iterations.
 """
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dicompile.errors import DicompileError, InvalidPredictor
@@ -21,7 +24,8 @@ from dicompile.learn.training import NOWHERE, Entry, Files, descend, draw, run_t
 from dicompile.learn.trajectory import Source, Trajectory
 from dicompile.learn.watch import denoiser_of
 from dicompile.lower.predictor import HEAD_BIAS, HEAD_WEIGHT, FirstBlock, importance_of
-from dicompile.plan import Predictor, PredictorFacts, What
+from dicompile.passes import DOWN, UP
+from dicompile.plan import Adapter, Predictor, PredictorFacts, What
 
 START = 2.0
 """Logit of all importance before training: most tokens are computed."""
@@ -30,6 +34,10 @@ START = 2.0
 @dataclass(frozen=True, slots=True)
 class PredictorOptions:
     """How a predictor is trained. The paper names no values: all of them are inferred.
+
+    Of its LoRA only this is known here, from notes on the paper: the last K blocks are never cached, and adapted by it.
+    That it is learned together with the predictor, for the same loss and at the same rate, beside every linear layer on
+    the latent's way through a block, and that blocks which are not cached count for no penalty, is inferred, too.
 
     Attributes:
         iterations: optimiser steps.
@@ -41,6 +49,11 @@ class PredictorOptions:
         max_gap: recorded updates are 1 to `max_gap` steps old, as they are in a run with several prediction steps.
         calibration: samples over which importance is averaged per step after training, as far as there are so many.
         seed: of everything that is drawn.
+        lora_blocks: number of the last blocks that are never cached, and get LoRA weights, K; 0 for none.
+        lora_rank: of these.
+
+    Raises:
+        InvalidPredictor: a number of blocks below 0, or a rank below 1.
     """
 
     iterations: int
@@ -51,6 +64,16 @@ class PredictorOptions:
     max_gap: int = 3
     calibration: int = 256
     seed: int = 0
+    lora_blocks: int = 0
+    lora_rank: int = 16
+
+    def __post_init__(self) -> None:
+        if self.lora_blocks < 0 or self.lora_rank < 1:
+            raise InvalidPredictor(
+                f"{self.lora_blocks} blocks cannot have LoRA weights of rank {self.lora_rank}",
+                where="PredictorOptions",
+                fix="0 blocks or more, and a rank of 1 or more",
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +84,7 @@ class PredictorEntry(Entry):
         step: position in calling order.
         gap: steps since the updates that it mixes with were recorded.
         relative_error: of the student's last stream, squared.
-        importance: mean over blocks and tokens.
+        importance: mean over tokens of the blocks that may be cached.
     """
 
     step: int
@@ -126,6 +149,39 @@ class PositionTable(nn.Module):
         return {}
 
 
+class LowRank(nn.Module):
+    """LoRA weights beside some linear layers: A drawn as torch draws those of a linear layer, B zero.
+
+    Args:
+        beside: weights of the layers, [d, c], by name.
+        rank: of the LoRA weights.
+
+    Reference:
+        Hu et al., LoRA: Low-Rank Adaptation of Large Language Models, arXiv 2106.09685, section 4.1.
+    """
+
+    def __init__(self, beside: Mapping[str, Tensor], rank: int) -> None:
+        super().__init__()
+        self.dtypes = {name: weight.dtype for name, weight in beside.items()}
+        self.down = nn.ParameterList([torch.empty(rank, weight.shape[1]) for weight in beside.values()])
+        self.up = nn.ParameterList([torch.zeros(weight.shape[0], rank) for weight in beside.values()])
+        for each in self.down:
+            nn.init.kaiming_uniform_(each, a=math.sqrt(5))
+
+    def inputs(self) -> dict[str, Tensor]:
+        """As graphs take them: in the dtypes of the layers, by the names of `dicompile.passes.with_adapters`."""
+        return {
+            name + end: each.to(dtype)
+            for end, weights in ((DOWN, self.down), (UP, self.up))
+            for (name, dtype), each in zip(self.dtypes.items(), weights, strict=True)
+        }
+
+    def adapters(self) -> dict[str, Adapter]:
+        """What the file holds."""
+        pairs = zip(self.dtypes, self.down, self.up, strict=True)
+        return {name: Adapter(*(each.detach().to("cpu", copy=True) for each in pair)) for name, *pair in pairs}
+
+
 class PredictorTraining:
     """A training that can be advanced, saved and continued.
 
@@ -136,7 +192,7 @@ class PredictorTraining:
         compiled: run the graphs through `torch.compile`.
 
     Raises:
-        InvalidPredictor: runs have a single step.
+        InvalidPredictor: runs have a single step, or no block is left that could be cached.
         CannotCapture: the model does not fit into one graph.
     """
 
@@ -159,16 +215,27 @@ class PredictorTraining:
             what=What.UPDATE,
             per_token=True,
             result="stream",
+            lora=(options.lora_blocks, options.lora_rank),
             compiled=compiled,
         )
         self.model = self.models.first
+        self.cached = len(self.model.sites) - options.lora_blocks
+        if self.cached < 1 or (options.lora_blocks and not self.model.adaptable):
+            raise InvalidPredictor(
+                f"the last {options.lora_blocks} of {len(self.model.sites)} blocks cannot be adapted",
+                where="dicompile.train_predictor",
+                why="no block is left to be cached" if self.cached < 1 else "they have no plain linear layer",
+                fix="lora_blocks=2, or 0 for none",
+            )
         self.generator = torch.Generator().manual_seed(options.seed)
         with torch.random.fork_rng():
             torch.manual_seed(options.seed)
             is_network = options.kind == "network"
             made = CopiedBlock(self.model, module) if is_network else PositionTable(self.model, source.timesteps)
             self.network = made.to(device)
-        self.optimiser = torch.optim.AdamW(self.network.parameters(), lr=options.lr, weight_decay=0.0)
+            self.adapters = LowRank(self.model.adaptable, options.lora_rank).to(device)
+        trained = [*self.network.parameters(), *self.adapters.parameters()]
+        self.optimiser = torch.optim.AdamW(trained, lr=options.lr, weight_decay=0.0)
         self.iteration = 0
 
     def advance(self) -> PredictorEntry:
@@ -180,15 +247,22 @@ class PredictorTraining:
         def evaluate(trajectory: Trajectory) -> tuple[Tensor, ...]:
             inputs, stored = self.reach(trajectory, call, gap)
             teacher = self.model.predict(inputs)
-            importance = self.network(inputs, call)
+            importance = self.importance(inputs, call)
             weights = [torch.stack([alpha, 1 - alpha])[..., None] for alpha in importance.unbind(-1)]
-            student = self.model.blend(inputs, stored, weights)
+            student = self.model.blend(inputs, stored, weights, self.adapters.inputs())
             error = (student - teacher).square().mean() / teacher.square().mean()
-            return error + self.options.penalty * importance.mean(), error, importance.mean()
+            cost = importance[..., : self.cached].mean()
+            return error + self.options.penalty * cost, error, cost
 
         _, error, importance = descend(self.optimiser, drawn, evaluate)
         self.iteration += 1
         return PredictorEntry(self.iteration, call, gap, error, importance)
+
+    def importance(self, inputs: Mapping[str, Any], call: int) -> Tensor:
+        """What the network says, and 1 for blocks that are never cached; [b, n, blocks]."""
+        said: Tensor = self.network(inputs, call)
+        whole = self.options.lora_blocks
+        return F.pad(said[..., : self.cached], (0, whole), value=1.0) if whole else said
 
     def reach(self, trajectory: Trajectory, call: int, gap: int) -> tuple[dict[str, Any], Sequence[Tensor]]:
         """Inputs at a step, and the updates recorded `gap` steps before."""
@@ -209,16 +283,18 @@ class PredictorTraining:
                 penalty=self.options.penalty,
                 seed=self.options.seed,
                 iterations=self.iteration,
+                adapted=self.options.lora_blocks,
             ),
             parameters=self.network.tensors(),
             source="this training",
+            adapters=self.adapters.adapters(),
         )
 
     def mean_importance(self, call: int) -> Tensor:
         """Importance at a step, averaged over calibration samples; [blocks, tokens]."""
         wanted = self.options.calibration if self.options.kind == "network" else 1
         found = self.source.at(self.iteration)[: -(-wanted // self.model.sites[0].shape[0])]
-        seen = [self.network(trajectory.call(call, self.model.device), call) for trajectory in found]
+        seen = [self.importance(trajectory.call(call, self.model.device), call) for trajectory in found]
         return torch.cat(seen).mean(0).T.cpu()
 
     @property
@@ -231,6 +307,7 @@ class PredictorTraining:
         """Everything that the next iteration depends on."""
         return {
             "network": self.network.state_dict(),
+            "adapters": self.adapters.state_dict(),
             "optimiser": self.optimiser.state_dict(),
             "generator": self.generator.get_state(),
             "iteration": self.iteration,
@@ -239,6 +316,7 @@ class PredictorTraining:
     def restore(self, state: Mapping[str, Any]) -> None:
         """Continue from a state."""
         self.network.load_state_dict(state["network"])
+        self.adapters.load_state_dict(state["adapters"])
         self.optimiser.load_state_dict(state["optimiser"])
         self.generator.set_state(state["generator"])
         self.iteration = state["iteration"]
@@ -266,7 +344,8 @@ def train_predictor(
         progress: show a bar.
 
     Raises:
-        InvalidPredictor: runs have a single step, or the checkpoint is damaged or of a training with other options.
+        InvalidPredictor: runs have a single step, no block is left that could be cached, or the checkpoint is damaged
+            or of a training with other options.
         CannotCapture: the model does not fit into one graph.
 
     Reference:

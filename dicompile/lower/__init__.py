@@ -13,8 +13,9 @@ from dicompile.lower.inductor import (
     requests_of,
 )
 from dicompile.lower.pieces import Piece, Pieces
-from dicompile.lower.predictor import network_predictor, table_predictor
+from dicompile.lower.predictor import lora_weights, network_predictor, table_predictor
 from dicompile.lower.program import (
+    NO_RANKS,
     Call,
     Constant,
     GatedProgram,
@@ -31,6 +32,7 @@ from dicompile.lower.workers import Request, count_workers
 __all__ = [
     "CHUNK",
     "INDUCTOR",
+    "NO_RANKS",
     "PLAIN_TENSORS",
     "SIZES",
     "VARIANTS",
@@ -57,6 +59,7 @@ __all__ = [
     "compile_plainly",
     "compile_segment",
     "count_workers",
+    "lora_weights",
     "network_predictor",
     "note_sizes",
     "requests_of",

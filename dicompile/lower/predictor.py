@@ -1,5 +1,7 @@
 """A cache predictor as a callable: a copy of the model's first block with parameters of its own, and a linear head.
 
+And the LoRA weights that come with it, ready to be read by the model's last blocks.
+
 The network is cut out of the captured model, so that it needs no adapter: whatever leads from the inputs to the end of
 the first block, with trained copies of the parameters on the way.
 """
@@ -18,8 +20,8 @@ from dicompile.analysis import ModelStructure
 from dicompile.capture import Capture, Role
 from dicompile.config import DebugFolder, Settings
 from dicompile.lower.inductor import Backend, Code
-from dicompile.passes import PASSES, Segment, Value, outline_until, rewrite
-from dicompile.plan import check_parameters, first_span
+from dicompile.passes import DOWN, PASSES, UP, Segment, Value, adaptable, outline_until, rewrite
+from dicompile.plan import Predictor, check_adapters, check_parameters, first_span
 
 HEAD_WEIGHT, HEAD_BIAS = "head.weight", "head.bias"
 
@@ -110,6 +112,37 @@ def network_predictor(
         return importance_of(stream, weight, bias)
 
     return predict, function
+
+
+def lora_weights(capture: Capture, structure: ModelStructure, trained: Predictor, planned: int) -> dict[str, Tensor]:
+    """LoRA weights of a predictor as one captured model reads them.
+
+    Args:
+        capture: the captured model.
+        structure: its structure.
+        trained: the predictor.
+        planned: numbers in its LoRA weights as the policy says.
+
+    Returns:
+        In the dtype of the layers beside which they stand, and on their devices, by the names of `with_adapters`.
+
+    Raises:
+        PolicyDoesNotFit: they are for another model or policy.
+    """
+    blocks = structure.blocks[len(structure.blocks) - trained.facts.adapted :]
+    beside = adaptable(capture, structure, blocks)
+    check_adapters(
+        {name: (len(adapter.up), adapter.down.shape[1]) for name, adapter in trained.adapters.items()},
+        {name: weight.shape for name, weight in beside.items()},
+        trained.source,
+        planned,
+        trained.adapter_numbers,
+    )
+    return {
+        name + end: each.to(beside[name].device, beside[name].dtype).contiguous()
+        for name, adapter in trained.adapters.items()
+        for end, each in ((DOWN, adapter.down), (UP, adapter.up))
+    }
 
 
 def table_predictor(importance: Tensor, batch: int) -> Callable[[Sequence[Any], int], Tensor]:

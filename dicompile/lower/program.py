@@ -7,8 +7,10 @@ blocks, of few lengths, so that a run of reused blocks is few fused kernels and 
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -20,6 +22,8 @@ from dicompile.lower.pieces import Piece, Pieces
 from dicompile.lower.variants import Variant, VariantCache
 from dicompile.nodes import results_of
 from dicompile.passes import (
+    DOWN,
+    UP,
     Chosen,
     LocalStep,
     Noise,
@@ -30,6 +34,8 @@ from dicompile.passes import (
     TokenCount,
     Value,
     Weights,
+    parameters_of,
+    with_adapters,
 )
 from dicompile.plan import COMPUTE, SiteStep, Slot, SlotKind, StepPlan, attention_owner
 
@@ -116,6 +122,7 @@ class Program:
         shared_writes: registers that are stored, and may share memory with an input of the model.
         invariants: values that are computed outside of the steps, by name, and their registers.
         partners: registers of what a guidance partner has returned at this step.
+        adapters: LoRA weights to load, by name, and their registers.
     """
 
     calls: tuple[Call, ...]
@@ -132,10 +139,12 @@ class Program:
     shared_writes: frozenset[int] = frozenset()
     invariants: tuple[tuple[str, int], ...] = ()
     partners: tuple[int, ...] = ()
+    adapters: tuple[tuple[str, int], ...] = ()
 
     def __str__(self) -> str:
         loads = [f"%{register} = slot {slot}" for slot, register in self.reads]
         loads += [f"%{register} = invariant {name}" for name, register in self.invariants]
+        loads += [f"%{register} = adapter {name}" for name, register in self.adapters]
         calls = [
             f"{', '.join(f'%{r}' for r in call.outputs)} = {call.name}({', '.join(f'%{r}' for r in call.inputs)})"
             for call in self.calls
@@ -187,6 +196,10 @@ class GatedProgram:
         return "\n".join((str(self.before), f"if {condition}:", *recalled, "else:", str(self.full)))
 
 
+NO_RANKS: Mapping[str, int] = MappingProxyType({})
+"""No layer has LoRA weights."""
+
+
 class ProgramBuilder:
     """Builds programs for one captured model.
 
@@ -194,6 +207,7 @@ class ProgramBuilder:
         pieces: of the model.
         variants: where compiled segments come from.
         cache_dtype: dtype that values are stored in where they are wider, or None.
+        ranks: of LoRA weights, by the parameters beside which they stand at steps that are adapted.
     """
 
     def __init__(
@@ -201,8 +215,9 @@ class ProgramBuilder:
         pieces: Pieces,
         variants: VariantCache,
         cache_dtype: torch.dtype | None = None,
+        ranks: Mapping[str, int] = NO_RANKS,
     ) -> None:
-        self.pieces, self.variants, self.cache_dtype = pieces, variants, cache_dtype
+        self.pieces, self.variants, self.cache_dtype, self._ranks = pieces, variants, cache_dtype, ranks
         self._invariants = frozenset(pieces.invariants.paces)
         self.capture, self.structure = pieces.capture, pieces.structure
         self._programs: dict[object, Program] = {}
@@ -220,7 +235,7 @@ class ProgramBuilder:
             if step.full is not None:
                 self._choose_around_gate(step, self._choose_verification(step)[1])
             elif step.signature not in self._programs:
-                self._choose_variants(step, self.pieces.of_step(step), self._wanted())
+                self._choose_variants(step, self._pieces_of(step), self._wanted())
 
     def gated(self, step: StepPlan) -> GatedProgram:
         """The programs of a step at which a gate decides; steps of equal signatures share them."""
@@ -235,11 +250,26 @@ class ProgramBuilder:
         return self._gated[key]
 
     def _build(self, step: StepPlan) -> Program:
-        chosen = self._choose_variants(step, self.pieces.of_step(step), self._wanted())
+        chosen = self._choose_variants(step, self._pieces_of(step), self._wanted())
         assembly = _Assembly(self.capture, step, self._invariants)
         assembly.add_all(chosen)
         assembly.store_watched(self.structure)
         return assembly.finish(self._results())
+
+    def _pieces_of(self, step: StepPlan) -> list[Piece]:
+        """Pieces that a step runs, with LoRA weights if it is adapted."""
+        pieces = self.pieces.of_step(step)
+        return [self._adapted(piece) for piece in pieces] if step.is_adapted else pieces
+
+    def _adapted(self, piece: Piece) -> Piece:
+        made = with_adapters(piece.outline, self._parameters, self._ranks)
+        beside = tuple((i, self._ranks.get(self._parameters.get(name, ""), 0)) for i, name in enumerate(made.inputs))
+        ranks = tuple((i, rank) for i, rank in beside if rank)
+        return piece if made is piece.outline else Piece(f"{piece.name}+lora", (piece.key, ranks), made, piece.sites)
+
+    @functools.cached_property
+    def _parameters(self) -> dict[str, str]:
+        return parameters_of(self.capture)
 
     def _build_gated(self, step: StepPlan, full: StepPlan) -> GatedProgram:
         (watched, first), *rest = self._choose_around_gate(step)
@@ -395,12 +425,14 @@ class _Assembly:
         self.memory: dict[int, object] = {i: ("input", i) for i in range(self.inputs)}
         self.of_invariants = invariants
         self.invariants: dict[str, int] = {}
+        self.adapters: dict[str, int] = {}
 
     def fork(self, step: StepPlan, count: int) -> _Assembly:
         """What goes on from here another way, with new registers from a number on."""
         other = copy.copy(self)
         other.step, other.count, other.before = step, count, self.before + len(self.calls)
         other.values, other.memory, other.invariants = {**self.values}, {**self.memory}, {**self.invariants}
+        other.adapters = {}
         other.slots, other.reads, other.writes, other.calls, other.chosen = {}, [], {}, [], []
         other.ints, other.noise, other.predicted, other.weights, other.partners = [], [], [], [], []
         return other
@@ -477,6 +509,7 @@ class _Assembly:
             weights=tuple(self.weights),
             invariants=tuple(self.invariants.items()),
             partners=tuple(self.partners),
+            adapters=tuple(self.adapters.items()),
             chosen=tuple(self.chosen),
             results=registers,
             shared_results=frozenset(r for r in registers if isinstance(r, int) and self.memory[r] in stored),
@@ -512,6 +545,9 @@ class _Assembly:
         if name in self.of_invariants and name not in self.values:
             self.invariants[name] = self.values[name] = self._new()
             self.memory[self.values[name]] = ("invariant", name)
+        if name.endswith((DOWN, UP)) and name not in self.values:
+            self.adapters[name] = self.values[name] = self._new()
+            self.memory[self.values[name]] = ("adapter", name)
         return self.values[name]
 
     def _slot(self, slot: Slot) -> int:

@@ -18,6 +18,7 @@ from dicompile.plan.action import (
 from dicompile.plan.cadence import Cadence, Magnitudes, Window
 from dicompile.plan.fits import (
     SAME_TIMESTEP,
+    check_adapters,
     check_fits,
     check_gate,
     check_parameters,
@@ -31,7 +32,7 @@ from dicompile.plan.gate import Gate
 from dicompile.plan.memory import DTYPES, UNLIMITED, CacheOptions, check_can_compile, needs_scale
 from dicompile.plan.plan import Dropped, Plan, SiteStep, StepPlan
 from dicompile.plan.planner import attention_owner, make_plan, plan_actions, recording_plan, reusing_plan
-from dicompile.plan.predictor import Predictor, PredictorFacts, load_predictor
+from dicompile.plan.predictor import Adapter, Predictor, PredictorFacts, load_predictor
 from dicompile.plan.recall import Aligned, Bands, Fitted, Forecast, Reuse, Spectral, Velocity, WhatName
 from dicompile.plan.rows import make_rows
 from dicompile.plan.schedule import TimestepSchedule
@@ -57,6 +58,7 @@ __all__ = [
     "SKIP",
     "UNLIMITED",
     "Action",
+    "Adapter",
     "Aligned",
     "Bands",
     "CacheOptions",
@@ -97,6 +99,7 @@ __all__ = [
     "Window",
     "attention_owner",
     "chebyshev_weights",
+    "check_adapters",
     "check_can_compile",
     "check_fits",
     "check_gate",

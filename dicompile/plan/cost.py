@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
-from dicompile.analysis import ModelStructure, Site, Span, TokenWise
+from dicompile.analysis import ModelStructure, Site, SiteKind, Span, TokenWise
 from dicompile.plan.action import Action, Context, ScoreBase, SlotKind, What
 from dicompile.plan.plan import FLOPS_PER_BYTE, StepPlan
 
@@ -67,6 +68,16 @@ def with_predictor(structure: ModelStructure, step: StepPlan, cost: float) -> St
     ranked = any(s.action.tokens and s.action.tokens.score.base is ScoreBase.PREDICTED for s in step.sites)
     extra = cost * structure.flops / max(len(structure.blocks), 1) if ranked else 0.0
     return replace(step, flops=step.flops + round(extra), time=step.time + extra)
+
+
+def with_adapters(structure: ModelStructure, step: StepPlan, numbers: int) -> StepPlan:
+    """Let LoRA weights of so many numbers be added where something of a block is cached, and count what that costs."""
+    blocks = [span for span in structure.spans if span.kind is SiteKind.BLOCK]
+    if not numbers or all(step.sites[span.id].action.is_full for span in blocks):
+        return step
+    rows = max(math.prod(span.shape[:-1]) for span in blocks)
+    extra = 2 * rows * numbers
+    return replace(step, flops=step.flops + extra, time=step.time + extra, is_adapted=True)
 
 
 def saving(site: Site, action: Action) -> tuple[float, float]:

@@ -313,6 +313,40 @@ def check_parameters(given: Mapping[str, Sequence[int]], expected: Mapping[str, 
             )
 
 
+def check_adapters(
+    given: Mapping[str, tuple[int, int]], expected: Mapping[str, Sequence[int]], source: str, planned: int, numbers: int
+) -> None:
+    """Raise if the LoRA weights of a cache predictor are not for this model, or not what the policy was made for.
+
+    Args:
+        given: d and c of the layers that have them, by the names of their parameters.
+        expected: shapes of the weights of linear layers on the latent's way through the model's last blocks, by name.
+        source: file that they come from.
+        planned: numbers in LoRA weights as the policy says.
+        numbers: in those that are there.
+
+    Raises:
+        PolicyDoesNotFit: they are not.
+    """
+    for name, shape in given.items():
+        found = tuple(expected[name]) if name in expected else None
+        if found != shape:
+            raise PolicyDoesNotFit(
+                f"the predictor has LoRA weights for {name} of shape {shape}, the model {found}",
+                where=source,
+                why="they stand beside a linear layer on the latent's way through one of the last blocks; "
+                "quantised weights and layers that somebody else has adapted have other names",
+                fix="use the predictor of this model, or train one for it as it is",
+            )
+    if planned != numbers:
+        raise PolicyDoesNotFit(
+            f"the policy was made for a predictor with LoRA weights of {planned} numbers, and this one has {numbers}",
+            where=source,
+            why="which blocks are never cached follows from them",
+            fix="make the policy anew: TokenCache(predictor=FILE)",
+        )
+
+
 def refreshed(structure: ModelStructure, policy: Policy) -> Sequence[tuple[Site, Refresh | TokenTable]]:
     """Sites and spans of which single tokens may be computed, and how; those that are reused whole instead left out."""
     mixed = reused_whole(structure, policy)

@@ -63,6 +63,7 @@ class StepPlan:
         full: of a gated step, what it does where the probe has drifted: everything. The rest is about recalling.
         verified: of a gated step, number of the span that may be computed beside what is recalled of it, to compare.
         check: operations of that, and their roofline time; not in `flops` and `time`.
+        is_adapted: the LoRA weights that come with the policy's predictor are added.
     """
 
     kind: str
@@ -75,6 +76,7 @@ class StepPlan:
     full: StepPlan | None = field(repr=False, default=None)
     verified: int | None = None
     check: tuple[int, float] = (0, 0.0)
+    is_adapted: bool = False
 
     def writing(self, site: int, slots: tuple[Slot, ...]) -> StepPlan:
         """The step, of which one site writes other slots."""
@@ -83,7 +85,7 @@ class StepPlan:
     @property
     def signature(self) -> tuple[object, ...]:
         """Equal for steps that can run the same compiled program: everything but token counts and clocks."""
-        return tuple(
+        of_sites = (
             (
                 site.action.weights,
                 site.action.what,
@@ -94,6 +96,7 @@ class StepPlan:
             )
             for site in self.sites
         )
+        return self.is_adapted, *of_sites
 
 
 def replaced(sites: tuple[SiteStep, ...], number: int, writes: tuple[Slot, ...]) -> tuple[SiteStep, ...]:

@@ -23,7 +23,7 @@ from dicompile.plan.action import (
     What,
 )
 from dicompile.plan.budget import fit_budget
-from dicompile.plan.cost import baseline_time, with_check, with_cost, with_predictor
+from dicompile.plan.cost import baseline_time, with_adapters, with_check, with_cost, with_predictor
 from dicompile.plan.fits import check_timesteps, choose_setting, reused_whole, score_source, unmatched_rules
 from dicompile.plan.gate import Gate
 from dicompile.plan.memory import UNLIMITED, CacheOptions, slot_bytes, stored_value
@@ -61,7 +61,8 @@ def make_plan(
         rows = make_rows(structure, policy, steps, dropped, begin, schedule.timesteps)
         plan = plan_actions(structure, rows, schedule, policy.name, cache, policy.gate)
         whole = tuple((structure.everything[i].label, reason) for i, reason in reused_whole(structure, policy).items())
-        planned = tuple(with_predictor(structure, step, policy.predictor_cost) for step in plan.steps)
+        ranked = (with_predictor(structure, step, policy.predictor_cost) for step in plan.steps)
+        planned = tuple(with_adapters(structure, step, policy.adapters) for step in ranked)
         unmatched = unmatched_rules(structure, policy)
         return replace(
             plan,

@@ -1,13 +1,17 @@
-"""Trained cache predictors and their files: a small network, and the importance that it gave on calibration runs."""
+"""Trained cache predictors and their files: a small network, and the importance that it gave on calibration runs.
+
+Beside them there may be LoRA weights for the last blocks, which then are never cached.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, NonNegativeInt, ValidationError
 from torch import Tensor
 
 from dicompile import outside
@@ -16,6 +20,33 @@ from dicompile.store import save_tensors
 
 IMPORTANCE = "importance"
 PARAMETER = "parameter."
+DOWN, UP = "lora_A.", "lora_B."
+
+
+class Adapter(NamedTuple):
+    """LoRA weights beside a linear layer: ``W x + up (down x)``.
+
+    Attributes:
+        down: A, [rank, c].
+        up: B, [d, rank]; what LoRA calls alpha is the rank, so that there is no other factor.
+
+    Reference:
+        Hu et al., LoRA: Low-Rank Adaptation of Large Language Models, arXiv 2106.09685, equation 3.
+    """
+
+    down: Tensor
+    up: Tensor
+
+    @property
+    def rank(self) -> int:
+        """The rank."""
+        return self.down.shape[0]
+
+    @property
+    def is_sound(self) -> bool:
+        """True for two finite matrices that go together."""
+        shapes = self.down.ndim, self.up.ndim, self.up.shape[-1:]
+        return shapes == (2, 2, self.down.shape[:1]) and all(bool(each.isfinite().all()) for each in self)
 
 
 class PredictorFacts(BaseModel):
@@ -30,6 +61,7 @@ class PredictorFacts(BaseModel):
         penalty: weight of the sparsity term in training.
         seed: of the training.
         iterations: optimiser steps.
+        adapted: number of the last blocks that are never cached, and have LoRA weights.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -41,6 +73,7 @@ class PredictorFacts(BaseModel):
     penalty: float
     seed: int
     iterations: int
+    adapted: NonNegativeInt = 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,9 +85,10 @@ class Predictor:
         facts: see `PredictorFacts`.
         parameters: of the network, by the model's own names, and of its head; empty for a table.
         source: what messages call it.
+        adapters: LoRA weights of the last blocks, by the names of the parameters beside which they stand.
 
     Raises:
-        InvalidPredictor: the importance is not what the facts say.
+        InvalidPredictor: the importance, or the LoRA weights, are not what the facts say.
 
     Reference:
         Lou et al., Token Caching for Diffusion Transformer Acceleration, arXiv 2409.18523, section 3.
@@ -64,8 +98,10 @@ class Predictor:
     facts: PredictorFacts
     parameters: dict[str, Tensor] = field(repr=False, default_factory=dict)
     source: str = "predictor"
+    adapters: Mapping[str, Adapter] = field(repr=False, default_factory=dict)
 
     def __post_init__(self) -> None:
+        unsound = next((name for name, adapter in self.adapters.items() if not adapter.is_sound), None)
         expected = (len(self.facts.timesteps), len(self.facts.blocks))
         shape, what = tuple(self.importance.shape), ""
         if len(shape) != 3 or shape[:2] != expected:
@@ -74,6 +110,10 @@ class Predictor:
             what = f"the importance is {str(self.importance.dtype).removeprefix('torch.')}, not float32"
         elif not self.importance.isfinite().all():
             what = "the importance is not finite"
+        elif unsound is not None:
+            what = f"the LoRA weights of {unsound} do not go together, or are not finite"
+        elif bool(self.adapters) != bool(self.facts.adapted) or self.facts.adapted >= len(self.facts.blocks):
+            what = f"its facts say {self.facts.adapted} adapted blocks, and it has LoRA weights of {len(self.adapters)}"
         if what:
             raise InvalidPredictor(what, where=self.source, fix="train the predictor again")
 
@@ -92,10 +132,17 @@ class Predictor:
         """Number of tokens."""
         return self.importance.shape[2]
 
+    @property
+    def adapter_numbers(self) -> int:
+        """Numbers in all LoRA weights."""
+        return sum(each.numel() for adapter in self.adapters.values() for each in adapter)
+
     def save(self, path: Path | str) -> None:
         """Write a safetensors file."""
         tensors = {IMPORTANCE: self.importance.half().contiguous()}
         tensors |= {PARAMETER + name: tensor.half().contiguous() for name, tensor in self.parameters.items()}
+        for name, adapter in self.adapters.items():
+            tensors |= {DOWN + name: adapter.down.half().contiguous(), UP + name: adapter.up.half().contiguous()}
         save_tensors(Path(path), tensors, {"facts": self.facts.model_dump_json()})
 
 
@@ -129,5 +176,10 @@ def load_predictor(path: Path | str) -> Predictor:
     importance = tensors.pop(IMPORTANCE, None)
     if importance is None:
         raise InvalidPredictor("this file holds no importance", where=str(path), fix="train the predictor again")
+    adapted = [name.removeprefix(each) for each in (DOWN, UP) for name in tensors if name.startswith(each)]
+    adapters = {
+        name: Adapter(*(tensors.pop(each + name, torch.empty(0)) for each in (DOWN, UP)))
+        for name in dict.fromkeys(adapted)
+    }
     parameters = {name.removeprefix(PARAMETER): tensor for name, tensor in tensors.items()}
-    return Predictor(importance, facts, parameters, str(path))
+    return Predictor(importance, facts, parameters, str(path), adapters)

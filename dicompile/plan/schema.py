@@ -201,6 +201,8 @@ class Policy(YamlJson):
         seed: of random scores.
         predictor: what predicts importance, where a rule ranks tokens by it: its file, or the predictor itself.
         predictor_cost: what one prediction costs, in blocks of the model.
+        adapters: numbers in the LoRA weights that come with the predictor, and are added to layers of the last blocks
+            at steps that cache anything of a block; 0 if there are none.
         where_mixed: what becomes of a branch whose tokens a rule refreshes, but which mixes them: "refuse" the policy
             or "reuse" the branch whole, which the plan then says.
         outside: blocks at the start, and at the end, that run at every step: no rule is for their sites, and what "the
@@ -214,6 +216,7 @@ class Policy(YamlJson):
     seed: int = 0
     predictor: str | InstanceOf[Predictor] | None = None
     predictor_cost: Annotated[float, Field(ge=0)] = 0.0
+    adapters: NonNegativeInt = 0
     where_mixed: Literal["refuse", "reuse"] = "refuse"
     outside: tuple[NonNegativeInt, NonNegativeInt] = (0, 0)
     elsewhere: tuple[Elsewhere, ...] = ()

@@ -31,13 +31,16 @@ def TokenCache(
     """Token caching by learned importance.
 
     Independent steps compute everything. At prediction steps every block runs on its most important tokens; for the
-    others the block's last update (what it added to the stream) is added again.
+    others the block's last update (what it added to the stream) is added again. If the predictor was trained with LoRA
+    weights for the last blocks, these blocks compute all tokens, and at prediction steps with the LoRA. At independent
+    steps, at which there is no error of caching to make up for, the model is what it is; the paper does not say.
 
     Args:
         predictor: the file that ``dicompile train-predictor`` wrote, or what it holds; only a policy that names a file
             can be written to one.
         ratio: share of (block, token) pairs that are cached at a prediction step. How many tokens each block keeps
-            follows from the importance on calibration runs, fixed per step.
+            follows from the importance on calibration runs, fixed per step. Blocks with LoRA weights count as computed,
+            and are, however large the ratio is.
         schedule: "round-robin": two phases with intervals of their own (version 1 of the paper); "percentile":
             independent steps at uniform percentiles of the accumulated importance (version 2).
         intervals: prediction steps after each independent step in the early and in the late phase. Inferred: the paper
@@ -63,13 +66,15 @@ def TokenCache(
             raise InvalidPolicy(f"option {name!r} cannot be {share!r}", where="TokenCache", fix="give a share, 0 to 1")
     known = predictor if isinstance(predictor, Predictor) else load_predictor(predictor)
     independent = round_robin(known.steps, intervals, switch)
+    cached = known.blocks - known.facts.adapted
     if schedule == "percentile":
-        independent = percentiles(known.importance, independent_steps or len(independent))
+        independent = percentiles(known.importance[:, :cached], independent_steps or len(independent))
     if block_ratio is None:
         kept = keep_counts(known.importance, ratio, multiple)
     else:
         kept = keep_counts_of_blocks(known.importance, block_ratio, ratio, multiple)
-    counts = tuple((known.tokens,) * known.blocks if step in independent else row for step, row in enumerate(kept))
+    whole = (known.tokens,) * known.blocks
+    counts = tuple(whole if step in independent else row[:cached] + whole[cached:] for step, row in enumerate(kept))
     table = TokenTable(
         counts=counts,
         score=TokenScore(base="predicted", age_weight=0.0, share_guidance=guidance == "shared"),
@@ -81,6 +86,7 @@ def TokenCache(
         rules=(Rule(sites=("block",), do=table),),
         predictor=predictor if isinstance(predictor, Predictor) else str(predictor),
         predictor_cost=1.0 if known.facts.kind == "network" else 0.0,
+        adapters=known.adapter_numbers,
     )
 
 

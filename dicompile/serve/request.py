@@ -226,7 +226,8 @@ class Request:
             for i, (tensor, has_rows) in enumerate(zip(arguments.given, call.has_rows, strict=True))
             if not has_rows
         )
-        alike = (frame.known.capture, call.options.policy.trunk, arguments.key, ambient(), step.does, shared)
+        own = self if step.planned.is_adapted else None  # the code of batches has nobody's LoRA weights
+        alike = (frame.known.capture, call.options.policy.trunk, arguments.key, ambient(), step.does, shared, own)
         self._batcher.turns.take(call, alike, self.check)
 
     def _text(self, number: int, tensor: Tensor) -> str:

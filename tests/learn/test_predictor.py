@@ -84,16 +84,78 @@ def test_tokens_blend_one_by_one() -> None:
     torch.testing.assert_close(mixed[:, 5] - fresh[:, 5], (stored[2] - now[2])[:, 5], atol=1e-5, rtol=0)
 
 
-def test_a_resumed_training_ends_where_an_uninterrupted_one_does(tmp_path: Path) -> None:
-    whole = trained(training(iterations=4))
+@pytest.mark.parametrize("lora", [0, 1])
+def test_a_resumed_training_ends_where_an_uninterrupted_one_does(lora: int, tmp_path: Path) -> None:
+    whole = trained(training(iterations=4, lora_blocks=lora))
     files = Files(checkpoint=tmp_path / "p.ckpt", log=tmp_path / "p.jsonl", every=2)
-    trained(training(iterations=2), files)
-    resumed = trained(training(iterations=4), files, resume=True)
+    trained(training(iterations=2, lora_blocks=lora), files)
+    resumed = trained(training(iterations=4, lora_blocks=lora), files, resume=True)
     assert torch.equal(whole.importance, resumed.importance)
+    assert bool(whole.adapters) == bool(lora)
+    for name, adapter in whole.adapters.items():
+        assert all(map(torch.equal, adapter, resumed.adapters[name]))
     assert all(torch.equal(whole.parameters[name], resumed.parameters[name]) for name in whole.parameters)
     assert len((tmp_path / "p.jsonl").read_text().splitlines()) == 4
-    with pytest.raises(InvalidPredictor, match="belongs to another training"):
-        trained(training(iterations=4, penalty=7.0), files, resume=True)
+    for other in ({"penalty": 7.0}, {"lora_blocks": 1 - lora}):
+        with pytest.raises(InvalidPredictor, match="belongs to another training"):
+            trained(training(iterations=4, **{"lora_blocks": lora, **other}), files, resume=True)
+
+
+def test_lora_weights_are_learned_with_the_predictor_and_nothing_else_is() -> None:
+    made = training(lora_blocks=1, lora_rank=2, lr=1e-2)
+    module = made.model._plain.module
+    before = [parameter.clone() for parameter in module.parameters()]
+    assert all("transformer_blocks.2." in name and "norm" not in name for name in made.model.adaptable)
+    start = made.adapters.adapters()
+    predictor = trained(made)
+    assert all(torch.equal(old, new) for old, new in zip(before, module.parameters(), strict=True))
+    assert all(parameter.grad is None for parameter in module.parameters())
+    assert all(bool(parameter.grad.any()) for parameter in made.adapters.parameters())
+    assert predictor.adapters.keys() == start.keys() == made.model.adaptable.keys()
+    assert len(start) == 6
+    for name, adapter in predictor.adapters.items():
+        assert (adapter.rank, bool(start[name].up.any()), bool(adapter.up.any())) == (2, False, True)
+        assert not torch.equal(adapter.down, start[name].down)
+
+
+def test_a_block_with_lora_weights_is_never_cached() -> None:
+    made = training(kind="table", penalty=100.0, lr=0.05, lora_blocks=1, lora_rank=1)
+    predictor = trained(made)
+    assert torch.equal(predictor.importance[:, 2], torch.ones(STEPS, 64))
+    assert predictor.importance[:, :2].mean() < 0.86
+    assert all(row[2] == 64 for row in TokenCache(predictor, ratio=0.9).rules[0].do.counts)
+
+
+def test_lora_weights_make_up_for_what_is_cached() -> None:
+    """All but the last block are cached, and nothing else is learned: steps and runs are the same, errors fall."""
+
+    def errors(lr: float) -> list[float]:
+        made = training(kind="table", penalty=0.0, lr=lr, lora_blocks=1, lora_rank=4, max_gap=2)
+        with torch.no_grad():
+            for parameter in made.network.parameters():
+                parameter.zero_()
+            made.network.head[-1].bias.fill_(-30.0)  # importance of nothing
+        return [made.advance().relative_error for _ in range(20)]
+
+    learned, untrained = errors(5e-3), errors(0.0)
+    assert learned[0] == untrained[0]
+    assert sum(learned[10:]) < 0.97 * sum(untrained[10:])
+
+
+def test_without_lora_weights_nothing_that_is_drawn_changes() -> None:
+    """Options of what is not there, and weights that are drawn after everything else."""
+    plain, other, lora = training(), training(lora_rank=3), training(lora_blocks=1)
+    for name, value in plain.network.state_dict().items():
+        assert torch.equal(value, lora.network.state_dict()[name])
+    assert [plain.advance() for _ in range(2)] == [other.advance() for _ in range(2)]
+    assert not [*other.adapters.parameters()]
+    assert not plain.predictor().adapters
+
+
+@pytest.mark.parametrize(("blocks", "rank"), [(-1, 4), (1, 0), (3, 4)])
+def test_lora_weights_that_cannot_be(blocks: int, rank: int) -> None:
+    with pytest.raises(InvalidPredictor, match=r"cannot (have LoRA weights|be adapted)"):
+        training(lora_blocks=blocks, lora_rank=rank)
 
 
 @pytest.mark.parametrize("damage", ["junk", "lacking", "shorter"])

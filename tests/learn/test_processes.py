@@ -23,17 +23,20 @@ pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="torch has 
 
 
 def trained(folder: Path) -> dict[str, torch.Tensor]:
-    """Parameters of a router and of a predictor, each after four iterations of three trajectories."""
+    """Parameters of a router and of a predictor with LoRA, each after four iterations of three trajectories."""
     torch.manual_seed(0)
     inputs = {"x": torch.randn(2, 4, 8, 8), "t": torch.full((2,), 500), "y": torch.tensor([1, 10])}
     sample = Sample(redraw(PlainDiT(layers=2, width=16, size=8)), inputs)
     source = recorded(sample, 4, 3)
     options = RouterOptions(4, Objective(1e-4, "sum"), lr=0.1, batch=3)
     router = RouterTraining(sample.model, source, options)
-    predictor = PredictorTraining(sample.model, source, PredictorOptions(4, "table", lr=1e-2, batch=3))
+    of_predictor = PredictorOptions(4, "table", lr=1e-2, batch=3, lora_blocks=1, lora_rank=2)
+    predictor = PredictorTraining(sample.model, source, of_predictor)
     for training in (router, predictor):
         run_to_end(training, Files(folder / f"{training.name}.ckpt", folder / f"{training.name}.jsonl"), progress=False)
-    return {"logits": router.router().logits, "importance": predictor.predictor().importance}
+    made = predictor.predictor()
+    adapters = {f"{name} {i}": each for name, pair in made.adapters.items() for i, each in enumerate(pair)}
+    return {"logits": router.router().logits, "importance": made.importance, **adapters}
 
 
 def process(rank: int, folder: str) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import dicompile
@@ -15,23 +17,13 @@ from dicompile.analysis import SiteKind, analyse
 from dicompile.capture import capture_model
 from dicompile.errors import InvalidPolicy, InvalidPredictor, PolicyDoesNotFit
 from dicompile.lower.predictor import FirstBlock
-from dicompile.plan import Policy, PredictorFacts
+from dicompile.plan import Adapter, Policy
 from dicompile.policies import POLICIES, Predictor, get_policy, load_predictor
 from dicompile.policies.tokencache import keep_counts, keep_counts_of_blocks, percentiles, round_robin
 from tests.models import Sample, optimized, plain_dit, run, timesteps
+from tests.policies.predictors import LAST, LAYERS, STEPS, TOKENS, WIDTH, adapted, facts, lora, without_lora
 
-STEPS, LAYERS, TOKENS, WIDTH = 6, 3, 64, 32
-
-
-def facts(kind: str = "table", blocks: int = LAYERS, times: list[int] | None = None) -> PredictorFacts:
-    return PredictorFacts(
-        kind=kind,
-        blocks=tuple(f"{i}.block" for i in range(blocks)),
-        timesteps=tuple(map(float, times or timesteps(STEPS))),
-        penalty=0.1,
-        seed=0,
-        iterations=1,
-    )
+NO_LORA: Mapping[str, Adapter] = {}
 
 
 def table(tmp_path: Path, blocks: int = LAYERS, tokens: int = TOKENS, steps: int = STEPS) -> Path:
@@ -81,9 +73,14 @@ def test_block_selection_caches_the_least_important_blocks() -> None:
     assert keep_counts_of_blocks(importance, 0.5, 0.7) == ((3, 10, 3, 10),) * 2
 
 
-def reference(sample: Sample, policy: dicompile.Policy, importance: Tensor, kv: str) -> list[Tensor]:
-    """The plain DiT with tokens superposed as the paper says, equation by equation."""
+def reference(
+    sample: Sample, policy: dicompile.Policy, importance: Tensor, kv: str, adapters: Mapping[str, Adapter] = NO_LORA
+) -> list[Tensor]:
+    """The plain DiT with tokens superposed as the paper says, equation by equation; LoRA weights merged."""
     model, table = sample.model, policy.rules[0].do
+    merged = copy.deepcopy(model)
+    for name, adapter in adapters.items():
+        merged.get_parameter(name).data += adapter.up @ adapter.down
     stored: dict[int, Tensor] = {}
     outputs = []
     for step, time in enumerate(timesteps(STEPS)):
@@ -94,7 +91,8 @@ def reference(sample: Sample, policy: dicompile.Policy, importance: Tensor, kv: 
         ) -> Tensor:
             keep = counts[number]
             if keep == TOKENS:
-                after = type(block).forward(block, x, c)
+                own = block if counts == (TOKENS,) * LAYERS else merged.blocks[number]
+                after = type(own).forward(own, x, c)
                 stored[number] = after - x
                 return after
             alpha = importance[step, number].expand(len(x), -1)
@@ -120,16 +118,91 @@ def reference(sample: Sample, policy: dicompile.Policy, importance: Tensor, kv: 
     return outputs
 
 
+def by_step(fast: Any, sample: Sample) -> list[Tensor]:
+    """A run with the latents of the reference."""
+    return [run(fast, sample.inputs, [time], seed=step)[0] for step, time in enumerate(timesteps(STEPS))]
+
+
 @pytest.mark.parametrize("kv", ["all", "kept"])
 def test_kept_tokens_are_computed_and_others_add_their_last_update(tmp_path: Path, kv: str) -> None:
     sample, path = plain_dit(LAYERS), table(tmp_path)
     policy = dicompile.TokenCache(path, ratio=0.6, intervals=(2, 1), kv=kv)
     fast = optimized(sample, policy, STEPS)
-    found = [run(fast, sample.inputs, [t], seed=i)[0] for i, t in enumerate(timesteps(STEPS))]
+    found = by_step(fast, sample)
     for step, (one, other) in enumerate(
         zip(found, reference(sample, policy, load_predictor(path).importance, kv), strict=True)
     ):
         assert torch.allclose(one, other, atol=2e-5), f"step {step}: {(one - other).abs().max():.1e}"
+
+
+def test_at_prediction_steps_the_last_block_computes_every_token_with_its_lora() -> None:
+    sample, known = plain_dit(LAYERS), adapted()
+    policy = dicompile.TokenCache(known, ratio=0.6, intervals=(2, 1))
+    assert all(row[-1] == TOKENS for row in policy.rules[0].do.counts)
+    fast = optimized(sample, policy, STEPS)
+    found = by_step(fast, sample)
+    expected = reference(sample, policy, known.importance, "all", known.adapters)
+    without = reference(sample, policy, known.importance, "all")
+    kinds = [step.kind for step in dicompile.plan_of(fast).steps]
+    assert kinds == ["full", "mixed", "mixed", "full", "mixed", "full"]
+    for kind, one, other, plain in zip(kinds, found, expected, without, strict=True):
+        torch.testing.assert_close(one, other, atol=2e-5, rtol=0)
+        assert torch.equal(other, plain) == (kind == "full")
+
+
+def test_weights_that_are_edited_are_read_beside_the_lora() -> None:
+    sample, known = plain_dit(LAYERS), adapted()
+    policy = dicompile.TokenCache(known, ratio=0.6)
+    fast, block = optimized(sample, policy, STEPS), sample.model.blocks[-1]
+    before = by_step(fast, sample)
+    with torch.no_grad():
+        block.proj.weight.data.mul_(1.5)  # counts no version
+        block.mlp[0].weight.copy_(-block.mlp[0].weight)
+    block.mlp[2].weight = torch.nn.Parameter(block.mlp[2].weight * 0.7)
+    found = by_step(fast, sample)
+    expected = reference(sample, policy, known.importance, "all", known.adapters)
+    for one, other, old in zip(found, expected, before, strict=True):
+        torch.testing.assert_close(one, other, atol=2e-5, rtol=0)
+        assert not torch.allclose(one, old, atol=1e-3)
+
+
+def test_a_lora_of_nothing_changes_nothing() -> None:
+    sample, zero = plain_dit(LAYERS), {name: Adapter(a.down, 0 * a.up) for name, a in lora().items()}
+    policy = dicompile.TokenCache(adapted(zero), ratio=0.6)
+    policies = (policy, without_lora(policy))
+    runs = [run(optimized(sample, each, STEPS), sample.inputs, timesteps(STEPS)) for each in policies]
+    assert all(torch.equal(one, other) for one, other in zip(*runs, strict=True))
+
+
+def test_where_nothing_is_cached_there_is_no_lora() -> None:
+    sample = plain_dit(LAYERS)
+    fast = optimized(sample, dicompile.TokenCache(adapted(), ratio=0.0), STEPS)
+    expected = run(optimized(sample, "none", STEPS), sample.inputs, timesteps(STEPS))
+    found = run(fast, sample.inputs, timesteps(STEPS))
+    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+
+
+def test_a_step_that_reuses_every_other_block_is_a_prediction_step_too() -> None:
+    sample, known = plain_dit(LAYERS), adapted()
+    policy = dicompile.TokenCache(known, ratio=1.0, intervals=(1, 1))
+    assert policy.rules[0].do.counts[1] == (0, 0, TOKENS)
+    found = by_step(optimized(sample, policy, STEPS), sample)
+    for one, other in zip(found, reference(sample, policy, known.importance, "all", known.adapters), strict=True):
+        torch.testing.assert_close(one, other, atol=2e-5, rtol=0)
+
+
+def test_what_the_lora_costs_is_in_the_plan() -> None:
+    sample, policy = plain_dit(LAYERS), dicompile.TokenCache(adapted(), ratio=0.6)
+    numbers = sum(a.numel() + b.numel() for a, b in lora().values())
+    assert policy.adapters == numbers
+    plans = []
+    for each in (policy, without_lora(policy)):
+        fast = optimized(sample, each, STEPS)
+        run(fast, sample.inputs, timesteps(STEPS))
+        plans.append(dicompile.plan_of(fast))
+    for step, plain in zip(*(plan.steps for plan in plans), strict=True):
+        assert step.is_adapted == (step.kind != "full")
+        assert step.flops - plain.flops == 2 * 4 * TOKENS * numbers * step.is_adapted
 
 
 def test_a_network_ranks_tokens_by_what_it_sees(tmp_path: Path) -> None:
@@ -205,6 +278,66 @@ def test_importance_that_its_facts_do_not_describe(importance: Tensor, what: str
         with pytest.raises(InvalidPredictor, match=what) as caught:
             load_predictor(path)
         assert caught.value.where == str(path)
+
+
+def test_lora_weights_are_in_the_file(tmp_path: Path) -> None:
+    known = adapted()
+    known.save(tmp_path / "adapted.safetensors")
+    read = load_predictor(tmp_path / "adapted.safetensors")
+    assert read.facts.adapted == 1
+    assert read.adapters.keys() == known.adapters.keys()
+    for name, adapter in known.adapters.items():
+        torch.testing.assert_close(read.adapters[name].down, adapter.down, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(read.adapters[name].up, adapter.up, rtol=1e-3, atol=1e-4)
+    assert not read.parameters
+    policy = dicompile.TokenCache(tmp_path / "adapted.safetensors")
+    assert Policy.from_yaml(policy.to_yaml()).adapters == known.adapter_numbers
+
+
+@pytest.mark.parametrize(
+    ("adapters", "blocks", "what"),
+    [
+        ({}, 1, "1 adapted blocks, and it has LoRA weights of 0"),
+        (lora(), 0, "0 adapted blocks, and it has LoRA weights of 4"),
+        (lora(), LAYERS, "3 adapted blocks"),
+        (lora() | {LAST[0]: Adapter(torch.zeros(2, 4), torch.zeros(4, 3))}, 1, "do not go together"),
+        (lora() | {LAST[1]: Adapter(torch.full((2, 4), torch.nan), torch.zeros(4, 2))}, 1, "are not finite"),
+    ],
+)
+def test_lora_weights_that_make_no_sense(adapters: dict[str, Adapter], blocks: int, what: str) -> None:
+    with pytest.raises(InvalidPredictor, match=what):
+        Predictor(torch.rand(STEPS, LAYERS, TOKENS), facts(adapted=blocks), adapters=adapters)
+
+
+@pytest.mark.parametrize("lost", ["lora_A.", "lora_B."])
+def test_a_file_that_holds_half_of_the_lora_weights(lost: str, tmp_path: Path) -> None:
+    path = tmp_path / "half.safetensors"
+    adapted().save(path)
+    tensors = {name: tensor for name, tensor in load_file(path).items() if name != lost + LAST[2]}
+    save_file(tensors, path, {"facts": facts(adapted=1).model_dump_json()})
+    with pytest.raises(InvalidPredictor, match=r"LoRA weights of blocks\.2\.mlp\.0\.weight do not go together"):
+        load_predictor(path)
+
+
+@pytest.mark.parametrize(
+    ("adapters", "what"),
+    [
+        ({"blocks.1.proj.weight": lora()[LAST[1]]}, r"blocks\.1\.proj\.weight of shape \(32, 32\), the model None"),
+        ({"blocks.2.modulation.1.weight": lora()[LAST[1]]}, r"modulation.* the model None"),
+        ({LAST[1]: lora()[LAST[0]]}, r"of shape \(96, 32\), the model \(32, 32\)"),
+    ],
+)
+def test_lora_weights_of_another_model_are_refused(adapters: dict[str, Adapter], what: str) -> None:
+    sample = plain_dit(LAYERS)
+    with pytest.raises(PolicyDoesNotFit, match=what):
+        run(optimized(sample, dicompile.TokenCache(adapted(adapters)), STEPS), sample.inputs, timesteps(STEPS))
+
+
+def test_a_policy_is_for_the_lora_that_it_was_made_with() -> None:
+    sample, policy = plain_dit(LAYERS), dicompile.TokenCache(adapted())
+    for changed in ({"adapters": 0}, {"predictor": Predictor(adapted().importance, facts())}):
+        with pytest.raises(PolicyDoesNotFit, match="made for a predictor with LoRA weights of"):
+            run(optimized(sample, policy.model_copy(update=changed), STEPS), sample.inputs, timesteps(STEPS))
 
 
 @pytest.mark.parametrize("made", [table, lambda path: network(path, plain_dit(LAYERS))], ids=["table", "network"])

@@ -19,12 +19,13 @@ import dicompile
 from dicompile.compiler import Options
 from dicompile.errors import InvalidSetting, StaleRead
 from dicompile.lower import Backend, Hoist
-from dicompile.policies import ToCa, get_policy
+from dicompile.policies import ToCa, TokenCache, get_policy
 from dicompile.runtime import SchedulerLink, Session, current_session
 from dicompile.runtime.graphs import Buffers, Graphs, Static
 from dicompile.wrapper import CachedModel, record_of
 from tests import models
 from tests.models import Sample, run, timesteps
+from tests.policies import predictors
 from tests.runtime.rerun import Recorder, address
 from tests.runtime.runner import LABELS, OTHER_LABELS, SCHEDULE, STEPS, Runner, latent, model, same
 
@@ -352,6 +353,18 @@ def test_tables_are_read_by_recordings(policy: str, hoist: Hoist, monkeypatch: p
     report = dicompile.report(made)
     assert (report.recorded, report.replayed) == (0, 4)
     assert bool(report.hoisted_bytes) == (hoist is Hoist.ALL)
+
+
+def test_lora_weights_lie_where_they_lie(monkeypatch: pytest.MonkeyPatch) -> None:
+    sample, times = models.plain_dit(predictors.LAYERS), timesteps(predictors.STEPS)
+    policy = TokenCache(predictors.adapted(), ratio=0.6, intervals=(1, 1))
+    wanted = run(models.optimized(sample, policy, predictors.STEPS), sample.inputs, times)
+    assert not same(
+        wanted, run(models.optimized(sample, predictors.without_lora(policy), len(times)), sample.inputs, times)
+    )
+    made = recorded_model(sample, policy, len(times), monkeypatch)
+    assert [same(run(made, sample.inputs, times), wanted) for _ in range(3)] == [True] * 3
+    assert dicompile.report(made).replayed == len(times)
 
 
 def test_free_and_restore_reach_recordings(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,10 +14,13 @@ from torch import Tensor, nn
 
 import dicompile
 from dicompile import errors
+from dicompile.plan import Adapter
+from dicompile.policies import TokenCache
 from dicompile.serve import Batcher
 from tests import models
 from tests.models import PlainDiT, Sample, redraw
 from tests.pipelines import pipes
+from tests.policies import predictors
 from tests.serve.clients import alone, at_once, served
 
 PATIENCE = 20.0
@@ -117,6 +120,22 @@ def test_what_a_thread_has_set_for_itself_has_to_be_equal() -> None:
     )
     assert batcher.served().batches == {1: 4}
     assert [output.is_inference() for output in (*outside, *inside)] == [False, False, True, True]
+
+
+def test_steps_with_lora_weights_run_by_themselves() -> None:
+    """Each with its own: the code of batches has nobody's."""
+    sample, steps = models.plain_dit(predictors.LAYERS), predictors.STEPS
+    other = {name: Adapter(adapter.down, -adapter.up) for name, adapter in predictors.lora().items()}
+    policies = [TokenCache(each, ratio=0.6) for each in (predictors.adapted(), predictors.adapted(other))]
+    requests = [(policy, steps, 11) for policy in policies]
+    batcher = batcher_of(sample, patience=0.2)
+    outputs = served(batcher, sample, requests)
+    for request, found in zip(requests, outputs, strict=True):
+        for ours, theirs in zip(found, alone(sample, *request), strict=True):
+            torch.testing.assert_close(ours, theirs, **CLOSE)
+    assert not torch.allclose(outputs[0][-2], outputs[1][-2], atol=1e-3)
+    done = batcher.served()
+    assert done.batches[1] >= done.steps["mixed"] == 6
 
 
 class ScalarTime(PlainDiT):
