@@ -1,9 +1,11 @@
-"""What ``auto`` gains on a flow-matching model, at equal compute: PSNR to the uncached pictures, as a Markdown table.
+"""What ``auto`` gains at equal compute: PSNR to the uncached pictures, as a Markdown table.
 
     python examples/measure_auto.py --model flow_model
+    python examples/measure_auto.py --model demo
 
-The model is trained first if its folder is not there (`train_flow_model.py`). Calibration and measurement use different
-labels and noise.
+A flow-matching model is trained first if its folder is not there (`train_flow_model.py`); ``demo`` is the bundled one.
+Calibration and measurement use different labels and noise. Rivals that search for full steps (BudCache, CEM) get the
+recording that ``auto`` gets; what they choose is measured as published, and with weights fitted as those of ``auto``.
 """
 
 from __future__ import annotations
@@ -12,24 +14,41 @@ import argparse
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 import train_flow_model
 from diffusers import DiTTransformer2DModel, FlowMatchEulerDiscreteScheduler
 
 import dicompile
+from dicompile.bench.step_search import Steps, anneal, least_cumulative_error, priors, reuse_loss
 from dicompile.demo import metrics
-from dicompile.demo.sample import balanced_labels, sample
-from dicompile.learn.frontier import Frontier, Point
+from dicompile.demo.sample import balanced_labels, load_model, load_scheduler, sample
+from dicompile.learn.frontier import Frontier
+from dicompile.plan import Cadence, Forecast, Policy, Reuse, Rule
 
 BATCH = 12
 INTERVALS = (3, 5)
 """Of the published policies; `auto` gets as many full steps."""
 
 
-def record(
-    model: torch.nn.Module, scheduler: FlowMatchEulerDiscreteScheduler, steps: int, runs: int
-) -> dicompile.Recording:
+class Contestant(NamedTuple):
+    """What is measured.
+
+    Attributes:
+        name: in the table.
+        policy: of the cache.
+        steps: of the sampler.
+        expected: error of the last latent, where it is foretold.
+    """
+
+    name: str
+    policy: Policy | str
+    steps: int
+    expected: float | None = None
+
+
+def record(model: torch.nn.Module, scheduler: Any, steps: int, runs: int) -> dicompile.Recording:
     """Record a few runs of guided sampling."""
     fast = dicompile.optimize(model, "none", schedule=scheduler, backend="eager")
     labels = balanced_labels(150)
@@ -41,55 +60,81 @@ def record(
     return recording
 
 
-def contestants(frontier: Frontier, interval: int) -> Iterator[tuple[str, dicompile.Policy | str, int, Point | None]]:
-    """Name, policy, number of steps and, of ours, what was expected."""
+def reusing(full: Steps) -> Policy:
+    """What BudCache does at other steps: what the stack adds is added again."""
+    rule = Rule(sites=("stack",), do=Reuse(what="update"))
+    return Policy(name="budcache", cadence=Cadence(at=full), rules=(rule,))
+
+
+def forecasting(full: Steps, order: int) -> Policy:
+    """TaylorSeer, which CEM plugs into, between any full steps."""
+    rule = Rule(do=Forecast(order=order, differences="divided"))
+    return Policy(name="cem", cadence=Cadence(at=full), rules=(rule,))
+
+
+def contestants(frontier: Frontier, interval: int) -> Iterator[Contestant]:
+    """Everybody with the full steps of one interval."""
     steps = frontier.facts.steps
     evenly = tuple(range(0, steps, interval))
     full = len(evenly)
     point = min((point for point in frontier.candidates() if len(point.full) == full), key=lambda point: point.error)
-    even = replace(point, full=evenly)
-    yield "auto", frontier.policy(point), steps, point
-    yield "the same weights, evenly spaced", frontier.policy(even), steps, None
+    yield Contestant(f"auto, {full} full steps", frontier.policy(point), steps, point.error)
+
+    def with_weights(full: Steps) -> Policy:
+        return frontier.policy(replace(point, full=full))
+
+    yield Contestant("the same weights, evenly spaced", with_weights(evenly), steps)
+    annealed = anneal(reuse_loss(frontier), steps, full)
+    yield Contestant("BudCache: stack reused", reusing(annealed), steps)
+    yield Contestant("BudCache: the same weights", with_weights(annealed), steps)
+    for name, spread in (("CEM", 1), ("CEM, any gap", steps)):
+        chosen = least_cumulative_error(priors(frontier), full, spread)
+        for order in (1, 2):
+            yield Contestant(f"{name}: TaylorSeer, order {order}", forecasting(chosen, order), steps)
+        yield Contestant(f"{name}: the same weights", with_weights(chosen), steps)
     for order in (1, 2):
-        yield (
-            f"TaylorSeer, interval {interval}, order {order}",
-            dicompile.TaylorSeer(interval, order=order),
-            steps,
-            None,
-        )
-    yield f"FORA, interval {interval}", dicompile.FORA(interval), steps, None
-    yield f"{full} steps", "none", full, None
+        published = dicompile.TaylorSeer(interval, order=order)
+        yield Contestant(f"TaylorSeer, interval {interval}, order {order}", published, steps)
+    yield Contestant(f"FORA, interval {interval}", dicompile.FORA(interval), steps)
+    yield Contestant(f"{full} steps", "none", full)
+
+
+def load(folder: Path, training_steps: int) -> tuple[DiTTransformer2DModel, Any]:
+    """A model and its scheduler: the bundled one, or that of a folder, which is trained if it is not there."""
+    if str(folder) == "demo":
+        return load_model(), load_scheduler()
+    if not folder.is_dir():
+        train_flow_model.save(folder, training_steps)
+    model = DiTTransformer2DModel.from_pretrained(folder).eval().requires_grad_(False)
+    return model, FlowMatchEulerDiscreteScheduler.from_pretrained(folder)
 
 
 def main() -> None:
     """Parse arguments, calibrate, measure, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, default=Path("flow_model"))
+    parser.add_argument("--model", type=Path, default=Path("flow_model"), help="a folder, or demo")
     parser.add_argument("--runs", type=int, default=2, help="calibration runs of 12 pictures each")
     parser.add_argument("--samples", type=int, default=36)
     parser.add_argument("--steps", type=int, default=50, help="of the sampler")
     parser.add_argument("--training-steps", type=int, default=1200, help="of a model that is not there")
     arguments = parser.parse_args()
     steps = arguments.steps
-    if not arguments.model.is_dir():
-        train_flow_model.save(arguments.model, arguments.training_steps)
-    model = DiTTransformer2DModel.from_pretrained(arguments.model).eval().requires_grad_(False)
-    scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(arguments.model)
+    model, scheduler = load(arguments.model, arguments.training_steps)
     frontier = record(model, scheduler, steps, arguments.runs).frontier()
     print(frontier)
     labels = balanced_labels(arguments.samples)
     uncached = sample(model, scheduler, labels, steps)
     print("| | compute | PSNR, dB | relative error | expected |\n|---|---|---|---|---|")
     for interval in INTERVALS:
-        for name, policy, calls, point in contestants(frontier, interval):
-            fast = dicompile.optimize(model, policy, schedule=scheduler, backend="eager")
-            pictures = sample(fast, scheduler, labels, calls)
+        for contestant in contestants(frontier, interval):
+            fast = dicompile.optimize(model, contestant.policy, schedule=scheduler, backend="eager")
+            pictures = sample(fast, scheduler, labels, contestant.steps)
             plan = dicompile.plan_of(fast)
-            compute = plan.flops / plan.baseline_flops * calls / steps
+            compute = plan.flops / plan.baseline_flops * contestant.steps / steps
             dicompile.restore(fast)
             psnr, error = metrics.psnr(pictures, uncached), metrics.relative_error(pictures, uncached)
-            expected = "" if point is None else f"{point.error:.4f}"
-            print(f"| {name} | {compute:.3f} | {psnr:.1f} | {error:.4f} | {expected} |", flush=True)
+            expected = "" if contestant.expected is None else f"{contestant.expected:.4f}"
+            print(f"| {contestant.name} | {compute:.3f} | {psnr:.1f} | {error:.4f} | {expected} |", flush=True)
 
 
 if __name__ == "__main__":

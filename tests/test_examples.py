@@ -27,8 +27,8 @@ EXAMPLES = {
         "--steps 6 --intervals 3 --speedups 2 --runs 1", prints="wrote", writes=("fitted_3.json", "auto_2.json")
     ),
     "measure_auto.py": Example(
-        "--model flow --training-steps 1 --runs 1 --samples 1 --steps 8",
-        prints="| auto |",
+        "--model flow --training-steps 1 --runs 1 --samples 1 --steps 11",
+        prints="| budcache: stack reused |",
         writes=("flow/config.json", "flow/scheduler_config.json"),
     ),
     "own_policy.py": Example("--steps 8", prints="the gate recalled at "),
@@ -62,9 +62,9 @@ def test_every_script_is_run_here() -> None:
     assert sorted(path.name for path in FOLDER.glob("*.py")) == sorted(EXAMPLES)
 
 
-NIGHTLY = ("fit_demo_forecast.py", "overhead.py", "train_demo_classifier.py",
+NIGHTLY = ("fit_demo_forecast.py", "measure_auto.py", "overhead.py", "train_demo_classifier.py",
            "train_demo_model.py", "train_demo_predictor.py", "train_demo_router.py")  # fmt: skip
-"""Minutes of compiling, or of training, of which tests/learn and tests/cli test the parts."""
+"""Minutes of compiling, training or comparing, of which tests/learn, tests/cli and tests/bench test the parts."""
 
 
 @pytest.mark.parametrize(

@@ -288,7 +288,8 @@ class Frontier:
         return np.append(moves, last)
 
     @functools.cached_property
-    def _grams(self) -> dict[Level, Array]:
+    def grams(self) -> dict[Level, Array]:
+        """Inner products of what can be forecast, [values, steps, steps], pooled over the traces."""
         return {level: _pooled(self.traces, self._values(level)) for level in self.facts.levels}
 
     def _values(self, level: Level) -> range:
@@ -296,16 +297,27 @@ class Frontier:
         sites, spans = len(self.facts.sites), len(self.facts.spans)
         return range(sites) if level == "site" else range(sites, sites + spans)
 
-    def _choices(self, level: Level) -> tuple[Choice, ...]:
-        gram, number = self._grams[level], self.facts.levels.index(level)
+    @functools.cached_property
+    def output_gram(self) -> Array:
+        """Inner products of what the model returns, [steps, steps], pooled over the traces."""
+        gram: Array = _pooled(self.traces, [self._output])[0]
+        return gram
+
+    def effect(self, level: Level) -> Array:
+        """What a relative error of 1 in all values at a step does to the last latent, relative to it; [steps]."""
+        number = self.facts.levels.index(level)
         reused = np.sqrt(np.mean([trace.reused[number].square().numpy() for trace in self.traces], axis=0))
-        return choose_steps(step_errors(gram, order=1) * (self._moves * sensitivity(gram, reused)))
+        effect: Array = self._moves * sensitivity(self.grams[level], reused)
+        return effect
+
+    def _choices(self, level: Level) -> tuple[Choice, ...]:
+        return choose_steps(step_errors(self.grams[level], order=1) * self.effect(level))
 
     @functools.cached_property
     def _fewer_steps(self) -> Array:
         """Error expected of 1, 2, ... evenly spaced steps: each goes on with the output of its first one."""
         steps = self.facts.steps
-        reuse = np.sqrt(np.maximum(_reuse_errors(_pooled(self.traces, [self._output])[0]), 0.0)) * self._moves
+        reuse = np.sqrt(np.maximum(_reuse_errors(self.output_gram), 0.0)) * self._moves
         errors = np.zeros(steps)
         for number in range(1, steps):
             full = [round(k * steps / number) for k in range(number)]
@@ -316,7 +328,7 @@ class Frontier:
     def _weights(self, level: Level, full: Sequence[int], stored: int) -> tuple[tuple[tuple[float, ...], ...], ...]:
         histories_of = histories(full, self.facts.steps, stored - 1)
         ridge = self._ridge(level, histories_of)
-        rows = {step: fit(self._grams[level], step, history, ridge) for step, history in histories_of.items()}
+        rows = {step: fit(self.grams[level], step, history, ridge) for step, history in histories_of.items()}
         return tuple(
             tuple(tuple(float(f"{weight:.7g}") for weight in row) for row in rows[step].tolist())
             if step in rows
