@@ -12,29 +12,28 @@ from dicompile.plan.plan import FLOPS_PER_BYTE, StepPlan
 
 def with_cost(structure: ModelStructure, step: StepPlan) -> StepPlan:
     """The step with its operations, memory traffic and roofline time."""
-    flops, size, time = float(structure.flops), float(structure.bytes), baseline_time(structure)
+    rest_flops, rest_bytes = _rest(structure)
+    flops, size, time = 0.0, 0.0, 0.0
     leaves = len(structure.sites)
     for site, planned in zip(structure.sites, step.sites[:leaves], strict=True):
         saved_flops, saved_bytes = saving(site, planned.action)
-        before = _roofline(site.flops, site.bytes)
-        after = _roofline(site.flops - saved_flops, site.bytes - saved_bytes)
-        flops, size, time = flops - saved_flops, size - saved_bytes, time - before + after
+        own_flops, own_bytes = site.flops - saved_flops, site.bytes - saved_bytes
+        flops, size, time = flops + own_flops, size + own_bytes, time + _roofline(own_flops, own_bytes)
     for span, planned in zip(structure.spans, step.sites[leaves:], strict=True):
-        saved_flops, saved_bytes = saving(span, planned.action)
-        inside = [structure.sites[i] for i in span.inside]
         if planned.action.is_full:
             continue
         # Sites inside have counted already; what is left is their modulation, or the tokens that the span computes.
-        saved_flops -= sum(site.flops for site in inside)
-        saved_bytes -= sum(site.bytes for site in inside)
-        flops, size, time = flops - saved_flops, size - saved_bytes, time - saved_flops
+        saved_flops, saved_bytes = saving(span, planned.action)
+        inside = [structure.sites[i] for i in span.inside]
+        rest_flops -= saved_flops - sum(site.flops for site in inside)
+        rest_bytes -= saved_bytes - sum(site.bytes for site in inside)
     score_flops, score_bytes = scoring(structure, step)
     return replace(
         step,
-        flops=round(flops + score_flops),
+        flops=round(flops + rest_flops + score_flops),
         score_flops=round(score_flops),
-        bytes=round(size + score_bytes),
-        time=time + _roofline(score_flops, score_bytes),
+        bytes=round(size + rest_bytes + score_bytes),
+        time=time + _roofline(rest_flops, rest_bytes) + _roofline(score_flops, score_bytes),
     )
 
 
@@ -86,7 +85,8 @@ def saving(site: Site, action: Action) -> tuple[float, float]:
         return 0.0, 0.0
     if not action.computes:
         flops = float(site.attention_flops if action.what is What.ATTENTION else site.flops)
-        return flops, site.bytes * (flops / site.flops if site.flops else 1) - min(site.core_bytes, site.bytes)
+        read = site.core_bytes * sum(weight != 0.0 for weight in action.weights[1:])
+        return flops, site.bytes * (flops / site.flops if site.flops else 1) - min(read, site.bytes)
     if action.tokens is None:
         return 0.0, 0.0
     share = 1 - action.tokens.count / site.tokens.count
@@ -101,10 +101,13 @@ def saving(site: Site, action: Action) -> tuple[float, float]:
 
 def baseline_time(structure: ModelStructure) -> float:
     """Roofline time of a step that computes everything, in operations."""
-    inside = sum(_roofline(site.flops, site.bytes) for site in structure.sites)
-    rest_flops = structure.flops - sum(site.flops for site in structure.sites)
-    rest_bytes = structure.bytes - sum(site.bytes for site in structure.sites)
-    return inside + _roofline(rest_flops, rest_bytes)
+    return sum(_roofline(site.flops, site.bytes) for site in structure.sites) + _roofline(*_rest(structure))
+
+
+def _rest(structure: ModelStructure) -> tuple[float, float]:
+    """Operations and memory traffic outside of the sites: embeddings, modulation, head."""
+    flops = structure.flops - sum(site.flops for site in structure.sites)
+    return flops, structure.bytes - sum(site.bytes for site in structure.sites)
 
 
 def _roofline(flops: float, size: float) -> float:

@@ -10,12 +10,14 @@ import pytest
 from dicompile.plan import (
     COMPUTE,
     REUSE,
+    SKIP,
     Action,
     Plan,
     Score,
     ScoreBase,
     Selection,
     TimestepSchedule,
+    What,
     make_plan,
     plan_actions,
 )
@@ -113,6 +115,24 @@ def test_the_predicted_time_is_a_roofline_per_site() -> None:
     heavy = replace(STRUCTURE, sites=tuple(replace(site, flops=10**7) for site in STRUCTURE.sites), flops=6 * 10**7)
     step = plan_actions(heavy, [FULL], TimestepSchedule(1), "heavy").steps[0]
     assert step.time == 6 * 10**7 + outside
+
+
+def test_a_step_that_skips_the_stack_pays_for_nothing_in_it() -> None:
+    structure = toy(BLOCKS, spans=True)
+    stack = structure.spans[-1]
+    modulated = replace(stack, flops=stack.flops + 100, bytes=stack.bytes + 200)  # what is in no site
+    structure = replace(structure, spans=(*structure.spans[:-1], modulated))
+    update = Action((0.0, 1.0), What.UPDATE)
+    skipped = (*[SKIP] * 6, *[COMPUTE] * 3, update)
+    full, step = plan_actions(structure, [(COMPUTE,) * 10, skipped], TimestepSchedule(2), "skip").steps
+    assert step.flops == REST - 100
+    assert step.bytes == full.bytes - 6 * SITE_BYTES - 200 + VALUE_BYTES
+    assert step.time == step.bytes * FLOPS_PER_BYTE
+
+
+def test_a_forecast_reads_every_value_that_it_takes() -> None:
+    full, _, forecast = planned(FULL, FULL, (Action((0.0, 2.0, -1.0)),) * 6).steps
+    assert full.bytes - forecast.bytes == 6 * (SITE_BYTES - 2 * VALUE_BYTES)
 
 
 def test_the_cache_is_as_large_as_what_is_held_at_once() -> None:
