@@ -14,6 +14,7 @@ from dicompile.api import summary as summary
 from dicompile.compiler import reset as reset
 from dicompile.errors import DicompileError as DicompileError
 from dicompile.learn.calibrate import calibrate as calibrate
+from dicompile.learn.measure import measure as measure
 from dicompile.learn.predictor import PredictorOptions as PredictorOptions
 from dicompile.learn.predictor import train_predictor as train_predictor
 from dicompile.learn.recording import Recording as Recording
@@ -39,6 +40,7 @@ from dicompile.plan import Rule as Rule
 from dicompile.plan import Spectral as Spectral
 from dicompile.plan import Table as Table
 from dicompile.plan import TimestepSchedule as TimestepSchedule
+from dicompile.plan import Timing as Timing
 from dicompile.plan import TokenScore as TokenScore
 from dicompile.plan import TokenTable as TokenTable
 from dicompile.plan import Velocity as Velocity

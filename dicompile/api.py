@@ -24,7 +24,7 @@ from dicompile.pipelines import (
     replace_components,
     restore_components,
 )
-from dicompile.plan import CacheOptions, Plan, Policy, TimestepSchedule
+from dicompile.plan import CacheOptions, Plan, Policy, TimestepSchedule, Timing
 from dicompile.policies import get_policy
 from dicompile.runtime import RunReport, SchedulerLink, Session, current_session
 from dicompile.runtime import session as open_session
@@ -58,6 +58,7 @@ def optimize(
     budget: float | None = None,
     speedup: float | None = None,
     max_error: float | None = None,
+    timing: Timing | str | Path | None = None,
 ) -> Any:
     """Compile a diffusion transformer with feature caching.
 
@@ -105,9 +106,11 @@ def optimize(
             how much and why.
         mode: an older word for `backend`.
         recording: of "auto": what `calibrate` has recorded, or its file.
-        budget: of "auto": operations of the run over those without caching, in (0, 1].
+        budget: of "auto": operations of the run over those without caching, in (0, 1]; with `timing` its time.
         speedup: of "auto": the inverse of `budget`.
         max_error: of "auto": relative L2 error of the last latent that is expected, unitless, for the least compute.
+        timing: what `measure` has timed, or its file: "auto" then weighs plans by time, and every plan predicts its own
+            by it, in the place of a roofline.
 
     Returns:
         The pipeline itself, or a wrapper of the module that is called like it and passes every attribute through. The
@@ -119,16 +122,22 @@ def optimize(
             installed, or does not go with another; or a goal of "auto" that is missing, not asked for, or out of reach.
             The first call raises it where steps cannot be recorded as CUDA graphs.
         InvalidRecording: the recording is damaged, or of another model.
+        InvalidTiming: times are damaged, or of another model; the first call raises it where they are of another shape,
+            dtype, device or code.
         InvalidSchedule: a caching policy for a module without a schedule.
         AlreadyOptimized: restore it first. A pipeline that shares a denoiser with an optimized one, and has a scheduler
             of its own, is optimized by itself: each has a wrapper around the same weights.
         UnsupportedModel: neither a module nor a pipeline with a denoiser.
     """
-    goal = Goal(recording, budget, speedup, max_error, max_cache_bytes)
+    goal = Goal(recording, budget, speedup, max_error, max_cache_bytes, timing)
     chosen = goal.policy if policy == "auto" else goal.unused(get_policy(policy))
     code = Backend.of(backend if mode is None else mode, options, compile_mode, warmup, dynamic, attention)
     cache = CacheOptions.of(max_cache_bytes, over_budget, cache_dtype, cache_device)
     said, hoisted = Said(timestep, latent), Hoist.of(hoist)
+
+    def asked(link: SchedulerLink) -> Options:
+        return Options(chosen, link, code, cache=cache, said=said, hoist=hoisted, timing=goal.timing)
+
     optimized = find_optimized(model) if isinstance(model, nn.Module) else None
     if optimized is not None:
         raise AlreadyOptimized(
@@ -138,13 +147,12 @@ def optimize(
     if isinstance(model, nn.Module):
         check_names(without_compile(model), said)
         goal.check_model(model)
-        return CachedModel(model, Options(chosen, _link(schedule, chosen), code, cache=cache, said=said, hoist=hoisted))
+        return CachedModel(model, asked(_link(schedule, chosen)))
 
     def wrap(module: nn.Module) -> CachedModel:
         check_names(without_compile(module), said)
         goal.check_model(module)
-        link = SchedulerLink(model)
-        return CachedModel(module, Options(chosen, link, code, cache=cache, said=said, hoist=hoisted))
+        return CachedModel(module, asked(SchedulerLink(model)))
 
     replace_components(model, components, wrap)
     return model

@@ -19,9 +19,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, fx
 
-from dicompile.analysis import ModelStructure, SiteKind, Trunk, analyse
+from dicompile.analysis import ModelStructure, Trunk, analyse
 from dicompile.capture import CAPTURES, MOST_CAPTURES, NO_TIMESTEP, NOTHING_SAID, Capture, Role, Said
 from dicompile.config import DebugFolder, Settings
+from dicompile.device import device_name
 from dicompile.errors import CallOutsideSchedule, DicompileError
 from dicompile.garbage import uncollected
 from dicompile.lower import (
@@ -55,18 +56,20 @@ from dicompile.passes import UP
 from dicompile.plan import (
     UNLIMITED,
     CacheOptions,
+    Conditions,
+    Level,
     Plan,
     Policy,
     Predictor,
     StepPlan,
     TimestepSchedule,
+    Timing,
     check_can_compile,
     check_gate,
     check_predictor,
     first_span,
     load_predictor,
     make_plan,
-    recording_plan,
     reusing_plan,
 )
 from dicompile.policies import NoCache
@@ -124,6 +127,9 @@ MOST_PLANS = 64
 DONE_HERE = "another process could not compile, so it is done here"
 
 
+Planner = Callable[[ModelStructure, TimestepSchedule, CacheOptions], Plan]
+
+
 @dataclass(frozen=True)
 class Options:
     """What the user asked for.
@@ -136,7 +142,9 @@ class Options:
         cache: how much may be remembered, in which numbers, and where.
         said: which inputs are what.
         hoist: what is computed outside of the steps, if the user said so.
-        observer: who is shown the value of every site and of the stack; then every step computes everything.
+        observer: who is shown what the steps write.
+        planner: makes plans in the place of the policy, to record or to measure.
+        timing: times of steps, by which plans predict theirs.
     """
 
     policy: Policy
@@ -147,6 +155,8 @@ class Options:
     said: Said = NOTHING_SAID
     hoist: Hoist | None = None
     observer: Observer | None = None
+    planner: Planner | None = None
+    timing: Timing | None = None
 
     def __post_init__(self) -> None:
         self.backend.check_cache(self.cache)
@@ -178,18 +188,22 @@ def compile_capture(
     Raises:
         PolicyDoesNotFit: the model cannot do what the policy asks for.
         InvalidSetting: no attention of it can be computed as the user asked, or its steps cannot be recorded.
+        InvalidTiming: its steps were timed with another shape, dtype, device or code.
         CacheTooLarge: the plan needs more memory than it may have.
     """
     if not options.backend.is_eager:
         check_can_compile(options.cache, [value.device for value in arguments if isinstance(value, Tensor)])
     if options.backend.attention == "flash-attn":
         check_fits(capture.graph)
+    hoist = _hoist(capture, arguments, options)
+    conditions = Conditions(*_denoised(capture, arguments), _code(options, hoist))
+    if options.timing is not None:
+        options.timing.check(**conditions._asdict())
     options.debug.write("captured", capture)
     check_ranks(
         capture.graph, options.policy, in_background=options.backend.in_background,
-        is_observed=options.observer is not None,
+        is_observed=options.planner is not None,
     )  # fmt: skip
-    hoist = _hoist(capture, arguments, options)
     pieces = pieces_of(capture, hoist, options.policy.trunk)
     structure = pieces.structure
     options.debug.write("structure", structure)
@@ -215,7 +229,7 @@ def compile_capture(
         graphs=graphs,
         observer=options.observer,
     )
-    return CompiledFrame(structure, programs, executor)
+    return CompiledFrame(structure, programs, executor, conditions)
 
 
 def uncached_step(pieces: Pieces, options: Options) -> Step:
@@ -302,9 +316,36 @@ def _signature(
         signals=frozenset(item.name for _, item in roles if item.is_signal),
         geometry=Same((shapes, sites)),
         way=way,
-        remembers=bool(options.policy.rules) or options.observer is not None,
+        remembers=bool(options.policy.rules) or options.planner is not None,
         counts_calls=options.said.timestep == NO_TIMESTEP or not structure.sites,
     )
+
+
+def _denoised(capture: Capture, arguments: Sequence[Any]) -> tuple[tuple[int, ...], str, str]:
+    """Shape and dtype of the latent, or of the first input where that is not known, and the device it is on."""
+    position = capture.input_position(Role.LATENT)
+    named = [value for item, value in zip(capture.inputs, arguments, strict=False) if item.role.is_given]
+    given = [value for value in (named if position is None else [arguments[position]]) if isinstance(value, Tensor)]
+    if not given:
+        return (), "", ""
+    latent = given[0]
+    threads = f", {torch.get_num_threads()} threads" if latent.device.type == "cpu" else ""
+    return tuple(latent.shape), str(latent.dtype).removeprefix("torch."), device_name(latent.device) + threads
+
+
+def _code(options: Options, hoist: Hoist) -> str:
+    """What decides how fast the code of a step is, in words."""
+    backend = options.backend
+    usual = Hoist.NOTHING if backend.is_eager else Hoist.ALL
+    parts = (
+        backend.name,
+        "CUDA graphs" if backend.records_steps else "",
+        "" if backend.attention == "sdpa" else backend.attention,
+        *(f"{name}={value}" for name, value in backend.options),
+        "" if hoist is usual else f"hoist {hoist.value}",
+        f"cache {options.cache}" if str(options.cache) else "",
+    )
+    return ", ".join(filter(None, parts))
 
 
 class _Predictor(NamedTuple):
@@ -347,6 +388,7 @@ class CompiledFrame:
     structure: ModelStructure
     programs: Programs
     run: Executor
+    conditions: Conditions
 
 
 class Programs:
@@ -372,7 +414,7 @@ class Programs:
         self.structure, self.policy = pieces.structure, options.policy
         self._graph = pieces.capture.graph
         self.cache, self.debug = options.cache, options.debug
-        self._is_watched = options.observer is not None
+        self._is_watched, self._planner, self._timing = options.observer is not None, options.planner, options.timing
         self.variants = VariantCache(options.backend, options.settings, options.debug)
         self._builder = ProgramBuilder(pieces, self.variants, options.cache.torch_dtype, ranks)
         self._plans: dict[TimestepSchedule, tuple[Plan, dict[int, Step | GatedStep]]] = {}
@@ -413,8 +455,8 @@ class Programs:
         """What is tried beside every step that is watched: reuse of all sites, or of the stack if there is one."""
         if not self._is_watched:
             return {}
-        has_stack = any(span.kind is SiteKind.STACK for span in self.structure.spans)
-        plans = [reusing_plan(self.structure, kind) for kind in (("site", "stack") if has_stack else ("site",))]
+        levels: tuple[Level, ...] = ("site", "stack") if self.structure.stack else ("site",)
+        plans = [reusing_plan(self.structure, level) for level in levels]
         with ONE_AT_A_TIME:
             return {plan.policy: self._ready(plan, 1) for plan in plans}
 
@@ -447,16 +489,19 @@ class Programs:
             return known
         with ONE_AT_A_TIME:
             if schedule not in self._plans:
-                if self._is_watched:
-                    plan = recording_plan(self.structure, schedule)
-                else:
-                    plan = make_plan(self.structure, self.policy, schedule, self.cache)
+                plan = self._new(schedule)
                 self.debug.write("plan", plan)
                 for note in plan.notes() if not schedule.before else ():
                     log.warning("policy %s: %s", plan.policy, note)
                 latest = list(self._plans.items())[1 - MOST_PLANS :]
                 self._plans = {**dict(latest), schedule: (plan, {})}
             return self._plans[schedule]
+
+    def _new(self, schedule: TimestepSchedule) -> Plan:
+        if self._planner is not None:
+            return self._planner(self.structure, schedule, self.cache)
+        plan = make_plan(self.structure, self.policy, schedule, self.cache)
+        return plan if self._timing is None else self._timing.on(plan)
 
     def _make(self, plan: Plan, index: int) -> Step | GatedStep:
         if index >= plan.schedule.steps:

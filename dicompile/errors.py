@@ -59,6 +59,10 @@ class InvalidRecording(DicompileError, ValueError):
     """A recording is damaged, empty, or of another model, sampler or shape than it is used for."""
 
 
+class InvalidTiming(DicompileError, ValueError):
+    """Times of steps are damaged, incomplete, or of another model, shape, dtype or device than they are used for."""
+
+
 class CacheTooLarge(DicompileError, ValueError):
     """A plan needs more memory than it may have."""
 

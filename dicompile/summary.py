@@ -132,7 +132,7 @@ class ModelSummary:
         plan, report = self.plan, self.report
         kinds = ", ".join(f"{count} {kind}" for kind, count in report.kinds.items())
         yield f"{report.kinds.total()} calls: {kinds}"
-        yield f"planned: {plan.flop_speedup:.2f}x fewer operations, predicted {plan.predicted_speedup:.2f}x faster"
+        yield f"planned: {plan.flop_speedup:.2f}x fewer operations, predicted {plan.prediction(' faster')}"
         waited = f", and {self.compile_seconds:.2f} s of capturing and compiling" if self.compile_seconds else ""
         host = "" if self.on_host else " on the host (the device works on while it goes ahead)"
         yield f"{self.seconds:.2f} s in the model{host}{waited}"

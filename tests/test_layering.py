@@ -14,8 +14,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 
 FLOOR = (
-    "errors", "compat", "config", "debug", "garbage", "html", "latest", "text", "names", "nodes", "ops", "outside",
-    "same", "store",
+    "errors", "compat", "config", "debug", "device", "garbage", "html", "latest", "text", "names", "nodes", "ops",
+    "outside", "same", "store",
 )  # fmt: skip
 STAGES = ("capture", "analysis", "plan", "passes", "lower", "runtime")
 FRONT = (

@@ -307,6 +307,11 @@ class ModelStructure:
     trunk: Trunk = WHOLE
 
     @property
+    def stack(self) -> tuple[Span, ...]:
+        """The spans of the stack, one for each stream; may be none."""
+        return tuple(span for span in self.spans if span.kind is SiteKind.STACK)
+
+    @property
     def probe(self) -> Span | None:
         """What is watched, if the trunk asks for it and the model has it."""
         return next((span for span in self.spans if span.kind is SiteKind.PROBE), None)

@@ -8,9 +8,10 @@ import os
 import platform
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
+
+from dicompile.device import device_name
 
 PACKAGES = ("dicompile", "torch", "triton", "diffusers", "cache-dit")
 
@@ -43,9 +44,7 @@ class Machine:
             device: what runs the models, "cpu" or "cuda".
             command: what was called.
         """
-        processor = f"{_cpu()}, {os.cpu_count()} cores"
-        if device != "cpu":
-            processor = f"{torch.cuda.get_device_name(device)}, {processor}"
+        processor = ", ".join(map(device_name, dict.fromkeys((device, "cpu"))))
         load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
         versions = {"Python": platform.python_version(), **_versions(PACKAGES)}
         date = datetime.datetime.now(datetime.timezone.utc).date().isoformat()
@@ -58,13 +57,6 @@ class Machine:
             f"{self.date}, {self.processor}, {self.threads} {'thread' if self.threads == 1 else 'threads'}{load}",
             ", ".join(f"{name} {version}" for name, version in self.versions.items()),
         ]
-
-
-def _cpu() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text(encoding="utf-8").splitlines() if info.is_file() else []
-    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(named, platform.processor() or platform.machine())
 
 
 def _versions(packages: Sequence[str]) -> dict[str, str]:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from dicompile.bench.models import Subject
+from dicompile.device import wait_for
 from dicompile.zoo import Size
 
 
@@ -101,8 +102,7 @@ class Workload:
 
     def wait(self) -> None:
         """Let the device finish."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+        wait_for(self.device)
 
 
 def around_same_weights(module: nn.Module) -> nn.Module:

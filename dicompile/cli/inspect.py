@@ -31,7 +31,8 @@ from dicompile.cli.show import (
     refusals,
 )
 from dicompile.garbage import uncollected
-from dicompile.plan.plan import FLOPS_PER_BYTE
+from dicompile.plan import Timing
+from dicompile.plan.plan import FLOPS_PER_BYTE, ROOFLINE
 from dicompile.policies import POLICIES, required_options
 from dicompile.progress import progress
 from dicompile.text import operations_text, ranges_text
@@ -60,6 +61,7 @@ def inspect(  # noqa: PLR0913 - options
     kernels: Annotated[
         bool, typer.Option("--kernels", help="Count what steps launch on an H200, in bfloat16; no GPU is needed.")
     ] = False,
+    timing: options.TimingFile = None,
     as_json: options.AsJson = False,
     cache: options.Cache,
 ) -> None:
@@ -72,7 +74,8 @@ def inspect(  # noqa: PLR0913 - options
     with uncollected(), progress(f"looking at {subject.model}"):
         loaded = subject.load().in_bfloat16() if kernels else subject.load()
         analysis = loaded.analysis()
-        found = candidates(analysis, names, subject.schedule, remembered)
+        timed = options.timing_of(timing, loaded, analysis)
+        found = candidates(analysis, names, subject.schedule, remembered, timed)
     capture, structure = analysis.capture, analysis.structure()
     rows = kernel_rows(capture, found.plans) if kernels else []
     if graph is not None:
@@ -86,6 +89,7 @@ def inspect(  # noqa: PLR0913 - options
     console = make_console(wide=wide)
     _print_model(console, loaded, structure, everything=everything, wide=wide)
     _print_policies(console, found, subject.steps, everything=everything, is_default=not policy)
+    console.print(_prediction(timed), style=FAINT)
     for item in found.plans if grid else ():
         console.print(Text(f"\n{item.label}", "bold"))
         for line in lane_lines(item.plan, console.width, every_site=everything):
@@ -126,11 +130,13 @@ def _print_policies(console: Console, found: Candidates, steps: int, *, everythi
     if is_default:
         trained = ", ".join(name for name in POLICIES if required_options(name))
         console.print(f"need a file that was trained for the model: {trained}")
-    console.print(
-        f"time and speedup are predicted: roofline, {FLOPS_PER_BYTE:.0f} operations a byte, nothing fused. What the "
-        "pictures lose is not; dicompile demo shows it.",
-        style=FAINT,
-    )  # fmt: skip
+
+
+def _prediction(timing: Timing | None) -> str:
+    """What time and speedup follow from."""
+    by = ROOFLINE if timing is None else timing.clock
+    more = f", {FLOPS_PER_BYTE:.0f} operations a byte, nothing fused" if timing is None else ""
+    return f"time and speedup are predicted: {by}{more}. What the pictures lose is not; dicompile demo shows it."
 
 
 def model_lines(loaded: Loaded, structure: ModelStructure) -> Iterator[Text]:

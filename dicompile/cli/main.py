@@ -16,7 +16,7 @@ import typer
 import dicompile
 from dicompile.cli.bench import bench
 from dicompile.cli.cache import cache_app
-from dicompile.cli.calibrate import calibrate_command, frontier_command
+from dicompile.cli.calibrate import calibrate_command, frontier_command, measure_command
 from dicompile.cli.compare import compare_command
 from dicompile.cli.doctor import doctor
 from dicompile.cli.extras import needed_for
@@ -104,6 +104,7 @@ app.command()(bench)
 app.command()(doctor)
 app.command("compare")(compare_command)
 app.command("calibrate")(calibrate_command)
+app.command("measure")(measure_command)
 app.command("frontier")(frontier_command)
 app.command("fit-forecast")(fit_forecast_command)
 app.command("train-router")(train_router_command)

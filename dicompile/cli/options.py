@@ -11,10 +11,11 @@ from typing import Annotated, Any, TypeVar, cast, get_type_hints
 
 import typer
 
+from dicompile.analysis import Analysis
 from dicompile.cli.files import make_folder
 from dicompile.cli.models import Loaded, Shape, load
 from dicompile.errors import DicompileError
-from dicompile.plan import DTYPES, CacheOptions, Plan, TimestepSchedule
+from dicompile.plan import DTYPES, CacheOptions, Plan, TimestepSchedule, Timing
 
 GIVEN, REMEMBERED = "What the model is given", "What is remembered"
 """Panels of the help."""
@@ -57,6 +58,10 @@ CacheDtype = Annotated[
 ]
 CacheDevice = Annotated[
     str | None, typer.Option(help="'cpu' keeps the cache in host memory.", rich_help_panel=REMEMBERED)
+]
+TimingFile = Annotated[
+    Path | None,
+    typer.Option("--timing", help="What `dicompile measure` wrote: times of this model, in the place of a roofline."),
 ]
 Download = Annotated[bool, typer.Option("--download", help="Fetch config.json of a hub id; no weights.")]
 
@@ -127,6 +132,21 @@ def spread(command: Command) -> Command:
     return cast("Command", call)
 
 
+def timing_of(file: Path | None, loaded: Loaded, analysis: Analysis) -> Timing | None:
+    """Times out of a file, if one is given.
+
+    Raises:
+        InvalidTiming: it is none, or another model or size was timed.
+    """
+    if file is None:
+        return None
+    timing = Timing.load(file)
+    timing.check_model(type(loaded.module).__name__, str(file))
+    if analysis.latent is not None:
+        timing.check(latent=tuple(int(size) for size in analysis.latent.meta["val"].shape))
+    return timing
+
+
 PICTURES = (".png", ".svg", ".pdf")
 
 
@@ -160,6 +180,7 @@ def plan_data(plan: Plan) -> dict[str, Any]:
         "flops": plan.flops,
         "flop_speedup": plan.flop_speedup,
         "predicted_speedup": plan.predicted_speedup,
+        "clock": plan.clock,
         "cache_bytes": plan.cache_bytes,
         "setting_for": plan.meant_for,
         "notes": plan.notes(),

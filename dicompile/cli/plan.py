@@ -45,6 +45,7 @@ def plan_command(  # noqa: PLR0913 - options
         list[Path] | None, typer.Option("--png", "--svg", help="Draw it to this file; may be repeated.")
     ] = None,
     html: Annotated[Path | None, typer.Option(help="Write it as a page that needs nothing else.")] = None,
+    timing: options.TimingFile = None,
     as_json: options.AsJson = False,
     cache: options.Cache,
 ) -> None:
@@ -60,7 +61,8 @@ def plan_command(  # noqa: PLR0913 - options
         loaded = subject.load()
         analysis = loaded.analysis()
         plans = [make_plan(analysis.structure(each.trunk), each, subject.schedule, remembered) for each in policies]
-        plans = told_apart(spelled, plans)
+        timed = options.timing_of(timing, loaded, analysis)
+        plans = told_apart(spelled, plans if timed is None else list(map(timed.on, plans)))
     structure = analysis.structure()
     _write(loaded.name, structure, plans, picture or (), html)
     if as_json:
@@ -127,7 +129,7 @@ def head_lines(plan: Plan) -> Iterator[Text]:
         + (f", at best: a gate decides while sampling, up to {operations_text(plan.most_flops)}" if plan.gate else "")
     )
     none = plan.no_gain()
-    yield Text(f"  {none}", BAD) if none else Text(f"  predicted {plan.predicted_speedup:.2f}x faster", GOOD)
+    yield Text(f"  {none}", BAD) if none else Text(f"  predicted {plan.prediction(' faster')}", GOOD)
     held = f"{size_text(plan.cache_bytes)} in {len(plan.slots)} slots" if plan.cache_bytes else "nothing"
     where = f" ({plan.cache})" if str(plan.cache) else ""
     yield Text(f"  remembers {held} for each guidance context{where}")

@@ -13,7 +13,7 @@ from rich.text import Text
 
 from dicompile.analysis import Analysis
 from dicompile.errors import CacheTooLarge, PolicyDoesNotFit
-from dicompile.plan import CacheOptions, Plan, Policy, TimestepSchedule, choose_setting, make_plan
+from dicompile.plan import CacheOptions, Plan, Policy, TimestepSchedule, Timing, choose_setting, make_plan
 from dicompile.plan.lanes import MEANING, make_lanes
 from dicompile.plan.plan import WORTHWHILE
 from dicompile.policies import get_policy
@@ -70,8 +70,14 @@ class Candidates(NamedTuple):
     refused: dict[str, Refusal]
 
 
-def candidates(analysis: Analysis, names: Sequence[str], schedule: TimestepSchedule, cache: CacheOptions) -> Candidates:
-    """Plan every policy once, however many names it has."""
+def candidates(
+    analysis: Analysis,
+    names: Sequence[str],
+    schedule: TimestepSchedule,
+    cache: CacheOptions,
+    timing: Timing | None = None,
+) -> Candidates:
+    """Plan every policy once, however many names it has; with what was timed, if anything was."""
     settings: dict[str, Policy] = {}
     refused: dict[str, Refusal] = {}
     plans: list[Candidate] = []
@@ -82,7 +88,8 @@ def candidates(analysis: Analysis, names: Sequence[str], schedule: TimestepSched
             setting = choose_setting(policy, known).policy.model_copy(update={"name": "", "elsewhere": ()})
             alias = next((other for other, chosen in settings.items() if chosen == setting), None)
             if alias is None:
-                plans.append(Candidate((name,), make_plan(known, policy, schedule, cache)))
+                plan = make_plan(known, policy, schedule, cache)
+                plans.append(Candidate((name,), plan if timing is None else timing.on(plan)))
                 settings[name] = setting
             else:
                 plans = [Candidate((*c.names, name), c.plan) if alias in c.names else c for c in plans]

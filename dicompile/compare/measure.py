@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 import dicompile
@@ -21,6 +20,7 @@ from dicompile.bench.machine import Machine
 from dicompile.compare.quality import quality_of
 from dicompile.compare.results import Call, Comparison, Run
 from dicompile.compare.subjects import Subject
+from dicompile.device import wait_for
 from dicompile.errors import CacheTooLarge, InvalidPolicy, PolicyDoesNotFit
 from dicompile.plan import Plan, Policy
 from dicompile.policies import NoCache
@@ -142,10 +142,10 @@ def _timed(contestant: _Contestant, subject: Subject) -> tuple[Tensor, float, li
         return 0 if contestant.plan is None else dicompile.report(contestant.target).cache_bytes
 
     with _watched(modules, calls, held):
-        _wait(device)
+        wait_for(device)
         start = time.perf_counter()
         pictures = subject.generate(contestant.target, contestant.steps)
-        _wait(device)
+        wait_for(device)
         seconds = time.perf_counter() - start
     if contestant.plan is not None:
         contestant.plan = dicompile.plan_of(contestant.target)
@@ -159,11 +159,11 @@ def _watched(modules: Sequence[nn.Module], calls: list[tuple[float, int]], held:
     starts: list[float] = []
 
     def before(module: nn.Module, *_: Any) -> None:
-        _wait(next(module.parameters()).device)
+        wait_for(next(module.parameters()).device)
         starts.append(time.perf_counter())
 
     def after(module: nn.Module, *_: Any) -> None:
-        _wait(next(module.parameters()).device)
+        wait_for(next(module.parameters()).device)
         calls.append((time.perf_counter() - starts.pop(), held()))
 
     handles = [m.register_forward_pre_hook(before) for m in modules]
@@ -173,11 +173,6 @@ def _watched(modules: Sequence[nn.Module], calls: list[tuple[float, int]], held:
     finally:
         for handle in handles:
             handle.remove()
-
-
-def _wait(device: torch.device) -> None:
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)
 
 
 def _run_of(contestant: _Contestant, plain: _Contestant, reference: Tensor, subject: Subject) -> Run:

@@ -186,7 +186,7 @@ def facts_of(
     sigmas: tuple[float, ...] = (),
 ) -> Facts:
     """What a recording says of a model and a sampler; costs are those of the plans that will use it."""
-    spans = tuple(span.label for span in structure.spans if span.kind is SiteKind.STACK)
+    spans = tuple(span.label for span in structure.stack)
     site = reusing_plan(structure, "site")
     stack = reusing_plan(structure, "stack") if spans else site
     return Facts(

@@ -1,4 +1,4 @@
-"""How little has to go wrong for how much compute: what `auto` chooses from.
+"""How little has to go wrong for how much compute, or time: what `auto` chooses from.
 
 For every number of full steps the best ones are searched (`dicompile.learn.search`) and the error of the last latent is
 predicted: from a step's forecast to the model's output by its sensitivity, from there to the latent by how far the
@@ -34,25 +34,25 @@ from dicompile.learn.search import (
     squared_error,
     step_errors,
 )
-from dicompile.learn.trace import EXTRAS, Facts, Level, Trace, pooled
-from dicompile.plan import Cadence, Fitted, Origin, Policy, Rule, WhatName
+from dicompile.learn.trace import EXTRAS, Facts, Trace, pooled
+from dicompile.plan import FULL, MOST_STORED, Cadence, Fitted, Level, Origin, Policy, Rule, Timing, WhatName, kind_name
 from dicompile.text import size_text
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-MOST_STORED = 3
-"""Values of one branch that a forecast takes: what the best published ones take, too."""
 DOUBT = {"site": 1.0, "stack": 2.0}
 """Factors of expected errors.
 
 In two trained models (docs/benchmarks.md) forecasts of the stack were 0.9 to 2.2 times as wrong as steps by themselves
 tell, those of branches 0.8 to 1.5 times: an update is added to the stream of another latent.
 """
-HEADINGS = ("full steps", "compute", "speedup", "forecast", "cache", "expected error", "as many steps, uncached")
-"""Of the columns of the frontier as a table."""
+HEADINGS = ("full steps", "compute", "time", "speedup", "forecast", "cache", "expected error", "fewer steps, uncached")
+"""Of the columns of the frontier as a table; the time is left out where none was measured."""
+COUNTED = "operations are counted; dicompile.measure(pipe) times steps on your machine"
+"""What costs are where nothing was timed."""
 LITTLE = 0.85
-"""Share of the compute from which on caching is of no use, whatever it costs in quality."""
+"""Share of the cost from which on caching is of no use, whatever it costs in quality."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,10 +63,12 @@ class Point:
         level: forecast are single branches, which are gated anew, or the whole stack.
         full: numbers of the steps that compute everything.
         compute: operations of the run over those without caching.
+        time: of the run in the denoiser, over that without caching; None where nothing was timed.
+        seconds: of the same, for one guidance context.
         error: relative L2 error that is expected of the last latent.
         cache_bytes: what one guidance context holds at most.
         stored: values that a forecast takes at most.
-        fewer_steps: error that is expected of fewer steps without caching, for the same compute or a little more.
+        fewer_steps: error that is expected of fewer steps without caching, for the same cost or a little more.
     """
 
     level: Level
@@ -76,26 +78,37 @@ class Point:
     cache_bytes: int
     stored: int
     fewer_steps: float
+    time: float | None = None
+    seconds: float | None = None
+
+    @property
+    def cost(self) -> float:
+        """Time where it was measured, and else compute."""
+        return self.compute if self.time is None else self.time
 
     def __str__(self) -> str:
         how = "branch by branch" if self.level == "site" else "as a whole stack"
         return (
             f"{len(self.full)} full steps, the others forecast {how}: {self.compute:.1%} of the compute, "
-            f"expected error {self.error:.2g}, cache {size_text(self.cache_bytes)}"
+            + ("" if self.time is None else f"{self.time:.1%} of the time ({self.seconds:.2f} s), ")
+            + f"expected error {self.error:.2g}, cache {size_text(self.cache_bytes)}"
         )
 
 
 class Frontier:
-    """The plans of which none is better in both compute and error, by falling compute.
+    """The plans of which none is better in both cost and error, by falling cost.
 
     Args:
         facts: of the recording.
         traces: at least one.
         max_bytes: of one guidance context; None for no limit.
+        timing: what was timed; None if operations are the cost.
     """
 
-    def __init__(self, facts: Facts, traces: Sequence[Trace], max_bytes: int | None = None) -> None:
-        self.facts, self.traces, self.max_bytes = facts, traces, max_bytes
+    def __init__(
+        self, facts: Facts, traces: Sequence[Trace], max_bytes: int | None = None, timing: Timing | None = None
+    ) -> None:
+        self.facts, self.traces, self.max_bytes, self.timing = facts, traces, max_bytes, timing
         self._output, self._latent = (facts.values.index(name) for name in EXTRAS)
 
     @functools.cached_property
@@ -106,7 +119,7 @@ class Frontier:
             InvalidSetting: memory does not hold one value of anything.
         """
         best: list[Point] = []
-        for point in sorted(self.candidates(), key=lambda point: (point.compute, point.error)):
+        for point in sorted(self.candidates(), key=lambda point: (point.cost, point.error)):
             if not best or point.error < best[-1].error:
                 best.append(point)
         if not best:
@@ -134,6 +147,8 @@ class Frontier:
             if self.max_bytes is not None:
                 stored = min(stored, self.max_bytes // max(size, 1))
             compute = (number * facts.full_flops + (facts.steps - number) * cached) / (facts.steps * facts.full_flops)
+            time, seconds = self._time(level, choice.full, stored)
+            cost = compute if time is None else time
             yield Point(
                 level=level,
                 full=choice.full,
@@ -141,8 +156,19 @@ class Frontier:
                 error=DOUBT[level] * choice.error,
                 cache_bytes=stored * size if number < facts.steps else 0,
                 stored=stored,
-                fewer_steps=float(self._fewer_steps[math.ceil(compute * facts.steps - 1e-9) - 1]),
+                fewer_steps=float(self._fewer_steps[min(math.ceil(cost * facts.steps - 1e-9), facts.steps) - 1]),
+                time=time,
+                seconds=seconds,
             )
+
+    def _time(self, level: Level, full: Sequence[int], stored: int) -> tuple[float, float] | tuple[None, None]:
+        """Time of a run over that without caching, and in seconds; None where nothing was timed."""
+        if self.timing is None:
+            return None, None
+        whole, recalled = self.timing.seconds(FULL), histories(full, self.facts.steps, stored - 1)
+        others = (self.timing.seconds(kind_name(level, len(history))) for history in recalled.values())
+        seconds = len(full) * whole + sum(others)
+        return seconds / (self.facts.steps * whole), seconds
 
     def _bytes(self, level: Level) -> int:
         """What remembering one value of everything takes."""
@@ -165,15 +191,15 @@ class Frontier:
                 fix="give budget=0.34 (share of the compute), speedup=3, or max_error=0.02",
             )
         if max_error is not None:
-            return min((p for p in self.points if p.error <= max_error), key=lambda point: point.compute)
+            return min((p for p in self.points if p.error <= max_error), key=lambda point: point.cost)
         share = 1 / speedup if speedup is not None else budget or 1.0
-        within = [point for point in self.points if point.compute <= share + 1e-9]
+        within = [point for point in self.points if point.cost <= share + 1e-9]
         if not within:
             least = self.points[-1]
             raise InvalidSetting(
-                f"{share:.1%} of the compute are not enough",
+                f"{share:.1%} of the {self._what} are not enough",
                 where="auto",
-                why=f"one full step of {self.facts.steps} and forecasts take {least.compute:.1%}",
+                why=f"one full step of {self.facts.steps} and forecasts take {least.cost:.1%}",
                 fix="sample in fewer steps, or ask for less",
             )
         return min(within, key=lambda point: point.error)
@@ -207,21 +233,35 @@ class Frontier:
     @property
     def verdict(self) -> str:
         """One line about whether caching is expected to gain anything."""
-        useful = [point for point in self.points if point.compute <= LITTLE]
+        useful = [point for point in self.points if point.cost <= LITTLE]
         better = [point for point in useful if point.error < point.fewer_steps]
         if not better:
             return "no gain expected: fewer steps are better here" if useful else "no gain expected: there is no plan"
-        least, most = better[-1].compute, better[0].compute
-        return f"better than fewer steps between {least:.0%} and {most:.0%} of the compute"
+        least, most = better[-1].cost, better[0].cost
+        return f"better than fewer steps between {least:.0%} and {most:.0%} of the {self._what}"
+
+    @property
+    def clock(self) -> str:
+        """What costs are, in words."""
+        return COUNTED if self.timing is None else self.timing.clock
+
+    @property
+    def _what(self) -> str:
+        return "compute" if self.timing is None else "time"
+
+    @property
+    def _headings(self) -> tuple[str, ...]:
+        return tuple(heading for heading in HEADINGS if heading != "time" or self.timing is not None)
 
     def _cells(self, rows: int) -> list[tuple[str, ...]]:
-        """The frontier at about as many computes, as text."""
+        """The frontier at about as many costs, as text."""
         wanted = np.linspace(0, len(self.points) - 1, min(rows, len(self.points))).round().astype(int)
         return [
             (
                 str(len(point.full)),
                 f"{point.compute:.1%}",
-                f"{1 / point.compute:.2f}x",
+                *([] if point.time is None else [f"{point.time:.1%}"]),
+                f"{1 / point.cost:.2f}x",
                 "branches" if point.level == "site" else "stack",
                 size_text(point.cache_bytes),
                 f"{point.error:.2g}",
@@ -235,9 +275,9 @@ class Frontier:
         return f"{self.facts.model}, {self.facts.steps} steps"
 
     def table(self, rows: int = 12) -> Table:
-        """The frontier for the terminal, at about as many computes."""
-        table = Table(title=self._title, caption=self.verdict, box=SIMPLE_HEAD)
-        for heading in HEADINGS:
+        """The frontier for the terminal, at about as many costs."""
+        table = Table(title=self._title, caption=f"{self.verdict}\n{self.clock}", box=SIMPLE_HEAD)
+        for heading in self._headings:
             table.add_column(heading, justify="right")
         for cells in self._cells(rows):
             table.add_row(*cells)
@@ -247,21 +287,21 @@ class Frontier:
         """The frontier in a notebook."""
         return fragment(
             f"<p>{escape(self._title)}</p>",
-            html_table(HEADINGS, self._cells(12), numbers=len(HEADINGS)),
-            f"<p>{escape(self.verdict)}</p>",
+            html_table(self._headings, self._cells(12), numbers=len(self._headings)),
+            f"<p>{escape(self.verdict)}</p><p>{escape(self.clock)}</p>",
         )
 
     def plot(self) -> Figure:
-        """Expected error against compute, of these plans and of fewer steps; needs matplotlib (extra "demo")."""
+        """Expected error against cost, of these plans and of fewer steps; needs matplotlib (extra "demo")."""
         from matplotlib.figure import Figure
 
         figure = Figure(figsize=(6, 4), layout="constrained")
         axes = figure.subplots()
         drawn = [point for point in self.points if point.error and point.fewer_steps]
-        computes = [point.compute for point in drawn]
-        axes.plot(computes, [point.error for point in drawn], marker=".", label="auto")
-        axes.plot(computes, [point.fewer_steps for point in drawn], marker=".", label="fewer steps")
-        axes.set(xlabel="compute", ylabel="expected relative error", yscale="log", title=self.verdict)
+        costs = [point.cost for point in drawn]
+        axes.plot(costs, [point.error for point in drawn], marker=".", label="auto")
+        axes.plot(costs, [point.fewer_steps for point in drawn], marker=".", label="fewer steps")
+        axes.set(xlabel=self._what, ylabel="expected relative error", yscale="log", title=self.verdict)
         axes.legend()
         return figure
 

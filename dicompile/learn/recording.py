@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from dicompile import outside
-from dicompile.errors import InvalidRecording, InvalidSetting
+from dicompile.errors import InvalidRecording, InvalidSetting, InvalidTiming
 from dicompile.learn.frontier import Frontier
-from dicompile.learn.trace import VERSION, Facts, Level, Trace
-from dicompile.plan import CacheOptions, Cadence, Policy
+from dicompile.learn.trace import VERSION, Facts, Trace
+from dicompile.plan import CacheOptions, Cadence, Level, Policy, Timing
 from dicompile.store import save_tensors
 
 
@@ -68,18 +68,22 @@ class Recording:
         later = (replace(trace, run=trace.run + first) for trace in other.traces)
         return Recording(self.facts, (*self.traces, *later))
 
-    def frontier(self, max_cache_bytes: int | str | None = None) -> Frontier:
-        """The least error that is expected for every compute.
+    def frontier(self, max_cache_bytes: int | str | None = None, timing: Timing | None = None) -> Frontier:
+        """The least error that is expected for every compute, or for every time.
 
         Args:
             max_cache_bytes: of one guidance context, as `dicompile.optimize` takes it.
+            timing: what `measure` has timed; then plans are weighed by time, and else by operations.
 
         Raises:
             InvalidRecording: nothing was recorded.
+            InvalidTiming: another model, or another size, was timed.
         """
         if not self.traces:
             raise InvalidRecording("nothing was recorded", where="Recording", fix="sample inside of the with")
-        return Frontier(self.facts, self.traces, CacheOptions.of(max_cache_bytes).max_bytes)
+        if timing is not None:
+            _check_timing(self.facts, timing)
+        return Frontier(self.facts, self.traces, CacheOptions.of(max_cache_bytes).max_bytes, timing)
 
     def policy(
         self,
@@ -88,20 +92,23 @@ class Recording:
         speedup: float | None = None,
         max_error: float | None = None,
         max_cache_bytes: int | str | None = None,
+        timing: Timing | None = None,
     ) -> Policy:
         """The best policy that was found for one of three goals.
 
         Args:
-            budget: operations of the run over those without caching, in (0, 1].
+            budget: operations of the run over those without caching, in (0, 1]; with `timing` its time in the denoiser.
             speedup: its inverse.
-            max_error: relative L2 error of the last latent that is expected, unitless; the least compute that keeps it.
+            max_error: relative L2 error of the last latent that is expected, unitless; the least cost that keeps it.
             max_cache_bytes: of one guidance context, as `dicompile.optimize` takes it.
+            timing: what `measure` has timed.
 
         Raises:
             InvalidSetting: not one goal is given, or it cannot be reached.
             InvalidRecording: nothing was recorded.
+            InvalidTiming: another model, or another size, was timed.
         """
-        frontier = self.frontier(max_cache_bytes)
+        frontier = self.frontier(max_cache_bytes, timing)
         return frontier.policy(frontier.point(budget=budget, speedup=speedup, max_error=max_error))
 
     def fitted(self, cadence: Cadence, order: int = 2, level: Level = "site") -> Policy:
@@ -207,6 +214,29 @@ class Recording:
         )
 
 
+def _check_timing(facts: Facts, timing: Timing) -> None:
+    """Raise if times are of another model or size than a recording; the batch may be another one.
+
+    Raises:
+        InvalidTiming: they are.
+    """
+    timed = timing.facts
+    timing.check_model(facts.model, "recording")
+    pairs = (
+        ("branches", len(timed.sites), len(facts.sites)),
+        ("kinds of branch", timed.sites, facts.sites),
+        ("streams", len(timed.spans), len(facts.spans)),
+        ("latents of size", list(timed.latent[1:]), list(facts.latent[1:] or timed.latent[1:])),
+    )
+    for what, mine, theirs in pairs:
+        if mine != theirs:
+            raise InvalidTiming(
+                f"times are of {what} {mine}, the recording is of {theirs}",
+                where=facts.model,
+                fix="record and measure runs of the same model and size",
+            )
+
+
 def _trace(name: str, tensors: Mapping[str, Tensor]) -> Trace:
     """The trace whose Gram matrix has this name in a file."""
     _, run, context = name.split("/", 2)
@@ -219,6 +249,7 @@ class Goal:
     Args:
         recording: or its file, if one is given.
         budget, speedup, max_error, max_cache_bytes: see `Recording.policy`.
+        timing: what was timed, or its file, if anything was.
     """
 
     def __init__(
@@ -228,10 +259,12 @@ class Goal:
         speedup: float | None,
         max_error: float | None,
         max_cache_bytes: int | str | None,
+        timing: Timing | str | Path | None,
     ) -> None:
         self._goals = {"budget": budget, "speedup": speedup, "max_error": max_error}
         self._max_cache_bytes = max_cache_bytes
         self._recording = Recording.load(recording) if isinstance(recording, str | Path) else recording
+        self.timing = Timing.load(timing) if isinstance(timing, str | Path) else timing
 
     @property
     def policy(self) -> Policy:
@@ -239,6 +272,7 @@ class Goal:
 
         Raises:
             InvalidSetting: there is no recording, not one goal, or one that cannot be reached.
+            InvalidTiming: another model, or another size, was timed than recorded.
         """
         if self._recording is None:
             raise InvalidSetting(
@@ -248,7 +282,7 @@ class Goal:
                 fix="with dicompile.calibrate(pipe) as recording: pipe(...); then optimize(pipe, 'auto', "
                 "recording=recording, speedup=3)",
             )
-        return self._recording.policy(max_cache_bytes=self._max_cache_bytes, **self._goals)
+        return self._recording.policy(max_cache_bytes=self._max_cache_bytes, timing=self.timing, **self._goals)
 
     def unused(self, policy: Policy) -> Policy:
         """Another policy, beside which nothing of "auto" may be given.
@@ -266,10 +300,10 @@ class Goal:
         return policy
 
     def check_model(self, module: nn.Module) -> None:
-        """Raise if the recording is of another model.
+        """Raise if the recording, or what was timed, is of another model.
 
         Raises:
-            InvalidRecording: it is.
+            InvalidRecording, InvalidTiming: it is.
         """
         made_of = None if self._recording is None else self._recording.facts.model
         original = getattr(module, "_orig_mod", module)
@@ -279,3 +313,5 @@ class Goal:
                 where="dicompile.optimize",
                 fix="calibrate this model",
             )
+        if self.timing is not None:
+            self.timing.check_model(type(original).__name__)

@@ -13,8 +13,10 @@ from dicompile.api import optimize
 from dicompile.errors import CannotCapture
 from dicompile.learn.calibrate import calibrate
 from dicompile.learn.latents import LATENTS, Data
+from dicompile.learn.measure import measure
 from dicompile.learn.recording import Recording
 from dicompile.names import sounds_like_latent, sounds_like_time
+from dicompile.plan import Timing
 from dicompile.progress import tracked
 
 
@@ -53,6 +55,21 @@ class Runs:
             for run in tracked(range(count), "recording", count, shown=progress):
                 self.sample(fast, run)
         return recording
+
+    def measure(self, module: nn.Module, count: int, *, backend: str = "inductor", progress: bool = True) -> Timing:
+        """Time steps in some runs of a module that is not optimized; it stays as it is.
+
+        Args:
+            module: in eval mode.
+            count: of runs.
+            backend: "inductor" or "eager".
+            progress: show a bar.
+        """
+        fast = optimize(module, "none", schedule=self.scheduler, backend=backend)
+        with measure(fast) as timing:
+            for run in tracked(range(count), "measuring", count, shown=progress):
+                self.sample(fast, run)
+        return timing
 
     @torch.no_grad()
     def sample(self, model: nn.Module, run: int) -> Tensor:

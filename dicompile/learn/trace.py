@@ -8,17 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal
 
 import torch
 from pydantic import NonNegativeInt, PositiveInt
 from torch import Tensor
 
-from dicompile.plan import SAME_TIMESTEP
+from dicompile.plan import SAME_TIMESTEP, Level
 from dicompile.plan.yaml_json import YamlJson
-
-Level = Literal["site", "stack"]
-"""What is forecast: single branches, which are gated anew, or what the whole stack adds."""
 
 VERSION = 1
 EXTRAS = ("output", "latent")

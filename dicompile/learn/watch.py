@@ -14,7 +14,7 @@ from dicompile.errors import NotOptimized, UnsupportedModel
 from dicompile.lower import Backend, Hoist
 from dicompile.model import ModelCalls
 from dicompile.pipelines import denoisers, optimized_components
-from dicompile.plan import UNLIMITED
+from dicompile.plan import UNLIMITED, recording_plan
 from dicompile.policies import NoCache
 from dicompile.runtime import Observer
 from dicompile.wrapper import CachedModel, find_optimized, record_of, without_compile
@@ -49,9 +49,34 @@ def watched(
         NotOptimized: a module that was not optimized; its wrapper is what has to be called.
         UnsupportedModel: several denoisers.
     """
+    with one_denoiser(model, components, backend or "eager") as cached:
+        record, watcher = record_of(cached), watcher_of(cached)
+        options = replace(
+            record.options, policy=NoCache(), cache=UNLIMITED, hoist=Hoist.NOTHING, timing=None, observer=watcher,
+            planner=recording_plan,
+        )  # fmt: skip
+        if backend is not None or options.backend.in_background:
+            options = replace(options, backend=Backend.of(backend or "inductor"))
+        record.calls = watcher.calls = ModelCalls(record.module, options)
+        yield watcher
+
+
+@contextlib.contextmanager
+def one_denoiser(model: Any, components: Sequence[str] | None, backend: str) -> Iterator[CachedModel]:
+    """The one denoiser, optimized; whatever calls it is given meanwhile, it has its own again afterwards.
+
+    Args:
+        model: a pipeline, optimized or not; or a module that `dicompile.optimize` returned.
+        components: of a pipeline that is not optimized: the denoiser, if it has several.
+        backend: what runs the steps of a pipeline that is not.
+
+    Raises:
+        NotOptimized: a module that was not optimized; its wrapper is what has to be called.
+        UnsupportedModel: several denoisers.
+    """
     is_ours = not isinstance(model, nn.Module) and not optimized_components(model)
     if is_ours:
-        optimize(model, NoCache(), backend=backend or "eager", components=components)
+        optimize(model, NoCache(), backend=backend, components=components)
     elif isinstance(model, nn.Module) and find_optimized(model) is None:
         raise NotOptimized(
             f"this {type(model).__name__} was not optimized",
@@ -61,14 +86,10 @@ def watched(
         )
     try:
         cached = _single(model, cached_in(model), fix='components=["transformer"]')
-        record, watcher = record_of(cached), watcher_of(cached)
-        options = replace(record.options, policy=NoCache(), cache=UNLIMITED, hoist=Hoist.NOTHING, observer=watcher)
-        if backend is not None or options.backend.in_background:
-            options = replace(options, backend=Backend.of(backend or "inductor"))
-        calls, record.calls = record.calls, ModelCalls(record.module, options)
-        watcher.calls = record.calls
+        record = record_of(cached)
+        calls = record.calls
         try:
-            yield watcher
+            yield cached
         finally:
             record.calls = calls
     finally:

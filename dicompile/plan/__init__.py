@@ -31,7 +31,15 @@ from dicompile.plan.frozen import Origin
 from dicompile.plan.gate import Gate
 from dicompile.plan.memory import DTYPES, UNLIMITED, CacheOptions, check_can_compile, needs_scale
 from dicompile.plan.plan import Dropped, Plan, SiteStep, StepPlan
-from dicompile.plan.planner import attention_owner, make_plan, plan_actions, recording_plan, reusing_plan
+from dicompile.plan.planner import (
+    TURN,
+    attention_owner,
+    make_plan,
+    plan_actions,
+    recording_plan,
+    reusing_plan,
+    timing_plan,
+)
 from dicompile.plan.predictor import Adapter, Predictor, PredictorFacts, load_predictor
 from dicompile.plan.recall import Aligned, Bands, Fitted, Forecast, Reuse, Spectral, Velocity, WhatName
 from dicompile.plan.rows import make_rows
@@ -47,15 +55,19 @@ from dicompile.plan.schema import (
     TokenScore,
     TokenTable,
 )
+from dicompile.plan.timing import FULL, MOST_STORED, Conditions, Level, TimedKind, Timing, TimingFacts, kind_name
 from dicompile.plan.weights import chebyshev_weights, polynomial_weights, taylor_weights, unrolled_weights
 
 __all__ = [
     "COMPUTE",
     "DTYPES",
+    "FULL",
     "HISTORIC",
+    "MOST_STORED",
     "REUSE",
     "SAME_TIMESTEP",
     "SKIP",
+    "TURN",
     "UNLIMITED",
     "Action",
     "Adapter",
@@ -63,12 +75,14 @@ __all__ = [
     "Bands",
     "CacheOptions",
     "Cadence",
+    "Conditions",
     "Context",
     "Dropped",
     "Elsewhere",
     "Fitted",
     "Forecast",
     "Gate",
+    "Level",
     "Line",
     "LowBand",
     "Magnitudes",
@@ -90,7 +104,10 @@ __all__ = [
     "Spectral",
     "StepPlan",
     "Table",
+    "TimedKind",
     "TimestepSchedule",
+    "Timing",
+    "TimingFacts",
     "TokenScore",
     "TokenTable",
     "Velocity",
@@ -107,6 +124,7 @@ __all__ = [
     "check_predictor",
     "choose_setting",
     "first_span",
+    "kind_name",
     "load_predictor",
     "make_plan",
     "make_rows",
@@ -117,5 +135,6 @@ __all__ = [
     "reusing_plan",
     "score_source",
     "taylor_weights",
+    "timing_plan",
     "unrolled_weights",
 ]

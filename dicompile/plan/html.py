@@ -32,7 +32,7 @@ def _figures(plan: Plan) -> str:
     setting = f" (setting for {plan.meant_for})" if plan.meant_for else ""
     work = f"{operations_text(plan.flops)}, {plan.flop_speedup:.2f}x fewer"
     memory = f"remembers {size_text(plan.cache_bytes)} for each guidance context"
-    time = f"predicted {plan.predicted_speedup:.2f}x faster"
+    time = f"predicted {plan.prediction(' faster')}"
     return f"{plan.policy}{setting}, {len(plan.steps)} steps: {work}; {time}; {memory}"
 
 

@@ -17,7 +17,8 @@ from dicompile.text import ranges_text, size_text
 
 FLOPS_PER_BYTE = 165.0
 """Balance of an H200 in bfloat16: 790 TFLOP/s over 4.8 TB/s; used for the predicted speedup."""
-
+ROOFLINE = "FLOPs and bytes by roofline"
+"""What times follow from where nothing was measured."""
 
 WORTHWHILE = 1.05
 """Predicted speedup below which no gain is expected."""
@@ -59,7 +60,7 @@ class StepPlan:
         flops: operations of the step.
         score_flops: the part of them that scores its tokens, which publications leave out.
         bytes: memory traffic of the step, nothing fused.
-        time: roofline time of the step, in operations.
+        time: roofline time of the step, in operations; in seconds where times were measured.
         full: of a gated step, what it does where the probe has drifted: everything. The rest is about recalling.
         verified: of a gated step, number of the span that may be computed beside what is recalled of it, to compare.
         check: operations of that, and their roofline time; not in `flops` and `time`.
@@ -130,7 +131,7 @@ class Plan:
         schedule: the timesteps.
         steps: one entry per evaluation of the model.
         baseline_flops: operations of the run without caching.
-        baseline_time: its roofline time, in operations.
+        baseline_time: its time, as that of the steps.
         slot_bytes: size of every slot.
         block_sites: numbers of the sites of every block.
         block_spans: numbers of the spans of a block, by its first site.
@@ -150,6 +151,7 @@ class Plan:
         probe: number of the span that it watches.
         trace: number of the span that is held against what it was, where values are recalled by that.
         recalls: of a gated policy, what stands in for a site or span.
+        clock: what times follow from, in words.
     """
 
     policy: str
@@ -175,6 +177,7 @@ class Plan:
     probe: int | None = None
     trace: int | None = None
     recalls: Mapping[int, Reuse | Forecast | Aligned] = field(repr=False, default_factory=dict)
+    clock: str = ROOFLINE
 
     @property
     def flops(self) -> int:
@@ -221,7 +224,7 @@ class Plan:
 
     @property
     def predicted_speedup(self) -> float:
-        """Roofline estimate at `FLOPS_PER_BYTE`, nothing fused; with a gate, the most that its limits allow."""
+        """By measured times, or a roofline at `FLOPS_PER_BYTE`, nothing fused; with a gate, the most that it allows."""
         time = sum(step.time for step in self.at_best)
         if self.waits:
             time = (time + sum((step.full or step).time for step in self.steps)) / 2
@@ -274,11 +277,15 @@ class Plan:
     def _work(self) -> str:
         work = f"{self.flops / 1e9:.3f}"
         if self.gate is None:
-            return f"{work} GFLOP ({self.flop_speedup:.2f}x fewer), predicted {self.predicted_speedup:.2f}x"
+            return f"{work} GFLOP ({self.flop_speedup:.2f}x fewer), predicted {self.prediction()}"
         return (
             f"{work} to {self.most_flops / 1e9:.3f} GFLOP (at most {self.flop_speedup:.2f}x fewer), "
-            f"predicted {self.predicted_speedup:.2f}x at most"
+            f"predicted {self.prediction(' at most')}"
         )
+
+    def prediction(self, word: str = "") -> str:
+        """The predicted speedup, a word for it, and what it follows from."""
+        return f"{self.predicted_speedup:.2f}x{word} ({self.clock})"
 
     def drops(self) -> str:
         """One line about what was dropped to fit the budget; empty if nothing was."""

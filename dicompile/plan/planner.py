@@ -6,7 +6,7 @@ import itertools
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 from dicompile.analysis import WHOLE, ModelStructure, Probe, Site, SiteId, SiteKind, TokenWise
 from dicompile.plan.action import (
@@ -32,6 +32,7 @@ from dicompile.plan.recall import Aligned, Forecast, Reuse
 from dicompile.plan.rows import Gated, Row, make_rows
 from dicompile.plan.schedule import TimestepSchedule
 from dicompile.plan.schema import Policy
+from dicompile.plan.timing import FULL, MOST_STORED, Level, kind_name
 
 
 def make_plan(
@@ -134,7 +135,7 @@ def plan_actions(
             )
             for block in structure.blocks
         },
-        stack=tuple(int(span.id) for span in structure.spans if span.kind is SiteKind.STACK),
+        stack=tuple(int(span.id) for span in structure.stack),
         model=() if whole is None else (int(whole.id),),
         labels=tuple(site.label for site in structure.everything),
         cache=cache,
@@ -225,7 +226,7 @@ def _recalls(structure: ModelStructure, policy: Policy) -> dict[int, Reuse | For
     return recalls
 
 
-def recording_plan(structure: ModelStructure, schedule: TimestepSchedule) -> Plan:
+def recording_plan(structure: ModelStructure, schedule: TimestepSchedule, cache: CacheOptions = UNLIMITED) -> Plan:
     """A plan of which every step computes everything and stores what it computed until the next step.
 
     Of sites the core is stored, of the stack its update; they are for whoever watches the run
@@ -237,30 +238,71 @@ def recording_plan(structure: ModelStructure, schedule: TimestepSchedule) -> Pla
     )
     live = frozenset(slot for site in sites for slot in site.writes)
     step = with_cost(structure, StepPlan("full", sites, live))
-    plan = plan_actions(structure, [(COMPUTE,) * len(structure.sites)] * schedule.steps, schedule, "record")
+    plan = plan_actions(structure, [(COMPUTE,) * len(structure.sites)] * schedule.steps, schedule, "record", cache)
     size = {
-        slot: slot_bytes(structure.everything[slot.site], slot.kind, sites[slot.site].action.what, UNLIMITED)
+        slot: slot_bytes(structure.everything[slot.site], slot.kind, sites[slot.site].action.what, cache)
         for slot in live
     }
     return replace(plan, steps=(step,) * schedule.steps, slot_bytes=size)
 
 
-def reusing_plan(structure: ModelStructure, kind: Literal["site", "stack"]) -> Plan:
+def reusing_plan(structure: ModelStructure, level: Level) -> Plan:
     """A plan of two steps, of which the second one reuses every site, or the stack, as `recording_plan` stores them.
 
     Args:
         structure: the model; for "stack" one with such spans.
-        kind: what is reused.
+        level: what is reused.
     """
-    reused = Action((0.0, 1.0), What.CORE if kind == "site" else What.UPDATE)
-    inside = {int(i) for span in structure.spans if span.kind is SiteKind.STACK for i in span.inside}
-    row = tuple(
-        reused if site.kind.is_span == (kind == "stack") and site.kind is not SiteKind.BLOCK
-        else SKIP if kind == "stack" and int(site.id) in inside
+    reused = Action((0.0, 1.0), _WHAT[level])
+    rows = [(COMPUTE,) * len(structure.everything), _recalling(structure, level, reused)]
+    return plan_actions(structure, rows, TimestepSchedule(2), level)
+
+
+def timing_plan(structure: ModelStructure, schedule: TimestepSchedule, cache: CacheOptions = UNLIMITED) -> Plan:
+    """A plan of which the steps are, in turns, of every kind that is measured; each is named after its kind.
+
+    As many steps as values are stored at most compute everything; then every branch is recalled from all of them, from
+    fewer, and from the last one, twice over; then the same with the stack.
+
+    Args:
+        structure: the model.
+        schedule: the timesteps; after `TURN` of them every kind has come.
+        cache: in which numbers values are stored.
+    """
+    levels: list[Level] = ["site", "stack"] if structure.stack else ["site"]
+    turn = (*[0] * MOST_STORED, *range(MOST_STORED, 0, -1), *range(MOST_STORED, 0, -1))
+    turns = itertools.cycle([(level, stored) for level in levels for stored in turn])
+    rows: list[Row] = []
+    kinds: list[str] = []
+    full: list[int] = []
+    for step, (level, stored) in zip(range(schedule.steps), turns, strict=False):
+        if stored:
+            recalled = Forecast(order=stored - 1).action(full, step)
+            rows.append(_recalling(structure, level, replace(recalled, what=_WHAT[level])))
+        else:
+            full.insert(0, step)
+            rows.append((COMPUTE,) * len(structure.everything))
+        kinds.append(kind_name(level, stored) if stored else FULL)
+    plan = plan_actions(structure, rows, schedule, "measure", cache)
+    return replace(plan, steps=tuple(replace(s, kind=kind) for s, kind in zip(plan.steps, kinds, strict=True)))
+
+
+TURN = 2 * 3 * MOST_STORED
+"""Steps of `timing_plan` after which it begins anew."""
+
+_WHAT: dict[Level, What] = {"site": What.CORE, "stack": What.UPDATE}
+"""What is stored of sites, and of the stack."""
+
+
+def _recalling(structure: ModelStructure, level: Level, recalled: Action) -> Row:
+    """A step at which every site, or the stack, does the same."""
+    inside = {int(i) for span in structure.stack for i in span.inside}
+    return tuple(
+        recalled if site.kind.is_span == (level == "stack") and site.kind is not SiteKind.BLOCK
+        else SKIP if level == "stack" and int(site.id) in inside
         else COMPUTE
         for site in structure.everything
     )  # fmt: skip
-    return plan_actions(structure, [(COMPUTE,) * len(row), row], TimestepSchedule(2), kind)
 
 
 def _recorded(site: Site) -> tuple[Slot, ...]:
