@@ -369,6 +369,14 @@ CASES: list[tuple[type[errors.DicompileError], Callable[[], Any], str]] = [
         "  fix:   make one: with dicompile.calibrate(pipe) as recording: ...; recording.save(file)",
     ),
     (
+        errors.InvalidTiming,
+        lambda: dicompile.Timing.load("gone.json"),
+        "gone.json holds no times of steps\n"
+        "  where: gone.json\n"
+        "  why:   gone.json cannot be read: No such file or directory: gone.json\n"
+        "  fix:   make it: with dicompile.measure(pipe) as timing: ...; timing.save(file)",
+    ),
+    (
         errors.CannotBatch,
         lambda: call_for_request(policy="first-block-cache"),
         "policy 'first-block-0.05' decides for a whole batch at once, by how far it has drifted\n"

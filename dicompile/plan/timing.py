@@ -15,14 +15,14 @@ from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
 
 import numpy as np
-from pydantic import Field, NonNegativeInt
+from pydantic import Field
 from rich.box import SIMPLE_HEAD
 from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
 from dicompile import outside
-from dicompile.errors import InvalidTiming
+from dicompile.errors import DicompileError, InvalidTiming
 from dicompile.html import fragment
 from dicompile.html import table as html_table
 from dicompile.plan.action import Action, What
@@ -34,6 +34,8 @@ from dicompile.text import operations_text, size_text
 
 Level = Literal["site", "stack"]
 """What is recalled: single branches, which are gated anew, or what the whole stack adds."""
+
+Count = Annotated[int, Field(ge=0, lt=2**63)]
 
 VERSION = 1
 MOST_STORED = 3
@@ -117,8 +119,8 @@ class TimedKind(Frozen):
     """
 
     name: str
-    flops: NonNegativeInt
-    bytes: NonNegativeInt
+    flops: Count
+    bytes: Count
     seconds: Annotated[tuple[Annotated[float, Field(gt=0, allow_inf_nan=False)], ...], Field(min_length=1)]
 
     @property
@@ -327,11 +329,12 @@ class Timing:
             names = [kind.name for kind in read.kinds]
             if read.version != VERSION or FULL not in names or len(set(names)) < len(names):
                 raise ValueError(f"format {read.version}, kinds of step {', '.join(names)}")
-        except ValueError as error:  # ours among them
+        except ValueError as error:
+            told = (error.what, error.why) if isinstance(error, DicompileError) else (str(error),)
             raise InvalidTiming(
                 f"{Path(path).name} holds no times of steps",
                 where=str(path),
-                why=str(error).partition("\n")[0],
+                why=": ".join(filter(None, told)),
                 fix="make it: with dicompile.measure(pipe) as timing: ...; timing.save(file)",
             ) from None
         return cls(read.facts, read.kinds)

@@ -1,4 +1,4 @@
-"""``dicompile calibrate`` and ``dicompile frontier``, from the command line to a policy file."""
+"""``dicompile calibrate``, ``measure`` and ``frontier``, from the command line to a policy file."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ from typer.testing import CliRunner, Result
 
 import dicompile
 from dicompile.cli.main import app
-from dicompile.errors import DicompileError, InvalidRecording, InvalidSetting
+from dicompile.errors import DicompileError, InvalidRecording, InvalidSetting, InvalidTiming
+from dicompile.plan import TURN
+from dicompile.plan.plan import ROOFLINE
 from tests.models import redraw
 
 STEPS = 6
@@ -48,6 +50,41 @@ def test_the_scheduler_is_the_one_that_was_saved(recorded: Path) -> None:
     scheduler.set_timesteps(STEPS)
     assert facts.timesteps == tuple(scheduler.timesteps.tolist())
     assert facts.latent == (4, 4, 8, 8)
+
+
+@pytest.fixture(scope="module")
+def timed(recorded: Path) -> Path:
+    out, folder = recorded.with_name("t.json"), recorded.parent
+    options = ("--data", folder / "l.safetensors", "--steps", TURN, "--guidance", 2, "--batch", 2, "--out", out)
+    result = run("measure", folder, *options, "--backend", "eager")
+    assert result.exit_code == 0, result.output
+    for part in ("everything computed", "stack forecast from 3", "other steps:", f"wrote {out}"):
+        assert part in result.stdout
+    return out
+
+
+def test_budgets_are_of_time_where_steps_were_timed(recorded: Path, timed: Path) -> None:
+    out = recorded.with_name("timed.json")
+    result = run("frontier", recorded, "--timing", timed, "--budget", 0.9, "--out", out)
+    assert result.exit_code == 0, result.output
+    assert "time measured on" in result.stdout
+    policy = dicompile.Recording.load(recorded).policy(budget=0.9, timing=dicompile.Timing.load(timed))
+    assert dicompile.get_policy(str(out)) == policy
+
+
+def test_plans_are_timed_by_a_file(timed: Path) -> None:
+    folder, clock = timed.parent, dicompile.Timing.load(timed).clock
+    model = (folder, "--latent", 8, "--steps", 6)
+    for command in (("plan", *model, "-p", "fora"), ("inspect", *model)):
+        with_times = run(*command, "--batch", 4, "--timing", timed)
+        assert with_times.exit_code == 0, with_times.output
+        assert clock in with_times.stdout
+        without = run(*command, "--batch", 4)
+        assert ROOFLINE in without.stdout
+        assert "time measured on" not in without.stdout
+        refused = run(*command, "--batch", 2, "--timing", timed)
+        assert isinstance(refused.exception, InvalidTiming)
+        assert "latent [4, 4, 8, 8], the call is of [2, 4, 8, 8]" in str(refused.exception)
 
 
 @pytest.mark.parametrize("name", ["p.json", "p.yaml"])

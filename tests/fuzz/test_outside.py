@@ -20,12 +20,19 @@ from safetensors.torch import save_file
 
 import dicompile
 from dicompile import outside
-from dicompile.errors import DicompileError, InvalidPolicy, InvalidPredictor, InvalidRecording, InvalidRouter
+from dicompile.errors import (
+    DicompileError,
+    InvalidPolicy,
+    InvalidPredictor,
+    InvalidRecording,
+    InvalidRouter,
+    InvalidTiming,
+)
 from dicompile.learn.checkpoint import load_checkpoint
 from dicompile.learn.latents import Latents
 from dicompile.learn.recording import Recording
 from dicompile.learn.trace import Facts, Trace
-from dicompile.plan import Policy, Predictor, load_predictor
+from dicompile.plan import Policy, Predictor, TimedKind, Timing, TimingFacts, load_predictor
 from dicompile.plan.predictor import PredictorFacts
 from dicompile.policies import LearningToCache, get_policy, load_router, save_router, schedule_to_json
 from dicompile.policies.router import Router, RouterFacts
@@ -74,6 +81,14 @@ def recording() -> Recording:
     return Recording(facts, [Trace(0, "a", torch.eye(3).repeat(values, 1, 1), torch.zeros(levels, 3))])
 
 
+def timing() -> Timing:
+    facts = TimingFacts(
+        model="DiT", sites=("0.self-attention", "0.mlp"), spans=(), latent=(1, 4, 8, 8), dtype="float32",
+        device="a machine", code="inductor",
+    )  # fmt: skip
+    return Timing(facts, [TimedKind(name="full", flops=9, bytes=4, seconds=(0.25, 0.5))])
+
+
 def published(path: Path) -> None:
     torch.save({"routers": {f"{k}.prob": torch.rand(6) for k in range(4)}}, path)
 
@@ -93,6 +108,7 @@ FILES: dict[str, tuple[Callable[[Path], Any], str, Callable[[Path], Any]]] = {
     "router": (lambda path: save_router(router(), path), "router.safetensors", load_router),
     "published router": (published, "router.pt", load_router),
     "recording": (lambda path: recording().save(path), "recording.safetensors", Recording.load),
+    "timing": (lambda path: timing().save(path), "timing.json", Timing.load),
     "schedule": (text(schedule()), "schedule.json", LearningToCache),
     "predictor": (lambda path: predictor().save(path), "predictor.safetensors", load_predictor),
     "latents": (
@@ -294,6 +310,7 @@ def test_a_plain_pickle_is_not_executed(tmp_path: Path) -> None:
         ("router.pt", load_router, InvalidRouter),
         ("predictor.safetensors", load_predictor, InvalidPredictor),
         ("recording.safetensors", Recording.load, InvalidRecording),
+        ("timing.json", Timing.load, InvalidTiming),
     ],
 )
 def test_a_file_that_is_too_large_is_not_read(name: str, load: Any, error: type[Exception], tmp_path: Path) -> None:

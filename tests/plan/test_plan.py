@@ -188,7 +188,8 @@ def test_the_summary_has_the_figures() -> None:
     plan = make_plan(STRUCTURE, FORA(interval=3), TimestepSchedule(10))
     assert plan.summary() == (
         f"fora-3: 10 steps (4 full, 6 reuse), {plan.flops / 1e9:.3f} GFLOP ({plan.flop_speedup:.2f}x fewer), "
-        f"predicted {plan.predicted_speedup:.2f}x, cache {plan.cache_bytes / 2**20:.2f} MiB in 6 slots"
+        f"predicted {plan.predicted_speedup:.2f}x (FLOPs and bytes by roofline), "
+        f"cache {plan.cache_bytes / 2**20:.2f} MiB in 6 slots"
     )
     assert str(plan).splitlines()[0] == plan.summary()
 
