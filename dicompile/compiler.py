@@ -128,6 +128,7 @@ DONE_HERE = "another process could not compile, so it is done here"
 
 
 Planner = Callable[[ModelStructure, TimestepSchedule, CacheOptions], Plan]
+"""Plans a run of a model in the place of a policy; values are stored as the options say."""
 
 
 @dataclass(frozen=True)
@@ -329,8 +330,10 @@ def _denoised(capture: Capture, arguments: Sequence[Any]) -> tuple[tuple[int, ..
     if not given:
         return (), "", ""
     latent = given[0]
-    threads = f", {torch.get_num_threads()} threads" if latent.device.type == "cpu" else ""
-    return tuple(latent.shape), str(latent.dtype).removeprefix("torch."), device_name(latent.device) + threads
+    device, threads = device_name(latent.device), torch.get_num_threads()
+    if latent.device.type == "cpu":
+        device += f", {threads} {'thread' if threads == 1 else 'threads'}"
+    return tuple(latent.shape), str(latent.dtype).removeprefix("torch."), device
 
 
 def _code(options: Options, hoist: Hoist) -> str:
