@@ -31,9 +31,7 @@ EXAMPLES = {
         prints="| budcache: stack reused |",
         writes=("flow/config.json", "flow/scheduler_config.json"),
     ),
-    "measure_time.py": Example(
-        "--samples 1 --steps 20 --rounds 1 --backend eager", prints="| 50% of the time |"
-    ),
+    "measure_time.py": Example("--samples 1 --steps 20 --rounds 1 --backend eager", prints="| 50% of the time |"),
     "own_policy.py": Example("--steps 8", prints="the gate recalled at "),
     "overhead.py": Example("--quick", prints="dit, 28 blocks"),
     "train_demo_classifier.py": Example(
