@@ -268,10 +268,12 @@ class Timing:
                 fix="measure this model",
             )
         line, known = self.line, {kind.name: kind.median for kind in self.kinds}
+        unit = known[FULL] * len(plan.steps) / plan.baseline_time if plan.baseline_time else 0.0
 
         def timed(step: StepPlan) -> StepPlan:
             seconds = known.get(kind_of(plan, step)) or line.at(step.flops, step.bytes)
-            return replace(step, time=seconds, full=None if step.full is None else timed(step.full))
+            check = step.check[0], step.check[1] * unit  # the same share of a full step as by the roofline
+            return replace(step, time=seconds, check=check, full=None if step.full is None else timed(step.full))
 
         steps = tuple(map(timed, plan.steps))
         return replace(plan, steps=steps, baseline_time=known[FULL] * len(steps), clock=self.clock)

@@ -26,7 +26,7 @@ from dicompile.plan import (
 )
 from dicompile.plan.plan import ROOFLINE
 from dicompile.plan.timing import Line, kind_of
-from dicompile.policies import FORA, NoCache, ToCa
+from dicompile.policies import FORA, NoCache, SpeCa, ToCa
 from tests.plan.toys import toy
 
 TOY = toy([["self-attention", "mlp"]] * 3, spans=True)
@@ -101,6 +101,20 @@ def test_what_was_not_measured_lies_on_the_line_through_what_was() -> None:
     for i in others:
         step = plan.steps[i]
         assert timed.steps[i].time == line.at(step.flops, step.bytes) > line.seconds
+
+
+def test_what_a_gate_verifies_takes_its_share_of_a_full_step() -> None:
+    plan = planned(SpeCa(order=1, shortest=1, longest=3, full=(0, 1)))
+    timed = timing().on(plan)
+    gated = [i for i, step in enumerate(plan.steps) if step.full is not None]
+    assert {kind_of(plan, plan.steps[i]) for i in gated} == {"site-2"}
+    for i in gated:
+        assert (timed.steps[i].time, timed.steps[i].full.time) == (SECONDS["site-2"], SECONDS["full"])
+        share = plan.steps[i].check[1] / (plan.baseline_time / len(plan.steps))
+        assert 0 < share < 1
+        assert timed.steps[i].check == pytest.approx((plan.steps[i].check[0], share * SECONDS["full"]))
+    extra = [a.time - b.time for a, b in zip(timed.at_best, timed.steps, strict=True)]
+    assert max(extra) < SECONDS["full"]
 
 
 def test_the_line_finds_what_times_are_made_of() -> None:
