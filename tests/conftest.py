@@ -44,11 +44,23 @@ THINNED = {
 }
 """Tests with many parameters, and a fifth of all time: `make test` runs every third one, `make nightly` the others."""
 
-SHARING = SPREAD - {"tests/test_examples.py"} | {
-    "tests/comfyui/test_node.py",
-    "tests/fuzz/test_fuzz.py",
-    "tests/serve/test_app.py",
-}
+COUNTING = (
+    "tests/analysis/",
+    "tests/capture/",
+    "tests/cli/",
+    "tests/gpu/",
+    "tests/lower/",
+    "tests/runtime/test_generations.py",
+    "tests/runtime/test_release.py",
+    "tests/runtime/test_tables.py",
+    "tests/test_backend.py",
+    "tests/test_debug.py",
+    "tests/test_examples.py",
+    "tests/test_garbage.py",
+    "tests/test_memory.py",
+    "tests/test_warmup.py",
+)
+"""Where tests count captures or compilations, or look at what is said of them: they share neither."""
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -100,15 +112,23 @@ def seed() -> None:
     torch.manual_seed(0)
 
 
-@pytest.fixture(autouse=True)
-def nothing_is_shared(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Tests share no captures and no compiled code, but for long ones that count neither."""
-    if request.path.relative_to(request.config.rootpath).as_posix() in SHARING:
-        yield
-        return
-    dicompile.reset()
+@pytest.fixture(scope="module", autouse=True)
+def modules_share_nothing(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Tests of one module share captures and compiled code, as everything in a user's process does."""
+    if module_of(request.node) not in SPREAD:
+        dicompile.reset()
     yield
-    dicompile.reset()
+
+
+@pytest.fixture(autouse=True)
+def counting_starts_at_nothing(request: pytest.FixtureRequest) -> None:
+    """Where tests count captures or compilations they share none."""
+    if request.node.nodeid.startswith(COUNTING):
+        dicompile.reset()
+
+
+def module_of(item: pytest.Item) -> str:
+    return item.nodeid.partition("::")[0]
 
 
 @pytest.fixture(autouse=True)
