@@ -53,6 +53,7 @@ COUNTING = (
     "tests/runtime/test_generations.py",
     "tests/runtime/test_release.py",
     "tests/runtime/test_tables.py",
+    "tests/test_api.py",
     "tests/test_backend.py",
     "tests/test_debug.py",
     "tests/test_examples.py",

@@ -328,10 +328,10 @@ class Plan:
                 f"{full} of {len(self.steps)} steps compute everything; more steps, or a longer interval, leave others"
             )
         elif self.flop_speedup >= WORTHWHILE:
-            why = "what is saved is cheap: at these sizes memory traffic decides, not operations"
+            why = "what is saved is cheap: at these sizes memory traffic and launches decide, not operations"
         else:
             why = "the sites that are reused are a small part of the work"
-        return f"no gain expected ({self.predicted_speedup:.2f}x): {why}"
+        return f"no gain expected, {self.prediction()}: {why}"
 
     def _repr_html_(self) -> str:
         """The plan in a notebook."""

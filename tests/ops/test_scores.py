@@ -104,6 +104,7 @@ def test_every_place_is_taken_once_even_if_scores_are_no_numbers() -> None:
     assert scores.places(score).sort(-1).values.tolist() == [[0, 1, 2, 3, 4]]
 
 
+@settings(deadline=None)
 @given(
     st.integers(1, 3),
     st.lists(st.integers(1, 6), min_size=2, max_size=3).map(tuple),

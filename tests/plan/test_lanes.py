@@ -103,7 +103,7 @@ MOSTLY_FULL = Policy(name="x", cadence=Cadence(at=tuple(range(9))), rules=(Rule(
 )
 def test_a_plan_that_gains_nothing_says_why(policy: Policy, steps: int, reason: str) -> None:
     made = plan(policy, steps)
-    assert made.no_gain().startswith(f"no gain expected ({made.predicted_speedup:.2f}x): {reason}")
+    assert made.no_gain().startswith(f"no gain expected, {made.prediction()}: {reason}")
 
 
 def test_a_plan_that_gains_says_nothing_of_it() -> None:
