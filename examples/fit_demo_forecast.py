@@ -9,10 +9,11 @@ import argparse
 from pathlib import Path
 
 from dicompile.cli.trainable import trainable
+from dicompile.demo.sample import GUIDANCE
 from dicompile.learn.runs import Runs
 from dicompile.plan import Cadence
 
-BATCH, GUIDANCE = 12, 2.0
+BATCH = 12
 
 
 def main() -> None:

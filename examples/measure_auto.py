@@ -1,9 +1,7 @@
-"""What ``auto`` gains at equal compute: PSNR to the uncached pictures, as a Markdown table.
+"""What ``auto`` gains on the bundled model at equal compute: PSNR to the uncached pictures, as a Markdown table.
 
-    python examples/measure_auto.py --model flow_model
-    python examples/measure_auto.py --model demo
+    python examples/measure_auto.py --samples 24
 
-A flow-matching model is trained first if its folder is not there (`train_flow_model.py`); ``demo`` is the bundled one.
 Calibration and measurement use different labels and noise. Rivals that search for full steps (BudCache, CEM) get the
 recording that ``auto`` gets; what they choose is measured as published, and with weights fitted as those of ``auto``.
 """
@@ -13,12 +11,9 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import train_flow_model
-from diffusers import DiTTransformer2DModel, FlowMatchEulerDiscreteScheduler
 
 import dicompile
 from dicompile.bench.step_search import Steps, anneal, least_cumulative_error, priors, reuse_loss
@@ -99,27 +94,15 @@ def contestants(frontier: Frontier, interval: int) -> Iterator[Contestant]:
     yield Contestant(f"{full} steps", "none", full)
 
 
-def load(folder: Path, training_steps: int) -> tuple[DiTTransformer2DModel, Any]:
-    """A model and its scheduler: the bundled one, or that of a folder, which is trained if it is not there."""
-    if str(folder) == "demo":
-        return load_model(), load_scheduler()
-    if not folder.is_dir():
-        train_flow_model.save(folder, training_steps)
-    model = DiTTransformer2DModel.from_pretrained(folder).eval().requires_grad_(False)
-    return model, FlowMatchEulerDiscreteScheduler.from_pretrained(folder)
-
-
 def main() -> None:
     """Parse arguments, calibrate, measure, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, default=Path("flow_model"), help="a folder, or demo")
     parser.add_argument("--runs", type=int, default=2, help="calibration runs of 12 pictures each")
     parser.add_argument("--samples", type=int, default=36)
     parser.add_argument("--steps", type=int, default=50, help="of the sampler")
-    parser.add_argument("--training-steps", type=int, default=1200, help="of a model that is not there")
     arguments = parser.parse_args()
     steps = arguments.steps
-    model, scheduler = load(arguments.model, arguments.training_steps)
+    model, scheduler = load_model(), load_scheduler()
     frontier = record(model, scheduler, steps, arguments.runs).frontier()
     print(frontier)
     labels = balanced_labels(arguments.samples)

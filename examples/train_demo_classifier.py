@@ -1,6 +1,6 @@
 """Train the bundled demonstration classifier, which judges what the demo samples.
 
-About three minutes on two CPU cores. Training pictures carry light Gaussian noise, so that a sample is not misjudged
+About three CPU minutes. Training pictures carry light Gaussian noise, so that a sample is not misjudged
 for noise that the sampler has left in it::
 
     python examples/train_demo_classifier.py --out dicompile/demo/assets/classifier.safetensors
@@ -74,8 +74,8 @@ def main() -> None:
     """Parse arguments, train, save, test what was saved."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("classifier.safetensors"))
-    parser.add_argument("--steps", type=int, default=2000)
-    parser.add_argument("--batch", type=int, default=128)
+    parser.add_argument("--steps", type=int, default=2500)
+    parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--lr", type=float, default=4e-3)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()

@@ -16,12 +16,12 @@ import dicompile
 from dicompile import Policy, TimestepSchedule
 from dicompile.cli.trainable import streamed, trainable
 from dicompile.demo import metrics
-from dicompile.demo.sample import balanced_labels, load_model, load_scheduler, sample
+from dicompile.demo.sample import GUIDANCE, balanced_labels, load_model, load_scheduler, sample
 from dicompile.learn.predictor import PredictorOptions, train_predictor
 from dicompile.learn.training import Files
 from dicompile.policies import NoCache, Predictor, TokenCache
 
-BATCH, GUIDANCE = 12, 2.0
+BATCH = 12
 OPTIONS = {"iterations": 2000, "penalty": 0.002, "lr": 1e-3, "max_gap": 3}
 """The penalty is about the relative error of a step in which every block is cached: larger ones cache everything."""
 

@@ -27,9 +27,8 @@ EXAMPLES = {
         "--steps 6 --intervals 3 --speedups 2 --runs 1", prints="wrote", writes=("fitted_3.json", "auto_2.json")
     ),
     "measure_auto.py": Example(
-        "--model flow --training-steps 1 --runs 1 --samples 1 --steps 11",
+        "--runs 1 --samples 1 --steps 11",
         prints="| budcache: stack reused |",
-        writes=("flow/config.json", "flow/scheduler_config.json"),
     ),
     "measure_time.py": Example("--samples 1 --steps 20 --rounds 1 --backend eager", prints="| 50% of the time |"),
     "own_policy.py": Example("--steps 8", prints="the gate recalled at "),
@@ -42,9 +41,6 @@ EXAMPLES = {
         prints="saved",
         writes=("model/config.json", "model/diffusion_pytorch_model.safetensors", "model/scheduler_config.json"),
         environment=(("TORCHDYNAMO_DISABLE", "1"),),  # torch.compile of the training graph takes a minute
-    ),
-    "train_flow_model.py": Example(
-        "--steps 2 --batch 4 --out model", prints="saved", writes=("model/config.json", "model/scheduler_config.json")
     ),
     "train_demo_predictor.py": Example(
         "--iterations 2 --steps 4 --samples 2 --out predictor.safetensors",

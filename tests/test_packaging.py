@@ -15,7 +15,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 INSTALLED_AS = {"dicompile": "dicompile", "passes": "dicompile/passes", "runtime": "dicompile/runtime"}
-PACKAGED = {".j2", ".json", ".py", ".safetensors", ".typed", ".yaml"}
+PACKAGED = {".j2", ".json", ".md", ".py", ".safetensors", ".typed", ".yaml"}
 DISTRIBUTION_OF = {
     "PIL": "pillow",
     "cache_dit": "cache-dit",

@@ -20,13 +20,13 @@ class Accuracy:
     """Fractions of samples, in [0, 1], that show what their label asks for."""
 
     every: float
-    """Shape and colour and place are right."""
+    """Shape and colour and texture are right."""
     shape: float
     colour: float
-    place: float
+    texture: float
 
     def __str__(self) -> str:
-        return f"all {self.every:.4f}, shape {self.shape:.4f}, colour {self.colour:.4f}, place {self.place:.4f}"
+        return f"all {self.every:.4f}, shape {self.shape:.4f}, colour {self.colour:.4f}, texture {self.texture:.4f}"
 
 
 def psnr(pictures: Tensor, reference: Tensor) -> float:
@@ -50,7 +50,7 @@ def relative_error(pictures: Tensor, reference: Tensor) -> float:
 
 
 def is_right(predicted: shapes.Attributes, labels: Tensor) -> Tensor:
-    """Whether shape and colour and place all match the class ``labels`` (int, [b]); bool, [b]."""
+    """Whether shape and colour and texture all match the class ``labels`` (int, [b]); bool, [b]."""
     matches = [found == wanted for found, wanted in zip(predicted, shapes.attributes_of(labels), strict=True)]
     return torch.stack(matches).all(0)
 

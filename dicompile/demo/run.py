@@ -17,17 +17,15 @@ from torch import Tensor
 from dicompile.compare import Comparison, Run, compare, write_report
 from dicompile.compare.results import decibels
 from dicompile.demo import metrics, shapes
-from dicompile.demo.classifier import judge, load_classifier
+from dicompile.demo.classifier import judge, load_classifier, true_features
 from dicompile.demo.methods import methods
 from dicompile.demo.pareto import Point, draw_pareto
-from dicompile.demo.sample import balanced_labels
+from dicompile.demo.sample import GUIDANCE, balanced_labels
 from dicompile.demo.subject import demo_subject
 from dicompile.progress import progress
 from dicompile.store import written_whole
 
 SAMPLES = 24
-REFERENCE_PICTURES = 3000
-REFERENCE_SEED = 1
 FLOOR_SEED = 2
 
 
@@ -48,7 +46,7 @@ def run_demo(
     out: Path,
     samples: int = SAMPLES,
     steps: int = 50,
-    guidance: float = 2.0,
+    guidance: float = GUIDANCE,
     seed: int = 0,
     every: bool = False,
 ) -> Comparison:
@@ -98,15 +96,13 @@ def judge_all(runs: Sequence[Run], labels: Tensor) -> tuple[list[Judged], float]
         sampler would reach.
     """
     classifier = load_classifier()
-    every_class = torch.arange(shapes.NUM_CLASSES).repeat(REFERENCE_PICTURES // shapes.NUM_CLASSES)
-    true_pictures = shapes.draw(every_class, torch.Generator().manual_seed(REFERENCE_SEED))
-    true_features = judge(classifier, true_pictures).features
+    reference = true_features(classifier)
     few_true_pictures = shapes.draw(labels, torch.Generator().manual_seed(FLOOR_SEED))
-    floor = metrics.frechet_distance(judge(classifier, few_true_pictures).features, true_features)
+    floor = metrics.frechet_distance(judge(classifier, few_true_pictures).features, reference)
     judged = []
     for run in runs:
         predicted = judge(classifier, run.pictures * 2 - 1)
-        frechet = metrics.frechet_distance(predicted.features, true_features)
+        frechet = metrics.frechet_distance(predicted.features, reference)
         judged.append(Judged(metrics.is_right(predicted.attributes, labels), frechet))
     return judged, floor
 

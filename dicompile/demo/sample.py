@@ -7,13 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DDIMScheduler, DiTTransformer2DModel
+from diffusers import DiTTransformer2DModel, FlowMatchEulerDiscreteScheduler
 from torch import Tensor, nn
 
 from dicompile.demo import shapes
 from dicompile.errors import DicompileError
 
 MODEL_FOLDER = Path(__file__).parent / "assets" / "shapes_dit"
+GUIDANCE = 2.0
+"""Of classifier-free guidance, unitless: the bundled model is sampled with it, and learned files were made for it."""
 
 
 def load_model(folder: Path = MODEL_FOLDER) -> DiTTransformer2DModel:
@@ -26,14 +28,14 @@ def load_model(folder: Path = MODEL_FOLDER) -> DiTTransformer2DModel:
     return DiTTransformer2DModel.from_pretrained(folder, local_files_only=True).float().eval().requires_grad_(False)
 
 
-def load_scheduler(folder: Path = MODEL_FOLDER) -> DDIMScheduler:
+def load_scheduler(folder: Path = MODEL_FOLDER) -> FlowMatchEulerDiscreteScheduler:
     """Load the sampler that the bundled model was trained for.
 
     Raises:
         DicompileError: the folder is not there.
     """
     _require(folder)
-    return DDIMScheduler.from_pretrained(folder, local_files_only=True)
+    return FlowMatchEulerDiscreteScheduler.from_pretrained(folder, local_files_only=True)
 
 
 @torch.no_grad()
@@ -42,7 +44,7 @@ def sample(
     scheduler: Any,
     labels: Tensor,
     steps: int,
-    guidance: float = 2.0,
+    guidance: float = GUIDANCE,
     seed: int = 0,
     progress: Callable[[], object] | None = None,
     stop_after: int | None = None,
@@ -51,7 +53,7 @@ def sample(
 
     Args:
         model: predicts the velocity; called like ``DiTTransformer2DModel``.
-        scheduler: of diffusers, a flow-matching one among them; its timesteps are set here.
+        scheduler: of diffusers; its timesteps are set here.
         labels: int, [b], each in [0, shapes.NUM_CLASSES).
         steps: number of model calls.
         guidance: 1 follows the label without amplification, unitless.
@@ -83,13 +85,13 @@ def sample(
 def balanced_labels(count: int) -> Tensor:
     """The first ``count`` class labels (int64, [count]) of a fixed order in which every attribute soon occurs.
 
-    The first 12 show every shape, colour and place, the first 30 every pair of shape and colour, 150 every class once.
+    The first 12 show every shape, colour and texture, 30 every pair of shape and colour, 150 every class once.
     """
     index = torch.arange(count)
     round_of_five, round_of_thirty = index // len(shapes.SHAPES), index // 30
     shape, colour = index % len(shapes.SHAPES), index % len(shapes.COLOURS)
-    place = (round_of_five + round_of_thirty + 2 * shape) % len(shapes.PLACES)
-    return (shape * len(shapes.COLOURS) + colour) * len(shapes.PLACES) + place
+    texture = (round_of_five + round_of_thirty + 2 * shape) % len(shapes.TEXTURES)
+    return (shape * len(shapes.COLOURS) + colour) * len(shapes.TEXTURES) + texture
 
 
 def _require(folder: Path) -> None:

@@ -9,11 +9,11 @@ from torch import Tensor, nn
 
 from dicompile.compare import ModuleSubject
 from dicompile.demo import metrics, shapes
-from dicompile.demo.classifier import judge, load_classifier
-from dicompile.demo.sample import balanced_labels, load_model, load_scheduler, sample
+from dicompile.demo.classifier import judge, load_classifier, true_features
+from dicompile.demo.sample import GUIDANCE, balanced_labels, load_model, load_scheduler, sample
 
 
-def demo_subject(samples: int, steps: int, seed: int = 0, guidance: float = 2.0) -> ModuleSubject:
+def demo_subject(samples: int, steps: int, seed: int = 0, guidance: float = GUIDANCE) -> ModuleSubject:
     """The bundled model with its scheduler, its labels, and the classifier that judges its pictures.
 
     Args:
@@ -23,13 +23,19 @@ def demo_subject(samples: int, steps: int, seed: int = 0, guidance: float = 2.0)
         guidance: of classifier-free guidance, unitless.
     """
     labels, scheduler, classifier = balanced_labels(samples), load_scheduler(), load_classifier()
+    reference = true_features(classifier)
 
     def loop(module: nn.Module, count: int) -> Tensor:
         return (sample(module, scheduler, labels, count, guidance, seed).clamp(-1, 1) + 1) / 2
 
     def judged(pictures: Tensor) -> dict[str, str]:
-        right = metrics.accuracy(judge(classifier, pictures * 2 - 1).attributes, labels).every
-        return {"right\n%": "-" if math.isnan(right) else f"{100 * right:.1f}"}
+        predicted = judge(classifier, pictures * 2 - 1)
+        right = metrics.accuracy(predicted.attributes, labels).every
+        distance = metrics.frechet_distance(predicted.features, reference) if len(pictures) > 1 else math.nan
+        return {
+            "right\n%": "-" if math.isnan(right) else f"{100 * right:.1f}",
+            "Fréchet": "-" if math.isnan(distance) else f"{distance:.2f}",
+        }
 
     return ModuleSubject(
         name=f"bundled model (shapes), {samples} pictures, {steps} steps, guidance {guidance:g}",

@@ -8,12 +8,12 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from diffusers import DDIMScheduler
+from diffusers import FlowMatchEulerDiscreteScheduler
 from PIL import Image
 from torch import Tensor, nn
 
 from dicompile.demo import shapes
-from dicompile.demo.sample import load_model, load_scheduler
+from dicompile.demo.sample import GUIDANCE, load_model, load_scheduler
 from dicompile.serve import Batcher, Request
 
 TIERS = {"best": "none", "balanced": "fora", "fast": "duca"}
@@ -37,14 +37,16 @@ class Order:
     tier: str = "balanced"
 
 
-def sampled(model: nn.Module, scheduler: DDIMScheduler, order: Order, guidance: float = 2.0) -> Iterator[Tensor]:
+def sampled(
+    model: nn.Module, scheduler: FlowMatchEulerDiscreteScheduler, order: Order, guidance: float = GUIDANCE
+) -> Iterator[Tensor]:
     """The picture after every step, in about [-1, 1], [3, h, w]: an ordinary loop, for any model that is called so."""
     scheduler.set_timesteps(order.steps)
     shape = (1, 3, shapes.IMAGE_SIZE, shapes.IMAGE_SIZE)
-    latents = torch.randn(shape, generator=torch.Generator().manual_seed(order.seed)) * scheduler.init_noise_sigma
+    latents = torch.randn(shape, generator=torch.Generator().manual_seed(order.seed))
     labels = torch.tensor([order.label, shapes.NUM_CLASSES])
     for timestep in scheduler.timesteps:
-        both = scheduler.scale_model_input(torch.cat([latents, latents]), timestep)
+        both = torch.cat([latents, latents])
         with torch.no_grad():
             cond, uncond = model(both, timestep=timestep.expand(2), class_labels=labels, return_dict=False)[0].chunk(2)
         latents = scheduler.step(uncond + guidance * (cond - uncond), timestep, latents, return_dict=False)[0]
@@ -71,7 +73,7 @@ class Engine:
 
     def open(self, order: Order, timeout: float | None = None) -> tuple[Request, Iterator[Tensor]]:
         """A request, to be closed or cancelled, and the pictures that it makes, which whoever iterates computes."""
-        scheduler = DDIMScheduler.from_config(self._scheduler.config)
+        scheduler = FlowMatchEulerDiscreteScheduler.from_config(self._scheduler.config)
         scheduler.set_timesteps(order.steps)
         request = self.batcher.request(TIERS[order.tier], schedule=scheduler, timeout=timeout)
         return request, sampled(request.model, scheduler, order)

@@ -39,7 +39,7 @@ def test_the_bundled_file_is_small_float16_and_says_where_it_comes_from() -> Non
 
 def test_fresh_pictures_are_recognised(classifier: Classifier, pictures: torch.Tensor, labels: torch.Tensor) -> None:
     found = metrics.accuracy(judge(classifier, pictures).attributes, labels)
-    assert min(found.every, found.shape, found.colour, found.place) > 0.98, str(found)
+    assert min(found.every, found.shape, found.colour, found.texture) > 0.98, str(found)
 
 
 def test_slightly_noisy_pictures_are_recognised(

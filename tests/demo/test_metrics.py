@@ -56,7 +56,7 @@ def test_accuracy_counts_all_attributes_together_and_each() -> None:
     predicted[1][0] += 1
     predicted[2][1] += 1
     found = metrics.accuracy(shapes.Attributes(*predicted), labels)
-    assert found == metrics.Accuracy(every=0.5, shape=0.75, colour=0.75, place=0.75)
+    assert found == metrics.Accuracy(every=0.5, shape=0.75, colour=0.75, texture=0.75)
     assert metrics.is_right(shapes.Attributes(*predicted), labels).tolist() == [False, False, True, True]
 
 

@@ -15,19 +15,19 @@ def draw(labels: torch.Tensor, seed: int, size: int = shapes.IMAGE_SIZE) -> torc
 
 
 def test_attributes_round_trip_to_the_label() -> None:
-    shape, colour, place = shapes.attributes_of(ALL_LABELS)
-    assert torch.equal((shape * len(shapes.COLOURS) + colour) * len(shapes.PLACES) + place, ALL_LABELS)
+    shape, colour, texture = shapes.attributes_of(ALL_LABELS)
+    assert torch.equal((shape * len(shapes.COLOURS) + colour) * len(shapes.TEXTURES) + texture, ALL_LABELS)
 
 
 def test_attributes_stay_in_range_and_occur_equally_often() -> None:
-    counts = (len(shapes.SHAPES), len(shapes.COLOURS), len(shapes.PLACES))
+    counts = (len(shapes.SHAPES), len(shapes.COLOURS), len(shapes.TEXTURES))
     for index, count in zip(shapes.attributes_of(ALL_LABELS), counts, strict=True):
         assert torch.bincount(index).tolist() == [shapes.NUM_CLASSES // count] * count
 
 
 def test_names_are_unique() -> None:
-    assert shapes.name_of(0) == "red circle, centre"
-    assert shapes.name_of(shapes.NUM_CLASSES - 1) == "cyan cross, bottom right"
+    assert shapes.name_of(0) == "red circle, plain"
+    assert shapes.name_of(shapes.NUM_CLASSES - 1) == "cyan cross, dots"
     assert len({shapes.name_of(label) for label in ALL_LABELS.tolist()}) == shapes.NUM_CLASSES
 
 
@@ -55,21 +55,40 @@ def test_drawing_leaves_the_global_generator_alone() -> None:
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_the_coloured_pixels_are_where_the_label_says() -> None:
-    """The background is grey, so colourfulness is the shape; its centre of mass lies near the place."""
-    pictures = draw(ALL_LABELS, seed=0)
-    colourful = pictures.amax(1) - pictures.amin(1)
-    axis = (torch.arange(shapes.IMAGE_SIZE) + 0.5) / shapes.IMAGE_SIZE * 2 - 1
-    mass = colourful.sum((1, 2))
-    found = torch.stack([(colourful.sum(1) * axis).sum(-1) / mass, (colourful.sum(2) * axis).sum(-1) / mass], -1)
-    wanted = torch.tensor(list(shapes.PLACES.values()))[shapes.attributes_of(ALL_LABELS).place]
-    assert (found - wanted).abs().max() < 0.2
+def textured(texture: str) -> torch.Tensor:
+    """What a texture takes away from the same pictures with a plain shape in front, one for each other attribute."""
+    plain = ALL_LABELS[:: len(shapes.TEXTURES)]
+    return draw(plain, seed=0) - draw(plain + shapes.TEXTURES.index(texture), seed=0)
 
 
-def test_the_strongest_channels_are_the_colour() -> None:
-    pictures = draw(ALL_LABELS, seed=0)
-    colourful = pictures.amax(1, keepdim=True) - pictures.amin(1, keepdim=True)
-    found = ((pictures + 1) * colourful).sum((2, 3)) / colourful.sum((2, 3))
+@pytest.mark.parametrize("texture", shapes.TEXTURES[1:])
+def test_a_texture_is_darker_parts_of_the_shape_in_front_in_its_colour(texture: str) -> None:
+    taken = textured(texture)
+    assert taken.min() >= 0
+    assert 0.03 < (taken.amax(1) > 0.1).float().mean() < 0.3
     colours = torch.tensor(list(shapes.COLOURS.values()))
-    similarity = torch.nn.functional.cosine_similarity(found[:, None], colours[None], dim=-1)
-    assert torch.equal(similarity.argmax(-1), shapes.attributes_of(ALL_LABELS).colour)
+    similarity = torch.nn.functional.cosine_similarity(taken.sum((2, 3))[:, None], colours[None], dim=-1)
+    assert torch.equal(similarity.argmax(-1), shapes.attributes_of(ALL_LABELS).colour[:: len(shapes.TEXTURES)])
+
+
+def test_fine_stripes_are_finer() -> None:
+    """Eight periods in an edge, and between four and five."""
+
+    def fraction_above(cycles: float, texture: str) -> float:
+        spectrum = torch.fft.fft2(textured(texture).sum(1)).abs().square()
+        frequency = torch.fft.fftfreq(shapes.IMAGE_SIZE, 1 / shapes.IMAGE_SIZE)
+        is_above = torch.hypot(frequency[:, None], frequency[None]) > cycles
+        return float(spectrum[:, is_above].sum() / spectrum.sum())
+
+    assert fraction_above(6.5, "fine stripes") > 2 * fraction_above(6.5, "stripes")
+
+
+def test_the_shape_in_front_hides_what_is_behind() -> None:
+    """Plain squares: what their colour is decides the middle of the picture, whatever is behind."""
+    shape, _, texture = shapes.attributes_of(ALL_LABELS)
+    labels = ALL_LABELS[(shape == shapes.SHAPES.index("square")) & (texture == 0)].repeat(20)
+    pictures = (draw(labels, seed=0) + 1) / 2
+    middle = pictures[:, :, 14:18, 14:18].mean((2, 3))
+    colours = torch.tensor(list(shapes.COLOURS.values()))
+    found = torch.cdist(middle, colours).argmin(-1)
+    assert (found == shapes.attributes_of(labels).colour).float().mean() > 0.95
