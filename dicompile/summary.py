@@ -18,7 +18,7 @@ from dicompile.plan import Plan, StepPlan
 from dicompile.plan.html import plan_html
 from dicompile.runtime import CallReport, RunReport
 from dicompile.runtime.report import RECALLED, UNCACHED
-from dicompile.text import ranges_text, size_text
+from dicompile.text import plain_text, ranges_text, size_text
 
 DONE = {
     "F": "computed",
@@ -274,10 +274,7 @@ class Summary:
 
     def __str__(self) -> str:
         """Plain text, as wide as the terminal."""
-        console = Console(color_system=None, force_terminal=False)
-        with console.capture() as captured:
-            console.print(self)
-        return captured.get().rstrip("\n")
+        return plain_text(self)
 
 
 def _seconds(seconds: float) -> str:

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
+from rich.console import Console, RenderableType
 from torch import fx
 from torch.utils._dtype_abbrs import dtype_abbrs
 
@@ -50,6 +51,14 @@ def operations_text(count: float) -> str:
     units = ((1e15, "PFLOP"), (1e12, "TFLOP"), (1e9, "GFLOP"))
     unit, name = next(((u, n) for u, n in units if count >= u), (1e6, "MFLOP"))
     return f"{count / unit:.2f} {name}"
+
+
+def plain_text(shown: RenderableType, width: int | None = None) -> str:
+    """What rich prints, without colours; as wide as the terminal if no width is given."""
+    console = Console(width=width, color_system=None, force_terminal=False)
+    with console.capture() as captured:
+        console.print(shown)
+    return captured.get().rstrip("\n")
 
 
 def ranges_text(numbers: Iterable[int]) -> str:

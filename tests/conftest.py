@@ -114,11 +114,10 @@ def seed() -> None:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def modules_share_nothing(request: pytest.FixtureRequest) -> Iterator[None]:
+def modules_share_nothing(request: pytest.FixtureRequest) -> None:
     """Tests of one module share captures and compiled code, as everything in a user's process does."""
-    if module_of(request.node) not in SPREAD:
+    if request.node.nodeid not in SPREAD:
         dicompile.reset()
-    yield
 
 
 @pytest.fixture(autouse=True)
@@ -126,10 +125,6 @@ def counting_starts_at_nothing(request: pytest.FixtureRequest) -> None:
     """Where tests count captures or compilations they share none."""
     if request.node.nodeid.startswith(COUNTING):
         dicompile.reset()
-
-
-def module_of(item: pytest.Item) -> str:
-    return item.nodeid.partition("::")[0]
 
 
 @pytest.fixture(autouse=True)

@@ -154,12 +154,13 @@ def _plan_steps(
 ) -> Iterator[StepPlan]:
     """Steps with reads, liveness and cost, whichever way a gate will decide."""
     recalled = _with_reads(structure, _with_whats(_ways(rows), whats))
-    everything = _with_reads(structure, _with_whats([(COMPUTE,) * len(structure.everything)], whats))[0]
-    full = [everything if isinstance(row, Gated) else None for row in rows]
+    full: list[tuple[SiteStep, ...] | None] = [None] * len(rows)
     probe = structure.probe
     watched: tuple[Slot, ...] = ()
     pinned: tuple[Slot, ...] = ()
     if gate is not None:
+        everything = _with_reads(structure, _with_whats([(COMPUTE,) * len(structure.everything)], whats))[0]
+        full = [everything if isinstance(row, Gated) else None for row in rows]
         anchors = _anchors(structure, gate)
         pinned = anchors if gate.probe == "partner" else ()
         watched = (*([] if probe is None else [Slot.of(probe.id, SlotKind.VALUE)]), *anchors)
@@ -270,8 +271,7 @@ def timing_plan(structure: ModelStructure, schedule: TimestepSchedule, cache: Ca
         cache: in which numbers values are stored.
     """
     levels: list[Level] = ["site", "stack"] if structure.stack else ["site"]
-    turn = (*[0] * MOST_STORED, *range(MOST_STORED, 0, -1), *range(MOST_STORED, 0, -1))
-    turns = itertools.cycle([(level, stored) for level in levels for stored in turn])
+    turns = itertools.cycle([(level, stored) for level in levels for stored in _TURN])
     rows: list[Row] = []
     kinds: list[str] = []
     full: list[int] = []
@@ -287,11 +287,12 @@ def timing_plan(structure: ModelStructure, schedule: TimestepSchedule, cache: Ca
     return replace(plan, steps=tuple(replace(s, kind=kind) for s, kind in zip(plan.steps, kinds, strict=True)))
 
 
-TURN = 2 * 3 * MOST_STORED
-"""Steps of `timing_plan` after which it begins anew."""
-
+_TURN = (*[0] * MOST_STORED, *range(MOST_STORED, 0, -1), *range(MOST_STORED, 0, -1))
+"""For each level: from how many stored values the steps recall, one after the other; 0 computes everything."""
 _WHAT: dict[Level, What] = {"site": What.CORE, "stack": What.UPDATE}
 """What is stored of sites, and of the stack."""
+TURN = len(_WHAT) * len(_TURN)
+"""Steps of `timing_plan` after which it begins anew."""
 
 
 def _recalling(structure: ModelStructure, level: Level, recalled: Action) -> Row:

@@ -17,7 +17,7 @@ from typing import Annotated, Literal, NamedTuple
 import numpy as np
 from pydantic import Field
 from rich.box import SIMPLE_HEAD
-from rich.console import Console, Group, RenderableType
+from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
@@ -30,7 +30,7 @@ from dicompile.plan.frozen import Frozen
 from dicompile.plan.plan import Plan, StepPlan
 from dicompile.plan.yaml_json import YamlJson
 from dicompile.store import written_whole
-from dicompile.text import operations_text, size_text
+from dicompile.text import operations_text, plain_text, size_text
 
 Level = Literal["site", "stack"]
 """What is recalled: single branches, which are gated anew, or what the whole stack adds."""
@@ -377,10 +377,7 @@ class Timing:
         return fragment(f"<p>{escape(title)}</p>", rows, f"<p>{escape(others)}</p>")
 
     def __str__(self) -> str:
-        console = Console(width=120, color_system=None, force_terminal=False)
-        with console.capture() as captured:
-            console.print(self)
-        return captured.get().rstrip("\n")
+        return plain_text(self, width=120)
 
 
 def _shown(value: object) -> str:

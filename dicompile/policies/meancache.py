@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import NamedTuple
 
 from dicompile.errors import InvalidPolicy
@@ -91,7 +92,7 @@ def MeanCache(model: str = "qwen-image", budget: int = 17) -> Policy:
 def _per_step(schedule: Published) -> tuple[int, ...]:
     """How far every step looks back; those that compute say 1."""
     back, gaps = [1] * STEPS, iter(schedule.back)
-    for start, end in zip(schedule.full, schedule.full[1:], strict=False):
+    for start, end in itertools.pairwise(schedule.full):
         if end - start > 1:
             back[start + 1 : end] = [next(gaps)] * (end - start - 1)
     return tuple(back)

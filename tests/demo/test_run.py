@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -48,6 +49,15 @@ def test_the_bundled_model_draws_what_it_is_asked_for() -> None:
     assert torch.equal(pictures, subject.generate(subject.module, 3))
     assert subject.judge(pictures).keys() == {"Fréchet"}
     assert len(subject.captions) == 2
+
+
+def test_pictures_like_drawn_ones_are_near_and_one_by_itself_or_broken_ones_are_not_judged() -> None:
+    labels = balanced_labels(24)
+    subject = demo_subject(len(labels), 3)
+    true = (shapes.draw(labels, torch.Generator().manual_seed(5)) + 1) / 2
+    near, far = (float(subject.judge(pictures)["Fréchet"]) for pictures in (true, torch.rand_like(true)))
+    assert near < far / 4
+    assert subject.judge(true[:1]) == subject.judge(true * math.nan) == {"Fréchet": "-"}
 
 
 @pytest.mark.nightly

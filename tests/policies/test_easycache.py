@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,6 +15,9 @@ from dicompile.errors import InvalidPolicy, PolicyDoesNotFit
 from dicompile.plan import Cadence, Forecast, Gate, Policy, Reuse, Rule
 from tests import models
 from tests.models import Sample, optimized, timesteps
+from tests.policies.trajectories import slowing
+
+pytestmark = pytest.mark.usefixtures("own_session")
 
 STEPS = 16
 TIMES = timesteps(STEPS)
@@ -33,18 +36,9 @@ def model(sample: Sample) -> Any:
     return optimized(sample, dicompile.EasyCache(0.2, 3), STEPS)
 
 
-@pytest.fixture(autouse=True)
-def own_session() -> Iterator[None]:
-    with dicompile.session():
-        yield
-
-
 def latents(sample: Sample, seed: int = 1) -> list[Tensor]:
     """A trajectory that goes on fast, then slowly; another one the other way round."""
-    generator = torch.Generator().manual_seed(seed)
-    shape = sample.inputs["x"].shape
-    start, end = (torch.randn(shape, generator=generator) for _ in range(2))
-    way = [end + (start - end) * (1 - step / STEPS) ** 3 for step in range(STEPS)]
+    way = slowing(sample.inputs["x"], STEPS, seed)
     return way if seed == 1 else way[::-1]
 
 

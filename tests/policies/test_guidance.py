@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -18,6 +18,8 @@ from dicompile.errors import InvalidPolicy, PolicyDoesNotFit
 from dicompile.plan import Cadence, Gate, Policy, Reuse, Rule
 from tests import models
 from tests.models import Sample, optimized, timesteps
+
+pytestmark = pytest.mark.usefixtures("own_session")
 
 STEPS = 11
 TIMES = timesteps(STEPS)
@@ -37,12 +39,6 @@ def sample() -> Sample:
 def model(sample: Sample) -> Any:
     """One for all tests, each of which has a session of its own."""
     return optimized(sample, dicompile.GuidanceReuse(), STEPS)
-
-
-@pytest.fixture(autouse=True)
-def own_session() -> Iterator[None]:
-    with dicompile.session():
-        yield
 
 
 @pytest.fixture(scope="module")

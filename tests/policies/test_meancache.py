@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -17,6 +17,8 @@ from dicompile.policies.meancache import SCHEDULES
 from tests import models
 from tests.models import Sample
 from tests.plan.toys import toy
+
+pytestmark = pytest.mark.usefixtures("own_session")
 
 STEPS = 50
 Model = Callable[[Tensor, float], Tensor]
@@ -40,12 +42,6 @@ def sample() -> Sample:
     torch.manual_seed(0)
     inputs = {"x": torch.randn(2, 4, 8, 8), "t": torch.full((2,), 500.0), "y": torch.tensor([1, 10])}
     return Sample(models.redraw(models.PlainDiT(1, width=16, size=8)), inputs)
-
-
-@pytest.fixture(autouse=True)
-def own_session() -> Iterator[None]:
-    with dicompile.session():
-        yield
 
 
 def levels() -> list[float]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,6 +17,9 @@ from dicompile.runtime.gate import Drift
 from tests import models
 from tests.models import PlainDiT, Sample, optimized, timesteps
 from tests.plan.toys import toy
+from tests.policies.trajectories import slowing
+
+pytestmark = pytest.mark.usefixtures("own_session")
 
 STEPS, LAYERS = 24, 3
 TIMES = timesteps(STEPS)
@@ -30,17 +32,8 @@ def sample() -> Sample:
     return Sample(models.redraw(PlainDiT(LAYERS, width=16, size=8)), inputs)
 
 
-@pytest.fixture(autouse=True)
-def own_session() -> Iterator[None]:
-    with dicompile.session():
-        yield
-
-
 def latents(sample: Sample, seed: int = 1) -> list[Tensor]:
-    """A trajectory that goes on fast, then slowly."""
-    generator = torch.Generator().manual_seed(seed)
-    start, end = (torch.randn(sample.inputs["x"].shape, generator=generator) for _ in range(2))
-    return [end + (start - end) * (1 - step / STEPS) ** 3 for step in range(STEPS)]
+    return slowing(sample.inputs["x"], STEPS, seed)
 
 
 def factorial(k: int) -> int:
