@@ -1,5 +1,6 @@
 """What every test gets: fixed seed, few threads, reads of the cache checked, reasons of skips."""
 
+import gc
 import logging
 import os
 import sys
@@ -106,6 +107,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(no_cuda)
+
+
+def pytest_collection_finish() -> None:
+    """What is imported lives on: looking at it whenever garbage is collected was a sixth of the suite's CPU time."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -6,6 +6,7 @@ the bottom of this one: ``app.command()(inspect)``.
 
 from __future__ import annotations
 
+import gc
 import signal
 from pathlib import Path
 from typing import Annotated
@@ -41,6 +42,7 @@ def main() -> None:
     ctrl-C, and 143 where the process was told to end, which leaves no temporary files, either.
     """
     before = signal.signal(signal.SIGTERM, _end)
+    gc.freeze()  # what is imported lives on, and need not be looked at whenever garbage is collected
     try:
         app()
     except DicompileError as error:
