@@ -19,12 +19,21 @@ from dicompile.errors import AlreadyOptimized, InvalidSchedule, NotOptimized, No
 from dicompile.learn.recording import Goal, Recording
 from dicompile.lower import Backend, Hoist
 from dicompile.pipelines import (
+    components_named,
     is_denoiser_of,
     optimized_components,
     replace_components,
     restore_components,
 )
-from dicompile.plan import CacheOptions, Plan, Policy, TimestepSchedule, Timing
+from dicompile.plan import (
+    CacheOptions,
+    Plan,
+    Policy,
+    TimestepSchedule,
+    Timing,
+    check_components,
+    check_one_denoiser,
+)
 from dicompile.policies import get_policy
 from dicompile.runtime import RunReport, SchedulerLink, Session, current_session
 from dicompile.runtime import session as open_session
@@ -135,8 +144,9 @@ def optimize(
     cache = CacheOptions.of(max_cache_bytes, over_budget, cache_dtype, cache_device)
     said, hoisted = Said(timestep, latent), Hoist.of(hoist)
 
-    def asked(link: SchedulerLink) -> Options:
-        return Options(chosen, link, code, cache=cache, said=said, hoist=hoisted, timing=goal.timing)
+    def asked(own: Policy, source: Any, timing: Timing | None) -> Options:
+        link = SchedulerLink(source, own.stints[0] if own.stints else None)
+        return Options(own, link, code, cache=cache, said=said, hoist=hoisted, timing=timing)
 
     optimized = find_optimized(model) if isinstance(model, nn.Module) else None
     if optimized is not None:
@@ -146,15 +156,19 @@ def optimize(
         )
     if isinstance(model, nn.Module):
         check_names(without_compile(model), said)
+        check_one_denoiser(chosen)
         goal.check_model(model)
-        return CachedModel(model, asked(_link(schedule, chosen)))
+        return CachedModel(model, asked(chosen, _source(schedule, chosen), goal.timing_of("")))
 
-    def wrap(module: nn.Module) -> CachedModel:
+    def wrap(name: str, module: nn.Module) -> CachedModel:
         check_names(without_compile(module), said)
-        goal.check_model(module)
-        return CachedModel(module, asked(SchedulerLink(model)))
+        goal.check_model(module, name)
+        return CachedModel(module, asked(chosen.of(name), model, goal.timing_of(name)))
 
-    replace_components(model, components, wrap)
+    found = components_named(model, components)
+    goal.check_components(list(found))
+    check_components(chosen, list(found))
+    replace_components(model, found, wrap)
     return model
 
 
@@ -283,7 +297,7 @@ def prepare(model: Any, *, late: bool = True, progress: bool = False) -> None:
     for record in records:
         if not record.frames:
             log.warning("%s has not run yet, and is not prepared", type(record.module).__name__)
-        schedule = record.options.link.schedule if late else _schedule_of(record)
+        schedule = record.options.link.planned if late else _schedule_of(record)
         runs += [(frame.programs, schedule) for frame in record.frames]
     compile_ahead(runs, late=late, progress=progress)
 
@@ -298,9 +312,7 @@ def report(model: Any) -> RunReport:
     """
     _frame_of(model)
     session = current_session()
-    cached = cached_in(model)
-    denoising = [one for one in cached if is_denoiser_of(model, one)] or cached
-    records = [record_of(one) for one in denoising]
+    records = [record_of(one) for one in denoising_in(model).values()]
     states = [session.state_of(record.calls.owner) for record in records]
     last = next((state for state in states if state.report.kinds), states[0])
     whole = copy.deepcopy(last.report)
@@ -325,10 +337,9 @@ def summary(model: Any) -> Summary:
         NotOptimized, NotYetRun: nothing ran yet.
     """
     _frame_of(model)
-    session, cached = current_session(), cached_in(model)
-    denoising = [one for one in cached if is_denoiser_of(model, one)] or cached
+    session = current_session()
     found = []
-    for record in map(record_of, denoising):
+    for record in map(record_of, denoising_in(model).values()):
         ran = session.state_of(record.calls.owner).report
         if not (record.frames and ran.kinds):
             continue
@@ -346,16 +357,16 @@ def summary(model: Any) -> Summary:
         )
     if not found:
         raise NotYetRun(
-            f"{type(record_of(cached[0]).module).__name__} has not run in this session",
+            f"{type(record_of(cached_in(model)[0]).module).__name__} has not run in this session",
             why="every thread, task and opened session has a report of its own",
             fix="ask where it was sampled, after a generation",
         )
     return Summary(tuple(found))
 
 
-def _link(schedule: Any, policy: Policy) -> SchedulerLink:
+def _source(schedule: Any, policy: Policy) -> Any:
     if schedule is not None:
-        return SchedulerLink(schedule)
+        return schedule
     if policy.rules:
         raise InvalidSchedule(
             f"policy {policy.name!r} needs a schedule",
@@ -363,7 +374,7 @@ def _link(schedule: Any, policy: Policy) -> SchedulerLink:
             why="a plan says for every step what is computed",
             fix="optimize(model, policy, schedule=scheduler), or schedule=50 for a number of steps",
         )
-    return SchedulerLink(1)
+    return 1
 
 
 def cached_in(model: Any) -> list[CachedModel]:
@@ -372,17 +383,30 @@ def cached_in(model: Any) -> list[CachedModel]:
         optimized = find_optimized(model)
         cached = [] if optimized is None else [optimized]
     else:
-        cached = optimized_components(model)
+        cached = list(optimized_components(model).values())
     if not cached:
         raise NotOptimized(f"this {type(model).__name__} was not optimized", fix="dicompile.optimize(model, policy)")
     return cached
 
 
+def denoising_in(model: Any) -> dict[str, CachedModel]:
+    """Optimized denoisers by component, the empty name for a module; all that was optimized, where none of them was.
+
+    Raises:
+        NotOptimized: nothing was optimized.
+    """
+    cached = cached_in(model)
+    if isinstance(model, nn.Module):
+        return {"": cached[0]}
+    found = optimized_components(model)
+    return {name: one for name, one in found.items() if is_denoiser_of(model, one)} or found
+
+
 def _schedule_of(record: Record) -> TimestepSchedule:
     """The schedule as it is now, from the step at which this session's run began."""
     state, link = current_session().state_of(record.calls.owner), record.options.link
-    is_its_own = state.schedule_token is link.token
-    return link.schedule.rest(state.first_step or 0) if is_its_own else link.schedule
+    began = state.first_step if state.schedule_token is link.token else None
+    return link.planned if began is None else link.rest(began)
 
 
 def _frame_of(model: Any) -> CompiledFrame:

@@ -215,7 +215,7 @@ def compile_capture(
     rehearsal = None if resized is None else Rehearsal(pieces_of(resized, hoist, options.policy.trunk), options, ranks)
     programs = Programs(pieces, options, predictor.code, rehearsal, ranks)
     if options.cache.max_bytes is not None:
-        programs.plan(options.link.schedule)  # refuses before anything is compiled, a predictor included
+        programs.plan(options.link.planned)  # refuses before anything is compiled, a predictor included
     executor = Executor(
         programs,
         _signature(capture, structure, arguments, way, options),

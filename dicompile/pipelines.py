@@ -6,7 +6,7 @@ A pipeline may hold another one that uses the same denoiser; it is replaced wher
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -60,26 +60,45 @@ def is_denoiser_of(pipeline: Any, module: nn.Module) -> bool:
     )
 
 
-def replace_components(pipeline: Any, names: Sequence[str] | None, wrap: Callable[[nn.Module], CachedModel]) -> None:
-    """Put a wrapper in the place of every denoiser; where one of them cannot be wrapped, all stay as they were.
+def components_named(pipeline: Any, names: Sequence[str] | None) -> dict[str, nn.Module]:
+    """Components of some names, or the denoisers where no name is given.
+
+    Raises:
+        UnsupportedModel: it is no pipeline, has no denoiser, or no such component.
+    """
+    if names is None:
+        return denoisers(pipeline)
+    modules = components_of(pipeline)
+    missing = [name for name in names if name not in modules]
+    if missing or not names or isinstance(names, str):
+        raise UnsupportedModel(
+            f"{type(pipeline).__name__} has no component {', '.join(missing) or repr(names)}",
+            where="components",
+            fix=f"a list of some of: {', '.join(modules)}",
+        )
+    return {name: modules[name] for name in names}
+
+
+def replace_components(
+    pipeline: Any, found: Mapping[str, nn.Module], wrap: Callable[[str, nn.Module], CachedModel]
+) -> None:
+    """Put a wrapper in the place of some components; where one of them cannot be wrapped, all stay as they were.
 
     A denoiser that was optimized in another pipeline, whose scheduler this one does not share, gets a second wrapper;
     the other pipeline keeps its own.
 
     Args:
         pipeline: the pipeline.
-        names: of the components to wrap, if not of the denoisers.
-        wrap: makes a wrapper.
+        found: the components, by name.
+        wrap: makes a wrapper of a component, given its name.
 
     Raises:
-        UnsupportedModel: it is no pipeline, has no denoiser, or no such component.
         AlreadyOptimized: one of them is.
     """
-    found = denoisers(pipeline) if names is None else _components_named(pipeline, names)
     done = next((name for name, module in found.items() if _is_optimized_for(pipeline, module)), None)
     if done is not None:
         raise AlreadyOptimized(f"the pipeline's {done} is optimized already", fix="dicompile.restore(pipe) first")
-    wrapped = {id(module): wrap(_given(module)) for module in found.values()}
+    wrapped = {id(module): wrap(name, _given(module)) for name, module in found.items()}
     for holder, name, module in list(_places(pipeline)):
         if id(module) in wrapped:
             setattr(holder, name, wrapped[id(module)])
@@ -94,8 +113,8 @@ def restore_components(pipeline: Any) -> None:
             setattr(holder, name, found[id(module)])
 
 
-def optimized_components(pipeline: Any) -> list[CachedModel]:
-    """What was replaced in a pipeline, denoisers first.
+def optimized_components(pipeline: Any) -> dict[str, CachedModel]:
+    """What was replaced in a pipeline, by name, denoisers first.
 
     Raises:
         UnsupportedModel: it is no pipeline.
@@ -103,19 +122,7 @@ def optimized_components(pipeline: Any) -> list[CachedModel]:
     items = ((name, find_optimized(module)) for name, module in components_of(pipeline).items())
     found = [(name, module) for name, module in items if module is not None]
     found.sort(key=lambda item: not _is_denoiser(*item))
-    return [module for _, module in found]
-
-
-def _components_named(pipeline: Any, names: Sequence[str]) -> dict[str, nn.Module]:
-    modules = components_of(pipeline)
-    missing = [name for name in names if name not in modules]
-    if missing or not names or isinstance(names, str):
-        raise UnsupportedModel(
-            f"{type(pipeline).__name__} has no component {', '.join(missing) or repr(names)}",
-            where="components",
-            fix=f"a list of some of: {', '.join(modules)}",
-        )
-    return {name: modules[name] for name in names}
+    return dict(found)
 
 
 def _is_optimized_for(pipeline: Any, module: nn.Module) -> bool:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from dicompile.errors import CallOutsideSchedule, InvalidSchedule
-from dicompile.plan import TimestepSchedule
+from dicompile.plan import Stint, TimestepSchedule
 from dicompile.runtime.contexts import is_near, is_same_latent
 from dicompile.runtime.session import Count, ModelState
 
@@ -23,10 +23,15 @@ log = logging.getLogger("dicompile")
 
 
 class SchedulerLink:
-    """Where the schedule comes from: a diffusers scheduler, the one that a pipeline has just now, or fixed data."""
+    """Where the schedule comes from: a diffusers scheduler, the one that a pipeline has just now, or fixed data.
 
-    def __init__(self, source: Any) -> None:
-        self._source = source
+    Args:
+        source: any of these.
+        stint: the steps that the model has, where it shares the schedule with other denoisers that its policy knows.
+    """
+
+    def __init__(self, source: Any, stint: Stint | None = None) -> None:
+        self._source, self._stint = source, stint
         self.is_pipeline = hasattr(source, "scheduler")
         self.is_live = hasattr(self.source, "timesteps") and hasattr(self.source, "config")
         self._token: object = None
@@ -70,6 +75,38 @@ class SchedulerLink:
             self._token = self.source.timesteps
         assert self._schedule is not None
         return self._schedule
+
+    @property
+    def whole(self) -> SchedulerLink:
+        """The same for a model that may have any step."""
+        link = copy.copy(self)
+        link._stint = None
+        return link
+
+    @property
+    def planned(self) -> TimestepSchedule:
+        """What of the schedule is planned: all of it, or the steps that the model has."""
+        return self.schedule if self._stint is None else self.schedule.served(self._stint)
+
+    def rest(self, step: int) -> TimestepSchedule:
+        """What is planned for a run that begins at a step of the whole schedule."""
+        planned = self.planned
+        return planned.rest(step - planned.before)
+
+    def check_served(self, step: int) -> None:
+        """Raise if a step of the whole schedule is another denoiser's.
+
+        Raises:
+            CallOutsideSchedule: it is.
+        """
+        if self._stint is None or step in self._stint.steps:
+            return
+        raise CallOutsideSchedule(
+            f"{self._stint.component} was called at step {step + 1}, and its policy is for {self._stint}",
+            where=f"{self.schedule.steps} steps",
+            why="the denoisers took over from each other at another step when they were calibrated",
+            fix="sample as in the calibration (boundary_ratio), or calibrate as you sample",
+        )
 
     @property
     def remedy(self) -> str:

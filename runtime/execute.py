@@ -314,7 +314,7 @@ class Executor:
 
     def _step(self, state: ModelState, owner: Owner, place: Place) -> Step | GatedStep:
         if place.context is None:
-            whole = owner.link.schedule  # a run of one step computes everything and stores nothing
+            whole = owner.link.planned  # a run of one step computes everything and stores nothing
             schedule, index = whole.rest(whole.steps - 1), 0
         else:
             schedule, index = place.context.schedule, place.step - place.context.schedule.before
@@ -408,7 +408,7 @@ class Executor:
         assert context is not None
         gate, schedule = step.full.plan.gate, step.full.plan.schedule
         assert gate is not None
-        share = (place.step + 1) / (schedule.before + schedule.steps)
+        share = (place.step + 1) / schedule.whole
         if step.probe is None:
             decision = context.drift.trust(gate, share) if gate.verifies else context.drift.wait(gate, partner)
             context.drift.take(decision)

@@ -82,7 +82,8 @@ def identify(signature: Signature, owner: Owner, session: Session, inputs: Seque
         inputs: of the compiled code.
 
     Raises:
-        CallOutsideSchedule: the timestep is not on the schedule, or there are more steps than it has.
+        CallOutsideSchedule: the timestep is not on the schedule, there are more steps than it has, or this step is
+            another denoiser's.
     """
     state = session.state_of(owner)
     call = signature.call(inputs)
@@ -97,6 +98,7 @@ def identify(signature: Signature, owner: Owner, session: Session, inputs: Seque
             log.warning("computed whole, and nothing is remembered: %s", outside)
         state.report.outside += signature.remembers
         return Place(call, 0 if state.step is None else state.step, None)
+    owner.link.check_served(step)
     is_last = step + 1 >= owner.link.schedule.steps
     if step != state.step:
         _advance(state, session, owner.link, step)
@@ -141,7 +143,7 @@ def _opened(state: ModelState, link: SchedulerLink, call: Call, step: int) -> Co
         why = state.contexts.why_new(call, step)
         state.report.start_cold(step, why)
         log.info("step %d computes everything: nothing is stored for it in this run: %s", step, why)
-    return state.contexts.open(call, step, link.schedule.rest(step))
+    return state.contexts.open(call, step, link.rest(step))
 
 
 def _follow(state: ModelState, session: Session, owner: Owner, call: Call, lead: Lead) -> Place:
@@ -156,7 +158,7 @@ def _follow(state: ModelState, session: Session, owner: Owner, call: Call, lead:
     if context is None or context.step != lead.step - 1 or context.geometry != call.geometry:
         if context is not None:
             context.forget()
-        context = ContextState(call.name, call.geometry, owner.link.schedule.rest(lead.step))
+        context = ContextState(call.name, call.geometry, owner.link.rest(lead.step))
         state.contexts[label] = context
     return Place(call, lead.step, context, lead.step + 1 >= owner.link.schedule.steps)
 

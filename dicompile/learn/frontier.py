@@ -3,11 +3,15 @@
 For every number of full steps the best ones are searched (`dicompile.learn.search`) and the error of the last latent is
 predicted: from a step's forecast to the model's output by its sensitivity, from there to the latent by how far the
 sampler moves at that step. What the sampler makes of an error at later steps is not part of it.
+
+Where several denoisers take over from each other, none knows what another has stored. So each has its own best steps
+for every number of them, what is wrong in the end adds up, and so do costs: every split of the full steps is tried.
 """
 
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -30,6 +34,7 @@ from dicompile.learn.search import (
     choose_steps,
     fit,
     histories,
+    joined,
     sensitivity,
     squared_error,
     step_errors,
@@ -69,6 +74,7 @@ class Point:
         cache_bytes: what one guidance context holds at most.
         stored: values that a forecast takes at most.
         fewer_steps: error that is expected of fewer steps without caching, for the same cost or a little more.
+        split: how many of the full steps every denoiser has.
     """
 
     level: Level
@@ -78,8 +84,14 @@ class Point:
     cache_bytes: int
     stored: int
     fewer_steps: float
+    split: tuple[int, ...]
     time: float | None = None
     seconds: float | None = None
+
+    @property
+    def counts(self) -> str:
+        """The number of full steps in words: that of every denoiser, where there are several."""
+        return f"{len(self.full)}" + (f" ({' + '.join(map(str, self.split))})" if len(self.split) > 1 else "")
 
     @property
     def cost(self) -> float:
@@ -89,7 +101,7 @@ class Point:
     def __str__(self) -> str:
         how = "branch by branch" if self.level == "site" else "as a whole stack"
         return (
-            f"{len(self.full)} full steps, the others forecast {how}: {self.compute:.1%} of the compute, "
+            f"{self.counts} full steps, the others forecast {how}: {self.compute:.1%} of the compute, "
             + ("" if self.time is None else f"{self.time:.1%} of the time ({self.seconds:.2f} s), ")
             + f"expected error {self.error:.2g}, cache {size_text(self.cache_bytes)}"
         )
@@ -110,6 +122,8 @@ class Frontier:
     ) -> None:
         self.facts, self.traces, self.max_bytes, self.timing = facts, traces, max_bytes, timing
         self._output, self._latent = (facts.values.index(name) for name in EXTRAS)
+        self._shares = facts.shares
+        self._firsts = tuple(steps.start for steps, _ in facts.shares)
 
     @functools.cached_property
     def points(self) -> tuple[Point, ...]:
@@ -140,39 +154,59 @@ class Frontier:
                 yield from self._candidates(level)
 
     def _candidates(self, level: Level) -> Iterator[Point]:
-        facts, size = self.facts, self._bytes(level)
-        cached = facts.site_flops if level == "site" else facts.stack_flops
-        for number, choice in enumerate(self._choices(level), 1):
-            stored = min(MOST_STORED, number)
+        steps, size = self.facts.steps, self._bytes(level)
+        for choices in itertools.product(*self._choices(level)):
+            choice, split = joined(choices, self._firsts), tuple(len(each.full) for each in choices)
+            stored = min(MOST_STORED, max(split))
             if self.max_bytes is not None:
                 stored = min(stored, self.max_bytes // max(size, 1))
-            compute = (number * facts.full_flops + (facts.steps - number) * cached) / (facts.steps * facts.full_flops)
+            compute = self._operations(level, split) / self.facts.full_run
             time, seconds = self._time(level, choice.full, stored)
             cost = compute if time is None else time
+            held = [
+                min(stored, number) * costs.stored_bytes(level) * (number < len(part))
+                for number, (part, costs) in zip(split, self._shares, strict=True)
+            ]
             yield Point(
                 level=level,
                 full=choice.full,
                 compute=compute,
                 error=DOUBT[level] * choice.error,
-                cache_bytes=stored * size if number < facts.steps else 0,
+                cache_bytes=max(held),
                 stored=stored,
-                fewer_steps=float(self._fewer_steps[min(math.ceil(cost * facts.steps - 1e-9), facts.steps) - 1]),
+                fewer_steps=float(self._fewer_steps[min(math.ceil(cost * steps - 1e-9), steps) - 1]),
+                split=split,
                 time=time,
                 seconds=seconds,
             )
+
+    def _operations(self, level: Level, split: Sequence[int]) -> int:
+        """Operations of a run in which every denoiser has so many full steps."""
+        return sum(
+            number * costs.full_flops + (len(part) - number) * costs.recalled_flops(level)
+            for number, (part, costs) in zip(split, self._shares, strict=True)
+        )
 
     def _time(self, level: Level, full: Sequence[int], stored: int) -> tuple[float, float] | tuple[None, None]:
         """Time of a run over that without caching, and in seconds; None where nothing was timed."""
         if self.timing is None:
             return None, None
-        whole, recalled = self.timing.seconds(FULL), histories(full, self.facts.steps, stored - 1)
-        others = (self.timing.seconds(kind_name(level, len(history))) for history in recalled.values())
-        seconds = len(full) * whole + sum(others)
-        return seconds / (self.facts.steps * whole), seconds
+        recalled = self._histories(full, stored)
+        kinds = {step: kind_name(level, len(history)) for step, history in recalled.items()}
+        seconds = whole = 0.0
+        for component, (part, _) in zip(self.facts.components, self._shares, strict=True):
+            timing = self.timing.of(component)
+            seconds += sum(timing.seconds(kinds.get(step, FULL)) for step in part)
+            whole += len(part) * timing.seconds(FULL)
+        return seconds / whole, seconds
+
+    def _histories(self, full: Sequence[int], stored: int) -> dict[int, tuple[int, ...]]:
+        """Full steps of the same denoiser, from which every other step is forecast."""
+        return histories(full, self.facts.steps, stored - 1, self._firsts)
 
     def _bytes(self, level: Level) -> int:
-        """What remembering one value of everything takes."""
-        return self.facts.site_bytes if level == "site" else self.facts.stack_bytes
+        """What remembering one value of everything takes, of the denoiser that needs most."""
+        return max(costs.stored_bytes(level) for _, costs in self._shares)
 
     def point(
         self, *, budget: float | None = None, speedup: float | None = None, max_error: float | None = None
@@ -211,13 +245,18 @@ class Frontier:
             point: one of the frontier's.
         """
         rules = (self._rule(point.level, point.full, point.stored),) if len(point.full) < self.facts.steps else ()
-        return Policy(name=f"auto-{len(point.full)}", cadence=Cadence(at=point.full), rules=rules)
+        return Policy(
+            name=f"auto-{len(point.full)}", cadence=Cadence(at=point.full), rules=rules, stints=self.facts.stints
+        )
 
     def fitted(self, cadence: Cadence, order: int, level: Level) -> Policy:
         """A policy for full steps that somebody else has chosen; see `dicompile.learn.recording.Recording.fitted`."""
-        full = tuple(moment.step for moment in cadence.moments(self.facts.steps) if moment.others)
+        runs = [cadence.moments(self.facts.steps, part.start)[: len(part)] for part, _ in self._shares]
+        full = tuple(moment.step for moment in itertools.chain(*runs) if moment.others)
         rule = self._rule(level, full, order + 1)
-        return Policy(name=f"fitted-{cadence.interval}-{order}", cadence=cadence, rules=(rule,))
+        return Policy(
+            name=f"fitted-{cadence.interval}-{order}", cadence=cadence, rules=(rule,), stints=self.facts.stints
+        )
 
     def _rule(self, level: Level, full: Sequence[int], stored: int) -> Rule:
         facts = self.facts
@@ -258,7 +297,7 @@ class Frontier:
         wanted = np.linspace(0, len(self.points) - 1, min(rows, len(self.points))).round().astype(int)
         return [
             (
-                str(len(point.full)),
+                point.counts,
                 f"{point.compute:.1%}",
                 *([] if point.time is None else [f"{point.time:.1%}"]),
                 f"{1 / point.cost:.2f}x",
@@ -272,7 +311,8 @@ class Frontier:
 
     @property
     def _title(self) -> str:
-        return f"{self.facts.model}, {self.facts.steps} steps"
+        served = f": {', '.join(map(str, self.facts.stints))}" if self.facts.stints else ""
+        return f"{self.facts.model}, {self.facts.steps} steps{served}"
 
     def table(self, rows: int = 12) -> Table:
         """The frontier for the terminal, at about as many costs."""
@@ -347,11 +387,22 @@ class Frontier:
         """What a relative error of 1 in all values at a step does to the last latent, relative to it; [steps]."""
         number = self.facts.levels.index(level)
         reused = np.sqrt(np.mean([trace.reused[number].square().numpy() for trace in self.traces], axis=0))
-        effect: Array = self._moves * sensitivity(self.grams[level], reused)
+        arrives = [sensitivity(gram, reused[part.start : part.stop]) for part, gram in self._grams_by_part(level)]
+        effect: Array = self._moves * np.concatenate(arrives)
         return effect
 
-    def _choices(self, level: Level) -> tuple[Choice, ...]:
-        return choose_steps(step_errors(self.grams[level], order=1) * self.effect(level))
+    def _grams_by_part(self, level: Level) -> list[tuple[range, Array]]:
+        """Inner products of what every denoiser has computed itself."""
+        parts, gram = [part for part, _ in self._shares], self.grams[level]
+        return [(part, gram[:, part.start : part.stop, part.start : part.stop]) for part in parts]
+
+    def _choices(self, level: Level) -> list[tuple[Choice, ...]]:
+        """Of every denoiser the best steps of every number, counted from its first one."""
+        effect = self.effect(level)
+        return [
+            choose_steps(step_errors(gram, order=1) * effect[part.start : part.stop])
+            for part, gram in self._grams_by_part(level)
+        ]
 
     @functools.cached_property
     def _fewer_steps(self) -> Array:
@@ -366,7 +417,7 @@ class Frontier:
         return errors
 
     def _weights(self, level: Level, full: Sequence[int], stored: int) -> tuple[tuple[tuple[float, ...], ...], ...]:
-        histories_of = histories(full, self.facts.steps, stored - 1)
+        histories_of = self._histories(full, stored)
         ridge = self._ridge(level, histories_of)
         rows = {step: fit(self.grams[level], step, history, ridge) for step, history in histories_of.items()}
         return tuple(

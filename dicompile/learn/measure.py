@@ -19,7 +19,7 @@ from torch.utils import _pytree as pytree
 from dicompile.compiler import COMPILING, CompiledFrame, Options
 from dicompile.device import wait_for
 from dicompile.errors import InvalidTiming
-from dicompile.learn.watch import one_denoiser
+from dicompile.learn.watch import followed
 from dicompile.model import ModelCalls
 from dicompile.plan import TURN, StepPlan, TimedKind, TimestepSchedule, Timing, TimingFacts, timing_plan
 from dicompile.policies import NoCache
@@ -42,7 +42,7 @@ def measure(model: Any, *, components: Sequence[str] | None = None, backend: str
     Args:
         model: a diffusers pipeline, optimized or not; or a module that `optimize` returned, with whatever policy. An
             optimized one is timed with its own options: those of the compiler, and how and where the cache stores.
-        components: of a pipeline that is not optimized: the one denoiser to time, if it has several.
+        components: of a pipeline that is not optimized: the denoisers to time, if not all of them.
         backend: of a pipeline that is not optimized: "inductor", the default, or "eager".
 
     Yields:
@@ -50,7 +50,6 @@ def measure(model: Any, *, components: Sequence[str] | None = None, backend: str
 
     Raises:
         NotOptimized: a module that was not optimized; its wrapper is what has to be called.
-        UnsupportedModel: several denoisers.
         InvalidTiming: no call of some kind was timed.
 
     Example:
@@ -58,12 +57,14 @@ def measure(model: Any, *, components: Sequence[str] | None = None, backend: str
         ...     pipe(prompt, num_inference_steps=50)
         >>> pipe = dicompile.optimize(pipe, "auto", recording=recording, timing=timing, speedup=3)
     """
-    with one_denoiser(model, components, backend or "inductor") as cached:
-        record = record_of(cached)
-        record.calls = timer = Timer(record)
+    with followed(model, components, backend or "inductor") as found:
+        timers = {n: Timer(record_of(cached), n if len(found) > 1 else "") for n, cached in found.items()}
+        for name, cached in found.items():
+            record_of(cached).calls = timers[name]
         timing = Timing()
         yield timing
-        timing.take(*timer.taken())
+        taken = {name: timer.taken() for name, timer in timers.items()}
+        timing.take(Timing(denoisers=taken) if len(taken) > 1 else next(iter(taken.values())))
 
 
 class Timer:
@@ -71,14 +72,16 @@ class Timer:
 
     Args:
         record: the model.
+        component: its name in a pipeline.
 
     Attributes:
         owner: see `dicompile.wrapper.Calls`.
         seconds: of the calls so far, by kind of step.
     """
 
-    def __init__(self, record: Record) -> None:
+    def __init__(self, record: Record, component: str = "") -> None:
         options = _timed(record.options)
+        self._component = component
         self._name, self._records_steps = type(record.module).__name__, options.backend.records_steps
         self._calls = ModelCalls(record.module, options)
         self._begun: set[str] = set()
@@ -111,14 +114,14 @@ class Timer:
     def _report(self) -> RunReport:
         return current_session().state_of(self.owner).report
 
-    def taken(self) -> tuple[TimingFacts, tuple[TimedKind, ...]]:
+    def taken(self) -> Timing:
         """What was timed.
 
         Raises:
             InvalidTiming: no call of some kind was, or calls were of several shapes.
         """
         if not self.frames:
-            raise self._unusable("the model was not called", "sample inside of the with")
+            raise self._unusable("it was not called", "sample inside of the with")
         frame, several = self.frames[-1], {str(list(frame.conditions.latent)) for frame in self.frames}
         if len(several) > 1:
             raise self._unusable(f"there were latents {' and '.join(sorted(several))}", "time each size by itself")
@@ -126,6 +129,8 @@ class Timer:
         kinds = {step.kind: step for step in timing_plan(structure, TimestepSchedule(TURN)).steps}
         if missing := [kind for kind in sorted(kinds) if kind not in self.seconds]:
             more = f"sample with more steps inside of the with, {3 * TURN} say, or several times; the time is the same"
+            if self._component:
+                more = f"sample with so many that {self._component} has {TURN} of them, and several times"
             raise self._unusable(f"too few steps ran: of {', '.join(missing)} nothing was timed", more)
         facts = TimingFacts(
             model=self._name,
@@ -133,10 +138,11 @@ class Timer:
             spans=tuple(span.label for span in structure.stack),
             **frame.conditions._asdict(),
         )
-        return facts, tuple(_kind(step, self.seconds[kind]) for kind, step in sorted(kinds.items()))
+        return Timing(facts, [_kind(step, self.seconds[kind]) for kind, step in sorted(kinds.items())])
 
     def _unusable(self, why: str, fix: str) -> InvalidTiming:
-        return InvalidTiming(f"times of {self._name} are incomplete", where="dicompile.measure", why=why, fix=fix)
+        name = f"{self._component} ({self._name})" if self._component else self._name
+        return InvalidTiming(f"times of {name} are incomplete", where="dicompile.measure", why=why, fix=fix)
 
 
 def _device(*given: Any) -> torch.device:
@@ -153,4 +159,7 @@ def _kind(step: StepPlan, seconds: Sequence[float]) -> TimedKind:
 def _timed(options: Options) -> Options:
     """The same, so that steps take as long as they will, but with steps of all kinds."""
     backend = replace(options.backend, in_background=False)
-    return replace(options, policy=NoCache(), backend=backend, planner=timing_plan, observer=None, timing=None)
+    return replace(
+        options, policy=NoCache(), link=options.link.whole, backend=backend, planner=timing_plan, observer=None,
+        timing=None,
+    )  # fmt: skip

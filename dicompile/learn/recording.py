@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from dicompile import outside
 from dicompile.errors import InvalidRecording, InvalidSetting, InvalidTiming
 from dicompile.learn.frontier import Frontier
-from dicompile.learn.trace import VERSION, Facts, Trace
+from dicompile.learn.trace import READABLE, Costs, Facts, Trace
 from dicompile.plan import CacheOptions, Cadence, Level, Policy, Timing
 from dicompile.store import save_tensors
 
@@ -81,8 +81,9 @@ class Recording:
         """
         if not self.traces:
             raise InvalidRecording("nothing was recorded", where="Recording", fix="sample inside of the with")
-        if timing is not None:
-            _check_timing(self.facts, timing)
+        for component, (_, costs) in zip(self.facts.components, self.facts.shares, strict=True):
+            if timing is not None:
+                _check_timing(self.facts, costs, timing.of(component))
         return Frontier(self.facts, self.traces, CacheOptions.of(max_cache_bytes).max_bytes, timing)
 
     def policy(
@@ -195,7 +196,7 @@ class Recording:
             traces = [_trace(name, tensors) for name in tensors if name.startswith("gram/")]
             shapes = (len(facts.values), facts.steps, facts.steps), (len(facts.levels), facts.steps)
             wrong = [t for t in traces if (tuple(t.gram.shape), tuple(t.reused.shape)) != shapes]
-            if wrong or facts.version != VERSION:
+            if wrong or facts.version not in READABLE:
                 raise ValueError(f"format {facts.version}, matrices of shape {[list(t.gram.shape) for t in wrong]}")
         except (OSError, KeyError, ValueError) as error:  # ours among them
             raise InvalidRecording(
@@ -208,20 +209,26 @@ class Recording:
 
     def __str__(self) -> str:
         facts, contexts = self.facts, len({trace.context for trace in self.traces})
+        served = f" ({', '.join(map(str, facts.stints))})" if facts.stints else ""
         return (
-            f"{facts.model}: {len(self.runs)} runs of {facts.steps} steps, {contexts} contexts, "
+            f"{facts.model}: {len(self.runs)} runs of {facts.steps} steps{served}, {contexts} contexts, "
             f"{len(facts.sites)} branches"
         )
 
 
-def _check_timing(facts: Facts, timing: Timing) -> None:
+def _check_timing(facts: Facts, costs: Costs, timing: Timing) -> None:
     """Raise if times are of another model or size than a recording; the batch may be another one.
+
+    Args:
+        facts: of the recording.
+        costs: the denoiser that was timed.
+        timing: its times.
 
     Raises:
         InvalidTiming: they are.
     """
     timed = timing.facts
-    timing.check_model(facts.model, "recording")
+    timing.check_model(costs.model, "recording")
     pairs = (
         ("branches", len(timed.sites), len(facts.sites)),
         ("kinds of branch", timed.sites, facts.sites),
@@ -232,7 +239,7 @@ def _check_timing(facts: Facts, timing: Timing) -> None:
         if mine != theirs:
             raise InvalidTiming(
                 f"times are of {what} {mine}, the recording is of {theirs}",
-                where=facts.model,
+                where=costs.model,
                 fix="record and measure runs of the same model and size",
             )
 
@@ -299,13 +306,39 @@ class Goal:
             )
         return policy
 
-    def check_model(self, module: nn.Module) -> None:
+    def timing_of(self, component: str) -> Timing | None:
+        """What was timed of a denoiser; the empty name is a model by itself.
+
+        Raises:
+            InvalidTiming: others were timed.
+        """
+        return None if self.timing is None else self.timing.of(component)
+
+    def check_components(self, names: Sequence[str]) -> None:
+        """Raise if the recording is of a single denoiser, and a pipeline has several.
+
+        Raises:
+            InvalidRecording: it is.
+        """
+        if self._recording is not None and not self._recording.facts.stints and len(names) > 1:
+            raise InvalidRecording(
+                f"the recording is of one denoiser, and {' and '.join(names)} are to be optimized",
+                where="dicompile.optimize",
+                why="how a run is shared between several is not in it",
+                fix=f"calibrate this pipeline, or optimize the one that was recorded: components=[{names[0]!r}]",
+            )
+
+    def check_model(self, module: nn.Module, component: str = "") -> None:
         """Raise if the recording, or what was timed, is of another model.
+
+        Args:
+            module: the model.
+            component: its name in a pipeline.
 
         Raises:
             InvalidRecording, InvalidTiming: it is.
         """
-        made_of = None if self._recording is None else self._recording.facts.model
+        made_of = None if self._recording is None else self._recording.facts.model_of(component)
         original = getattr(module, "_orig_mod", module)
         if made_of is not None and made_of != type(original).__name__:
             raise InvalidRecording(
@@ -313,5 +346,6 @@ class Goal:
                 where="dicompile.optimize",
                 fix="calibrate this model",
             )
-        if self.timing is not None:
-            self.timing.check_model(type(original).__name__)
+        timing = self.timing_of(component)
+        if timing is not None:
+            timing.check_model(type(original).__name__)

@@ -11,7 +11,7 @@ Reference:
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -171,11 +171,31 @@ def _walk_back(origins: Sequence[npt.NDArray[np.intp]], before: int, last: int) 
     return tuple(reversed(path))
 
 
-def histories(full: Sequence[int], steps: int, order: int) -> dict[int, tuple[int, ...]]:
-    """For every step that is not full the latest full steps, newest first, at most ``order + 1`` of them."""
+def joined(choices: Sequence[Choice], firsts: Sequence[int]) -> Choice:
+    """Choices of denoisers that take over from each other, as one of the whole run: squares of their errors are added.
+
+    Args:
+        choices: of every denoiser, whose steps are counted from its own first one.
+        firsts: first steps of the denoisers in the run.
+    """
+    full = (first + step for first, choice in zip(firsts, choices, strict=True) for step in choice.full)
+    return Choice(tuple(full), math.hypot(*(choice.error for choice in choices)))
+
+
+def histories(full: Sequence[int], steps: int, order: int, firsts: Collection[int] = ()) -> dict[int, tuple[int, ...]]:
+    """For every step that is not full the latest full steps, newest first, at most ``order + 1`` of them.
+
+    Args:
+        full: numbers of the full steps.
+        steps: of the run.
+        order: see above.
+        firsts: first steps of denoisers, which are full: none knows what another one has stored.
+    """
     result: dict[int, tuple[int, ...]] = {}
     stored: tuple[int, ...] = ()
     for step in range(steps):
+        if step in firsts:
+            stored = ()
         if step in full:
             stored = (step, *stored)[: order + 1]
         else:

@@ -13,46 +13,101 @@ import torch
 from pydantic import NonNegativeInt, PositiveInt
 from torch import Tensor
 
-from dicompile.plan import SAME_TIMESTEP, Level
+from dicompile.plan import SAME_TIMESTEP, Level, Stint
 from dicompile.plan.yaml_json import YamlJson
 
-VERSION = 1
+VERSION = 2
+READABLE = (1, VERSION)
+"""Formats that can be read; in the first one a recording was of one denoiser."""
 EXTRAS = ("output", "latent")
 """What is recorded beside sites and the stack: what the model returns, and what it denoises."""
 
 
-class Facts(YamlJson):
+class Costs(YamlJson):
+    """A denoiser, and what its steps cost.
+
+    Attributes:
+        model: its class.
+        full_flops: operations of a step that computes everything.
+        site_flops: of one at which no branch is computed, but every one is gated and added.
+        stack_flops: of one at which no block runs.
+        site_bytes: what remembering one value of every branch takes, for one guidance context.
+        stack_bytes: what remembering one update of the stack takes.
+    """
+
+    model: str
+    full_flops: NonNegativeInt
+    site_flops: NonNegativeInt
+    stack_flops: NonNegativeInt
+    site_bytes: NonNegativeInt
+    stack_bytes: NonNegativeInt
+
+    def recalled_flops(self, level: Level) -> int:
+        """Operations of a step that recalls every branch, or the stack."""
+        return self.site_flops if level == "site" else self.stack_flops
+
+    def stored_bytes(self, level: Level) -> int:
+        """What remembering one value of everything takes."""
+        return self.site_bytes if level == "site" else self.stack_bytes
+
+
+class Part(Costs):
+    """What one of several denoisers had of the runs.
+
+    Attributes:
+        stint: its steps.
+    """
+
+    stint: Stint
+
+
+class Facts(Costs):
     """What was recorded, of which model and sampler: what a recording is compatible with.
 
     Attributes:
-        model: class of the denoiser.
         sites: labels of its sites, "3.mlp", in order.
         spans: labels of the spans of the stack, one for each stream; may be none.
         timesteps: of the sampler, in calling order, as its scheduler counts them; empty if only their number is known.
         steps: number of steps.
         sigmas: of the sampler, one more than steps, as far as it has any.
         latent: shape of the latent.
-        full_flops: operations of a step that computes everything.
-        site_flops: of one at which no branch is computed, but every one is gated and added.
-        stack_flops: of one at which no block runs.
-        site_bytes: what remembering one value of every branch takes, for one guidance context.
-        stack_bytes: what remembering one update of the stack takes.
+        parts: of a pipeline with several denoisers: each, in the order of their steps. They have the same sites; model
+            and costs of the run itself are those of the first one.
         version: of the format.
     """
 
-    model: str
     sites: tuple[str, ...]
     spans: tuple[str, ...] = ()
     timesteps: tuple[float, ...] = ()
     steps: PositiveInt
     sigmas: tuple[float, ...] = ()
     latent: tuple[int, ...] = ()
-    full_flops: NonNegativeInt
-    site_flops: NonNegativeInt
-    stack_flops: NonNegativeInt
-    site_bytes: NonNegativeInt
-    stack_bytes: NonNegativeInt
+    parts: tuple[Part, ...] = ()
     version: int = VERSION
+
+    @property
+    def shares(self) -> tuple[tuple[range, Costs], ...]:
+        """Steps of every denoiser, and what they cost."""
+        return tuple((part.stint.steps, part) for part in self.parts) or ((range(self.steps), self),)
+
+    @property
+    def stints(self) -> tuple[Stint, ...]:
+        """Who has which steps, where there are several denoisers."""
+        return tuple(part.stint for part in self.parts)
+
+    @property
+    def components(self) -> tuple[str, ...]:
+        """Names of the denoisers; a single one needs none."""
+        return tuple(stint.component for stint in self.stints) or ("",)
+
+    def model_of(self, component: str) -> str:
+        """Class of a denoiser; of any other component that of the first one."""
+        return next((part.model for part in self.parts if part.stint.component == component), self.model)
+
+    @property
+    def full_run(self) -> int:
+        """Operations of a run that computes everything."""
+        return sum(len(steps) * costs.full_flops for steps, costs in self.shares)
 
     @property
     def levels(self) -> tuple[Level, ...]:
@@ -72,6 +127,9 @@ class Facts(YamlJson):
                 return f"one is of {what} {mine}, the other of {theirs}"
         if (self.sites, self.spans) != (other.sites, other.spans):
             return f"one has {len(self.sites)} branches, the other {len(other.sites)}, or of other kinds"
+        if self.stints != other.stints:
+            served = [" and ".join(map(str, facts.stints)) or "a single denoiser" for facts in (self, other)]
+            return f"one is of {served[0]}, the other of {served[1]}"
         if self.latent != other.latent:
             return f"one is of latents {list(self.latent)}, the other of {list(other.latent)}"
         same = SAME_TIMESTEP * max(map(abs, self.timesteps), default=1.0)

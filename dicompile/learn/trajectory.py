@@ -23,7 +23,7 @@ from torch.utils import _pytree as pytree
 from dicompile import outside
 from dicompile.errors import InvalidTrainingData
 from dicompile.learn.checkpoint import save_checkpoint
-from dicompile.learn.watch import watched
+from dicompile.learn.watch import one_followed, watch
 from dicompile.model import ModelCalls
 from dicompile.plan import Slot
 from dicompile.runtime import Seen
@@ -164,8 +164,11 @@ def record_trajectories(
         UnsupportedModel: several denoisers.
         InvalidTrainingData: no run came from its first step to its last, or their timesteps differ.
     """
-    with watched(model, _Recorder, components, backend) as recorder, recorder.listening():
-        yield recorder.trajectories
+    with one_followed(model, components, backend or "eager") as cached:
+        recorder = _Recorder(cached)
+        watch(cached, recorder, backend)
+        with recorder.listening():
+            yield recorder.trajectories
     if not recorder.trajectories.all:
         raise _unusable("no run was recorded", "none called the denoiser at every step of the schedule")
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any, Protocol, TypeVar
 
 from torch import nn
 
-from dicompile.api import cached_in, optimize, restore
+from dicompile.api import denoising_in, optimize, restore
 from dicompile.errors import NotOptimized, UnsupportedModel
 from dicompile.lower import Backend, Hoist
 from dicompile.model import ModelCalls
@@ -30,49 +30,38 @@ class Watcher(Observer, Protocol):
     calls: ModelCalls
 
 
-W = TypeVar("W", bound=Watcher)
-
-
-@contextlib.contextmanager
-def watched(
-    model: Any, watcher_of: Callable[[CachedModel], W], components: Sequence[str] | None, backend: str | None
-) -> Iterator[W]:
-    """Watch the one denoiser inside a ``with``; nothing is cached meanwhile, and afterwards the model is as it was.
+def watch(cached: CachedModel, watcher: Watcher, backend: str | None) -> None:
+    """Let somebody watch the calls of a denoiser from now on; nothing is cached meanwhile.
 
     Args:
-        model: a pipeline, optimized or not; or a module that `dicompile.optimize` returned.
-        watcher_of: makes the watcher of an optimized denoiser.
-        components: of a pipeline that is not optimized: the denoiser, if it has several.
-        backend: what runs the steps; by default that of an optimized model, else "eager".
-
-    Raises:
-        NotOptimized: a module that was not optimized; its wrapper is what has to be called.
-        UnsupportedModel: several denoisers.
+        cached: the denoiser, inside of `followed`.
+        watcher: who watches.
+        backend: what runs the steps; by default what runs them now.
     """
-    with one_denoiser(model, components, backend or "eager") as cached:
-        record, watcher = record_of(cached), watcher_of(cached)
-        options = replace(
-            record.options, policy=NoCache(), cache=UNLIMITED, hoist=Hoist.NOTHING, timing=None, observer=watcher,
-            planner=recording_plan,
-        )  # fmt: skip
-        if backend is not None or options.backend.in_background:
-            options = replace(options, backend=Backend.of(backend or "inductor"))
-        record.calls = watcher.calls = ModelCalls(record.module, options)
-        yield watcher
+    record = record_of(cached)
+    options = replace(
+        record.options, policy=NoCache(), link=record.options.link.whole, cache=UNLIMITED, hoist=Hoist.NOTHING,
+        timing=None, observer=watcher, planner=recording_plan,
+    )  # fmt: skip
+    if backend is not None or options.backend.in_background:
+        options = replace(options, backend=Backend.of(backend or "inductor"))
+    record.calls = watcher.calls = ModelCalls(record.module, options)
 
 
 @contextlib.contextmanager
-def one_denoiser(model: Any, components: Sequence[str] | None, backend: str) -> Iterator[CachedModel]:
-    """The one denoiser, optimized; whatever calls it is given meanwhile, it has its own again afterwards.
+def followed(model: Any, components: Sequence[str] | None, backend: str) -> Iterator[dict[str, CachedModel]]:
+    """All denoisers, optimized; whatever calls they are given meanwhile, they have their own again afterwards.
 
     Args:
         model: a pipeline, optimized or not; or a module that `dicompile.optimize` returned.
-        components: of a pipeline that is not optimized: the denoiser, if it has several.
+        components: of a pipeline that is not optimized: the denoisers, if not all of them.
         backend: what runs the steps of a pipeline that is not.
 
+    Yields:
+        The denoisers by component, in the order of the pipeline; a module by itself has no name.
+
     Raises:
         NotOptimized: a module that was not optimized; its wrapper is what has to be called.
-        UnsupportedModel: several denoisers.
     """
     is_ours = not isinstance(model, nn.Module) and not optimized_components(model)
     if is_ours:
@@ -85,16 +74,27 @@ def one_denoiser(model: Any, components: Sequence[str] | None, backend: str) -> 
             fix="model = dicompile.optimize(model, 'none', schedule=scheduler), and sample with it",
         )
     try:
-        cached = _single(model, cached_in(model), fix='components=["transformer"]')
-        record = record_of(cached)
-        calls = record.calls
+        found = denoising_in(model)
+        calls = {name: record_of(cached).calls for name, cached in found.items()}
         try:
-            yield cached
+            yield found
         finally:
-            record.calls = calls
+            for name, cached in found.items():
+                record_of(cached).calls = calls[name]
     finally:
         if is_ours:
             restore(model)
+
+
+@contextlib.contextmanager
+def one_followed(model: Any, components: Sequence[str] | None, backend: str) -> Iterator[CachedModel]:
+    """As `followed`, where a single denoiser can be served.
+
+    Raises:
+        UnsupportedModel: there are several.
+    """
+    with followed(model, components, backend) as found:
+        yield _single(model, list(found.values()), fix='components=["transformer"]')
 
 
 def denoiser_of(model: Any) -> nn.Module:

@@ -19,8 +19,10 @@ from dicompile.plan.cadence import Cadence, Magnitudes, Window
 from dicompile.plan.fits import (
     SAME_TIMESTEP,
     check_adapters,
+    check_components,
     check_fits,
     check_gate,
+    check_one_denoiser,
     check_parameters,
     check_predictor,
     choose_setting,
@@ -43,7 +45,7 @@ from dicompile.plan.planner import (
 from dicompile.plan.predictor import Adapter, Predictor, PredictorFacts, load_predictor
 from dicompile.plan.recall import Aligned, Bands, Fitted, Forecast, Reuse, Spectral, Velocity, WhatName
 from dicompile.plan.rows import make_rows
-from dicompile.plan.schedule import TimestepSchedule
+from dicompile.plan.schedule import Stint, TimestepSchedule
 from dicompile.plan.schema import (
     Elsewhere,
     Line,
@@ -103,6 +105,7 @@ __all__ = [
     "SlotKind",
     "Spectral",
     "StepPlan",
+    "Stint",
     "Table",
     "TimedKind",
     "TimestepSchedule",
@@ -118,8 +121,10 @@ __all__ = [
     "chebyshev_weights",
     "check_adapters",
     "check_can_compile",
+    "check_components",
     "check_fits",
     "check_gate",
+    "check_one_denoiser",
     "check_parameters",
     "check_predictor",
     "choose_setting",

@@ -146,7 +146,7 @@ class Cadence(Frozen):
         return self.magnitudes.full(steps, begin) if self.magnitudes is not None else self.at or None
 
     def _is_outside(self, timesteps: Sequence[float], step: int) -> bool:
-        if self.timesteps is None or not timesteps:
+        if self.timesteps is None or step >= len(timesteps):
             return False
         return not min(self.timesteps) < timesteps[step] < max(self.timesteps)
 

@@ -91,6 +91,60 @@ def check_fits(policy: Policy, structure: ModelStructure) -> None:
     _check_one_score(policy, structure)
 
 
+def check_stint(policy: Policy, schedule: TimestepSchedule) -> None:
+    """Raise if a policy for the denoisers of a pipeline meets steps that are another one's.
+
+    Raises:
+        PolicyDoesNotFit: it is for several, or for one at other steps.
+    """
+    check_one_denoiser(policy)
+    for stint in policy.stints:
+        if not set(schedule.numbers) <= set(stint.steps):
+            raise PolicyDoesNotFit(
+                f"policy {policy.name!r} is for {stint}, and was asked for steps {schedule.numbers.start + 1} to "
+                f"{schedule.numbers.stop}",
+                where="schedule",
+                why="the other steps are another denoiser's",
+                fix="optimize the pipeline that has both",
+            )
+
+
+def check_one_denoiser(policy: Policy) -> None:
+    """Raise if a policy is for several denoisers of a pipeline.
+
+    Raises:
+        PolicyDoesNotFit: it is.
+    """
+    if len(policy.stints) > 1:
+        raise PolicyDoesNotFit(
+            f"policy {policy.name!r} is for a pipeline with {' and '.join(map(str, policy.stints))}",
+            where="one model by itself",
+            why="which of its steps are this model's cannot be told",
+            fix=f"optimize the pipeline, or give the model its part: policy.of({policy.stints[0].component!r})",
+        )
+
+
+def check_components(policy: Policy, names: Sequence[str]) -> None:
+    """Raise if a policy for several denoisers is for other ones than are to be optimized.
+
+    Args:
+        policy: the policy.
+        names: of the components.
+
+    Raises:
+        PolicyDoesNotFit: it is.
+    """
+    known = [stint.component for stint in policy.stints]
+    if known and set(known) != set(names):
+        raise PolicyDoesNotFit(
+            f"policy {policy.name!r} is for {' and '.join(map(str, policy.stints))}, "
+            f"and {' and '.join(names)} {'is' if len(names) == 1 else 'are'} to be optimized",
+            where="components",
+            why="each denoiser has steps of its own",
+            fix=f"calibrate this pipeline as you sample, or optimize what the policy is for: components={known}",
+        )
+
+
 def check_timesteps(policy: Policy, schedule: TimestepSchedule) -> None:
     """Raise if a table was learned for a sampler with other timesteps, as far as both are known.
 
@@ -111,11 +165,11 @@ def check_timesteps(policy: Policy, schedule: TimestepSchedule) -> None:
         _check_levels(policy, schedule)
     for rule in policy.rules:
         origin = _origin(rule)
-        if origin is None or len(origin.timesteps) != schedule.before + len(schedule.timesteps):
+        if origin is None or not schedule.timesteps or len(origin.timesteps) != schedule.whole:
             continue  # another number of steps is the business of `check_table`
         same = SAME_TIMESTEP * max(map(abs, origin.timesteps), default=1.0)
-        pairs = zip(origin.timesteps[schedule.before :], schedule.timesteps, strict=True)
-        for step, (learned, given) in enumerate(pairs, schedule.before):
+        for step, given in zip(schedule.numbers, schedule.timesteps, strict=True):
+            learned = origin.timesteps[step]
             if abs(learned - given) > same:
                 raise PolicyDoesNotFit(
                     f"the table of policy {policy.name!r} has timestep {learned:g} at step {step + 1}, "

@@ -24,7 +24,14 @@ from dicompile.plan.action import (
 )
 from dicompile.plan.budget import fit_budget
 from dicompile.plan.cost import baseline_time, with_adapters, with_check, with_cost, with_predictor
-from dicompile.plan.fits import check_timesteps, choose_setting, reused_whole, score_source, unmatched_rules
+from dicompile.plan.fits import (
+    check_stint,
+    check_timesteps,
+    choose_setting,
+    reused_whole,
+    score_source,
+    unmatched_rules,
+)
 from dicompile.plan.gate import Gate
 from dicompile.plan.memory import UNLIMITED, CacheOptions, slot_bytes, stored_value
 from dicompile.plan.plan import Plan, SiteStep, StepPlan, replaced, sites_by_block
@@ -47,7 +54,7 @@ def make_plan(
         cache: how much may be remembered, and in which numbers.
 
     Raises:
-        PolicyDoesNotFit: see `choose_setting`, `check_timesteps` and `make_rows`.
+        PolicyDoesNotFit: see `choose_setting`, `check_stint`, `check_timesteps` and `make_rows`.
         CacheTooLarge: the plan needs more than `cache` allows, and is not to be degraded.
     """
     if policy.trunk not in (WHOLE, structure.trunk):
@@ -55,11 +62,11 @@ def make_plan(
             f"policy {policy.name!r} is for another trunk than the structure: analyse(capture, policy.trunk)"
         )
     policy, meant_for, note = choose_setting(policy, structure)
+    check_stint(policy, schedule)
     check_timesteps(policy, schedule)
 
     def plan_without(dropped: frozenset[int], cache: CacheOptions) -> Plan:
-        steps, begin = schedule.before + schedule.steps, schedule.before
-        rows = make_rows(structure, policy, steps, dropped, begin, schedule.timesteps)
+        rows = make_rows(structure, policy, schedule.whole, dropped, schedule.numbers, schedule.timesteps)
         plan = plan_actions(structure, rows, schedule, policy.name, cache, policy.gate)
         whole = tuple((structure.everything[i].label, reason) for i, reason in reused_whole(structure, policy).items())
         ranked = (with_predictor(structure, step, policy.predictor_cost) for step in plan.steps)

@@ -31,7 +31,7 @@ def make_rows(
     policy: Policy,
     steps: int,
     dropped: frozenset[int] = frozenset(),
-    begin: int = 0,
+    run: range | None = None,
     timesteps: tuple[float, ...] = (),
 ) -> list[Row | Gated]:
     """Actions of a run.
@@ -41,13 +41,14 @@ def make_rows(
         policy: the caching policy.
         steps: number of steps of the schedule.
         dropped: sites and spans that are computed at every step, whatever the policy says.
-        begin: step of the schedule at which the run begins, as in image to image; everything is computed there.
+        run: numbers of the steps of the run, if not all: it may begin in the middle, as in image to image, and
+            everything is computed there; or leave the last ones to another denoiser.
         timesteps: of the run, if they are known.
 
     Raises:
         PolicyDoesNotFit: a table is for another number of steps or sites, or recalls what nobody stored.
     """
-    return _Rows(structure, policy, steps, dropped, begin, timesteps).rows()
+    return _Rows(structure, policy, steps, dropped, range(steps) if run is None else run, timesteps).rows()
 
 
 class _Rows:
@@ -59,11 +60,11 @@ class _Rows:
         policy: Policy,
         steps: int,
         dropped: frozenset[int],
-        begin: int,
+        run: range,
         timesteps: tuple[float, ...],
     ) -> None:
         self.structure, self.policy, self.steps = structure, policy, steps
-        self.begin, self.timesteps = begin, timesteps
+        self.run, self.begin, self.timesteps = run, run.start, timesteps
         self.always = dropped | outside(structure, policy)
         self.watched = outside(structure, policy) & {int(site.id) for site in structure.sites}
         probe = structure.probe
@@ -81,7 +82,7 @@ class _Rows:
     def rows(self) -> list[Row | Gated]:
         """One row per step of the run; on what a step may store if its gate decides so, forecasts alone count."""
         result: list[Row | Gated] = []
-        for step in range(self.begin, self.steps):
+        for step in self.run:
             row = self.row(step)
             if self.moment(self.policy.cadence, step).gated and not all(action.is_full for action in row):
                 result.append(Gated(row))

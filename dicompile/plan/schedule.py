@@ -1,4 +1,4 @@
-"""The timesteps at which a sampler calls the model."""
+"""The timesteps at which a sampler calls the model, and which of them one of several denoisers serves."""
 
 from __future__ import annotations
 
@@ -8,12 +8,36 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from pydantic import NonNegativeInt, PositiveInt
 
 from dicompile.errors import InvalidSchedule
+from dicompile.plan.frozen import Frozen
 
 SAME = 1e-3
 ROUNDING = 2.0**-7
 """Relative error of a number that was rounded to bfloat16 twice, as FLUX does it before and after a division."""
+
+
+class Stint(Frozen):
+    """The steps of a run that one denoiser of a pipeline serves, where several take over from each other.
+
+    Attributes:
+        component: its name in the pipeline, "transformer_2".
+        first: number of its first step in the whole schedule, counted from 0.
+        end: number of the first step after it.
+    """
+
+    component: str
+    first: NonNegativeInt
+    end: PositiveInt
+
+    @property
+    def steps(self) -> range:
+        """Their numbers."""
+        return range(self.first, self.end)
+
+    def __str__(self) -> str:
+        return f"{self.component} at steps {self.first + 1} to {self.end}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,12 +49,14 @@ class TimestepSchedule:
         timesteps: their timesteps as the scheduler counts them; empty when only the number is known.
         scales: factors by which pipelines are known to divide timesteps before they reach the model.
         before: evaluations of the same schedule that the run leaves out at its start, as image to image does.
+        after: evaluations of the same schedule that another denoiser has, after this one.
     """
 
     steps: int
     timesteps: tuple[float, ...] = ()
     scales: tuple[float, ...] = (1.0, 1000.0)
     before: int = 0
+    after: int = 0
 
     def __post_init__(self) -> None:
         if self.steps < 1 or (self.timesteps and len(self.timesteps) != self.steps):
@@ -70,9 +96,24 @@ class TimestepSchedule:
         scale = float(getattr(getattr(source, "config", None), "num_train_timesteps", 1000) or 1000)
         return _shared(values, (1.0, scale))
 
+    @property
+    def numbers(self) -> range:
+        """Numbers of its evaluations in the whole schedule."""
+        return range(self.before, self.before + self.steps)
+
+    @property
+    def whole(self) -> int:
+        """Number of evaluations of the whole schedule."""
+        return self.before + self.steps + self.after
+
     def rest(self, first: int) -> TimestepSchedule:
         """The schedule of a run that begins at evaluation `first` of this one."""
-        return _rest(self, first) if first else self
+        return _between(self, first, self.steps) if first else self
+
+    def served(self, stint: Stint) -> TimestepSchedule:
+        """What a denoiser has of this whole schedule; of a shorter one than its stint is for, what there is."""
+        first = min(stint.first, self.steps - 1)
+        return _between(self, first, max(first + 1, min(stint.end, self.steps)))
 
     def is_at(self, timestep: float, step: int, *, is_rounded: bool = False) -> bool:
         """True if the model receives `timestep` at evaluation `step`; see `step_of`."""
@@ -148,5 +189,11 @@ def _shared(timesteps: tuple[float, ...], scales: tuple[float, ...]) -> Timestep
 
 
 @functools.lru_cache(maxsize=64)
-def _rest(whole: TimestepSchedule, first: int) -> TimestepSchedule:
-    return TimestepSchedule(whole.steps - first, whole.timesteps[first:], whole.scales, whole.before + first)
+def _between(whole: TimestepSchedule, first: int, end: int) -> TimestepSchedule:
+    return TimestepSchedule(
+        end - first,
+        whole.timesteps[first:end],
+        whole.scales,
+        whole.before + first,
+        whole.after + whole.steps - end,
+    )

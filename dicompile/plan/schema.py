@@ -14,6 +14,7 @@ from dicompile.plan.frozen import Frozen, Origin
 from dicompile.plan.gate import Gate
 from dicompile.plan.predictor import Predictor
 from dicompile.plan.recall import Aligned, Bands, Fitted, Forecast, Recall, Reuse, Spectral, Velocity, WhatName
+from dicompile.plan.schedule import Stint
 from dicompile.plan.yaml_json import YamlJson
 
 
@@ -208,6 +209,8 @@ class Policy(YamlJson):
         outside: blocks at the start, and at the end, that run at every step: no rule is for their sites, and what "the
             stack" adds is what the others do.
         elsewhere: settings of the same method for other kinds of model; see `choose_setting`.
+        stints: of a policy for a pipeline with several denoisers: who has which steps, in order. Each of them remembers
+            nothing of the others, and a call at steps of another one is refused.
     """
 
     name: str
@@ -220,6 +223,28 @@ class Policy(YamlJson):
     where_mixed: Literal["refuse", "reuse"] = "refuse"
     outside: tuple[NonNegativeInt, NonNegativeInt] = (0, 0)
     elsewhere: tuple[Elsewhere, ...] = ()
+    stints: tuple[Stint, ...] = ()
+
+    @model_validator(mode="after")
+    def _check_stints(self) -> Policy:
+        ends = (self.stints[0].first if self.stints else 0, *(stint.end for stint in self.stints))
+        names = {stint.component for stint in self.stints}
+        in_order = all(stint.first == end < stint.end for stint, end in zip(self.stints, ends, strict=False))
+        if self.stints and any(isinstance(rule.recall, Velocity) for rule in self.rules):
+            raise InvalidPolicy(
+                f"policy {self.name!r} has stints, and weighs velocities by the levels of noise around them",
+                where="stints",
+                why="at the last step of a denoiser the next level is another one's",
+                fix="use another recall, or leave out stints",
+            )
+        if not in_order or len(names) < len(self.stints):
+            raise InvalidPolicy(
+                f"policy {self.name!r} has stints that do not follow each other: {', '.join(map(str, self.stints))}",
+                where="stints",
+                why="every step is one denoiser's, and none comes back",
+                fix="let each begin where the one before ends",
+            )
+        return self
 
     @model_validator(mode="after")
     def _check_gate(self) -> Policy:
@@ -287,6 +312,23 @@ class Policy(YamlJson):
             0 if self.gate is None else self.gate.depth or 0,
             self.is_aligned,
         )
+
+    def of(self, component: str) -> Policy:
+        """What one denoiser of a pipeline gets: all of it, or its own stint.
+
+        Raises:
+            InvalidPolicy: the policy has steps for others alone.
+        """
+        if not self.stints:
+            return self
+        own = tuple(stint for stint in self.stints if stint.component == component)
+        if not own:
+            raise InvalidPolicy(
+                f"policy {self.name!r} has no steps for {component!r}",
+                where="Policy.of",
+                fix=f"ask for one of: {', '.join(stint.component for stint in self.stints)}",
+            )
+        return self.model_copy(update={"stints": own})
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data: what JSON and YAML hold.

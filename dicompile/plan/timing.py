@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import itertools
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from html import escape
 from pathlib import Path
+from types import MappingProxyType
 from typing import Annotated, Literal, NamedTuple
 
 import numpy as np
@@ -37,7 +38,9 @@ Level = Literal["site", "stack"]
 
 Count = Annotated[int, Field(ge=0, lt=2**63)]
 
-VERSION = 1
+VERSION = 2
+READABLE = (1, VERSION)
+"""Formats that can be read; in the first one times were of one denoiser."""
 MOST_STORED = 3
 """Values of one branch that a forecast takes: what the best published ones take, too."""
 FULL = "full"
@@ -144,11 +147,26 @@ class TimedKind(Frozen):
         return f"{what} reused" if stored == "1" else f"{what} forecast from {stored}"
 
 
-class _File(YamlJson):
-    """What a file holds."""
+class _Timed(Frozen):
+    """What is known of one denoiser."""
 
     facts: TimingFacts
     kinds: tuple[TimedKind, ...]
+
+    def timing(self) -> Timing:
+        """The times, if those of full steps are among them."""
+        names = [kind.name for kind in self.kinds]
+        if FULL not in names or len(set(names)) < len(names):
+            raise ValueError(f"kinds of step {', '.join(names)}")
+        return Timing(self.facts, self.kinds)
+
+
+class _File(YamlJson):
+    """What a file holds: the times of one denoiser, or of several by component."""
+
+    facts: TimingFacts | None = None
+    kinds: tuple[TimedKind, ...] = ()
+    denoisers: dict[str, _Timed] = Field(default_factory=dict)
     version: int = VERSION
 
 
@@ -201,6 +219,7 @@ class Timing:
     Args:
         facts: what was timed; None before anything was.
         kinds: of step, "full" among them.
+        denoisers: of a pipeline with several, in the place of both: the times of each, by component.
 
     Example:
         >>> with dicompile.measure(pipe) as timing:
@@ -209,16 +228,39 @@ class Timing:
         >>> pipe = dicompile.optimize(pipe, "auto", recording=recording, timing=timing, speedup=3)
     """
 
-    def __init__(self, facts: TimingFacts | None = None, kinds: Sequence[TimedKind] = ()) -> None:
-        self._facts, self.kinds = facts, tuple(kinds)
+    def __init__(
+        self,
+        facts: TimingFacts | None = None,
+        kinds: Sequence[TimedKind] = (),
+        denoisers: Mapping[str, Timing] = MappingProxyType({}),
+    ) -> None:
+        self._facts, self.kinds, self.denoisers = facts, tuple(kinds), dict(denoisers)
+
+    def of(self, component: str) -> Timing:
+        """The times of one denoiser of a pipeline.
+
+        Raises:
+            InvalidTiming: others were timed.
+        """
+        if not self.denoisers:
+            return self
+        if component not in self.denoisers:
+            raise InvalidTiming(
+                f"times are of {' and '.join(self.denoisers)}, and not of {component or 'a model by itself'}",
+                where="Timing",
+                fix=f"optimize the pipeline that was timed, or give timing.of({next(iter(self.denoisers))!r})",
+            )
+        return self.denoisers[component]
 
     @property
     def facts(self) -> TimingFacts:
         """What was timed.
 
         Raises:
-            InvalidTiming: nothing was.
+            InvalidTiming: nothing was, or several denoisers were.
         """
+        if self.denoisers:
+            return self.of("").facts
         if self._facts is None:
             raise InvalidTiming("nothing was timed", where="Timing", fix="sample inside of the with, and use it after")
         return self._facts
@@ -226,6 +268,8 @@ class Timing:
     @property
     def clock(self) -> str:
         """What times of plans follow from, in words."""
+        if self.denoisers:
+            return "; ".join(dict.fromkeys(timing.clock for timing in self.denoisers.values()))
         return f"time measured on {self.facts.device}, {self.facts.dtype}, {self.facts.code}"
 
     @property
@@ -233,9 +277,9 @@ class Timing:
         """What the time of steps follows from that were not measured."""
         return Line.through(self.kinds)
 
-    def take(self, facts: TimingFacts, kinds: Sequence[TimedKind]) -> None:
+    def take(self, other: Timing) -> None:
         """Become what was timed."""
-        self._facts, self.kinds = facts, tuple(kinds)
+        self._facts, self.kinds, self.denoisers = other._facts, other.kinds, other.denoisers
 
     def seconds(self, kind: str) -> float:
         """Median of a kind of step.
@@ -314,7 +358,9 @@ class Timing:
         Raises:
             InvalidTiming: nothing was timed.
         """
-        text = _File(facts=self.facts, kinds=self.kinds).to_json()
+        several = {name: _Timed(facts=each.facts, kinds=each.kinds) for name, each in self.denoisers.items()}
+        made = _File(denoisers=several) if several else _File(facts=self.facts, kinds=self.kinds)
+        text = made.to_json()
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         with written_whole(Path(path), for_all=True) as file:
             file.write(f"{text}\n".encode())
@@ -328,9 +374,10 @@ class Timing:
         """
         try:
             read = _File.from_json(outside.read_text(Path(path), InvalidTiming), str(path))
-            names = [kind.name for kind in read.kinds]
-            if read.version != VERSION or FULL not in names or len(set(names)) < len(names):
-                raise ValueError(f"format {read.version}, kinds of step {', '.join(names)}")
+            if read.version not in READABLE or (read.facts is None) != bool(read.denoisers):
+                raise ValueError(f"format {read.version}, of {', '.join(read.denoisers) or 'nothing'}")
+            several = {name: each.timing() for name, each in read.denoisers.items()}
+            one = None if read.facts is None else _Timed(facts=read.facts, kinds=read.kinds).timing()
         except ValueError as error:
             told = (error.what, error.why) if isinstance(error, DicompileError) else (str(error),)
             raise InvalidTiming(
@@ -339,7 +386,7 @@ class Timing:
                 why=": ".join(filter(None, told)),
                 fix="make it: with dicompile.measure(pipe) as timing: ...; timing.save(file)",
             ) from None
-        return cls(read.facts, read.kinds)
+        return cls(denoisers=several) if one is None else one
 
     def _cells(self) -> list[tuple[str, ...]]:
         whole = self.seconds(FULL)
@@ -362,6 +409,8 @@ class Timing:
         return title, f"other steps: {self.line}, within {self.line.deviation:.0%} of these"
 
     def __rich__(self) -> RenderableType:
+        if self.denoisers:
+            return Group(*(Group(Text(name, style="bold"), timing) for name, timing in self.denoisers.items()))
         title, others = self._lines
         table = Table(box=SIMPLE_HEAD)
         for number, heading in enumerate(HEADINGS):
@@ -372,6 +421,8 @@ class Timing:
 
     def _repr_html_(self) -> str:
         """The times in a notebook."""
+        if self.denoisers:
+            return "".join(f"<h4>{escape(name)}</h4>{each._repr_html_()}" for name, each in self.denoisers.items())
         title, others = self._lines
         rows = html_table(HEADINGS, self._cells(), numbers=len(HEADINGS) - 1)
         return fragment(f"<p>{escape(title)}</p>", rows, f"<p>{escape(others)}</p>")

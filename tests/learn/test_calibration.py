@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 import dicompile
-from dicompile.errors import InvalidRecording, InvalidSetting, NotOptimized, PolicyDoesNotFit, UnsupportedModel
+from dicompile.errors import InvalidRecording, InvalidSetting, NotOptimized, PolicyDoesNotFit
 from dicompile.learn.graph import learnable
 from tests.models import plain_dit, timesteps
 from tests.pipelines import pipes
@@ -199,13 +199,6 @@ def test_a_run_that_is_left_is_not_recorded(caplog: pytest.LogCaptureFixture) ->
 def test_a_module_has_to_be_called_by_its_wrapper() -> None:
     with pytest.raises(NotOptimized, match="was not optimized"), dicompile.calibrate(plain_dit().model):
         pass
-
-
-def test_one_denoiser_is_recorded_at_a_time() -> None:
-    sampler = pipes.wan22()
-    with pytest.raises(UnsupportedModel, match="2 denoisers"), dicompile.calibrate(sampler.pipe):
-        pass
-    assert not isinstance(sampler.pipe.transformer, dicompile.CachedModel)
 
 
 def test_auto_is_nearer_to_the_uncached_result_than_published_forecasts(recording: dicompile.Recording) -> None:

@@ -14,9 +14,10 @@ import torch
 from torch import nn
 
 import dicompile
-from dicompile.errors import InvalidSetting, InvalidTiming, NotOptimized, UnsupportedModel
+from dicompile.errors import InvalidSetting, InvalidTiming, NotOptimized
 from dicompile.learn import measure as measuring
 from dicompile.learn.measure import Timer
+from dicompile.plan import TURN
 from dicompile.plan.plan import ROOFLINE
 from dicompile.runtime import storage
 from dicompile.wrapper import record_of
@@ -248,7 +249,7 @@ def test_times_of_another_size_than_the_recording_are_refused(
 
 def test_what_cannot_be_timed_is_said(clock: Clock, sample: Sample) -> None:
     with optimized(sample, "none") as model:
-        with pytest.raises(InvalidTiming, match="the model was not called"), dicompile.measure(model):
+        with pytest.raises(InvalidTiming, match="it was not called"), dicompile.measure(model):
             pass
         with pytest.raises(InvalidTiming, match="there were latents"), dicompile.measure(model):
             for batch in (4, 2):
@@ -259,10 +260,25 @@ def test_what_cannot_be_timed_is_said(clock: Clock, sample: Sample) -> None:
             sampled(model, sample, 10)
     with pytest.raises(NotOptimized, match="was not optimized"), dicompile.measure(sample.model):
         pass
+
+
+def test_every_denoiser_of_a_pipeline_is_timed(clock: Clock) -> None:
     sampler = pipes.wan22()
-    with pytest.raises(UnsupportedModel, match="2 denoisers"), dicompile.measure(sampler.pipe):
-        pass
-    assert not isinstance(sampler.pipe.transformer, dicompile.CachedModel)
+    text = r"times of transformer \(WanTransformer3DModel\) are incomplete"
+    with pytest.raises(InvalidTiming, match=text) as caught, dicompile.measure(sampler.pipe, backend="eager"):
+        sampler(STEPS)
+    assert f"so many that transformer has {TURN} of them" in str(caught.value)
+    with dicompile.measure(sampler.pipe, backend="eager") as timing:
+        sampler(3 * TURN)
+    assert not any(isinstance(one, dicompile.CachedModel) for one in sampler.denoisers)
+    assert list(timing.denoisers) == ["transformer", "transformer_2"]
+    counts = [sum(len(kind.seconds) for kind in each.kinds) for each in timing.denoisers.values()]
+    assert sum(counts) == 2 * 3 * TURN - 2 * 7, "both guidance contexts, but for the first call of each kind"
+    assert counts[0] < counts[1]
+    dicompile.optimize(sampler.pipe, "fora", timing=timing, backend="eager")
+    sampler(4)
+    for name, one in zip(timing.denoisers, sampler.denoisers, strict=True):
+        assert dicompile.plan_of(one).clock == timing.of(name).clock
 
 
 class Stub:

@@ -153,7 +153,7 @@ def test_a_file_holds_all_of_it(tmp_path: Path) -> None:
     [
         lambda text: text.replace('"kinds"', '"sorts"'),
         lambda text: text.replace('"full"', '"whole"'),
-        lambda text: text.replace('"version": 1', '"version": 2'),
+        lambda text: text.replace('"version": 2', '"version": 3'),
         lambda text: text.replace("0.1\n", "-0.1\n"),
         lambda text: text.replace("0.1\n", "Infinity\n"),
         lambda text: text[:100],
