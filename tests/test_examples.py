@@ -30,6 +30,7 @@ EXAMPLES = {
         "--runs 1 --samples 1 --steps 11",
         prints="| budcache: stack reused |",
     ),
+    "measure_denoisers.py": Example("--runs 1 --samples 1 --steps 11", prints="| half and half, "),
     "measure_time.py": Example("--samples 1 --steps 20 --rounds 1 --backend eager", prints="| 50% of the time |"),
     "own_policy.py": Example("--steps 8", prints="the gate recalled at "),
     "overhead.py": Example("--quick", prints="dit, 28 blocks"),

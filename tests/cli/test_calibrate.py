@@ -12,9 +12,10 @@ from typer.testing import CliRunner, Result
 
 import dicompile
 from dicompile.cli.main import app
-from dicompile.errors import DicompileError, InvalidRecording, InvalidSetting, InvalidTiming
+from dicompile.errors import DicompileError, InvalidRecording, InvalidSetting, InvalidTiming, PolicyDoesNotFit
 from dicompile.plan import TURN
 from dicompile.plan.plan import ROOFLINE
+from tests.learn.test_denoisers import made, timing
 from tests.models import redraw
 
 STEPS = 6
@@ -109,6 +110,23 @@ def test_a_forecast_is_fitted_for_evenly_spaced_steps(recorded: Path) -> None:
     recall = policy.rules[0].do
     assert isinstance(recall, dicompile.Fitted)
     assert [bool(row) for row in recall.weights] == [False, False, True, False, True, False]
+
+
+def test_a_run_of_several_denoisers_is_one_frontier_and_one_policy(tmp_path: Path) -> None:
+    recorded, timed, out = tmp_path / "c.safetensors", tmp_path / "t.json", tmp_path / "p.yaml"
+    recording = dicompile.Recording(*made((5, 5)))
+    recording.save(recorded)
+    times = dicompile.Timing(denoisers={"t0": timing(1.0, 0.5), "t1": timing(3.0, 0.1)})
+    times.save(timed)
+    result = run("frontier", recorded, "--timing", timed, "--budget", 0.6, "--out", out)
+    assert result.exit_code == 0, result.output
+    assert "10 steps: t0 at steps 1 to 5, t1 at steps 6 to 10" in result.stdout
+    assert "10 (5 + 5)" in result.stdout
+    point = recording.frontier(timing=times).point(budget=0.6)
+    assert f"{point.counts} full steps" in " ".join(result.stdout.split())
+    assert dicompile.get_policy(str(out)) == recording.policy(budget=0.6, timing=times)
+    assert isinstance(run("plan", "demo", "--steps", 10, "-p", out).exception, PolicyDoesNotFit)
+    assert isinstance(run("plan", "demo", "--steps", 10, "-p", "fora", "--timing", timed).exception, InvalidTiming)
 
 
 def test_what_is_missing_is_said(recorded: Path, tmp_path: Path) -> None:
