@@ -1,7 +1,7 @@
 """What the plan of two denoisers gains from being searched as one: PSNR to the uncached pictures, as a Markdown table.
 
     python examples/measure_denoisers.py --samples 24
-    python examples/measure_denoisers.py --samples 24 --boundary 0     # all steps are the first one's: what a change costs
+    python examples/measure_denoisers.py --samples 24 --boundary 0     # the first has all steps: what a change costs
 
 A pipeline as Wan 2.2 is one: a denoiser for the noisy steps, another for the rest. Here both are copies of the bundled
 model, so their steps cost the same, and all contestants of a group that were searched have as many full steps: what
@@ -130,10 +130,8 @@ def main() -> None:
             psnr, error = metrics.psnr(pictures, uncached), metrics.relative_error(pictures, uncached)
             mean = statistics.mean(map(metrics.psnr, pictures, uncached))
             expected = "" if contestant.point is None else f"{contestant.point.error:.4f}"
-            print(
-                f"| {contestant.name} | {compute:.3f} | {psnr:.1f} | {mean:.1f} | {error:.4f} | {expected} |",
-                flush=True,
-            )
+            cells = contestant.name, f"{compute:.3f}", f"{psnr:.1f}", f"{mean:.1f}", f"{error:.4f}", expected
+            print(f"| {' | '.join(cells)} |", flush=True)
 
 
 def share(denoiser: nn.Module) -> float:

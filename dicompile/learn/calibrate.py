@@ -75,6 +75,7 @@ class _Open:
     """A context of a run that has not come to its end: by step who ran, sketches by value, and errors by kind."""
 
     label: str
+    schedule_token: object
     served: dict[int, str] = field(default_factory=dict)
     steps: dict[int, dict[int, Tensor]] = field(default_factory=dict)
     reused: dict[str, dict[int, float]] = field(default_factory=dict)
@@ -168,15 +169,16 @@ class Recorder:
         if key in self._left:
             raise self._beside(name, self._left[key])
         if key not in self._open:
-            self._open[key] = self._taken_over(name, call) or _Open(call.context)
+            self._open[key] = self._taken_over(name, call) or _Open(call.context, self._link.token)
         open_ = self._open[key]
         open_.served[call.step] = name
         return open_.steps.setdefault(call.step, {})
 
     def _taken_over(self, name: str, call: Seen) -> _Open | None:
-        """The latest context that another denoiser has brought to this step, if there is one."""
-        for key, open_ in reversed(self._open.items()):
-            if key[0] != name and key[2] == call.context and max(open_.steps) + 1 == call.step:
+        """The context of this run that another denoiser has brought to this step, if there is one."""
+        for key, open_ in self._open.items():
+            is_ours = open_.label == call.context and open_.schedule_token is self._link.token
+            if is_ours and key[0] != name and max(open_.steps) + 1 == call.step:
                 self._left[key] = name
                 return self._open.pop(key)
         return None

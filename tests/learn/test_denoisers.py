@@ -26,10 +26,11 @@ from dicompile.errors import (
 from dicompile.learn.frontier import Frontier
 from dicompile.learn.search import fit, sensitivity, squared_error
 from dicompile.learn.trace import Facts, Part, Trace
-from dicompile.plan import FULL, Stint, TimedKind, TimingFacts
+from dicompile.plan import FULL, Stint, TimedKind, TimestepSchedule, TimingFacts, make_plan
 from dicompile.store import save_tensors
 from tests.models import plain_dit
 from tests.pipelines import pipes
+from tests.plan.toys import toy
 
 # diffusers turns tensors into numpy arrays and back in ways that numpy 2 warns of.
 pytestmark = [
@@ -275,6 +276,37 @@ def test_a_model_by_itself_gets_its_own_part(film: pipes.Sampler, recording: dic
         model(latent, torch.tensor([schedule[0]]), text)
 
 
+def test_steps_of_another_denoiser_are_not_planned() -> None:
+    structure = toy([("mlp",), ("mlp",)])
+    facts, traces = made((3, 4), (100, 100))
+    point = next(point for point in Frontier(facts, traces).candidates() if point.level == "site")
+    policy, whole = Frontier(facts, traces).policy(point), TimestepSchedule(7)
+    own = policy.of("t1")
+    assert len(make_plan(structure, own, whole.rest(3)).steps) == 4
+    assert len(make_plan(structure, own, whole.rest(5)).steps) == 2, "a guidance partner that joins late"
+    with pytest.raises(PolicyDoesNotFit, match="is for t1 at steps 4 to 7, and was asked for steps 1 to 7"):
+        make_plan(structure, own, whole)
+    with pytest.raises(PolicyDoesNotFit, match="for a pipeline with t0 at steps 1 to 3 and t1 at steps 4 to 7"):
+        make_plan(structure, policy, whole)
+    recall = dicompile.Velocity(back=(1,) * 7)
+    with pytest.raises(InvalidPolicy, match="has stints, and weighs velocities"):
+        own.from_dict(own.to_dict() | {"rules": [{"sites": ["model"], "do": recall.model_dump()}]})
+
+
+def test_a_run_that_was_left_is_not_gone_on_with() -> None:
+    models = {name: plain_dit(layers=1).model for name in ("transformer", "transformer_2")}
+    pipe, shown = Toy(models, lambda step: called[step]), ("transformer", "transformer_2")
+    with dicompile.calibrate(pipe) as recorded:
+        for first, second in (((shown[0],), ()), ((), (shown[1],))):
+            called = [first, first, second, second]
+            pipe(4)
+        assert not recorded.traces
+        called = [shown[:1], shown[:1], shown[1:], shown[1:]]
+        pipe(4)
+    assert [stint.end for stint in recorded.facts.stints] == [2, 4]
+    assert len(recorded.traces) == 1
+
+
 @pytest.mark.parametrize("bounds", [((0, 4), (5, 8)), ((0, 4), (4, 4)), ((0, 4), (3, 8))])
 def test_stints_follow_each_other(bounds: tuple[tuple[int, int], ...]) -> None:
     stints = tuple(Stint(component=f"t{i}", first=first, end=end) for i, (first, end) in enumerate(bounds))
@@ -322,23 +354,23 @@ class Toy:
 )
 def test_denoisers_that_do_not_take_over_once_are_refused(calls: Callable[[int], tuple[str, ...]]) -> None:
     models = {name: plain_dit(layers=1).model for name in ("transformer", "transformer_2")}
-    toy = Toy(models, calls)
+    pipe = Toy(models, calls)
     if calls(3) == ("transformer",):  # the other one was there for a while only: the first has the run by itself
-        with dicompile.calibrate(toy) as recorded:
-            toy(5)
+        with dicompile.calibrate(pipe) as recorded:
+            pipe(5)
         assert [stint.component for stint in recorded.facts.stints] == ["transformer"]
         return
-    with pytest.raises(InvalidRecording, match="run side by side"), dicompile.calibrate(toy):
-        toy(5)
-    assert toy.components == models
+    with pytest.raises(InvalidRecording, match="run side by side"), dicompile.calibrate(pipe):
+        pipe(5)
+    assert pipe.components == models
 
 
 def test_denoisers_with_other_branches_are_refused() -> None:
     models = {"transformer": plain_dit(layers=1).model, "transformer_2": plain_dit(layers=2).model}
-    toy = Toy(models, lambda step: ("transformer",) if step < 2 else ("transformer_2",))
+    pipe = Toy(models, lambda step: ("transformer",) if step < 2 else ("transformer_2",))
     said = "transformer and transformer_2 have other branches than each other"
-    with pytest.raises(UnsupportedModel, match=said), dicompile.calibrate(toy):
-        toy(4)
+    with pytest.raises(UnsupportedModel, match=said), dicompile.calibrate(pipe):
+        pipe(4)
 
 
 # The search

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dicompile.errors import InvalidSchedule
-from dicompile.plan import TimestepSchedule
+from dicompile.plan import Stint, TimestepSchedule
 
 # diffusers 0.42 calls np.array on torch arithmetic, which numpy 2 deprecates.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
@@ -153,3 +153,15 @@ def test_a_small_timestep_is_not_taken_for_a_divided_one_of_an_earlier_step() ->
 def test_every_timestep_of_a_schedule_is_found_exactly(timesteps: list[int], divisor: float) -> None:
     schedule = TimestepSchedule.of(sorted(timesteps, reverse=True))
     assert visited(schedule, [t / divisor for t in schedule.timesteps]) == list(range(schedule.steps))
+
+
+def test_one_of_several_denoisers_has_its_own_part() -> None:
+    whole = TimestepSchedule(6, (6, 5, 4, 3, 2, 1))
+    part = whole.served(Stint(component="second", first=2, end=5))
+    assert (part.steps, part.timesteps, part.before, part.after) == (3, (4, 3, 2), 2, 1)
+    assert part.numbers == range(2, 5)
+    assert part.whole == whole.whole == 6
+    later = part.rest(1)
+    assert (later.numbers, later.timesteps, later.whole) == (range(3, 5), (3, 2), 6)
+    short = TimestepSchedule(3).served(Stint(component="second", first=4, end=6))
+    assert (short.numbers, short.whole) == (range(2, 3), 3), "what there is; its policy refuses the number of steps"
