@@ -75,7 +75,7 @@ def optimize(
         model: a module, or a diffusers pipeline, whose denoiser is then replaced in place and whose scheduler is
             followed.
         policy: a policy, the name of a published one, plain data, or the path of a YAML or JSON file; or "auto": the
-            best plan that follows from `recording` for one goal: `budget`, `speedup` or `max_error`.
+            best plan that follows from `recording` for one goal: `budget`, `speedup` or `max_error`, of all denoisers.
         schedule: for a module: the diffusers scheduler that drives the sampling, or what has it as its ``scheduler``,
             and may have another one later; a list of timesteps, or a number of steps.
         backend: "inductor" compiles; "eager" runs the rewritten graphs operator by operator, for debugging.
@@ -131,6 +131,8 @@ def optimize(
             installed, or does not go with another; or a goal of "auto" that is missing, not asked for, or out of reach.
             The first call raises it where steps cannot be recorded as CUDA graphs.
         InvalidRecording: the recording is damaged, or of another model.
+        PolicyDoesNotFit: the policy is for several denoisers of a pipeline, and others are to be optimized. Whatever
+            else does not fit is refused at the first call.
         InvalidTiming: times are damaged, or of another model; the first call raises it where they are of another shape,
             dtype, device or code.
         InvalidSchedule: a caching policy for a module without a schedule.

@@ -196,8 +196,10 @@ class Recording:
             traces = [_trace(name, tensors) for name in tensors if name.startswith("gram/")]
             shapes = (len(facts.values), facts.steps, facts.steps), (len(facts.levels), facts.steps)
             wrong = [t for t in traces if (tuple(t.gram.shape), tuple(t.reused.shape)) != shapes]
-            if wrong or facts.version not in READABLE:
-                raise ValueError(f"format {facts.version}, matrices of shape {[list(t.gram.shape) for t in wrong]}")
+            if wrong or facts.version not in READABLE or not facts.is_whole:
+                shown = [list(trace.gram.shape) for trace in wrong]
+                served = ", ".join(map(str, facts.stints))
+                raise ValueError(f"format {facts.version}, {facts.steps} steps ({served}), matrices of shape {shown}")
         except (OSError, KeyError, ValueError) as error:  # ours among them
             raise InvalidRecording(
                 f"{Path(path).name} is not a recording",

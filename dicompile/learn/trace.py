@@ -13,7 +13,7 @@ import torch
 from pydantic import NonNegativeInt, PositiveInt
 from torch import Tensor
 
-from dicompile.plan import SAME_TIMESTEP, Level, Stint
+from dicompile.plan import SAME_TIMESTEP, Level, Stint, follow_each_other
 from dicompile.plan.yaml_json import YamlJson
 
 VERSION = 2
@@ -84,6 +84,12 @@ class Facts(Costs):
     latent: tuple[int, ...] = ()
     parts: tuple[Part, ...] = ()
     version: int = VERSION
+
+    @property
+    def is_whole(self) -> bool:
+        """True if every step is one denoiser's."""
+        ends = (self.stints[0].first, self.stints[-1].end) if self.stints else (0, self.steps)
+        return ends == (0, self.steps) and follow_each_other(self.stints)
 
     @property
     def shares(self) -> tuple[tuple[range, Costs], ...]:

@@ -45,7 +45,7 @@ from dicompile.plan.planner import (
 from dicompile.plan.predictor import Adapter, Predictor, PredictorFacts, load_predictor
 from dicompile.plan.recall import Aligned, Bands, Fitted, Forecast, Reuse, Spectral, Velocity, WhatName
 from dicompile.plan.rows import make_rows
-from dicompile.plan.schedule import Stint, TimestepSchedule
+from dicompile.plan.schedule import Stint, TimestepSchedule, follow_each_other
 from dicompile.plan.schema import (
     Elsewhere,
     Line,
@@ -129,6 +129,7 @@ __all__ = [
     "check_predictor",
     "choose_setting",
     "first_span",
+    "follow_each_other",
     "kind_name",
     "load_predictor",
     "make_plan",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -38,6 +39,13 @@ class Stint(Frozen):
 
     def __str__(self) -> str:
         return f"{self.component} at steps {self.first + 1} to {self.end}"
+
+
+def follow_each_other(stints: Sequence[Stint]) -> bool:
+    """True if each begins where the one before ends, and none is another one's again."""
+    in_order = all(stint.first < stint.end for stint in stints)
+    meet = all(before.end == after.first for before, after in itertools.pairwise(stints))
+    return in_order and meet and len({stint.component for stint in stints}) == len(stints)
 
 
 @dataclass(frozen=True, slots=True)

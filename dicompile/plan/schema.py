@@ -14,7 +14,7 @@ from dicompile.plan.frozen import Frozen, Origin
 from dicompile.plan.gate import Gate
 from dicompile.plan.predictor import Predictor
 from dicompile.plan.recall import Aligned, Bands, Fitted, Forecast, Recall, Reuse, Spectral, Velocity, WhatName
-from dicompile.plan.schedule import Stint
+from dicompile.plan.schedule import Stint, follow_each_other
 from dicompile.plan.yaml_json import YamlJson
 
 
@@ -227,9 +227,6 @@ class Policy(YamlJson):
 
     @model_validator(mode="after")
     def _check_stints(self) -> Policy:
-        ends = (self.stints[0].first if self.stints else 0, *(stint.end for stint in self.stints))
-        names = {stint.component for stint in self.stints}
-        in_order = all(stint.first == end < stint.end for stint, end in zip(self.stints, ends, strict=False))
         if self.stints and any(isinstance(rule.recall, Velocity) for rule in self.rules):
             raise InvalidPolicy(
                 f"policy {self.name!r} has stints, and weighs velocities by the levels of noise around them",
@@ -237,7 +234,7 @@ class Policy(YamlJson):
                 why="at the last step of a denoiser the next level is another one's",
                 fix="use another recall, or leave out stints",
             )
-        if not in_order or len(names) < len(self.stints):
+        if not follow_each_other(self.stints):
             raise InvalidPolicy(
                 f"policy {self.name!r} has stints that do not follow each other: {', '.join(map(str, self.stints))}",
                 where="stints",

@@ -483,6 +483,18 @@ def test_files_of_the_first_format_are_read(tmp_path: Path) -> None:
     assert read.policy(budget=0.5) == dicompile.Recording(old, traces).policy(budget=0.5)
 
 
+@pytest.mark.parametrize("bounds", [((0, 3), (4, 7)), ((0, 3), (3, 8)), ((1, 3), (3, 7)), ((0, 2**62), (2**62, 7))])
+def test_a_file_whose_denoisers_do_not_share_the_steps_is_refused(
+    tmp_path: Path, bounds: tuple[tuple[int, int], ...]
+) -> None:
+    facts, traces = made((3, 4))
+    stints = (Stint(component=f"t{i}", first=first, end=end) for i, (first, end) in enumerate(bounds))
+    parts = tuple(p.model_copy(update={"stint": s}) for p, s in zip(facts.parts, stints, strict=True))
+    dicompile.Recording(facts.model_copy(update={"parts": parts}), traces).save(tmp_path / "bad.safetensors")
+    with pytest.raises(InvalidRecording, match="is not a recording"):
+        dicompile.Recording.load(tmp_path / "bad.safetensors")
+
+
 # Time
 
 
