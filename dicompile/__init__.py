@@ -17,6 +17,7 @@ from dicompile.learn.calibrate import calibrate as calibrate
 from dicompile.learn.measure import measure as measure
 from dicompile.learn.predictor import PredictorOptions as PredictorOptions
 from dicompile.learn.predictor import train_predictor as train_predictor
+from dicompile.learn.probe import probe as probe
 from dicompile.learn.recording import Recording as Recording
 from dicompile.learn.router import RouterOptions as RouterOptions
 from dicompile.learn.router import train_router as train_router

@@ -24,10 +24,12 @@ def main() -> None:
     parser.add_argument("--intervals", type=int, nargs="+", default=[3, 4, 6])
     parser.add_argument("--speedups", type=float, nargs="+", default=[3, 4, 6])
     parser.add_argument("--runs", type=int, default=2)
+    parser.add_argument("--probes", type=int, default=6)
     arguments = parser.parse_args()
     subject = trainable("demo", BATCH, data=None, device="cpu")
     runs = Runs(subject.inputs, subject.scheduler, subject.data, subject.null, arguments.steps, GUIDANCE)
     recording = runs.record(subject.module, arguments.runs)
+    runs.probe(subject.module, recording, arguments.probes)
     spaced = {n: recording.fitted(Cadence(interval=n, anchor="last", warmup=2)) for n in arguments.intervals}
     chosen = {x: recording.policy(speedup=x) for x in arguments.speedups}
     files = {f"fitted_{n}": policy for n, policy in spaced.items()} | {f"auto_{x:g}": p for x, p in chosen.items()}

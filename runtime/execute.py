@@ -484,7 +484,7 @@ class Executor:
             context.drift.verify(registers[verification.recalled], registers[verification.computed])
         results, chosen = step.outputs(registers), step.chosen(registers) if session.keep_chosen else {}
         if watch is not None:
-            watch.end(results)
+            results = watch.end(results)
         if context is not None and step.anchors and not step.is_led:
             self._measure(state, context, step, registers)
         outcome = Outcome(results, chosen, [] if context is None else step.contents(registers, context.store))

@@ -31,13 +31,15 @@ class Seen:
 
 
 class Observer(Protocol):
-    """Watches calls. It must not write to what it is shown."""
+    """Watches calls. It must not write to what it is shown, but may have a call return something else."""
 
     def saw(self, call: Seen, slot: Slot, value: torch.Tensor) -> None:
         """A value that the step writes; nothing else holds it afterwards unless a later step reads it."""
         ...
 
-    def ended(self, call: Seen, results: Sequence[Any], tried: Callable[[], Mapping[str, Sequence[Any]]]) -> None:
+    def ended(
+        self, call: Seen, results: Sequence[Any], tried: Callable[[], Mapping[str, Sequence[Any]]]
+    ) -> Sequence[Any] | None:
         """The call is done.
 
         Args:
@@ -45,6 +47,9 @@ class Observer(Protocol):
             results: the outputs of the model.
             tried: computes what they would have been, had the step reused what the one before has stored, by kind of
                 reuse (see `dicompile.plan.reusing_plan`); none at the first step of a context.
+
+        Returns:
+            What the model is to return instead, if anything.
         """
         ...
 
@@ -81,6 +86,7 @@ class Watch:
             if register not in self._kept:
                 registers[register] = None
 
-    def end(self, results: Sequence[Any]) -> None:
-        """Show what the model returns, and let the observer ask what it would have returned."""
-        self._observer.ended(self._call, results, self._trying)
+    def end(self, results: list[Any]) -> list[Any]:
+        """Show what the model returns, and let the observer ask what it would have returned; what it does return."""
+        instead = self._observer.ended(self._call, results, self._trying)
+        return results if instead is None else list(instead)

@@ -13,6 +13,7 @@ from torch import nn
 from dicompile.cli.files import make_folder, write_whole
 from dicompile.cli.options import check_picture_file, spread
 from dicompile.cli.trainable import trainable
+from dicompile.learn.probe import FEWEST_STEPS, PROBES
 from dicompile.learn.recording import Recording
 from dicompile.learn.runs import Runs
 from dicompile.plan import Timing
@@ -40,12 +41,19 @@ class Sampled:
 
 @spread
 def calibrate_command(
-    sampled: Sampled, *, out: Annotated[Path, typer.Option(help="The recording.")] = Path("calibration.safetensors")
+    sampled: Sampled,
+    *,
+    probes: Annotated[
+        int, typer.Option(min=0, help="Steps of which it is found out what becomes of their errors; a run for each.")
+    ] = PROBES,
+    out: Annotated[Path, typer.Option(help="The recording.")] = Path("calibration.safetensors"),
 ) -> None:
     """Record runs of a model with the scheduler that it was saved with; a pipeline of your own: dicompile.calibrate."""
     make_folder(out, "dicompile calibrate")
     module, made = sampled.load()
     recording = made.record(module, sampled.runs)
+    if probes and sampled.steps > FEWEST_STEPS:
+        made.probe(module, recording, probes)
     recording.save(out)
     Console().print(f"{recording}\nwrote {out}; see what it allows with: dicompile frontier {out}")
 

@@ -2,7 +2,8 @@
 
 For every number of full steps the best ones are searched (`dicompile.learn.search`) and the error of the last latent is
 predicted: from a step's forecast to the model's output by its sensitivity, from there to the latent by how far the
-sampler moves at that step. What the sampler makes of an error at later steps is not part of it.
+sampler moves at that step, and from there to the last one by how errors of that step have grown where they were probed
+(`dicompile.learn.probe`); else they count as if they stayed what they are.
 
 Where several denoisers take over from each other, none knows what another has stored. So each has its own best steps
 for every number of them, what is wrong in the end adds up, and so do costs: every split of the full steps is tried.
@@ -39,7 +40,7 @@ from dicompile.learn.search import (
     squared_error,
     step_errors,
 )
-from dicompile.learn.trace import EXTRAS, Facts, Trace, pooled
+from dicompile.learn.trace import EXTRAS, Facts, Growth, Trace, pooled
 from dicompile.plan import FULL, MOST_STORED, Cadence, Fitted, Level, Origin, Policy, Rule, Timing, WhatName, kind_name
 from dicompile.text import size_text
 
@@ -56,6 +57,8 @@ HEADINGS = ("full steps", "compute", "time", "speedup", "forecast", "cache", "ex
 """Of the columns of the frontier as a table; the time is left out where none was measured."""
 COUNTED = "operations are counted; dicompile.measure(pipe) times steps on your machine"
 """What costs are where nothing was timed."""
+UNPROBED = "early errors may grow until the end: dicompile.probe(pipe, run, recording) finds out, for better plans"
+"""What is said of expected errors where nothing was probed."""
 LITTLE = 0.85
 """Share of the cost from which on caching is of no use, whatever it costs in quality."""
 
@@ -115,12 +118,18 @@ class Frontier:
         traces: at least one.
         max_bytes: of one guidance context; None for no limit.
         timing: what was timed; None if operations are the cost.
+        growth: what was probed; nothing if errors count as if they stayed what they are.
     """
 
     def __init__(
-        self, facts: Facts, traces: Sequence[Trace], max_bytes: int | None = None, timing: Timing | None = None
+        self,
+        facts: Facts,
+        traces: Sequence[Trace],
+        max_bytes: int | None = None,
+        timing: Timing | None = None,
+        growth: Sequence[Growth] = (),
     ) -> None:
-        self.facts, self.traces, self.max_bytes, self.timing = facts, traces, max_bytes, timing
+        self.facts, self.traces, self.max_bytes, self.timing, self.growth = facts, traces, max_bytes, timing, growth
         self._output, self._latent = (facts.values.index(name) for name in EXTRAS)
         self._shares = facts.shares
         self._firsts = tuple(steps.start for steps, _ in facts.shares)
@@ -285,6 +294,11 @@ class Frontier:
         return COUNTED if self.timing is None else self.timing.clock
 
     @property
+    def notes(self) -> tuple[str, ...]:
+        """What to know of it, in lines: the verdict, what costs are, and what is not known."""
+        return (self.verdict, self.clock, *(() if self.growth else (UNPROBED,)))
+
+    @property
     def _what(self) -> str:
         return "compute" if self.timing is None else "time"
 
@@ -316,7 +330,7 @@ class Frontier:
 
     def table(self, rows: int = 12) -> Table:
         """The frontier for the terminal, at about as many costs."""
-        table = Table(title=self._title, caption=f"{self.verdict}\n{self.clock}", box=SIMPLE_HEAD)
+        table = Table(title=self._title, caption="\n".join(self.notes), box=SIMPLE_HEAD)
         for heading in self._headings:
             table.add_column(heading, justify="right")
         for cells in self._cells(rows):
@@ -328,7 +342,7 @@ class Frontier:
         return fragment(
             f"<p>{escape(self._title)}</p>",
             html_table(self._headings, self._cells(12), numbers=len(self._headings)),
-            f"<p>{escape(self.verdict)}</p><p>{escape(self.clock)}</p>",
+            *(f"<p>{escape(note)}</p>" for note in self.notes),
         )
 
     def plot(self) -> Figure:
@@ -350,6 +364,26 @@ class Frontier:
         with console.capture() as capture:
             console.print(self.table())
         return capture.get()
+
+    @functools.cached_property
+    def _reach(self) -> Array:
+        """What a relative error of 1 in the model's output at a step is in the last latent, relative to it; [steps]."""
+        reach: Array = self._moves * self._growth
+        return reach
+
+    @functools.cached_property
+    def _growth(self) -> Array:
+        """By which factor an error in the latent after each step ends; [steps]. Between probes its logarithm is linear.
+
+        What the last two steps do is the last thing that happens to the last latent that is seen: it does not grow.
+        """
+        steps, ends = self.facts.steps, (max(self.facts.steps - 2, 0), self.facts.steps - 1)
+        logs: dict[int, list[float]] = {step: [0.0] for step in ends} if self.growth else {0: [0.0]}
+        for each in self.growth:
+            logs.setdefault(each.step, []).append(math.log(each.factor))
+        known = sorted(logs)
+        factors: Array = np.exp(np.interp(np.arange(steps), known, [float(np.mean(logs[step])) for step in known]))
+        return factors
 
     @functools.cached_property
     def _moves(self) -> Array:
@@ -388,7 +422,7 @@ class Frontier:
         number = self.facts.levels.index(level)
         reused = np.sqrt(np.mean([trace.reused[number].square().numpy() for trace in self.traces], axis=0))
         arrives = [sensitivity(gram, reused[part.start : part.stop]) for part, gram in self._grams_by_part(level)]
-        effect: Array = self._moves * np.concatenate(arrives)
+        effect: Array = self._reach * np.concatenate(arrives)
         return effect
 
     def _grams_by_part(self, level: Level) -> list[tuple[range, Array]]:
@@ -408,7 +442,7 @@ class Frontier:
     def _fewer_steps(self) -> Array:
         """Error expected of 1, 2, ... evenly spaced steps: each goes on with the output of its first one."""
         steps = self.facts.steps
-        reuse = np.sqrt(np.maximum(_reuse_errors(self.output_gram), 0.0)) * self._moves
+        reuse = np.sqrt(np.maximum(_reuse_errors(self.output_gram), 0.0)) * self._reach
         errors = np.zeros(steps)
         for number in range(1, steps):
             full = [round(k * steps / number) for k in range(number)]

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from dicompile import outside
 from dicompile.errors import InvalidRecording, InvalidSetting, InvalidTiming
 from dicompile.learn.frontier import Frontier
-from dicompile.learn.trace import READABLE, Costs, Facts, Trace
+from dicompile.learn.trace import READABLE, Costs, Facts, Growth, Trace
 from dicompile.plan import CacheOptions, Cadence, Level, Policy, Timing
 from dicompile.store import save_tensors
 
@@ -23,6 +23,7 @@ class Recording:
     Args:
         facts: see `Facts`.
         traces: see `Trace`.
+        growth: what `dicompile.probe` has found.
 
     Example:
         >>> with dicompile.calibrate(pipe) as recording:
@@ -31,8 +32,8 @@ class Recording:
         >>> pipe = dicompile.optimize(pipe, recording.policy(speedup=3))
     """
 
-    def __init__(self, facts: Facts, traces: Sequence[Trace] = ()) -> None:
-        self.facts, self.traces = facts, tuple(traces)
+    def __init__(self, facts: Facts, traces: Sequence[Trace] = (), growth: Sequence[Growth] = ()) -> None:
+        self.facts, self.traces, self.growth = facts, tuple(traces), tuple(growth)
 
     @property
     def runs(self) -> tuple[int, ...]:
@@ -48,7 +49,7 @@ class Recording:
         traces = [trace for trace in self.traces if trace.run in runs]
         if not traces:
             raise InvalidRecording(f"the recording has no run {list(runs)}", fix=f"choose of {list(self.runs)}")
-        return Recording(self.facts, traces)
+        return Recording(self.facts, traces, self.growth)
 
     def __add__(self, other: Recording) -> Recording:
         """All runs of both.
@@ -66,7 +67,7 @@ class Recording:
             )
         first = max(self.runs, default=-1) + 1 - min(other.runs, default=0)
         later = (replace(trace, run=trace.run + first) for trace in other.traces)
-        return Recording(self.facts, (*self.traces, *later))
+        return Recording(self.facts, (*self.traces, *later), (*self.growth, *other.growth))
 
     def frontier(self, max_cache_bytes: int | str | None = None, timing: Timing | None = None) -> Frontier:
         """The least error that is expected for every compute, or for every time.
@@ -84,7 +85,7 @@ class Recording:
         for component, (_, costs) in zip(self.facts.components, self.facts.shares, strict=True):
             if timing is not None:
                 _check_timing(self.facts, costs, timing.of(component))
-        return Frontier(self.facts, self.traces, CacheOptions.of(max_cache_bytes).max_bytes, timing)
+        return Frontier(self.facts, self.traces, CacheOptions.of(max_cache_bytes).max_bytes, timing, self.growth)
 
     def policy(
         self,
@@ -181,6 +182,8 @@ class Recording:
         """Write a safetensors file: a Gram matrix for every run and context, the facts in its header."""
         tensors = {f"gram/{trace.run}/{trace.context}": trace.gram.contiguous() for trace in self.traces}
         tensors |= {f"reused/{trace.run}/{trace.context}": trace.reused.contiguous() for trace in self.traces}
+        if self.growth:
+            tensors["growth"] = torch.tensor([[each.step, each.factor] for each in self.growth], dtype=torch.float64)
         save_tensors(Path(path), tensors, {"dicompile.recording": self.facts.to_json()})
 
     @classmethod
@@ -200,6 +203,7 @@ class Recording:
                 shown = [list(trace.gram.shape) for trace in wrong]
                 served = ", ".join(map(str, facts.stints))
                 raise ValueError(f"format {facts.version}, {facts.steps} steps ({served}), matrices of shape {shown}")
+            growth = _growth(tensors.get("growth", torch.empty(0, 2)), facts.steps)
         except (OSError, KeyError, ValueError) as error:  # ours among them
             raise InvalidRecording(
                 f"{Path(path).name} is not a recording",
@@ -207,14 +211,14 @@ class Recording:
                 why=str(error).partition("\n")[0],
                 fix="make one: with dicompile.calibrate(pipe) as recording: ...; recording.save(file)",
             ) from None
-        return cls(facts, sorted(traces, key=lambda trace: (trace.run, trace.context)))
+        return cls(facts, sorted(traces, key=lambda trace: (trace.run, trace.context)), growth)
 
     def __str__(self) -> str:
         facts, contexts = self.facts, len({trace.context for trace in self.traces})
         served = f" ({', '.join(map(str, facts.stints))})" if facts.stints else ""
         return (
             f"{facts.model}: {len(self.runs)} runs of {facts.steps} steps{served}, {contexts} contexts, "
-            f"{len(facts.sites)} branches"
+            f"{len(facts.sites)} branches" + (f", {len(self.growth)} probes" if self.growth else "")
         )
 
 
@@ -250,6 +254,18 @@ def _trace(name: str, tensors: Mapping[str, Tensor]) -> Trace:
     """The trace whose Gram matrix has this name in a file."""
     _, run, context = name.split("/", 2)
     return Trace(int(run), context, tensors[name], tensors[f"reused/{run}/{context}"])
+
+
+def _growth(rows: Tensor, steps: int) -> list[Growth]:
+    """What was probed, out of a file.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    found = [Growth(int(step), factor) for step, factor in rows.tolist()]
+    if any(not (0 <= each.step < steps and 0 < each.factor < float("inf")) for each in found):
+        raise ValueError(f"probes {found}")
+    return found
 
 
 class Goal:

@@ -14,6 +14,7 @@ from dicompile.errors import CannotCapture
 from dicompile.learn.calibrate import calibrate
 from dicompile.learn.latents import LATENTS, Data
 from dicompile.learn.measure import measure
+from dicompile.learn.probe import probe
 from dicompile.learn.recording import Recording
 from dicompile.names import sounds_like_latent, sounds_like_time
 from dicompile.plan import Timing
@@ -55,6 +56,18 @@ class Runs:
             for run in tracked(range(count), "recording", count, shown=progress):
                 self.sample(fast, run)
         return recording
+
+    def probe(self, module: nn.Module, recording: Recording, probes: int, *, progress: bool = True) -> None:
+        """Find out in the first run what becomes of errors, for a recording of the same module.
+
+        Args:
+            module: in eval mode.
+            recording: gets what is found.
+            probes: steps that are wrong, each in a run of its own.
+            progress: show a bar.
+        """
+        fast = optimize(module, "none", schedule=self.scheduler, backend="eager")
+        probe(fast, lambda: self.sample(fast, 0), recording, probes=probes, progress=progress)
 
     def measure(self, module: nn.Module, count: int, *, backend: str = "inductor", progress: bool = True) -> Timing:
         """Time steps in some runs of a module that is not optimized; it stays as it is.

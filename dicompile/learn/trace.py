@@ -165,6 +165,20 @@ class Trace:
     reused: Tensor = field(repr=False)
 
 
+@dataclass(frozen=True)
+class Growth:
+    """What became of an error that one step made; see `dicompile.learn.probe`.
+
+    Attributes:
+        step: that made it.
+        factor: its norm in the last latent that the model saw over that in the latent after the step, unitless; the
+            geometric mean over samples and contexts.
+    """
+
+    step: int
+    factor: float
+
+
 def pooled(traces: Sequence[Trace], values: Sequence[int]) -> Tensor:
     """Inner products over several traces, in each of which a value counts by its relative size.
 

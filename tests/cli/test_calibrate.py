@@ -42,7 +42,17 @@ def recorded(tmp_path_factory: pytest.TempPathFactory) -> Path:
     result = run("calibrate", folder, *options)
     assert result.exit_code == 0, result.output
     assert "2 runs of 6 steps" in result.stdout
+    assert "3 probes" in result.stdout, "of all the steps that can be probed"
     return out
+
+
+@pytest.mark.parametrize("few", [("--probes", 0), ("--steps", 3)])
+def test_steps_are_probed_where_it_is_wanted_and_there_are_any(recorded: Path, few: tuple[str, int]) -> None:
+    out, folder = recorded.with_name("few.safetensors"), recorded.parent
+    options = ("--data", folder / "l.safetensors", "--runs", 1, "--batch", 2, "--out", out, "--steps", STEPS, *few)
+    result = run("calibrate", folder, *options)
+    assert result.exit_code == 0, result.output
+    assert dicompile.Recording.load(out).growth == ()
 
 
 def test_the_scheduler_is_the_one_that_was_saved(recorded: Path) -> None:
