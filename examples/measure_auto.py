@@ -9,6 +9,7 @@ recording that ``auto`` gets; what they choose is measured as published, and wit
 from __future__ import annotations
 
 import argparse
+import statistics
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -43,14 +44,20 @@ class Contestant(NamedTuple):
     expected: float | None = None
 
 
-def record(model: torch.nn.Module, scheduler: Any, steps: int, runs: int) -> dicompile.Recording:
-    """Record a few runs of guided sampling."""
+def record(model: torch.nn.Module, scheduler: Any, steps: int, runs: int, probes: int) -> dicompile.Recording:
+    """Record a few runs of guided sampling, and probe the first of them."""
     fast = dicompile.optimize(model, "none", schedule=scheduler, backend="eager")
     labels = balanced_labels(150)
+
+    def sampled(run: int) -> None:
+        chosen = labels[(torch.arange(BATCH) + 40 + run * BATCH) % len(labels)]
+        sample(fast, scheduler, chosen, steps, seed=100 + run)
+
     with dicompile.calibrate(fast) as recording:
         for run in range(runs):
-            chosen = labels[(torch.arange(BATCH) + 40 + run * BATCH) % len(labels)]
-            sample(fast, scheduler, chosen, steps, seed=100 + run)
+            sampled(run)
+    if probes:
+        dicompile.probe(fast, lambda: sampled(0), recording, probes=probes)
     dicompile.restore(fast)
     return recording
 
@@ -98,16 +105,17 @@ def main() -> None:
     """Parse arguments, calibrate, measure, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=int, default=2, help="calibration runs of 12 pictures each")
+    parser.add_argument("--probes", type=int, default=6, help="steps of which it is found out what becomes of errors")
     parser.add_argument("--samples", type=int, default=36)
     parser.add_argument("--steps", type=int, default=50, help="of the sampler")
     arguments = parser.parse_args()
     steps = arguments.steps
     model, scheduler = load_model(), load_scheduler()
-    frontier = record(model, scheduler, steps, arguments.runs).frontier()
+    frontier = record(model, scheduler, steps, arguments.runs, arguments.probes).frontier()
     print(frontier)
     labels = balanced_labels(arguments.samples)
     uncached = sample(model, scheduler, labels, steps)
-    print("| | compute | PSNR, dB | relative error | expected |\n|---|---|---|---|---|")
+    print("| | compute | PSNR, dB | mean of pictures | relative error | expected |\n|---|---|---|---|---|---|")
     for interval in INTERVALS:
         for contestant in contestants(frontier, interval):
             fast = dicompile.optimize(model, contestant.policy, schedule=scheduler, backend="eager")
@@ -117,7 +125,9 @@ def main() -> None:
             dicompile.restore(fast)
             psnr, error = metrics.psnr(pictures, uncached), metrics.relative_error(pictures, uncached)
             expected = "" if contestant.expected is None else f"{contestant.expected:.4f}"
-            print(f"| {contestant.name} | {compute:.3f} | {psnr:.1f} | {error:.4f} | {expected} |", flush=True)
+            mean = statistics.mean(map(metrics.psnr, pictures, uncached))
+            cells = contestant.name, f"{compute:.3f}", f"{psnr:.1f}", f"{mean:.1f}", f"{error:.4f}", expected
+            print(f"| {' | '.join(cells)} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -77,12 +77,18 @@ class Contestant(NamedTuple):
     point: Point | None = None
 
 
-def record(pair: Pair, steps: int, runs: int) -> dicompile.Recording:
-    """Record a few runs."""
+def record(pair: Pair, steps: int, runs: int, probes: int) -> dicompile.Recording:
+    """Record a few runs, and probe the first of them."""
     labels = balanced_labels(150)
+
+    def sample(run: int) -> None:
+        pair(labels[(torch.arange(BATCH) + 40 + run * BATCH) % len(labels)], steps, seed=100 + run)
+
     with dicompile.calibrate(pair) as recording:
         for run in range(runs):
-            pair(labels[(torch.arange(BATCH) + 40 + run * BATCH) % len(labels)], steps, seed=100 + run)
+            sample(run)
+    if probes:
+        dicompile.probe(pair, lambda: sample(0), recording, probes=probes)
     return recording
 
 
@@ -111,12 +117,13 @@ def main() -> None:
     """Parse arguments, calibrate, measure, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=int, default=2, help="calibration runs of 12 pictures each")
+    parser.add_argument("--probes", type=int, default=6, help="steps of which it is found out what becomes of errors")
     parser.add_argument("--samples", type=int, default=24)
     parser.add_argument("--steps", type=int, default=50, help="of the sampler")
     parser.add_argument("--boundary", type=float, default=0.875, help="share of the noise at which the second begins")
     arguments = parser.parse_args()
     steps, pair = arguments.steps, Pair(load_model(), arguments.boundary)
-    frontier = record(pair, steps, arguments.runs).frontier()
+    frontier = record(pair, steps, arguments.runs, arguments.probes).frontier()
     print(frontier)
     labels = balanced_labels(arguments.samples)
     uncached = pair(labels, steps)
