@@ -34,6 +34,9 @@ _ALIGNED = 64
 _FORWARDS = ("forward", "_old_forward")
 """Where a module has the forward with hooks around it, and accelerate the one without."""
 
+HOOKED = frozenset({*_FORWARDS, "_hf_hook", "_diffusers_hook"})
+"""Attributes of a module that has hooks of accelerate or diffusers."""
+
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Home:

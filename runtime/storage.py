@@ -219,9 +219,13 @@ class Supply:
             self.bytes += value.tensor.nbytes
         return brought(value)
 
-    def reserve(self, parked: Parked) -> tuple[torch.Tensor | None, Any]:
-        """Memory for a weight, and the work that the computation was given before."""
-        return (None, None) if self.lane is None else (parked.reserve(), self.lane.mark())
+    def reserve(self, parked: Parked) -> torch.Tensor | None:
+        """Memory for a weight, if it is copied."""
+        return None if self.lane is None else parked.reserve()
+
+    def mark(self) -> Any:
+        """The work that the computation has been given, none of which uses later what was reserved."""
+        return None if self.lane is None else self.lane.mark()
 
     def fill(self, parked: Parked, target: torch.Tensor | None, mark: Any) -> Copy:
         """Start to copy a weight to the memory that was reserved for it."""
@@ -257,15 +261,16 @@ class Weights:
         ]
         self._needed += [[] for _ in range(AHEAD)]
         self._parked: dict[int, Parked] = {}
-        self._room: list[tuple[int, torch.Tensor | None, Any]] = []
+        self._room: list[tuple[int, torch.Tensor | None]] = []
+        self._mark: Any = None
         self._coming: dict[int, Copy] = {}
 
     def before(self, call: int, registers: list[Any]) -> None:
         """Wait for what this call reads, and make room for what the next one does."""
-        for number in range(call, call + AHEAD + 1) if not call else (call + AHEAD,):
-            self._reserve(number, registers)
-            if number == call:
-                self._fill()
+        if not call:
+            self._reserve(0, registers)
+            self._fill()
+        self._reserve(call + AHEAD, registers)
         for register in self._needed[call]:
             copy = self._coming.pop(register, None)
             if copy is not None:
@@ -293,11 +298,12 @@ class Weights:
         for register in self._needed[call]:
             if register not in self._parked:
                 self._parked[register] = registers[register]
-                self._room.append((register, *self._supply.reserve(registers[register])))
+                self._room.append((register, self._supply.reserve(registers[register])))
+        self._mark = self._supply.mark()
 
     def _fill(self) -> None:
-        for register, target, mark in self._room:
-            self._coming[register] = self._supply.fill(self._parked[register], target, mark)
+        for register, target in self._room:
+            self._coming[register] = self._supply.fill(self._parked[register], target, self._mark)
         self._room.clear()
 
 

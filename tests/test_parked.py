@@ -9,13 +9,19 @@ import accelerate
 import pytest
 import torch
 from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
-from diffusers.hooks import apply_group_offloading, apply_layerwise_casting
-from diffusers.hooks.group_offloading import GroupOffloadingConfig, GroupOffloadingType, _apply_group_offloading
+from diffusers.hooks import HookRegistry, apply_group_offloading, apply_layerwise_casting
+from diffusers.hooks.group_offloading import (
+    GroupOffloadingConfig,
+    GroupOffloadingType,
+    _apply_group_offloading,
+    _maybe_remove_and_reapply_group_offloading,
+)
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-from dicompile.capture import capture_model
+from dicompile.capture import Arguments, Pins, capture_functional, capture_model
 from dicompile.capture.guards import find_place
+from dicompile.capture.stored import from_bytes, to_bytes
 from dicompile.parked import Parked, brought, forward_under_hooks, homes_of, kind_of, uncovered
 
 CPU = torch.device("cpu")
@@ -207,3 +213,41 @@ def test_nothing_is_parked_when_the_hooks_are_gone() -> None:
     assert homes_of(model)
     remove_hook_from_module(model, recurse=True)
     assert homes_of(model) == {}
+
+
+def test_a_capture_of_an_offloaded_module_holds_for_others_and_the_other_way_round() -> None:
+    model, plain, inputs = Model(), Model(), Arguments.of((), {"hidden_states": torch.randn(2, 4)})
+    accelerate.cpu_offload(model, CPU)
+    with uncovered(model):
+        captured, capture = capture_functional(model, inputs)
+        content = to_bytes(model, captured, capture)
+    assert isinstance(captured.guards.pin(plain), Pins)
+    assert from_bytes(content, plain) is not None
+    captured, capture = capture_functional(plain, inputs)
+    content = to_bytes(plain, captured, capture)
+    pins = captured.guards.pin(model, homes_of(model))
+    assert isinstance(pins, Pins)
+    assert {type(value) for value in pins.given(pins.tensors)} == {Parked, Tensor}  # buffers stay with accelerate
+    assert isinstance(captured.guards.pin(model), str)
+    with uncovered(model):
+        assert from_bytes(content, model) is not None
+
+
+def test_hooks_that_come_or_go_or_change_lead_to_a_new_look(tmp_path: Path) -> None:
+    model = Model()
+    captured, _ = capture_functional(model, Arguments.of((), {"hidden_states": torch.randn(2, 4)}))
+    pins: Any = captured.guards.pin(model)
+    for change in (
+        lambda: apply_group_offloading(model, CPU, CPU, **BLOCKS),
+        lambda: _maybe_remove_and_reapply_group_offloading(model),
+        lambda: HookRegistry.check_if_exists_or_initialize(model).remove_hook("group_offloading"),
+        lambda: accelerate.cpu_offload(model, CPU),
+        lambda: remove_hook_from_module(model.blocks[1].proj),
+        lambda: remove_hook_from_module(model, recurse=True),
+        lambda: accelerate.disk_offload(model, f"{tmp_path}", CPU),
+    ):
+        assert pins.hold() is not None
+        change()
+        assert pins.hold() is None
+        pins = captured.guards.pin(model, homes_of(model))
+        assert isinstance(pins, Pins), pins

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from dicompile.compat import tensor_check
 from dicompile.ops.wrapped import is_wrapped, wrapper_of
-from dicompile.parked import Home, Parked, forward_under_hooks, is_own_method, kind_of
+from dicompile.parked import HOOKED, Home, Parked, forward_under_hooks, is_own_method, kind_of
 
 PLAIN = (bool, int, float, complex, str, bytes, type(None), type(Ellipsis), torch.dtype, torch.device, torch.layout,
          torch.memory_format, enum.Enum, slice, range)  # fmt: skip
@@ -197,9 +197,12 @@ def is_same_value(first: object, second: object) -> bool:
 
 
 def keys_of(container: Any) -> Any:
-    """What tells containers of one type apart besides their items: keys in order, elements of a set, or a length."""
+    """What tells containers of one type apart besides their items: keys in order, elements of a set, or a length.
+
+    Hooks around the forward of a module are not among its attributes here: they are found where the forward is.
+    """
     if isinstance(container, Mapping):
-        return tuple(container)
+        return tuple(key for key in container if key not in HOOKED) if "_modules" in container else tuple(container)
     return frozenset(container) if isinstance(container, AbstractSet) else len(container)
 
 
@@ -562,7 +565,7 @@ def find_place(value: object, name: str) -> tuple[Any, Any] | None:
         if name != "forward" or not isinstance(value, nn.Module):
             return own, name
         place = forward_under_hooks(value)
-        if (place[0] is own and place[1] == name) or not is_own_method(value, place[0][place[1]]):
+        if not is_own_method(value, place[0][place[1]]):  # accelerate leaves that when it removes a hook
             return place
     if isinstance(value, nn.Module):
         for part in ("_parameters", "_buffers", "_modules"):

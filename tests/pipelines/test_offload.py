@@ -17,6 +17,9 @@ from torch import Tensor
 
 import dicompile
 from dicompile.errors import CannotBatch, CannotCapture, UnsupportedModel
+from dicompile.learn.graph import learnable
+from dicompile.model import ModelCalls
+from dicompile.serve import Batcher
 from dicompile.wrapper import record_of
 from tests import models
 from tests.models import run, timesteps
@@ -98,11 +101,12 @@ def test_the_same_plan_and_bits_in_either_order(pipe: str, how: str, when: str, 
         optimized(sampler)
     assert torch.equal(sampler(STEPS), cached(pipe))
     report = dicompile.report(sampler.pipe)
-    assert report.kinds == kinds(dicompile.plan_of(sampler.pipe))
+    assert report.kinds == kinds(dicompile.plan_of(sampler.pipe), sampler.calls)
     assert (report.cold_starts, len(sampler.pipe.transformer.frames)) == ([], 1)
     each = brought(sampler)
-    assert 0 < each["reuse"] < each["full"] <= weight_bytes(sampler)
-    assert report.fetched in str(dicompile.summary(sampler.pipe)).replace("\n", "")
+    assert 0 < each["reuse"] < 0.6 * each["full"]
+    assert each["full"] < 1.1 * weight_bytes(sampler)  # what first and last calls read comes twice
+    assert report.fetched in " ".join(str(dicompile.summary(sampler.pipe)).split())
     dicompile.disable(sampler.pipe)
     torch.testing.assert_close(sampler(STEPS), untouched(pipe))  # weights out of files lie at odd places
     dicompile.enable(sampler.pipe)
@@ -366,20 +370,21 @@ def test_training_and_serving_want_the_weights_there() -> None:
     for block in sample.model.blocks:
         accelerate.cpu_offload(block, CPU)
     with pytest.raises(UnsupportedModel, match="where: training"):
-        dicompile.learn.graph.learnable(sample.model, sample.inputs)
-    batcher = dicompile.serve.Batcher(sample.model, backend="eager")
+        learnable(sample.model, sample.inputs)
+    batcher = Batcher(sample.model, backend="eager")
     with batcher.request("none", schedule=timesteps(2)) as request, pytest.raises(CannotBatch, match="brought part by"):
-        request(**sample.inputs)
+        models.call(request.model, sample.inputs, 999, 0)
 
 
 def test_arguments_go_where_the_weights_are_wanted() -> None:
     """Hooks would move them, too; to a device without values, which stands for any."""
     sample = models.plain_dit(1)
-    wanted: list[torch.device] = []
-    model = dicompile.optimize(sample.model, "none", mode="eager")
-    calls = record_of(model).calls
-    calls._device = torch.device("meta")
-    wanted = [tensor.device for tensor in calls.arguments((), sample.inputs).given]
-    assert wanted
-    assert all(device.type == "meta" for device in wanted)
-    remove_hook_from_module(model)
+    accelerate.cpu_offload(sample.model, "meta")
+    calls = record_of(dicompile.optimize(sample.model, "none", mode="eager")).calls
+    assert isinstance(calls, ModelCalls)
+    assert {tensor.device for tensor in calls.arguments((), sample.inputs).given} == {CPU}
+    calls._homes()
+    assert {tensor.device for tensor in calls.arguments((), sample.inputs).given} == {torch.device("meta")}
+    remove_hook_from_module(sample.model, recurse=True)
+    calls._homes()
+    assert {tensor.device for tensor in calls.arguments((), sample.inputs).given} == {CPU}
