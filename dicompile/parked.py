@@ -87,7 +87,7 @@ class Parked:
         is_alike = (value.device, value.dtype, value.stride()) == (self.home.device, like.dtype, like.stride())
         if is_alike and not value.data_ptr() % _ALIGNED:  # out of a file it may lie anywhere, and round otherwise
             return value.detach()
-        return self.reserve().copy_(value)
+        return self.reserve().copy_(value, non_blocking=True)  # whoever reads it is queued behind
 
 
 def homes_of(module: nn.Module) -> dict[int, Home]:

@@ -689,8 +689,10 @@ def _lane_of(device: torch.device) -> Lane | None:
 
 def _supply_of(inputs: Sequence[Any]) -> Supply | None:
     """What brings the weights among the inputs of a call that lie elsewhere; None if all are there."""
-    parked = next((value for value in inputs if isinstance(value, Parked)), None)
-    return None if parked is None else Supply(_lane_of(parked.home.device))
+    if Parked not in map(type, inputs):  # of thousands, at every call
+        return None
+    parked = next(value for value in inputs if isinstance(value, Parked))
+    return Supply(_lane_of(parked.home.device))
 
 
 def _contents_after(planned: StepPlan, program: Program) -> dict[Slot, Slot | int]:

@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import functools
+import threading
+import time
+import warnings
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import accelerate
@@ -181,6 +186,30 @@ def test_a_model_that_is_offloaded_and_one_that_is_not_share_what_was_captured(m
     assert not dicompile.report(one.pipe).fetched_bytes
 
 
+def test_a_call_waits_while_another_thread_captures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which sees fakes in the place of weights meanwhile."""
+    sample, inside = models.plain_dit(1), threading.Event()
+    accelerate.cpu_offload(sample.model, CPU)
+    model = models.optimized(sample, "none", 2)
+    (wanted, _) = run(model, sample.inputs, timesteps(2))
+    capture = dicompile.model.capture_functional
+
+    def slow(*args: Any, **kwargs: Any) -> Any:
+        inside.set()
+        time.sleep(0.3)
+        return capture(*args, **kwargs)
+
+    dicompile.reset()
+    monkeypatch.setattr("dicompile.model.capture_functional", slow)
+    fewer = {name: value[:2] for name, value in sample.inputs.items()}
+    with ThreadPoolExecutor() as pool:
+        other = pool.submit(run, model, fewer, timesteps(2))
+        assert inside.wait(60)
+        found = pool.submit(models.call, model, sample.inputs, 999, 0)
+        assert torch.equal(found.result(), wanted)
+        assert all(len(result) == 2 for result in other.result())
+
+
 # What changes weights.
 
 
@@ -220,6 +249,34 @@ def test_weights_that_change_between_runs_are_those_that_are_brought(change: str
     if change != "an adapter that is unloaded":
         assert not torch.equal(wanted, cached("flux"))
     assert dicompile.report(sampler.pipe).fetched_bytes
+
+
+def test_adapters_come_and_go_between_two_rounds_of_sequential_offloading(tmp_path: Path) -> None:
+    """diffusers removes the hooks, loads the adapter, and offloads again."""
+    plain, sampler = optimized(pipes.flux()), optimized(pipes.flux())
+    add_lora(plain.pipe)
+    sequential(sampler, tmp_path)
+    sampler(STEPS)
+    remove_hook_from_module(sampler.pipe.transformer, recurse=True)
+    add_lora(sampler.pipe)
+    sequential(sampler, tmp_path)
+    assert torch.equal(sampler(STEPS), plain(STEPS))
+    assert dicompile.report(sampler.pipe).fetched_bytes
+
+
+def test_a_model_may_be_spread_over_its_device_and_a_disk(tmp_path: Path) -> None:
+    sample = models.plain_dit(2)
+    plain = models.optimized(sample, "fora", STEPS)
+    wanted = run(plain, sample.inputs, timesteps(STEPS))
+    model = dicompile.restore(plain)
+    places = {name: "cpu" for name, _ in model.named_children() if name != "blocks"}
+    places |= {"blocks.0": "cpu", "blocks.1": "disk", "position": "cpu"}
+    with warnings.catch_warnings(action="ignore"):  # about a parameter that is no module
+        accelerate.dispatch_model(model, places, main_device="cpu", offload_dir=f"{tmp_path}", force_hooks=True)
+    spread_out = models.optimized(sample, "fora", STEPS)
+    assert all(map(torch.equal, run(spread_out, sample.inputs, timesteps(STEPS)), wanted))
+    block = sum(weight.nbytes for weight in model.blocks[1].parameters())
+    assert dicompile.report(spread_out).fetched_bytes["full"] / dicompile.report(spread_out).kinds["full"] == block
 
 
 def test_weights_in_the_map_of_accelerate_may_be_edited_within_a_run() -> None:
@@ -318,6 +375,11 @@ def spread(sampler: Sampler) -> None:
     add_hook_to_module(sampler.pipe.transformer.proj_out, AlignDevicesHook("cpu", io_same_device=True))
 
 
+def split(sampler: Sampler) -> None:
+    accelerate.cpu_offload(sampler.pipe.transformer, CPU)
+    sampler.pipe.transformer._parallel_config = SimpleNamespace(context_parallel_config=None)
+
+
 def nowhere(sampler: Sampler) -> None:
     sampler.pipe.transformer.proj_out.to("meta")
 
@@ -350,6 +412,15 @@ def test_what_cannot_be_had_is_refused_by_name_in_either_order(what: str, when: 
     optimized(sampler)(1)
     change(sampler)
     with pytest.raises(UnsupportedModel, match=why):
+        sampler(1)
+
+
+@pytest.mark.parametrize("when", ["before optimize", "after a run"])
+def test_ranks_cannot_have_weights_brought(when: str) -> None:
+    sampler = pipes.flux()
+    for action in (split, optimized) if when == "before optimize" else (optimized, lambda each: each(1), split):
+        action(sampler)
+    with pytest.raises(UnsupportedModel, match=r"are brought part by part\n  where: model\.enable_parallelism"):
         sampler(1)
 
 
