@@ -1,9 +1,13 @@
-"""Hooks of accelerate and diffusers: what moves weights runs around an optimized module, never inside compiled code."""
+"""Hooks of accelerate and diffusers: what moves weights runs around an optimized module, never inside compiled code.
+
+Hooks that bring the weights of a part stay on it, and compiled code does without them: see `dicompile.parked`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from inspect import signature
+from typing import Any
 
 from torch import nn
 
@@ -11,7 +15,7 @@ from dicompile.errors import UnsupportedModel
 from dicompile.lower import Backend
 from dicompile.ops.wrapped import is_wrapped
 from dicompile.parallel import check_parts
-from dicompile.parked import GROUP, OF_GROUPS, Home, aligning_hooks, homes_of, place_of, registry_of
+from dicompile.parked import GROUP, OF_GROUPS, Home, aligning_hooks, homes_of, hooks_of, place_of, registry_of
 
 HOOK_ATTRIBUTES = frozenset({"_hf_hook", "_old_forward", "_diffusers_hook"})
 """Where accelerate keeps the hook of a module, and the forward that it wraps, and diffusers its hooks."""
@@ -22,35 +26,39 @@ def move_hook(source: nn.Module, target: nn.Module) -> None:
 
     Hooks that bring the module's own weights stay, since those are below the wrapper.
     """
-    hook = vars(source).get("_hf_hook")
-    if hook is None:
+    hooks = hooks_of(source)
+    staying = [hook for hook in hooks if getattr(hook, "offload", False)]
+    if not hooks:
         return
-    from accelerate.hooks import SequentialHook, add_hook_to_module, remove_hook_from_module
+    from accelerate.hooks import add_hook_to_module, remove_hook_from_module
 
-    hooks = hook.hooks if isinstance(hook, SequentialHook) else (hook,)
-    staying = [each for each in hooks if getattr(each, "offload", False)]
-    if not staying:
+    if staying:
+        source._hf_hook = _in_turn(staying)  # what it has brought and taken away stays as it is
+    else:
         remove_hook_from_module(source)
-        add_hook_to_module(target, hook)
-        return
-    source._hf_hook = SequentialHook(*staying)  # what it has brought and taken away stays as it is
-    for each in hooks:
-        if each not in staying:
-            add_hook_to_module(target, each, append=True)
+    if moving := [hook for hook in hooks if hook not in staying]:
+        add_hook_to_module(target, _in_turn(moving))
 
 
 def take_hook_back(wrapper: nn.Module, module: nn.Module) -> None:
-    """Take the hook of a wrapper, if there is one, to the module in it, around those that this one has."""
-    hook, own = vars(wrapper).get("_hf_hook"), vars(module).get("_hf_hook")
-    if hook is None:
+    """Take the hooks of a wrapper, if there are any, to the module in it, around those that this one has."""
+    hooks, own = hooks_of(wrapper), hooks_of(module)
+    if not hooks:
         return
-    from accelerate.hooks import SequentialHook, add_hook_to_module, remove_hook_from_module
+    from accelerate.hooks import add_hook_to_module, remove_hook_from_module
 
     remove_hook_from_module(wrapper)
-    if own is None:
-        add_hook_to_module(module, hook)
+    if own:
+        module._hf_hook = _in_turn([*hooks, *own])
     else:
-        module._hf_hook = SequentialHook(hook, own)
+        add_hook_to_module(module, _in_turn(hooks))
+
+
+def _in_turn(hooks: Sequence[Any]) -> Any:
+    """One hook of accelerate that does what several do."""
+    from accelerate.hooks import SequentialHook
+
+    return hooks[0] if len(hooks) == 1 else SequentialHook(*hooks)
 
 
 def move_groups(wrapper: nn.Module, module: nn.Module) -> None:
@@ -71,7 +79,7 @@ def move_groups(wrapper: nn.Module, module: nn.Module) -> None:
             f"the groups of {type(module).__name__} were written to a folder as one",
             where="apply_group_offloading",
             why="it was given the optimized model, which is around the one whose parts are groups",
-            fix="model.enable_group_offload(...), or offload it before dicompile.optimize",
+            fix="offload before dicompile.optimize, or by model.enable_group_offload(...); load adapters before that",
         )
     for name in OF_GROUPS:
         registry.remove_hook(name, recurse=True)
@@ -117,13 +125,14 @@ def check_hooks(module: nn.Module) -> None:
                 fix="one hook for the whole model, or pipe.enable_sequential_cpu_offload()",
             )
         _check_registry(name, where, part)
-        if any(is_wrapped(weight) and id(weight) in homes for weight in part.parameters(recurse=False)):
-            raise UnsupportedModel(
-                f"weights of {name} are quantised, and are brought part by part",
-                where=where,
-                why="of what a quantised weight consists cannot be told while it is elsewhere",
-                fix="offload whole models: pipe.enable_model_cpu_offload()",
-            )
+        for weight in part.parameters(recurse=False):
+            if id(weight) in homes and type(weight) is not nn.Parameter:
+                raise UnsupportedModel(
+                    f"weights of {name} are quantised, and are brought part by part",
+                    where=f"{where}, {type(weight).__name__}",
+                    why="of what a quantised weight consists cannot be told while it is elsewhere",
+                    fix="offload whole models: pipe.enable_model_cpu_offload()",
+                )
     _check_places(module, homes)
 
 

@@ -106,11 +106,16 @@ def homes_of(module: nn.Module) -> dict[int, Home]:
 
 def aligning_hooks(part: nn.Module) -> tuple[Any, ...]:
     """Hooks of accelerate that bring weights of a part, or its arguments, to a device; none if there is any other."""
-    hook, library = vars(part).get("_hf_hook"), sys.modules.get("accelerate.hooks")
-    if hook is None or library is None:
+    hooks = hooks_of(part)
+    return hooks if all(type(hook) is sys.modules["accelerate.hooks"].AlignDevicesHook for hook in hooks) else ()
+
+
+def hooks_of(part: nn.Module) -> tuple[Any, ...]:
+    """Hooks of accelerate on a part, one by one."""
+    hook = vars(part).get("_hf_hook")
+    if hook is None:
         return ()
-    hooks = tuple(hook.hooks) if isinstance(hook, library.SequentialHook) else (hook,)
-    return hooks if all(type(each) is library.AlignDevicesHook for each in hooks) else ()
+    return tuple(hook.hooks) if isinstance(hook, sys.modules["accelerate.hooks"].SequentialHook) else (hook,)
 
 
 def group_of(part: nn.Module) -> Any:
@@ -223,15 +228,12 @@ def uncovered(module: nn.Module) -> Iterator[None]:
 
     Fakes have the device on which the weights are wanted. No other thread may look at the module meanwhile.
     """
-    homes, undo = homes_of(module), contextlib.ExitStack()
-    with undo:
-        if homes:
-            mode = FakeTensorMode()
-            fakes: dict[int, Tensor] = {}
-            for part in module.modules():
-                _show_forward(part, undo)
-                for tensors in (part._parameters, part._buffers):
-                    _show_tensors(tensors, homes, mode, fakes, undo)
+    homes, mode, fakes = homes_of(module), FakeTensorMode(), dict[int, Tensor]()
+    with contextlib.ExitStack() as undo:
+        for part in module.modules():
+            _show_forward(part, undo)
+            for tensors in (part._parameters, part._buffers) if homes else ():
+                _show_tensors(tensors, homes, mode, fakes, undo)
         yield
 
 

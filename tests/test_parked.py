@@ -8,7 +8,7 @@ from typing import Any
 import accelerate
 import pytest
 import torch
-from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
+from accelerate.hooks import ModelHook, add_hook_to_module, attach_execution_device_hook, remove_hook_from_module
 from diffusers.hooks import HookRegistry, apply_group_offloading, apply_layerwise_casting
 from diffusers.hooks.group_offloading import (
     GroupOffloadingConfig,
@@ -161,6 +161,17 @@ def test_a_capture_sees_weights_where_they_will_be() -> None:
         capture = capture_model(model, {"hidden_states": x})
     assert {node.meta["val"].device for node in capture.graph.nodes if "val" in node.meta} == {torch.device("cuda:0")}
     assert str(capture) == str(capture_model(plain, {"hidden_states": torch.randn(2, 4)}))
+
+
+def test_hooks_that_only_move_arguments_are_left_out_as_well() -> None:
+    model = Model()
+    attach_execution_device_hook(model, CPU)
+    assert homes_of(model) == {}
+    before = seen(model)
+    with uncovered(model):
+        assert all("forward" not in vars(part) for part in model.modules())
+        assert not any(isinstance(weight, FakeTensor) for weight in model.parameters())
+    assert seen(model) == before
 
 
 def test_hooks_of_others_are_no_offloading() -> None:

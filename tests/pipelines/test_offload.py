@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import threading
 import time
 import warnings
@@ -93,9 +94,14 @@ def weight_bytes(sampler: Sampler) -> int:
     return sum(weight.nbytes for weight in sampler.pipe.transformer.parameters())
 
 
+OFTEN = {("flux", how) for how in HOW} | {("wan", "sequential")}  # which has weights beside its parts
+
+
 @pytest.mark.parametrize("when", ["before optimize", "after a run"])
-@pytest.mark.parametrize("how", HOW)
-@pytest.mark.parametrize("pipe", PIPES)
+@pytest.mark.parametrize(
+    ("pipe", "how"),
+    [pytest.param(*pair, marks=() if pair in OFTEN else pytest.mark.nightly) for pair in itertools.product(PIPES, HOW)],
+)
 def test_the_same_plan_and_bits_in_either_order(pipe: str, how: str, when: str, tmp_path: Path) -> None:
     sampler = PIPES[pipe]()
     original = sampler.pipe.transformer
@@ -118,6 +124,8 @@ def test_the_same_plan_and_bits_in_either_order(pipe: str, how: str, when: str, 
     assert torch.equal(sampler(STEPS), cached(pipe))
     assert dicompile.restore(sampler.pipe).transformer is original
     torch.testing.assert_close(sampler(STEPS), untouched(pipe))
+    assert torch.equal(optimized(sampler)(STEPS), cached(pipe))  # once more, with the hooks that it had then
+    assert brought(sampler) == each
 
 
 @pytest.mark.parametrize("pipe", PIPES)
@@ -186,10 +194,10 @@ def test_a_model_that_is_offloaded_and_one_that_is_not_share_what_was_captured(m
     assert not dicompile.report(one.pipe).fetched_bytes
 
 
-def test_a_call_waits_while_another_thread_captures(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_call_waits_while_another_thread_captures(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Which sees fakes in the place of weights meanwhile."""
     sample, inside = models.plain_dit(1), threading.Event()
-    accelerate.cpu_offload(sample.model, CPU)
+    apply_group_offloading(sample.model, CPU, CPU, offload_to_disk_path=f"{tmp_path}", **BLOCKS)
     model = models.optimized(sample, "none", 2)
     (wanted, _) = run(model, sample.inputs, timesteps(2))
     capture = dicompile.model.capture_functional
