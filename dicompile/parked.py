@@ -217,9 +217,8 @@ def _made_in(forward: Any, python_module: str) -> bool:
 
 def is_own_method(part: nn.Module, forward: Any) -> bool:
     """True for the forward that the class of a part gives it."""
-    return isinstance(forward, types.MethodType) and forward.__self__ is part and (
-        forward.__func__ is getattr(type(part), "forward", None)
-    )  # fmt: skip
+    is_method = isinstance(forward, types.MethodType) and forward.__self__ is part
+    return is_method and forward.__func__ is getattr(type(part), "forward", None)
 
 
 @contextlib.contextmanager
