@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 import itertools
 import logging
+import threading
 import time
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,12 +17,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from dicompile.capture import (
     CAPTURES,
     NO_TIMESTEP,
     Arguments,
     Capture,
+    Captured,
     Known,
     Pins,
     Role,
@@ -39,8 +42,9 @@ from dicompile.compiler import COMPILING, ONE_AT_A_TIME, CompiledFrame, Options,
 from dicompile.errors import CannotCapture, InvalidSetting, NoSitesFound, TimestepNotFound
 from dicompile.garbage import uncollected
 from dicompile.names import sounds_like_time
-from dicompile.offload import check_hooks
+from dicompile.offload import check_can_bring, check_hooks
 from dicompile.parallel import settle_hooks
+from dicompile.parked import Home, homes_of, uncovered
 from dicompile.progress import progress
 from dicompile.runtime import Owner, current_session
 from dicompile.same import Same
@@ -74,20 +78,20 @@ class Frame:
         self._pick = self.captured.picker()
 
     def inputs_if_valid(
-        self, own: list[Tensor] | None, arguments: Arguments
-    ) -> tuple[Sequence[Tensor], Sequence[Any]] | None:
+        self, pins: Pins, own: list[Tensor] | None, arguments: Arguments
+    ) -> tuple[Sequence[Any], Sequence[Any]] | None:
         """All tensors, and those that the code takes, if the values that Python read are as they were."""
         if own is None:
             return None
-        tensors = self.captured.tensors(own, arguments)
+        tensors = self.captured.tensors(pins.given(own), arguments)
         inputs = self._pick(tensors)
         if self.known.read and not self.known.was_read(inputs):
             return None
         return tensors, inputs
 
 
-Found = tuple[Frame, Sequence[Tensor], Sequence[Any]]
-"""Code for a call, all tensors of the call, and those that the code takes."""
+Found = tuple[Frame, Sequence[Any], Sequence[Any]]
+"""Code for a call, all tensors of the call, and those that the code takes; some may be `Parked`."""
 
 
 class ModelCalls:
@@ -106,6 +110,8 @@ class ModelCalls:
         self._kinds: set[Hashable] = set()
         self._takes_any_number = True
         self._by_running = False
+        self._looking = threading.RLock()
+        self._device: torch.device | None = None
 
     @property
     def frames(self) -> list[CompiledFrame]:
@@ -127,12 +133,22 @@ class ModelCalls:
         return packed
 
     def arguments(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Arguments:
-        """Arguments of a call, taken apart."""
+        """Arguments of a call, taken apart; on the device where weights are brought to, as hooks would move them."""
         if self._times:
             args, kwargs = bind_positions(self.module, args, kwargs, self._times)
+        arguments = self._taken_apart(args, kwargs)
+        if self._are_there(arguments):
+            return arguments
+        return self._taken_apart(*pytree.tree_map_only(Tensor, lambda tensor: tensor.to(self._device), (args, kwargs)))
+
+    def _taken_apart(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Arguments:
         if self._takes_any_number:
             return Arguments.of(args, kwargs, self._times)
         return Arguments.of(args, with_python_numbers(kwargs, self._times))
+
+    def _are_there(self, arguments: Arguments) -> bool:
+        """True if arguments are where the weights are, as far as these are brought by somebody."""
+        return self._device is None or all(tensor.device == self._device for tensor in arguments.given)
 
     @staticmethod
     def run(owner: Owner, arguments: Arguments, found: Found) -> Any:
@@ -178,33 +194,62 @@ class ModelCalls:
     def _find(self, key: tuple[object, ...], arguments: Arguments) -> Found | None:
         frames = self._frames.get(key, ())
         for frame in frames:
-            valid = frame.inputs_if_valid(frame.pins.hold(), arguments)
+            pins = frame.pins
+            valid = frame.inputs_if_valid(pins, pins.hold(), arguments)
             if valid is not None:
                 return frame, *valid
-        for frame in frames:  # somebody may have put an equal object in the place of another
-            pins = frame.captured.guards.pin(self.module)
+        with self._looking:
+            return self._look(frames, arguments)
+
+    def _look(self, frames: Sequence[Frame], arguments: Arguments) -> Found | None:
+        """The same, where things do not lie where they lay: an equal object may be in the place of another."""
+        homes = self._homes() if frames else {}
+        for frame in frames:
+            pins = frame.captured.guards.pin(self.module, homes)
             if isinstance(pins, str):
                 log.debug("%s: %s", type(self.module).__name__, pins)
                 continue
             frame.pins = pins
-            valid = frame.inputs_if_valid(pins.tensors, arguments)
+            valid = frame.inputs_if_valid(pins, pins.tensors, arguments)
             if valid is not None:
                 return frame, *valid
         return None
+
+    def _homes(self) -> Mapping[int, Home]:
+        """Where weights are that hooks bring and take away.
+
+        Raises:
+            UnsupportedModel: that cannot be told, or compiled code could not have them.
+        """
+        homes = homes_of(self.module)
+        if homes:
+            check_hooks(self.module)
+            check_can_bring(self.module, self.options.backend)
+        self._device = next((home.device for home in homes.values()), None)
+        return homes
 
     @uncollected()
     def _capture(self, key: tuple[object, ...], arguments: Arguments) -> Found:
         check_hooks(self.module)
         settle_hooks(self.module)
+        homes = self._homes()
+        if not self._are_there(arguments):
+            moved = self.arguments(arguments.args, arguments.kwargs)
+            if self._are_there(moved):
+                return self._frame(moved)
         start = time.perf_counter()
         try:
             with progress(f"looking at {type(self.module).__name__}"):
-                known, pins = self._known(key, arguments)
-                tensors = known.captured.tensors(pins.tensors, arguments)
+                with self._looking, uncovered(self.module):
+                    known, pins = self._known(key, arguments)
+                    self._require_timestep(known.capture, arguments)
+                    resized = self._resized(key, arguments)
+                if homes:
+                    pins = _pinned(known.captured, self.module, homes)
+                tensors = known.captured.tensors(pins.given(pins.tensors), arguments)
                 inputs = known.captured.pick(tensors)
                 way = Same((arguments.key, str(known.captured.guards)))
-                self._require_timestep(known.capture, arguments)
-                compiled = compile_capture(known.capture, inputs, self.options, way, self._resized(key, arguments))
+                compiled = compile_capture(known.capture, inputs, self.options, way, resized)
         except CannotCapture:
             if not arguments.numbers:
                 raise
@@ -259,8 +304,7 @@ class ModelCalls:
         if found is not None:
             return found
         captured, capture = capture_functional(self.module, arguments, self.options.said, by_running=self._by_running)
-        pins = captured.guards.pin(self.module)
-        assert isinstance(pins, Pins), pins
+        pins = _pinned(captured, self.module, {})
         inputs = captured.pick(captured.tensors(pins.tensors, arguments))
         known = Known(captured, capture, {i: inputs[i].clone() for i in captured.reads})
         CAPTURES.keep(key, known, self.module, store)
@@ -328,6 +372,13 @@ class ModelCalls:
             why="no residual add with a matrix product in its branch depends on the latent",
             fix="use policy 'none' to compile it without caching",
         )
+
+
+def _pinned(captured: Captured, module: nn.Module, homes: Mapping[int, Home]) -> Pins:
+    """What the guards of a capture find in the module of which it was made just now."""
+    pins = captured.guards.pin(module, homes)
+    assert isinstance(pins, Pins), pins
+    return pins
 
 
 def _names_of_time(module: nn.Module, said: Said) -> tuple[str, ...]:

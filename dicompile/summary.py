@@ -140,6 +140,8 @@ class ModelSummary:
         hoisted = f"; outside of the steps {size_text(report.hoisted_bytes)}" if report.hoisted_bytes else ""
         graphs = f"; CUDA graphs {size_text(report.graph_bytes)}" if report.graph_bytes else ""
         yield at_most + hoisted + graphs
+        if report.fetched:
+            yield report.fetched
 
     def events(self) -> Iterator[str]:
         """What a run without surprises has not: where it began, what was computed for want of stored values, notes."""

@@ -22,7 +22,7 @@ from dicompile.compat import never_traced, without_dynamo
 from dicompile.compiler import CompiledFrame, Options
 from dicompile.errors import UnsupportedModel
 from dicompile.model import ModelCalls
-from dicompile.offload import HOOK_ATTRIBUTES, check_hooks, move_hook
+from dicompile.offload import HOOK_ATTRIBUTES, check_hooks, move_groups, move_hook, take_hook_back
 from dicompile.runtime import Owner, cache_context
 
 log = logging.getLogger("dicompile")
@@ -149,13 +149,23 @@ class CachedModel(OptimizedModule):
             state_dict = {name.removeprefix(CHILD): value for name, value in state_dict.items()}
         return self._orig_mod.load_state_dict(state_dict, *args, **kwargs)
 
-    def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
-        """Parameters by the original's names."""
-        yield from self._orig_mod.named_parameters(*args, **kwargs)
+    def named_parameters(
+        self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, nn.Parameter]]:
+        """Parameters by the original's names; all of them lie below the wrapper."""
+        if recurse:
+            yield from self._orig_mod.named_parameters(prefix, recurse, remove_duplicate)
 
-    def named_buffers(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, Tensor]]:
-        """Buffers by the original's names."""
-        yield from self._orig_mod.named_buffers(*args, **kwargs)
+    def named_buffers(
+        self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, Tensor]]:
+        """Buffers by the original's names; all of them lie below the wrapper."""
+        if recurse:
+            yield from self._orig_mod.named_buffers(prefix, recurse, remove_duplicate)
+
+    def named_children(self) -> Iterator[tuple[str, nn.Module]]:
+        """The original under no name: those who put names of weights together of these get the original's."""
+        yield "", self._orig_mod
 
     @property  # type: ignore[misc]
     def __class__(self) -> type:
@@ -165,6 +175,8 @@ class CachedModel(OptimizedModule):
     @never_traced("it is optimized by dicompile, and compiled already: torch.compile has nothing to add")
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call the model; it samples, so no gradients are recorded while it is enabled."""
+        if "_diffusers_hook" in vars(self):
+            move_groups(self, self._dicompile.module)
         if not self._dicompile.is_enabled:
             return nn.Module.__call__(self, *args, **kwargs)
         with without_dynamo(), torch.no_grad():
@@ -234,5 +246,6 @@ def record_of(model: CachedModel) -> Record:
 def released(model: CachedModel) -> nn.Module:
     """What `optimize` was given, with the hooks that the wrapper got meanwhile."""
     record = record_of(model)
-    move_hook(model, record.module)
+    take_hook_back(model, record.module)
+    move_groups(model, record.module)
     return record.given

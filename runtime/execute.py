@@ -16,6 +16,7 @@ import torch
 
 from dicompile.errors import StaleRead
 from dicompile.lower import Constant, GatedProgram, Program, Verification
+from dicompile.parked import Parked
 from dicompile.plan import HISTORIC, Aligned, Plan, Slot, SlotKind, StepPlan, TimestepSchedule
 from dicompile.runtime.contexts import ContextState
 from dicompile.runtime.gate import Anchors
@@ -27,7 +28,7 @@ from dicompile.runtime.observe import Observer, Seen, Watch
 from dicompile.runtime.owner import Owner
 from dicompile.runtime.report import RECALLED, UNCACHED
 from dicompile.runtime.session import ModelState, Session, current_session
-from dicompile.runtime.storage import Lane, lane_for, run_calls
+from dicompile.runtime.storage import Lane, Supply, lane_for, run_calls
 from dicompile.same import Same
 
 log = logging.getLogger("dicompile")
@@ -298,16 +299,17 @@ class Executor:
 
         Args:
             owner: the model.
-            inputs: of the code, but for its constants.
+            inputs: of the code, but for its constants; `Parked` in the place of weights that lie elsewhere.
         """
         inputs = (*inputs, *self.constants)
+        supply = _supply_of(inputs)
         session = current_session().serving(owner.link)
         state = session.state_of(owner)
         try:
             with torch.no_grad(), torch._C._DisableAutocast():  # its casts are part of the code
                 place = identify(self.signature, owner, session, inputs)
                 step = self._step(state, owner, place)
-                return self._run(owner, state, place, step, inputs, session)
+                return self._run(owner, state, place, step, inputs, session, supply)
         except BaseException:
             state.begin(None)
             raise
@@ -343,21 +345,22 @@ class Executor:
         step: Step | GatedStep,
         inputs: Sequence[Any],
         session: Session,
+        supply: Supply | None,
     ) -> Sequence[Any]:
         context = place.context
         registers: list[Any] = [*inputs, *[None] * (step.program.registers - len(inputs))]
         try:
             partner = self._partner(state, place, step)
             if isinstance(step, GatedStep):
-                step = self._decided(owner, state, place, step, registers, partner)
+                step = self._decided(owner, state, place, step, registers, partner, supply)
             self._load(registers, step, inputs, place)
             for register in step.program.partners:
                 registers[register] = self._nobody(place) if partner is None else partner
-            load = self._loading(state, owner, step.program, registers, place.step)
-            watch = self._watch(state, place, step, owner.link.schedule, inputs)
+            load = self._loading(state, owner, step.program, registers, place.step, supply)
+            watch = self._watch(state, place, step, owner.link.schedule, inputs, supply)
             is_uncached = self.warmup is not None and step is self.warmup.uncached
             if self.graphs is None or is_uncached:
-                outcome = self._compute(state, place, step, registers, load, watch, session)
+                outcome = self._compute(state, place, step, registers, load, watch, session, supply)
             else:
                 load()  # a recording stores when it runs, so it cannot run twice
                 graphs = owner.graphs_of(self, self.graphs)
@@ -367,7 +370,7 @@ class Executor:
                 self._keep(state, place, context, step, is_paired=partner is not None)
                 context.chosen = outcome.chosen
             kind = UNCACHED if is_uncached else RECALLED if step.is_recall else step.planned.kind
-            state.report.count(kind, state.cache_bytes)
+            state.report.count(kind, state.cache_bytes, 0 if supply is None else supply.bytes)
             if self.signature.remembers and watch is None and place.is_last and step.planned.sites:
                 _end(state, step.plan.policy)
             return outcome.results
@@ -402,6 +405,7 @@ class Executor:
         step: GatedStep,
         registers: list[Any],
         partner: torch.Tensor | None,
+        supply: Supply | None,
     ) -> Step:
         """Run a step until its gate decides; how it goes on. This is the one place that waits for the device."""
         context = place.context
@@ -420,16 +424,16 @@ class Executor:
             raise _not_written(step.full.slots[number])
         if self.check:
             context.stamps.check([number, *step.trace[0]], context.store, step.full, state.generation)
-        load = self._loading(state, owner, step.program, registers, place.step)
+        load = self._loading(state, owner, step.program, registers, place.step, supply)
         doubt = load(may_doubt=True)
         before = [] if doubt is None else registers.copy()
-        run_calls(step.program, registers, None)
+        run_calls(step.program, registers, None, supply=supply)
         first = state.decided_at(place.step) if gate.partners == "first" else None
         decision = context.drift.decide(gate, registers[register], reference, first, share)
         if doubt is not None and doubt.is_justified:
             registers[:] = before
             load(is_again=True)
-            run_calls(step.program, registers, None)
+            run_calls(step.program, registers, None, supply=supply)
             decision = context.drift.decide(gate, registers[register], reference, first, share)
         context.drift.take(decision)
         if decision.recalls and step.trace[0]:
@@ -440,7 +444,15 @@ class Executor:
         state.report.decide(decision)
         return step.recalled if decision.recalls else step.full
 
-    def _loading(self, state: ModelState, owner: Owner, program: Program, registers: list[Any], number: int) -> Load:
+    def _loading(
+        self,
+        state: ModelState,
+        owner: Owner,
+        program: Program,
+        registers: list[Any],
+        number: int,
+        supply: Supply | None,
+    ) -> Load:
         """What loads values that are computed outside of the steps; see `Tables.load`."""
 
         def load(**how: bool) -> Doubt | None:
@@ -448,7 +460,9 @@ class Executor:
                 return None
             assert self.tables is not None
             kept = state.tables.setdefault(self, Kept())
-            doubt = self.tables.load(program.invariants, registers, kept, owner.link.schedule, number, **how)
+            doubt = self.tables.load(
+                program.invariants, registers, kept, owner.link.schedule, number, supply=supply, **how
+            )
             state.report.hoist(sum(each.bytes for each in state.tables.values()))
             return doubt
 
@@ -463,6 +477,7 @@ class Executor:
         load: Load,
         watch: Watch | None,
         session: Session,
+        supply: Supply | None,
     ) -> Outcome:
         """Run a step call by call; once more, if its timestep was not the one that was foretold."""
         context = place.context
@@ -472,15 +487,15 @@ class Executor:
         doubt = load(may_doubt=lane is None and step.is_repeatable)
         before = [] if doubt is None else registers.copy()
         if session.run_step is None:
-            run_calls(step.program, registers, lane, watch)
+            run_calls(step.program, registers, lane, watch, supply)
         else:
             session.run_step(step, registers)
         if doubt is not None and doubt.is_justified:
             registers[:] = before
             load(is_again=True)
-            run_calls(step.program, registers, lane)
+            run_calls(step.program, registers, lane, supply=supply)
         if context is not None and (verification := self._due(context, step)) is not None:
-            run_calls(verification.program, registers, None)
+            run_calls(verification.program, registers, None, supply=supply)
             context.drift.verify(registers[verification.recalled], registers[verification.computed])
         results, chosen = step.outputs(registers), step.chosen(registers) if session.keep_chosen else {}
         if watch is not None:
@@ -601,7 +616,7 @@ class Executor:
             for predicted in program.predicted:
                 registers[predicted.register] = importance[..., predicted.block].contiguous()
 
-    def _tried(self, place: Place, step: Step, inputs: Sequence[Any]) -> dict[str, list[Any]]:
+    def _tried(self, place: Place, step: Step, inputs: Sequence[Any], supply: Supply | None) -> dict[str, list[Any]]:
         """What the call would have returned, had it reused what the step before has stored, by kind of reuse."""
         assert place.context is not None
         if not place.context.store:
@@ -614,12 +629,18 @@ class Executor:
             for slot, register in program.reads:
                 registers[register] = stored[slot]
             self._load(registers, trial, inputs, place)
-            run_calls(program, registers, None)
+            run_calls(program, registers, None, supply=supply)
             found[kind] = trial.outputs(registers)
         return found
 
     def _watch(
-        self, state: ModelState, place: Place, step: Step, whole: TimestepSchedule, inputs: Sequence[Any]
+        self,
+        state: ModelState,
+        place: Place,
+        step: Step,
+        whole: TimestepSchedule,
+        inputs: Sequence[Any],
+        supply: Supply | None,
     ) -> Watch | None:
         """What shows this call to the observer, if there is one and the call belongs to a step."""
         if self.observer is None or place.context is None:
@@ -628,7 +649,7 @@ class Executor:
         call = Seen(state.generation, label, place.step, whole, place.call.latent)
         kept = frozenset(~source for source in step.moves if source is not None)
         return Watch(
-            self.observer, call, step.program.writes, kept, functools.partial(self._tried, place, step, inputs)
+            self.observer, call, step.program.writes, kept, functools.partial(self._tried, place, step, inputs, supply)
         )
 
     def _lane(self, latent: torch.Tensor | None) -> Lane | None:
@@ -664,6 +685,14 @@ def _on_device(weights: tuple[float, ...], device: torch.device) -> torch.Tensor
 @functools.cache
 def _lane_of(device: torch.device) -> Lane | None:
     return lane_for(device)
+
+
+def _supply_of(inputs: Sequence[Any]) -> Supply | None:
+    """What brings the weights among the inputs of a call that lie elsewhere; None if all are there."""
+    if Parked not in map(type, inputs):  # of thousands, at every call
+        return None
+    parked = next(value for value in inputs if isinstance(value, Parked))
+    return Supply(_lane_of(parked.home.device))
 
 
 def _contents_after(planned: StepPlan, program: Program) -> dict[Slot, Slot | int]:

@@ -17,7 +17,9 @@ import torch
 from torch import Tensor
 
 from dicompile.lower import CHUNK, Invariant
+from dicompile.parked import Parked
 from dicompile.plan import TimestepSchedule
+from dicompile.runtime.storage import Supply
 
 MOST_TABLES = 16
 """Tables that a generation has at once: one for every conditioning that its calls come with."""
@@ -196,6 +198,7 @@ class Tables:
         *,
         may_doubt: bool = False,
         is_again: bool = False,
+        supply: Supply | None = None,
     ) -> Doubt | None:
         """Put values into registers.
 
@@ -207,6 +210,7 @@ class Tables:
             step: of it.
             may_doubt: the step can be run twice, so that comparing its timestep need not wait for a device.
             is_again: the step has run, and a doubt was justified.
+            supply: brings weights that lie elsewhere, if any do.
 
         Returns:
             A doubt to look at when the step has run; where it is justified, load again, and run it again.
@@ -220,7 +224,7 @@ class Tables:
         chunk, doubt = None, None
         if any(self.invariants[name].mapped is not None for name, _ in reads):
             chunk, doubt = self._chunk(kept, table, registers, schedule, step, may_doubt=may_doubt)
-        values = _Values(self, table, chunk, registers, step)
+        values = _Values(self, table, chunk, registers, step, supply)
         for name, register in reads:
             registers[register] = values[name]
         if step + 1 >= schedule.steps and table.calls >= table.calls_before:
@@ -251,14 +255,17 @@ class Tables:
     def _find(self, kept: Kept, inputs: Sequence[Any], step: int) -> Table:
         """The table for these inputs; one is not kept where nothing tells that an input has changed."""
         for table in kept.tables:
-            if all(watched.is_now(inputs[i]) for (i, _), watched in zip(self._leaves, table.made_of, strict=True)):
+            if all(
+                watched.is_now(_held(inputs[i])) for (i, _), watched in zip(self._leaves, table.made_of, strict=True)
+            ):
                 kept.is_found = True
                 return table
         kept.made += 1
         kept.first_step = step if kept.first_step is None else kept.first_step
-        if any(inputs[i].is_inference() for i, _ in self._leaves):
+        made_of = [(_held(inputs[i]), is_given) for i, is_given in self._leaves]
+        if any(tensor.is_inference() for tensor, _ in made_of):
             return Table()
-        table = Table(tuple(Watched(inputs[i], is_given=is_given) for i, is_given in self._leaves))
+        table = Table(tuple(Watched(tensor, is_given=is_given) for tensor, is_given in made_of))
         kept.tables = [*kept.tables[1 - MOST_TABLES :], table]
         return table
 
@@ -273,8 +280,10 @@ class _Values:
         chunk: Chunk | None,
         inputs: Sequence[Any],
         step: int,
+        supply: Supply | None,
     ) -> None:
         self._tables, self._inputs, self._table, self._chunk = tables, inputs, table, chunk
+        self._supply = supply
         self._row, self._alone = step % CHUNK, dict[str, Tensor]()
 
     def __getitem__(self, name: str) -> Tensor:
@@ -290,7 +299,9 @@ class _Values:
         return chunk.rows[name][self._row]
 
     def _input(self, key: int | str) -> Any:
-        return self[key] if isinstance(key, str) else self._inputs[key]
+        if isinstance(key, str):
+            return self[key]
+        return self._inputs[key] if self._supply is None else self._supply.bring(self._inputs[key])
 
     def _rows(self, key: int | str, chunk: Chunk) -> Any:
         """Values for all steps of a chunk; one that is the same for all as it is."""
@@ -303,6 +314,11 @@ class _Values:
             chunk.values[key] = item.mapped(*(self._rows(i, chunk) for i in item.inputs))
             self._table.bytes += chunk.values[key].nbytes
         return chunk.values[key]
+
+
+def _held(value: Any) -> Tensor:
+    """The tensor that holds a value, which may be elsewhere."""
+    return value.held if isinstance(value, Parked) else value
 
 
 def _chunk_of(table: Table, time: Tensor, schedule: TimestepSchedule, step: int) -> Chunk | None:

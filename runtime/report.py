@@ -59,6 +59,7 @@ class RunReport:
         graph_bytes: what CUDA graphs held at the last call, and hold after the generation: all slots, wherever
             something lies in them, copies of the inputs, and a pool for the rest. Kernels and their arguments, which
             the driver keeps, are not in it.
+        fetched_bytes: of weights that were brought for calls, by their kind, where weights are offloaded part by part.
         decisions: of gates, one for every call at which one decided.
         calls: every call in order, with its time; the latest `MOST_CALLS` of a model that is called on and on without a
             schedule.
@@ -77,6 +78,7 @@ class RunReport:
     recorded: int = 0
     replayed: int = 0
     graph_bytes: int = 0
+    fetched_bytes: Counter[str] = field(default_factory=Counter)
     decisions: list[Decision] = field(default_factory=list)
     calls: list[CallReport] = field(default_factory=list, repr=False, compare=False)
     latest: str = field(default="", repr=False, compare=False)
@@ -85,9 +87,11 @@ class RunReport:
         """Note what a gate said."""
         self.decisions.append(decision)
 
-    def count(self, kind: str, cache_bytes: int) -> None:
-        """Note a call, and how many bytes are held after it."""
+    def count(self, kind: str, cache_bytes: int, fetched_bytes: int = 0) -> None:
+        """Note a call, how many bytes are held after it, and how many of weights were brought for it."""
         self.kinds[kind] += 1
+        if fetched_bytes:
+            self.fetched_bytes[kind] += fetched_bytes
         self.latest = kind
         self.hold(cache_bytes)
 
@@ -138,7 +142,14 @@ class RunReport:
         self.recorded += other.recorded
         self.replayed += other.replayed
         self.graph_bytes += other.graph_bytes
+        self.fetched_bytes += other.fetched_bytes
         self.decisions = [*self.decisions, *other.decisions]
+
+    @property
+    def fetched(self) -> str:
+        """How much of the weights was brought for one call of each kind, in one line; nothing where they stay."""
+        kinds = ", ".join(f"{size_text(n // self.kinds[kind])} a {kind} call" for kind, n in self.fetched_bytes.items())
+        return f"weights brought part by part: {size_text(self.fetched_bytes.total())} in all, {kinds}" if kinds else ""
 
     @property
     def gate(self) -> str:
@@ -176,4 +187,5 @@ class RunReport:
         cache = f"; cache {peak} at most, {now} now" if self.peak_cache_bytes else ""
         hoisted = f"; hoisted {size_text(self.hoisted_bytes)}" if self.hoisted_bytes else ""
         graphs = f"; CUDA graphs {self.recorded} recorded, {self.replayed} replayed, {size_text(self.graph_bytes)}"
-        return f"{self.kinds.total()} calls: {kinds}{began}{cold}{cache}{hoisted}{graphs if self.graph_bytes else ''}"
+        more = f"{graphs if self.graph_bytes else ''}{f'; {self.fetched}' if self.fetched else ''}"
+        return f"{self.kinds.total()} calls: {kinds}{began}{cold}{cache}{hoisted}{more}"

@@ -33,6 +33,7 @@ EXAMPLES = {
     "measure_denoisers.py": Example("--runs 1 --samples 1 --steps 11", prints="| half and half, "),
     "measure_time.py": Example("--samples 1 --steps 20 --rounds 1 --backend eager", prints="| 50% of the time |"),
     "own_policy.py": Example("--steps 8", prints="the gate recalled at "),
+    "offload.py": Example("--policies fora --steps 4", prints="| fora | 3 full: "),
     "overhead.py": Example("--quick", prints="dit, 28 blocks"),
     "train_demo_classifier.py": Example(
         "--steps 2 --batch 4 --out classifier.safetensors", prints="saved", writes=("classifier.safetensors",)
@@ -60,9 +61,10 @@ def test_every_script_is_run_here() -> None:
     assert sorted(path.name for path in FOLDER.glob("*.py")) == sorted(EXAMPLES)
 
 
-NIGHTLY = ("fit_demo_forecast.py", "measure_auto.py", "measure_time.py", "overhead.py", "train_demo_classifier.py",
-           "train_demo_model.py", "train_demo_predictor.py", "train_demo_router.py")  # fmt: skip
-"""Minutes of compiling, training or comparing, of which tests/learn, tests/cli and tests/bench test the parts."""
+NIGHTLY = ("fit_demo_forecast.py", "measure_auto.py", "measure_time.py", "offload.py", "overhead.py",
+           "train_demo_classifier.py", "train_demo_model.py", "train_demo_predictor.py",
+           "train_demo_router.py")  # fmt: skip
+"""Minutes of compiling, training or comparing, of which tests/learn, cli, bench and pipelines test the parts."""
 
 
 @pytest.mark.parametrize(

@@ -62,6 +62,7 @@ def _capture(module: nn.Module, arguments: Arguments, *, by_running: bool) -> Ca
     if any(id(tensor) in own for tensor in arguments.given):  # another call gives another tensor there
         arguments = arguments.copied()
     if by_running and not arguments.numbers:
+        _check_can_run(module, arguments, "Dynamo cannot take it whole")
         return _settled(capture_by_running, module, arguments)
     captured = capture_by_members(module, arguments)
     if captured is not None:
@@ -76,6 +77,7 @@ def _run_instead(module: nn.Module, arguments: Arguments, refused: CannotCapture
     """Capture what Dynamo could not take by running it, where that can be done."""
     if arguments.numbers:  # they would be constants of the run
         raise refused
+    _check_can_run(module, arguments, refused.why or refused.what)
     if any(isinstance(t, FakeTensor) or t.is_meta for t in (*module_tensors(module).values(), *arguments.tensors)):
         raise refused
     log.info(
@@ -89,6 +91,28 @@ def _run_instead(module: nn.Module, arguments: Arguments, refused: CannotCapture
         raise error from refused
 
 
+def _check_can_run(module: nn.Module, arguments: Arguments, why: str) -> None:
+    """Check that a module that is called with real tensors has its weights; see `dicompile.parked.uncovered`.
+
+    Args:
+        module: the module.
+        arguments: of the call.
+        why: it has to be run.
+
+    Raises:
+        CannotCapture: it has not.
+    """
+    are_fake = [isinstance(tensor, FakeTensor) for tensor in arguments.given]
+    if any(are_fake) or not any(isinstance(tensor, FakeTensor) for tensor in module_tensors(module).values()):
+        return
+    raise CannotCapture(
+        f"{type(module).__name__} has to be run to capture it, and its weights are brought part by part",
+        where="capture",
+        why=why,
+        fix="offload whole models: pipe.enable_model_cpu_offload()",
+    )
+
+
 def _settled(capture: Callable[[nn.Module, Arguments], Captured], module: nn.Module, arguments: Arguments) -> Captured:
     changed: Sequence[str] = ()
     for _ in range(ATTEMPTS):
@@ -97,6 +121,7 @@ def _settled(capture: Callable[[nn.Module, Arguments], Captured], module: nn.Mod
         except Unsettled as unsettled:
             changed = unsettled.changed
             if capture is capture_by_dynamo:  # which does not run it
+                _check_can_run(module, arguments, f"it changes what it keeps when it runs: {'; '.join(changed)}")
                 copied = arguments.copied()
                 with torch.no_grad():
                     getattr(module, entry_of(module))(*copied.args, **copied.kwargs)

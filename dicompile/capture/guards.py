@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, replace
 from operator import getitem, is_
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -28,6 +29,7 @@ from torch import Tensor, nn
 
 from dicompile.compat import tensor_check
 from dicompile.ops.wrapped import is_wrapped, wrapper_of
+from dicompile.parked import HOOKED, Home, Parked, forward_under_hooks, is_own_method, kind_of
 
 PLAIN = (bool, int, float, complex, str, bytes, type(None), type(Ellipsis), torch.dtype, torch.device, torch.layout,
          torch.memory_format, enum.Enum, slice, range)  # fmt: skip
@@ -195,9 +197,12 @@ def is_same_value(first: object, second: object) -> bool:
 
 
 def keys_of(container: Any) -> Any:
-    """What tells containers of one type apart besides their items: keys in order, elements of a set, or a length."""
+    """What tells containers of one type apart besides their items: keys in order, elements of a set, or a length.
+
+    Hooks around the forward of a module are not among its attributes here: they are found where the forward is.
+    """
     if isinstance(container, Mapping):
-        return tuple(container)
+        return tuple(key for key in container if key not in HOOKED) if "_modules" in container else tuple(container)
     return frozenset(container) if isinstance(container, AbstractSet) else len(container)
 
 
@@ -259,11 +264,12 @@ class Guards:
             modules=tuple(module.below(path) for module in self.modules),
         )
 
-    def pin(self, module: nn.Module) -> Pins | str:
+    def pin(self, module: nn.Module, homes: Mapping[int, Home] = MappingProxyType({})) -> Pins | str:
         """Walk all paths.
 
         Args:
             module: the module that was captured.
+            homes: of its weights that are elsewhere, by id; they count as being on the device where they are wanted.
 
         Returns:
             What was found, or the first fact that does not hold.
@@ -277,11 +283,12 @@ class Guards:
             hooked = [walk.value(path) for path in self.modules]
         except (KeyError, IndexError, AttributeError, TypeError) as error:
             return f"a path is gone: {error}"
-        return self._other_tensor(tensors) or self._other_hook(hooked) or walk.pins(self.tensors, tensors, hooked)
+        wrong = self._other_tensor(tensors, homes) or self._other_hook(hooked)
+        return wrong or walk.pins(self.tensors, tensors, hooked, homes)
 
-    def _other_tensor(self, tensors: Sequence[Any]) -> str | None:
+    def _other_tensor(self, tensors: Sequence[Any], homes: Mapping[int, Home]) -> str | None:
         for path, meta, tensor in zip(self.tensors, self.metas, tensors, strict=True):
-            if not isinstance(tensor, Tensor) or meta_of(tensor) != meta:
+            if not isinstance(tensor, Tensor) or meta_of(tensor, homes.get(id(tensor))) != meta:
                 return f"{path} is {_shown(tensor)} now"
         is_untied = any(tensors[i] is not tensors[j] for i, j in self.same)
         return "tensors that were one are two now" if is_untied else None
@@ -296,9 +303,10 @@ class Guards:
         return "\n".join([*map(str, self.facts), *tensors, *hooks])
 
 
-def meta_of(tensor: Tensor) -> tuple[object, ...]:
-    """Type, shape, strides, dtype and device of a tensor."""
-    return type(tensor), tuple(tensor.shape), tensor.stride(), tensor.dtype, tensor.device
+def meta_of(tensor: Tensor, home: Home | None = None) -> tuple[object, ...]:
+    """Type, shape, strides, dtype and device of a tensor; the device where it is wanted, if it is elsewhere."""
+    device = tensor.device if home is None else home.device
+    return kind_of(tensor), tuple(tensor.shape), tensor.stride(), tensor.dtype, device
 
 
 def _shown(value: object) -> str:
@@ -317,9 +325,11 @@ class Pins:
 
     Attributes:
         tensors: of the module, as they were found.
+        homes: number and home of those that are elsewhere.
     """
 
     tensors: list[Tensor]
+    homes: tuple[tuple[int, Home], ...]
     _places: tuple[list[Any], list[Any], list[Any]]
     _numbers: tuple[list[Any], list[Any], list[Any]]
     _computed: list[tuple[Callable[[], Any], Any]]
@@ -349,6 +359,15 @@ class Pins:
             return None
         unique = [tensors[i] for i in self._unique] if self._same else tensors
         return tensors if self._check(*unique) else None
+
+    def given(self, tensors: Sequence[Tensor]) -> Sequence[Any]:
+        """What code is given for the module's tensors: themselves, or what stands for those that are elsewhere."""
+        if not self.homes:
+            return tensors
+        given: list[Any] = [*tensors]
+        for i, home in self.homes:
+            given[i] = Parked(tensors[i], home)
+        return given
 
     def _lie(self) -> bool:
         """True if everything but the tensors lies where it lay."""
@@ -489,7 +508,9 @@ class Walk:
                 listed.append(container)
         return listed, sized
 
-    def pins(self, paths: Sequence[Path], tensors: list[Tensor], modules: list[nn.Module]) -> Pins:
+    def pins(
+        self, paths: Sequence[Path], tensors: list[Tensor], modules: list[nn.Module], homes: Mapping[int, Home]
+    ) -> Pins:
         """Everything that was found on the way."""
         places = []
         for path in paths:
@@ -497,9 +518,12 @@ class Walk:
             places.append(place)
             self._places.pop((id(place[0]), place[1]), None)  # its value may differ, and so may the tensor itself
         hooks = [vars(module)[name] for module in modules for name in HOOKS]
+        for own in (vars(module) for module in modules if "forward" in vars(module)):
+            self._at(own, "forward")  # where others bring its weights, somebody has to look anew
         listed, sized = self._listed_and_sized()
         return Pins(
             tensors=tensors,
+            homes=tuple((i, homes[id(tensor)]) for i, tensor in enumerate(tensors) if id(tensor) in homes),
             _places=_columns(place for place in self._places.values() if _is_equal_to_itself_alone(place[2])),
             _numbers=_columns(place for place in self._places.values() if not _is_equal_to_itself_alone(place[2])),
             _computed=[(find, value) for find, value in self._computed if not isinstance(value, Tensor)],
@@ -532,10 +556,17 @@ def _place_of(parent: Any, by: By, key: Any) -> tuple[Any, Any]:
 
 
 def find_place(value: object, name: str) -> tuple[Any, Any] | None:
-    """Dictionary and key where Python finds an attribute; None if it is not there, or computed."""
+    """Dictionary and key where Python finds an attribute; None if it is not there, or computed.
+
+    A forward is found as it is without hooks that bring weights, which run in no compiled code.
+    """
     own = getattr(value, "__dict__", None)
     if own is not None and name in own:
-        return own, name
+        if name != "forward" or not isinstance(value, nn.Module):
+            return own, name
+        place = forward_under_hooks(value)
+        if not is_own_method(value, place[0][place[1]]):  # accelerate leaves that when it removes a hook
+            return place
     if isinstance(value, nn.Module):
         for part in ("_parameters", "_buffers", "_modules"):
             if name in own.get(part, ()):  # type: ignore[union-attr]

@@ -26,6 +26,7 @@ from dicompile.capture.stored import from_bytes, stored_under, to_bytes
 from dicompile.latest import Latest
 from dicompile.ops.collectives import groups_of
 from dicompile.ops.registry import registered
+from dicompile.parked import brought
 from dicompile.store import Store, Unwritable
 
 log = logging.getLogger("dicompile")
@@ -50,7 +51,7 @@ class Known:
 
     def was_read(self, inputs: Sequence[Any]) -> bool:
         """True if the inputs that Python read have the values that it read."""
-        return all(is_equal(value, inputs[i]) for i, value in self.read.items())
+        return all(is_equal(value, brought(inputs[i])) for i, value in self.read.items())
 
 
 class Captures:

@@ -27,6 +27,7 @@ from dicompile.config import DebugFolder, Settings
 from dicompile.errors import InvalidTrainingData, NoSitesFound
 from dicompile.lower import NO_RANKS
 from dicompile.nodes import results_of
+from dicompile.offload import check_whole
 from dicompile.passes import (
     PASSES,
     InputRef,
@@ -138,8 +139,10 @@ def learnable(
 
     Raises:
         CannotCapture: the model does not fit into one graph.
+        UnsupportedModel: its weights are brought part by part.
         NoSitesFound: there is nothing to blend.
     """
+    check_whole(module, "training")
     arguments = Arguments.of((), inputs)
     captured = capture_by_dynamo(module, arguments)
     capture = normalised(module, captured, values_of(module, captured, arguments))

@@ -20,6 +20,7 @@ from dicompile.analysis import ModelStructure
 from dicompile.capture import Capture, Role
 from dicompile.config import DebugFolder, Settings
 from dicompile.lower.inductor import Backend, Code
+from dicompile.parked import brought
 from dicompile.passes import DOWN, PASSES, UP, Segment, Value, adaptable, outline_until, rewrite
 from dicompile.plan import Predictor, check_adapters, check_parameters, first_span
 
@@ -108,7 +109,7 @@ def network_predictor(
 
     def predict(inputs: Sequence[Any], step: int) -> Tensor:
         del step
-        (stream,) = function(*[own.get(name, inputs[i]) for i, name in first.arguments])
+        (stream,) = function(*[own[name] if name in own else brought(inputs[i]) for i, name in first.arguments])
         return importance_of(stream, weight, bias)
 
     return predict, function

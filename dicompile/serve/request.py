@@ -153,6 +153,11 @@ class Request:
             raise self._cannot(
                 "it exchanges values with other ranks", "ranks would batch other requests", "no enable_parallelism"
             )
+        if found[0].pins.homes:
+            raise self._cannot(
+                "its weights are brought part by part", "every request would bring its own",
+                "keep the model on its device: no sequential or group offloading",
+            )  # fmt: skip
         reads = found[0].captured.reads
         if reads and max(self._batcher.turns.sizes) > 1:
             raise self._cannot("its code reads values of its inputs", f"{reads}", "Batcher(..., sizes=(1,))")

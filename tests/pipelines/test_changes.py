@@ -13,10 +13,9 @@ import pytest
 import torch
 from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
 from diffusers import DiTTransformer2DModel, FlowMatchEulerDiscreteScheduler, FluxImg2ImgPipeline, FluxPipeline
-from diffusers.hooks import apply_group_offloading
 
 import dicompile
-from dicompile.errors import AlreadyOptimized, CallOutsideSchedule, InvalidSchedule, NotOptimized, UnsupportedModel
+from dicompile.errors import AlreadyOptimized, CallOutsideSchedule, InvalidSchedule, NotOptimized
 from dicompile.wrapper import record_of
 from tests.models import pixart
 from tests.pipelines import pipes
@@ -270,7 +269,7 @@ def test_a_loaded_adapter_is_cached_like_any_model() -> None:
     assert torch.equal(sampler(6), adapted)
 
 
-# Offloading.
+# Offloading of whole models; of parts in test_offload.py.
 
 
 class Recorder(ModelHook):
@@ -329,49 +328,6 @@ def test_whole_models_may_be_offloaded(first: str) -> None:
     assert torch.equal(sampler(STEPS), wanted)
     hook.offload()
     assert torch.equal(sampler(STEPS), wanted)
-
-
-@pytest.mark.parametrize("first", ["optimize", "offload"])
-def test_weights_that_come_part_by_part_are_refused(first: str) -> None:
-    sampler = pipes.flux()
-    if first == "optimize":
-        optimized(sampler, "none")
-    accelerate.cpu_offload(sampler.pipe.transformer, "cpu")
-    with pytest.raises(UnsupportedModel, match="are not there for a whole call"):
-        if first == "optimize":
-            sampler(STEPS)
-        else:
-            optimized(sampler, "none")
-
-
-GROUPS: dict[str, dict[str, Any]] = {
-    "blocks": {"offload_type": "block_level", "num_blocks_per_group": 1},
-    "leaves": {"offload_type": "leaf_level"},
-}
-
-
-@pytest.mark.parametrize("groups", GROUPS)
-@pytest.mark.parametrize("when", ["before optimize", "after optimize", "after a run"])
-def test_weights_that_come_group_by_group_are_refused(when: str, groups: str) -> None:
-    sampler = pipes.flux()
-    if when != "before optimize":
-        optimized(sampler, "none")
-    if when == "after a run":
-        sampler(1)
-    sampler.pipe.enable_group_offload("cpu", "cpu", **GROUPS[groups])
-    part = "transformer_blocks.0" if groups == "blocks" else "time_text_embed.timestep_embedder.linear_1"
-    with pytest.raises(UnsupportedModel, match=f"group offloading loads the weights of {part} when it runs"):
-        sampler(1) if when != "before optimize" else optimized(sampler, "none")
-
-
-def test_a_group_of_the_whole_model_is_loaded_around_its_calls() -> None:
-    sampler = pipes.flux()
-    original, wanted = sampler.pipe.transformer, sampler(1)
-    optimized(sampler, "none")
-    apply_group_offloading(sampler.pipe.transformer, "cpu", "cpu", **GROUPS["blocks"])
-    assert torch.equal(sampler(1), wanted)
-    assert dicompile.restore(sampler.pipe).transformer is original
-    assert "forward" not in vars(original)
 
 
 # Weights in another dtype than they compute in.

@@ -86,6 +86,14 @@ def offload_whole(pipe: Any) -> None:
     accelerate.cpu_offload_with_hook(pipe.transformer, "cpu")
 
 
+def offload_groups(pipe: Any) -> None:
+    pipe.enable_group_offload("cpu", "cpu", offload_type="leaf_level")
+
+
+def offload_parts(pipe: Any) -> None:
+    accelerate.cpu_offload(pipe.transformer, "cpu")
+
+
 CHANGES: dict[str, Callable[[Any], Any]] = {
     "pipe.transformer = torch.compile(...)": compile_component,
     "pipe.transformer.compile()": lambda pipe: pipe.transformer.compile(backend="eager"),
@@ -97,13 +105,16 @@ CHANGES: dict[str, Callable[[Any], Any]] = {
     "IP-adapter": add_ip_adapter,
     "cast layer by layer": cast_layers,
     "offload": offload_whole,
+    "offload groups": offload_groups,
+    "offload parts": offload_parts,
     "float64": lambda pipe: pipe.transformer.to(torch.float64).to(torch.float32),
     "fuse projections": lambda pipe: pipe.transformer.fuse_qkv_projections(),
     "attention backend": lambda pipe: pipe.transformer.set_attention_backend("_native_math"),
 }
 PAIRED = [
     name for name in CHANGES
-    if name not in ("fuse an adapter", "unload an adapter", "offload", "float64", "attention backend")
+    if "offload" not in name
+    and name not in ("fuse an adapter", "unload an adapter", "float64", "attention backend")
 ]  # fmt: skip
 # What other tests of this folder do not do, and what costs little.
 OFTEN = ("pipe.transformer = torch.compile(...)", "pipe.transformer.compile()", "compile_repeated_blocks", "quantise")

@@ -223,9 +223,9 @@ class Watch:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.runs, self.doubts, own = 0, 0, execute.run_calls
 
-        def run_calls(*arguments: Any) -> None:
+        def run_calls(*arguments: Any, **options: Any) -> None:
             self.runs += 1
-            own(*arguments)
+            own(*arguments, **options)
 
         class Counted(invariants.Doubt):
             def __init__(watched, *arguments: Any) -> None:  # noqa: N805 - self is the watch
