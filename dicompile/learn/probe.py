@@ -32,6 +32,8 @@ FEWEST_STEPS = 3
 """The first step and the last two cannot be probed: one repeats nothing, what the others do is known."""
 SIZE = 0.05
 """Error of the model's output at the step that is wrong, relative to it: about that of a good forecast."""
+COARSE = 0.2
+"""The same where the output has 16 bits, in which a latent is rounded by more than a small error moves it."""
 SAME = 0.1
 """How far runs may differ before the step that is wrong, relative to what that one changes."""
 
@@ -204,10 +206,11 @@ class Prober:
 
 
 def nudged(output: Tensor, before: Tensor) -> Tensor:
-    """An output that is wrong by `SIZE`, towards what it was at the step before; every sample by itself."""
+    """An output that is wrong by `SIZE` or `COARSE`, towards what it was at the step before; each sample by itself."""
     towards = (before.float() - output.float()).reshape(len(output), -1)
     size = output.float().reshape(len(output), -1).norm(dim=1, keepdim=True)
-    scale = SIZE * size / towards.norm(dim=1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
+    share = COARSE if output.element_size() < torch.float32.itemsize else SIZE
+    scale = share * size / towards.norm(dim=1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
     wrong: Tensor = output.float() + (scale * towards).reshape(output.shape)
     return wrong.to(output.dtype)
 

@@ -81,7 +81,9 @@ def test_an_output_is_wrong_by_a_share_of_its_size_whatever_it_is_stored_in() ->
     sizes = moved.flatten(1).norm(dim=1) / output.flatten(1).norm(dim=1)
     assert sizes.tolist() == pytest.approx([0.05, 0.05, 0.0], rel=1e-3)
     assert torch.nn.functional.cosine_similarity(moved[0].flatten(), (before - output)[0].flatten(), dim=0) > 0.999
-    assert nudged(output.bfloat16(), before.bfloat16()).dtype is torch.bfloat16
+    rough = nudged(output.bfloat16(), before.bfloat16())
+    assert rough.dtype is torch.bfloat16
+    assert float((rough - output.bfloat16())[0].norm() / output[0].norm()) == pytest.approx(0.2, rel=0.02)
 
 
 def test_a_pipeline_of_two_denoisers_is_probed_as_one_and_left_as_it_was(
