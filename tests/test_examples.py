@@ -61,8 +61,8 @@ def test_every_script_is_run_here() -> None:
     assert sorted(path.name for path in FOLDER.glob("*.py")) == sorted(EXAMPLES)
 
 
-NIGHTLY = ("fit_demo_forecast.py", "measure_auto.py", "measure_denoisers.py", "measure_time.py", "offload.py", "overhead.py",
-           "train_demo_classifier.py", "train_demo_model.py", "train_demo_predictor.py",
+NIGHTLY = ("fit_demo_forecast.py", "measure_auto.py", "measure_denoisers.py", "measure_time.py", "offload.py",
+           "overhead.py", "train_demo_classifier.py", "train_demo_model.py", "train_demo_predictor.py",
            "train_demo_router.py")  # fmt: skip
 """Minutes of compiling, training or comparing, of which tests/learn, cli, bench and pipelines test the parts."""
 
