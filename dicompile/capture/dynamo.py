@@ -38,6 +38,7 @@ from dicompile.compat import (
     noting_writes,
 )
 from dicompile.errors import CannotCapture
+from dicompile.parked import is_own_method
 
 _CONTAINERS = ("DICT_KEYS_MATCH", "SEQUENCE_LENGTH", "DICT_CONTAINS", "DICT_NOT_CONTAINS", "SET_CONTAINS",
                "SET_NOT_CONTAINS", "MAPPING_KEYS_CHECK", "DICT_VERSION")  # fmt: skip
@@ -322,8 +323,9 @@ class _Read:
     def _read_methods(self) -> None:
         """Methods that a module was given, whether they were called or not."""
         for path in self.modules:
-            for name, value in vars(self._values[path]).items():
-                if isinstance(value, types.MethodType):
+            module = self._values[path]
+            for name, value in vars(module).items():
+                if isinstance(value, types.MethodType) and not is_own_method(module, value):
                     self.facts[path.attribute(name)] = Fact.of(path.attribute(name), value)
 
     def _follow(self, path: Path) -> Any:
