@@ -13,8 +13,10 @@ from torch import Tensor, nn
 import dicompile
 from dicompile.errors import InvalidRecording, InvalidSetting
 from dicompile.learn.frontier import Frontier
-from dicompile.learn.probe import nudged, probed_steps
+from dicompile.learn.probe import Prober, nudged, probed_steps
 from dicompile.learn.trace import Growth
+from dicompile.plan import TimestepSchedule
+from dicompile.runtime import Seen
 from dicompile.store import save_tensors
 from tests.models import plain_dit, timesteps
 from tests.pipelines import pipes
@@ -84,6 +86,20 @@ def test_an_output_is_wrong_by_a_share_of_its_size_whatever_it_is_stored_in() ->
     rough = nudged(output.bfloat16(), before.bfloat16())
     assert rough.dtype is torch.bfloat16
     assert float((rough - output.bfloat16())[0].norm() / output[0].norm()) == pytest.approx(0.2, rel=0.02)
+
+
+def test_samples_that_become_others_count_no_more_than_the_rest() -> None:
+    prober, schedule = Prober(6, (), (2,)), TimestepSchedule(6)
+    for wrong in (None, 2):
+        prober.begin(wrong)
+        for step in range(6):
+            latent = torch.ones(2, 4)
+            if wrong is not None and step > wrong:
+                latent[:, 0] += torch.tensor([0.01, 1.0]) if step == 5 else 0.01
+            prober.ended(Seen(0, "", step, schedule, latent), [torch.randn(2, 4)], dict)
+        prober.end()
+    assert [each.step for each in prober.found] == [2]
+    assert prober.found[0].factor == pytest.approx(10.0, rel=1e-3), "once and a hundred times"
 
 
 def test_a_pipeline_of_two_denoisers_is_probed_as_one_and_left_as_it_was(
