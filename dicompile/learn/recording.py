@@ -203,7 +203,7 @@ class Recording:
                 shown = [list(trace.gram.shape) for trace in wrong]
                 served = ", ".join(map(str, facts.stints))
                 raise ValueError(f"format {facts.version}, {facts.steps} steps ({served}), matrices of shape {shown}")
-            growth = _growth(tensors.get("growth", torch.empty(0, 2)), facts.steps)
+            growth = _growth(tensors.get("growth", torch.empty(0, 2, dtype=torch.float64)), facts.steps)
         except (OSError, KeyError, ValueError) as error:  # ours among them
             raise InvalidRecording(
                 f"{Path(path).name} is not a recording",
@@ -262,10 +262,12 @@ def _growth(rows: Tensor, steps: int) -> list[Growth]:
     Raises:
         ValueError: it is something else.
     """
-    found = [Growth(int(step), factor) for step, factor in rows.tolist()]
-    if any(not (0 <= each.step < steps and 0 < each.factor < float("inf")) for each in found):
-        raise ValueError(f"probes {found}")
-    return found
+    if rows.dtype != torch.float64 or rows.ndim != 2 or rows.shape[1] != 2:
+        raise ValueError(f"probes of {rows.dtype} and shape {list(rows.shape)}")
+    pairs = rows.tolist()
+    if any(step not in range(steps) or not 0 < factor < float("inf") for step, factor in pairs):
+        raise ValueError(f"probes {pairs}")
+    return [Growth(int(step), factor) for step, factor in pairs]
 
 
 class Goal:

@@ -31,7 +31,7 @@ from dicompile.errors import (
 from dicompile.learn.checkpoint import load_checkpoint
 from dicompile.learn.latents import Latents
 from dicompile.learn.recording import Recording
-from dicompile.learn.trace import Facts, Trace
+from dicompile.learn.trace import Facts, Growth, Trace
 from dicompile.plan import Policy, Predictor, TimedKind, Timing, TimingFacts, load_predictor
 from dicompile.plan.predictor import PredictorFacts
 from dicompile.policies import LearningToCache, get_policy, load_router, save_router, schedule_to_json
@@ -78,7 +78,8 @@ def recording() -> Recording:
         site_bytes=4, stack_bytes=4,
     )  # fmt: skip
     values, levels = len(facts.values), len(facts.levels)
-    return Recording(facts, [Trace(0, "a", torch.eye(3).repeat(values, 1, 1), torch.zeros(levels, 3))])
+    trace = Trace(0, "a", torch.eye(3).repeat(values, 1, 1), torch.zeros(levels, 3))
+    return Recording(facts, [trace], [Growth(1, 2.0)])
 
 
 def timing() -> Timing:

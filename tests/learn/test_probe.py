@@ -151,12 +151,21 @@ def test_what_was_probed_is_in_the_file_and_adds_up(recording: dicompile.Recordi
     assert dicompile.Recording.load(tmp_path / "plain.safetensors").growth == ()
 
 
-@pytest.mark.parametrize("row", [[2.0, -1.0], [2.0, math.inf], [float(STEPS), 1.0], [math.nan, 1.0]])
-def test_probes_that_cannot_be_are_refused(recording: dicompile.Recording, tmp_path: Path, row: list[float]) -> None:
+@pytest.mark.parametrize(
+    "growth",
+    [
+        *(torch.tensor([row], dtype=torch.float64) for row in (
+            [2.0, -1.0], [2.0, math.inf], [float(STEPS), 1.0], [math.nan, 1.0], [math.inf, 1.0], [2.5, 1.0], [2.0],
+        )),
+        torch.ones(4, dtype=torch.float64),
+        torch.ones(1, 2, dtype=torch.complex64),
+    ],
+    ids=lambda growth: str(growth.tolist()),
+)  # fmt: skip
+def test_probes_that_cannot_be_are_refused(recording: dicompile.Recording, tmp_path: Path, growth: Tensor) -> None:
     file = tmp_path / "r.safetensors"
     trace = recording.traces[0]
     tensors = {f"gram/0/{trace.context}": trace.gram, f"reused/0/{trace.context}": trace.reused}
-    growth = torch.tensor([row], dtype=torch.float64)
     save_tensors(file, tensors | {"growth": growth}, {"dicompile.recording": recording.facts.to_json()})
     with pytest.raises(InvalidRecording, match="is not a recording"):
         dicompile.Recording.load(file)
