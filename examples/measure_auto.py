@@ -9,7 +9,6 @@ recording that ``auto`` gets; what they choose is measured as published, and wit
 from __future__ import annotations
 
 import argparse
-import statistics
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -125,7 +124,7 @@ def main() -> None:
             dicompile.restore(fast)
             psnr, error = metrics.psnr(pictures, uncached), metrics.relative_error(pictures, uncached)
             expected = "" if contestant.expected is None else f"{contestant.expected:.4f}"
-            mean = statistics.mean(map(metrics.psnr, pictures, uncached))
+            mean = metrics.mean_psnr(pictures, uncached)
             cells = contestant.name, f"{compute:.3f}", f"{psnr:.1f}", f"{mean:.1f}", f"{error:.4f}", expected
             print(f"| {' | '.join(cells)} |", flush=True)
 

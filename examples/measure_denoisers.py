@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import statistics
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -135,7 +134,7 @@ def main() -> None:
             compute = sum(share(getattr(pair, name)) for name in frontier.facts.components) / steps
             dicompile.restore(pair)
             psnr, error = metrics.psnr(pictures, uncached), metrics.relative_error(pictures, uncached)
-            mean = statistics.mean(map(metrics.psnr, pictures, uncached))
+            mean = metrics.mean_psnr(pictures, uncached)
             expected = "" if contestant.point is None else f"{contestant.point.error:.4f}"
             cells = contestant.name, f"{compute:.3f}", f"{psnr:.1f}", f"{mean:.1f}", f"{error:.4f}", expected
             print(f"| {' | '.join(cells)} |", flush=True)

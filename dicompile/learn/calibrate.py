@@ -25,7 +25,7 @@ from dicompile.errors import InvalidRecording, UnsupportedModel
 from dicompile.learn.recording import Recording
 from dicompile.learn.sketch import Sketcher, gram_of
 from dicompile.learn.trace import Facts, Part, Trace
-from dicompile.learn.watch import followed, watch
+from dicompile.learn.watch import followed, output_of, watch
 from dicompile.model import ModelCalls
 from dicompile.plan import Slot, Stint, reusing_plan
 from dicompile.runtime import Seen
@@ -138,12 +138,12 @@ class Recorder:
     ) -> None:
         """Take the sketches of output and latent; after the last step the context becomes a trace."""
         values = self._values(name, call)
-        output = _first(results)
+        output = output_of(results)
         values[_OUTPUT] = self._sketch(output)
         values[_LATENT] = self._sketch(output if call.latent is None else call.latent)
         reused = self._open[name, call.generation, call.context].reused
         for kind, outputs in tried().items():
-            wrong = (_first(outputs) - output).float().norm() / output.float().norm()
+            wrong = (output_of(outputs) - output).float().norm() / output.float().norm()
             reused.setdefault(kind, {})[call.step] = float(wrong)
         if call.step + 1 == call.schedule.steps:
             self._close(name, call)
@@ -253,11 +253,6 @@ class Recorder:
             latent=() if call.latent is None else tuple(call.latent.shape),
             parts=tuple(Part(**costs[s.component], stint=s) for s in stints) if len(self._names) > 1 else (),
         )
-
-
-def _first(results: Sequence[Any]) -> Tensor:
-    """The model's output."""
-    return next(result for result in results if isinstance(result, Tensor))
 
 
 _OUTPUT, _LATENT = -1, -2

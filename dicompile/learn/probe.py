@@ -20,7 +20,7 @@ from torch import Tensor
 from dicompile.errors import InvalidRecording, InvalidSetting
 from dicompile.learn.recording import Recording
 from dicompile.learn.trace import Growth
-from dicompile.learn.watch import followed, watch
+from dicompile.learn.watch import followed, output_of, watch
 from dicompile.model import ModelCalls
 from dicompile.plan import Slot
 from dicompile.progress import tracked
@@ -143,7 +143,7 @@ class Prober:
     ) -> Sequence[Any] | None:
         """Keep the latent of the call, and make the model's output wrong if it is time."""
         self._check_schedule(call)
-        output = next(result for result in results if isinstance(result, Tensor))
+        output = output_of(results)
         number, before = self._outputs.get(call.context, (-1, output))
         if call.step <= number:
             raise _not_once("it samples more than once")

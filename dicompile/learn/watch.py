@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any, Protocol, TypeVar
 
-from torch import nn
+from torch import Tensor, nn
 
 from dicompile.api import denoising_in, optimize, restore
 from dicompile.errors import NotOptimized, UnsupportedModel
@@ -95,6 +95,11 @@ def one_followed(model: Any, components: Sequence[str] | None, backend: str) -> 
     """
     with followed(model, components, backend) as found:
         yield _single(model, list(found.values()), fix='components=["transformer"]')
+
+
+def output_of(results: Sequence[Any]) -> Tensor:
+    """What a model returns first of tensors: its prediction."""
+    return next(result for result in results if isinstance(result, Tensor))
 
 
 def denoiser_of(model: Any) -> nn.Module:

@@ -37,6 +37,12 @@ def test_psnr_of_equal_pictures_is_infinite() -> None:
     assert metrics.psnr(PICTURES, PICTURES) == math.inf
 
 
+def test_the_mean_over_pictures_takes_each_by_itself() -> None:
+    pictures = PICTURES + torch.tensor([0.2, 0.02])[:, None, None, None]
+    assert metrics.mean_psnr(pictures, PICTURES) == pytest.approx(30.0, abs=1e-4)
+    assert metrics.psnr(pictures, PICTURES) == pytest.approx(22.97, abs=0.01)
+
+
 def test_psnr_pools_the_error_of_the_batch() -> None:
     half = PICTURES.clone()
     half[0] += 0.2
