@@ -34,11 +34,14 @@ class Narrow:
         count: their number `k`.
         samples: `b`.
         tokens: number of all tokens.
+        alone: True if rows that were joined with the tokens, which lie around them then, are left out.
     """
 
-    def __init__(self, editor: Editor, chosen: fx.Node, count: fx.Node, samples: int, tokens: int) -> None:
+    def __init__(
+        self, editor: Editor, chosen: fx.Node, count: fx.Node, samples: int, tokens: int, *, alone: bool = False
+    ) -> None:
         self.editor, self.chosen, self.count = editor, chosen, count
-        self.samples, self.tokens = samples, tokens
+        self.samples, self.tokens, self.alone = samples, tokens, alone
         self._sizes: dict[tuple[int, int], fx.Node] = {}
         self._indices: dict[tuple[int, int], fx.Node] = {}
 
@@ -60,17 +63,25 @@ class Narrow:
     def _axis(self, parts: Sequence[Part], layout: Layout) -> int | fx.Node:
         lead = layout.of_tokens[0]
         fixed = math.prod(part.size for part in parts if part.of is not Of.TOKENS)
-        return self.size(fixed, lead.before + lead.after) if lead in parts else fixed
+        return self.size(fixed, self._around(lead)) if lead in parts else fixed
+
+    def _around(self, part: Part) -> int:
+        """Rows around the chosen tokens."""
+        return 0 if self.alone else part.before + part.after
 
     def index(self, before: int, after: int) -> fx.Node:
-        """Rows to take of an axis with other rows around the tokens; int64, [b, before + k + after]."""
+        """Rows to take of an axis with other rows around the tokens; int64, [b, before + k + after], or [b, k]."""
+        if self.alone:
+            after = 0
         if not before and not after:
             return self.chosen
         if (before, after) not in self._indices:
-            first = [self._others(0, before)] if before else []
-            last = [self._others(before + self.tokens, after)] if after else []
             moved = self.call(aten.add.Tensor, self.chosen, before) if before else self.chosen
-            self._indices[before, after] = self.call(aten.cat.default, [*first, moved, *last], 1)
+            if not self.alone:
+                first = [self._others(0, before)] if before else []
+                last = [self._others(before + self.tokens, after)] if after else []
+                moved = self.call(aten.cat.default, [*first, moved, *last], 1)
+            self._indices[before, after] = moved
         return self._indices[before, after]
 
     def _others(self, first: int, size: int) -> fx.Node:
@@ -111,7 +122,7 @@ class Narrow:
     def rows(self, like: fx.Node, axis: int = 1, samples: int = 0, part: Part | None = None) -> fx.Node:
         """Indices expanded to gather or scatter whole rows of `like`; int64, its shape with chosen tokens."""
         part = part or Part(self.tokens, Of.TOKENS, 1)
-        size = self.size(plus=part.before + part.after)
+        size = self.size(plus=self._around(part))
         shape: list[Any] = list(tensor_of(like).shape)
         view: list[Any] = [1] * len(shape)
         shape[samples] = view[samples] = self.samples

@@ -112,8 +112,7 @@ class _SiteRefresh:
         with editor.before(min(users, key=list(self.segment.graph.nodes).index)):
             selection = self.select()
             self.rows = Rows.of(editor, selection.places, self.count)
-            narrow = Narrow(editor, selection.chosen, self.count, self.batch, self.tokens)
-            copies = self.branch_on(narrow)
+            copies = self.branch_on(selection.chosen)
             value = recalled(editor, self.position, self.step, core)
             assert value is not None
             refreshed = self.rows.put(editor, copies[core], value)
@@ -214,10 +213,16 @@ class _SiteRefresh:
         self.segment.scores[self.position] = self.rows.put(self.editor, fresh, old)
         return self.segment.scores[self.position]
 
-    def branch_on(self, narrow: Narrow) -> dict[fx.Node, fx.Node]:
-        """Copy the branch for the chosen tokens; maps every node that carries tokens to its copy."""
+    def branch_on(self, chosen: fx.Node) -> dict[fx.Node, fx.Node]:
+        """Copy the branch for the chosen tokens; maps every node that carries tokens to its copy.
+
+        Rows that were joined with the tokens, as text with a picture, are left out: another site computes them. They
+        stay as keys and values beside those of the chosen tokens.
+        """
         flow, stream = Dataflow(self.segment.graph), self.site.stream
         found = self.carried(list(flow.members(flow.between(stream, self.fresh))))
+        kept = self.mixing is Mixing.QUERIES and self.step.context is Context.KEPT
+        narrow = Narrow(self.editor, chosen, self.count, self.batch, self.tokens, alone=not kept)
         copies = {stream: narrow.gather(stream, found.pop(stream).layout)}
         for node, carried in found.items():
             if is_attention(node) and self.mixing is Mixing.STORED:

@@ -69,6 +69,9 @@ def _narrow_taken(node: fx.Node, args: Sequence[Any], layout: Layout, chosen: Ch
     taken = taken_rows(node)
     if taken is None or not layout.counts(taken[0]):
         return chosen.call(node.target, *args, **node.kwargs)
+    if chosen.alone:
+        tokens: fx.Node = args[0]
+        return tokens
     axis, first, last = taken
     return chosen.call(aten.slice.Tensor, args[0], axis, first, chosen.size(plus=last - chosen.tokens))
 
@@ -133,6 +136,15 @@ def _between_others(
     return layout.with_axis(dim, (around,))
 
 
+def _narrow_cat(node: fx.Node, args: Sequence[Any], layout: Layout, chosen: ChosenTokens) -> fx.Node:
+    """Rows that are joined with the tokens stay where they are, or are left out."""
+    if not (chosen.alone and layout.counts(int_argument(node, 1, 0) % tensor_of(node).ndim)):
+        return chosen.call(node.target, *args, **node.kwargs)
+    pairs = zip(list_argument(node, 0), args[0], strict=True)
+    tokens: fx.Node = next(part for original, part in pairs if part is not original)
+    return tokens
+
+
 def _stack(node: fx.Node, layouts: Layouts) -> Carried:
     rank = tensor_of(node).ndim
     dim = int_argument(node, 1, 0) % rank
@@ -165,15 +177,19 @@ def _write_between_others(node: fx.Node, layouts: Layouts, dim: int) -> Carried:
     into, rows = node_argument(node, 0), node_argument(node, 1)
     (part,) = layouts[into].axes[dim]
     first, last = _written_rows(node)
-    beside = last <= part.before or first >= part.size - part.after
     if rows in layouts:
         around = replace(part, size=last - first, before=part.before - first, after=last - part.size + part.after)
         fits = min(around.before, around.after) >= 0 and layouts[rows] == layouts[into].with_axis(dim, (around,))
     else:
-        fits = beside
+        fits = _lies_beside(part, first, last)
     if not fits or (len(node.args) > 5 and node.args[5] != 1):
         raise MixesTokens(node, "writes to some of the tokens")
     return Carried(layouts[into])
+
+
+def _lies_beside(part: Part, first: int, last: int) -> bool:
+    """True for rows none of which is a token."""
+    return last <= part.before or first >= part.size - part.after
 
 
 def _written_rows(node: fx.Node) -> tuple[int, int]:
@@ -190,6 +206,9 @@ def _narrow_written(node: fx.Node, args: Sequence[Any], layout: Layout, chosen: 
     if not layout.counts(axis):
         return chosen.call(node.target, *args, **node.kwargs)
     (part,) = layout.axes[axis]
+    if chosen.alone:
+        tokens: fx.Node = args[0 if _lies_beside(part, *_written_rows(node)) else 1]
+        return tokens
     bounds = [row if row <= part.before else chosen.size(plus=row - chosen.tokens) for row in _written_rows(node)]
     return chosen.call(node.target, *args[:2], axis, *bounds, **node.kwargs)
 
@@ -200,7 +219,7 @@ OPERATORS: Mapping[object, Operator] = {
     aten.slice.Tensor: Operator(_slice, _narrow_taken),
     aten.select.int: Operator(_select),
     aten.unbind.int: Operator(_unbind),
-    aten.cat.default: Operator(_cat),
+    aten.cat.default: Operator(_cat, _narrow_cat),
     aten.stack.default: Operator(_stack),
     aten.slice_scatter.default: Operator(_write_rows, _narrow_written),
     aten.select_scatter.default: Operator(_write_rows),

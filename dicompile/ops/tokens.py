@@ -41,9 +41,15 @@ Layouts = Mapping[fx.Node, Layout]
 
 
 class ChosenTokens(Protocol):
-    """Chosen tokens in the place of all: makes calls, and sizes that their arguments need."""
+    """Chosen tokens in the place of all: makes calls, and sizes that their arguments need.
+
+    Attributes:
+        tokens: number of all tokens.
+        alone: True if rows that were joined with the tokens are left out: on the axis of tokens nothing else lies then.
+    """
 
     tokens: int
+    alone: bool
 
     def call(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
         """Call an operator on nodes and constants."""
