@@ -7,6 +7,7 @@ import functools
 import importlib
 import itertools
 import re
+import unittest.mock
 from collections.abc import Callable
 from typing import Any
 
@@ -54,6 +55,15 @@ def torchao(config: str, **options: Any) -> Callable[[nn.Module], nn.Module]:
     return with_blocks
 
 
+def float8_dynamic(model: nn.Module) -> nn.Module:
+    """Activations are rounded, too; torchao asks for a GPU that multiplies such numbers, though a CPU does so, slowly."""
+    api = pytest.importorskip("torchao.quantization.quant_api")
+    with unittest.mock.patch.object(api, "_check_hardware_support", lambda granularity: None):
+        made = torchao("Float8DynamicActivationFloat8WeightConfig")(model)
+    assert all(layer.weight.act_quant_kwargs is not None for layer in blocks_of(made).values())
+    return made
+
+
 def quanto(weights: str) -> Callable[[nn.Module], nn.Module]:
     def quantise(model: nn.Module) -> nn.Module:
         library = pytest.importorskip("optimum.quanto", reason="optimum-quanto is not installed")
@@ -95,7 +105,10 @@ def bitsandbytes(model: nn.Module) -> nn.Module:
 QUANTISED: dict[str, Callable[[nn.Module], nn.Module]] = {
     "torchao int8": torchao("Int8WeightOnlyConfig"),
     "torchao int8 dynamic": torchao("Int8DynamicActivationInt8WeightConfig"),
+    "torchao int4": torchao("IntxWeightOnlyConfig", weight_dtype=torch.int4),
+    "torchao int8 dynamic, int4": torchao("Int8DynamicActivationIntxWeightConfig", weight_dtype=torch.int4),
     "torchao float8": torchao("Float8WeightOnlyConfig"),
+    "torchao float8 dynamic": float8_dynamic,
     "quanto int8": quanto("qint8"),
     "quanto float8": quanto("qfloat8"),
     "quanto int4": quanto("qint4"),
@@ -161,6 +174,9 @@ def plan_text(model: Any) -> str:
 SCORED = 0.02
 """Difference of a full step in bfloat16 whose attention scores tokens, relative to the largest output."""
 
+CLOSE = {"torchao float8 dynamic": 0.02}
+"""Distance of compiled code, relative to the output, where it is more than 0.01; that of torch.compile is 0.04 to 0.08."""
+
 FEW = ("torchao int8 dynamic", "gguf")
 CASES = [
     pytest.param(name, kind, marks=() if (name, kind) in itertools.product(["flux"], FEW) else pytest.mark.nightly)
@@ -217,16 +233,16 @@ def test_compiled_code_computes_what_the_library_does(batches: tuple[int, ...]) 
 
 
 @pytest.mark.nightly
-@pytest.mark.parametrize("kind", ["torchao int8 dynamic", "torchao float8", "quanto int8", "quanto float8"])
-def test_compiled_code_is_within_a_hundredth_of_the_library(kind: str) -> None:
-    """Activations that are rounded to integers may round the other way where products are fused."""
+@pytest.mark.parametrize("kind", [name for name in QUANTISED if name not in ("torchao int8", "quanto int4", "gguf")])
+def test_compiled_code_is_close_to_the_library(kind: str) -> None:
+    """Activations that are rounded may round the other way where products are fused."""
     sample = in_half("flux", 1)
     model = QUANTISED[kind](sample.model)
     compiled = optimized(model, FORA, backend="inductor")
     wanted, got = run(model, sample.inputs), run(compiled, sample.inputs)
     for step, eager, result in zip(dicompile.plan_of(compiled).steps, wanted, got, strict=True):
         if step.kind == "full":
-            assert (result - eager).norm() < 0.01 * eager.norm()
+            assert (result - eager).norm() < CLOSE.get(kind, 0.01) * eager.norm()
 
 
 def test_weights_that_are_quantised_anew_are_seen() -> None:
