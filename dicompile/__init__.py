@@ -35,6 +35,7 @@ from dicompile.plan import Forecast as Forecast
 from dicompile.plan import Gate as Gate
 from dicompile.plan import Plan as Plan
 from dicompile.plan import Policy as Policy
+from dicompile.plan import Propagate as Propagate
 from dicompile.plan import Refresh as Refresh
 from dicompile.plan import Reuse as Reuse
 from dicompile.plan import Rule as Rule
@@ -48,6 +49,7 @@ from dicompile.plan import Velocity as Velocity
 from dicompile.policies import FORA as FORA
 from dicompile.policies import L2P as L2P
 from dicompile.policies import PAB as PAB
+from dicompile.policies import ClusCa as ClusCa
 from dicompile.policies import DBCache as DBCache
 from dicompile.policies import DiCache as DiCache
 from dicompile.policies import DuCa as DuCa

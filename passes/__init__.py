@@ -7,6 +7,7 @@ from dicompile.passes.adapt_linears import DOWN, UP, adaptable, parameters_of, w
 from dicompile.passes.base import (
     Chosen,
     InputRef,
+    Labels,
     LocalStep,
     Noise,
     OutputRef,
@@ -22,6 +23,7 @@ from dicompile.passes.base import (
     Value,
     Weights,
 )
+from dicompile.passes.cluster_tokens import ClusterTokens
 from dicompile.passes.drop_dead import DropDead
 from dicompile.passes.keep_layout import KeepLayout
 from dicompile.passes.narrow_linear import NarrowLinear
@@ -29,6 +31,7 @@ from dicompile.passes.narrow_slots import NarrowSlots
 from dicompile.passes.open_spans import OpenSpans
 from dicompile.passes.outline import Outline, boundary, outline, outline_until
 from dicompile.passes.pipeline import PassRun, rewrite
+from dicompile.passes.propagate_tokens import PropagateTokens
 from dicompile.passes.refresh_tokens import RefreshTokens
 from dicompile.passes.rejoin_parts import RejoinParts
 from dicompile.passes.reuse_sites import ReuseSites
@@ -40,8 +43,10 @@ from dicompile.passes.use_flash_attention import UseFlashAttention
 
 PASSES: tuple[Pass, ...] = (
     ScoreTokens(),  # first: it reads the queries and keys of attention that later passes may cut off
+    ClusterTokens(),  # likewise the stream, before anything takes the place of what it ends with
     OpenSpans(),  # makes the spans that are stored or reused look like sites to the following passes
     RefreshTokens(),  # before anything is removed: it copies whole branches
+    PropagateTokens(),  # likewise
     ReuseSites(),  # cuts branches off their results
     StoreValues(),  # after the cuts, so that it stores what is really computed
     NarrowSlots(),  # once everything is stored and read: casts on both sides, where the plan asks for fewer bits
@@ -65,6 +70,7 @@ __all__ = [
     "UP",
     "Chosen",
     "InputRef",
+    "Labels",
     "LocalStep",
     "Noise",
     "Outline",

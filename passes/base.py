@@ -73,6 +73,16 @@ class Noise:
 
 
 @dataclass(frozen=True, slots=True)
+class Labels:
+    """Number of the cluster of every token, for the site at `position`; int64, [b, n]."""
+
+    position: int
+
+    def __str__(self) -> str:
+        return f"labels[{self.position}]"
+
+
+@dataclass(frozen=True, slots=True)
 class Chosen:
     """Indices of the tokens that the site at `position` refreshed; int64, [b, count]."""
 
@@ -112,7 +122,7 @@ class Weights:
         return f"weights[{self.position}]"
 
 
-InputRef = Value | SlotRef | TokenCount | ReuseClock | Noise | Predicted | Weights | Partner
+InputRef = Value | SlotRef | TokenCount | ReuseClock | Noise | Labels | Predicted | Weights | Partner
 OutputRef = Value | SlotRef | Chosen
 
 
@@ -128,8 +138,9 @@ class LocalStep:
         refresh: how tokens are ranked if only some are computed, else None.
         context: which attention those tokens see.
         writes: kinds of slot to write.
-        produces: score that the site's attention delivers, or None.
-        source: position of the site whose score slot ranks the tokens, or None.
+        produces: score that the site's attention delivers, or the clusters that are found behind the site, or None.
+        goes_on: whether clusters are found from those before them.
+        source: position of the site whose score slot ranks the tokens, or None; clusters are of any site, as `Labels`.
         attention: position of the first site with the same attention, which keeps its output, or None.
         dtype: values are stored in this where they are wider; None stores them as they are.
         low: what is taken of the newest stored value as it is, whatever the weights say.
@@ -143,6 +154,7 @@ class LocalStep:
     context: Context = Context.STORED
     writes: tuple[SlotKind, ...] = ()
     produces: Score | None = None
+    goes_on: bool = False
     source: int | None = None
     attention: int | None = None
     dtype: torch.dtype | None = None
@@ -176,9 +188,10 @@ class LocalStep:
             what=action.what,
             refresh=action.tokens.score if action.tokens else None,
             context=action.tokens.context if action.tokens else Context.STORED,
-            writes=tuple(slot.kind for slot in step.writes if slot.kind.is_made_here),
+            writes=tuple(dict.fromkeys(slot.kind for slot in step.writes if slot.kind.is_made_here)),
             produces=step.score,
-            source=None if step.source is None else positions[step.source],
+            goes_on=any(slot.kind is SlotKind.CENTROID for slot in step.reads),
+            source=None if step.source is None or action.clusters else positions[step.source],
             attention=None if attention is None else positions[attention],
             dtype=dtype,
             low=action.low,

@@ -74,8 +74,8 @@ class RefreshTokens:
         """Rewrite every site whose step refreshes tokens."""
         changed = []
         for position, step in enumerate(segment.steps):
-            if step.refresh is not None:
-                _SiteRefresh(segment, position, step, step.refresh).run()
+            if step.refresh is not None and step.refresh.clusters is None:
+                SiteRefresh(segment, position, step, step.refresh).run()
                 changed.append(f"site {position}: tokens by {step.refresh.base.value}")
         return PassReport(tuple(changed))
 
@@ -94,7 +94,7 @@ class Selection(NamedTuple):
     stamps: fx.Node | None
 
 
-class _SiteRefresh:
+class SiteRefresh:
     """The rewrite of one site."""
 
     def __init__(self, segment: Segment, position: int, step: LocalStep, score: Score) -> None:
@@ -110,24 +110,37 @@ class _SiteRefresh:
         core, editor = self.fresh, self.editor
         users = list(core.users)
         with editor.before(min(users, key=list(self.segment.graph.nodes).index)):
-            selection = self.select()
-            self.rows = Rows.of(editor, selection.places, self.count)
-            copies = self.branch_on(selection.chosen)
-            value = recalled(editor, self.position, self.step, core)
-            assert value is not None
-            refreshed = self.rows.put(editor, copies[core], value)
-            placed = editor.in_layout_of(core, refreshed)
-            raw = self.raw_score_after(copies) if SlotKind.SCORE in self.step.writes else None
+            chosen = self.choose()
+            copies = self.branch_on(chosen)
+            value = self.value(copies[core])
+            placed = editor.in_layout_of(core, value)
+            stored = self.stored(value, copies)
         for user in users:
             user.replace_input_with(core, placed)
         end = self.segment.graph.output_node()
         end.replace_input_with(core, placed)
-        editor.output(Chosen(self.position), selection.chosen)
-        stored = {SlotKind.VALUE: refreshed, SlotKind.STAMP: selection.stamps, SlotKind.SCORE: raw}
-        for kind in self.step.writes:
-            node = stored[kind]
-            assert node is not None
-            editor.output(SlotRef(self.position, kind), node)
+        editor.output(Chosen(self.position), chosen)
+        for slot, node in stored.items():
+            editor.output(slot, node)
+
+    def choose(self) -> fx.Node:
+        """The tokens that are computed; where their rows go is known then."""
+        selection = self.select()
+        self.rows, self.stamps = Rows.of(self.editor, selection.places, self.count), selection.stamps
+        return selection.chosen
+
+    def value(self, rows: fx.Node) -> fx.Node:
+        """The site's value of what was computed of the chosen tokens."""
+        others = recalled(self.editor, self.position, self.step, self.fresh)
+        assert others is not None
+        return self.rows.put(self.editor, rows, others)
+
+    def stored(self, value: fx.Node, copies: dict[fx.Node, fx.Node]) -> dict[SlotRef, fx.Node]:
+        """What leaves the segment for later steps."""
+        raw = self.raw_score_after(copies) if SlotKind.SCORE in self.step.writes else None
+        nodes = {SlotKind.VALUE: value, SlotKind.STAMP: self.stamps, SlotKind.SCORE: raw}
+        slots = {SlotRef(self.position, kind): nodes[kind] for kind in self.step.writes}
+        return {slot: node for slot, node in slots.items() if node is not None}
 
     def select(self) -> Selection:
         """Rank the tokens by everything that counts: in one kernel where there is one, else by sorting."""

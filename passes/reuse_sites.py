@@ -17,6 +17,7 @@ nobody reads any more.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -72,20 +73,27 @@ def _combine(segment: Segment, position: int, step: LocalStep) -> None:
 
 def recalled(editor: Editor, position: int, step: LocalStep, like: fx.Node) -> fx.Node | None:
     """What the stored values contribute to a site: ``w1 * h1 + w2 * h2 + ...``; None if nothing."""
+    result = weighed(editor, position, step, lambda age: stored_value(editor, position, step, age, like))
+    if step.low is not None and result is not None:
+        return _with_low_band(editor, position, step.low, result, stored_value(editor, position, step, 0, like))
+    return result
+
+
+def weighed(editor: Editor, position: int, step: LocalStep, value: Callable[[int], fx.Node]) -> fx.Node | None:
+    """The sum ``w1 * value(0) + w2 * value(1) + ...`` with the weights of a site; None if there are none."""
     result = None
     for age, weight in enumerate(step.weights[1:]):
         if not weight:
             continue
-        term = _stored(editor, position, step, age, like)
+        term = value(age)
         if step.variable:
             term = editor.call(aten.mul.Tensor, term, _weight(editor, position, step, age + 1))
         result = term if result is None else editor.call(aten.add.Tensor, result, term)
-    if step.low is not None and result is not None:
-        return _with_low_band(editor, position, step.low, result, _stored(editor, position, step, 0, like))
     return result
 
 
-def _stored(editor: Editor, position: int, step: LocalStep, age: int, like: fx.Node) -> fx.Node:
+def stored_value(editor: Editor, position: int, step: LocalStep, age: int, like: fx.Node) -> fx.Node:
+    """A value that is stored of a site, from its slot."""
     value = like.meta["val"]
     return editor.tensor_input(SlotRef(position, step.slot, age), tuple(value.shape), value.dtype, like)
 

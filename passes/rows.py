@@ -44,11 +44,18 @@ class Rows:
 
     def put(self, editor: Editor, rows: fx.Node, value: fx.Node) -> fx.Node:
         """A value ([b, n, ...]) with rows ([b, k, ...]) in the place of those of the chosen tokens."""
-        is_chosen, place = self.is_chosen, self.place
+        is_chosen = self.is_chosen
         for axis in range(2, tensor_of(value).ndim):
-            is_chosen, place = (editor.call(aten.unsqueeze.default, node, axis) for node in (is_chosen, place))
-        place = editor.call(aten.expand.default, place, list(tensor_of(value).shape))
-        return editor.call(aten.where.self, is_chosen, editor.call(aten.gather.default, rows, 1, place), value)
+            is_chosen = editor.call(aten.unsqueeze.default, is_chosen, axis)
+        return editor.call(aten.where.self, is_chosen, self.taken(editor, rows, value), value)
+
+    def taken(self, editor: Editor, rows: fx.Node, like: fx.Node) -> fx.Node:
+        """The row at every token's place, whether it is its own or not; like a value ([b, n, ...])."""
+        place = self.place
+        for axis in range(2, tensor_of(like).ndim):
+            place = editor.call(aten.unsqueeze.default, place, axis)
+        place = editor.call(aten.expand.default, place, list(tensor_of(like).shape))
+        return editor.call(aten.gather.default, rows, 1, place)
 
 
 def is_put(node: fx.Node, values: Container[fx.Node]) -> bool:

@@ -55,7 +55,7 @@ class ScoreTokens:
         editor, changed = Editor(segment), []
         received: dict[fx.Node, fx.Node] = {}
         for position, step in enumerate(segment.steps):
-            if step.produces is None:
+            if step.produces is None or step.produces.clusters is not None:
                 continue
             site, base = segment.sites[position], step.produces.base
             attention = site.attention[0]

@@ -148,17 +148,16 @@ def written_at(plan: Plan, index: int, slot: Slot, full: Collection[int] = ()) -
         slot: what it reads.
         full: gated steps before it that computed everything.
     """
-    age, newest = slot.age, Slot.of(slot.site, slot.kind)
+    age = slot.age
     for step in range(index - 1, -1, -1):
         planned = plan.steps[step]
         site = (planned.full if planned.full is not None and step in full else planned).sites[slot.site]
         is_whole = site.action.computes and site.action.tokens is None and slot.kind is SlotKind.VALUE
         is_whole = is_whole and slot.site not in (plan.probe, plan.trace)  # which are computed at every step
-        if not is_whole and newest not in site.writes:
-            continue
-        if age == 0:
+        if Slot.of(slot.site, slot.kind, age) in site.writes or (is_whole and age == 0):
             return step
-        age -= slot.kind in HISTORIC and site.action.tokens is None  # refreshed tokens do not make a value older
+        if is_whole or Slot.of(slot.site, slot.kind) in site.writes:
+            age -= slot.kind in HISTORIC and site.action.tokens is None  # refreshed tokens do not make a value older
     return None
 
 

@@ -25,6 +25,7 @@ from dicompile.passes import (
     DOWN,
     UP,
     Chosen,
+    Labels,
     LocalStep,
     Noise,
     Partner,
@@ -527,6 +528,10 @@ class _Assembly:
         site = piece.sites[ref.position].id
         if isinstance(ref, SlotRef):
             return self._slot(Slot.of(site, ref.kind, ref.age))
+        if isinstance(ref, Labels):
+            source = self.step.sites[site].source
+            assert source is not None
+            return self._slot(Slot.of(SiteId(source), SlotKind.CLUSTER))
         register = self._new()
         if isinstance(ref, (TokenCount, ReuseClock)):
             self.ints.append(IntRef(register, site, isinstance(ref, TokenCount)))

@@ -71,6 +71,9 @@ class ScoreBase(enum.Enum):
     PREDICTED = "predicted"
     """Importance in (0, 1) by a trained cache predictor (TokenCache, arXiv 2409.18523)."""
 
+    CLUSTER = "cluster"
+    """One token of every cluster of tokens that are alike, at random (ClusCa, arXiv 2509.10312); see `Clusters`."""
+
     @property
     def needs_attention(self) -> bool:
         """True if the block's attention delivers the score on steps that compute it."""
@@ -101,6 +104,21 @@ class Context(enum.Enum):
 
 
 @dataclass(frozen=True, slots=True)
+class Clusters:
+    """Which tokens are alike, and how far a computed one stands for the others of its cluster.
+
+    Attributes:
+        count: how many there are per sample.
+        rounds: most rounds of k-means in which they are found.
+        share: of the computed token in the zeroth order of the others', unitless.
+    """
+
+    count: int
+    rounds: int
+    share: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
 class Score:
     """How tokens are ranked; the ratio of highest scores is refreshed.
 
@@ -111,6 +129,7 @@ class Score:
         grid_bonus: the best token of every cell gets this multiple of its score on top.
         share_guidance: average the base over the two guidance halves of the batch, so that both refresh the same
             tokens.
+        clusters: for a base of `ScoreBase.CLUSTER`, or None.
     """
 
     base: ScoreBase
@@ -118,6 +137,11 @@ class Score:
     grid_cell: int = 0
     grid_bonus: float = 0.0
     share_guidance: bool = False
+    clusters: Clusters | None = None
+
+    def __post_init__(self) -> None:
+        if (self.base is ScoreBase.CLUSTER) != (self.clusters is not None):
+            raise ValueError("clusters belong to a score by cluster, and to no other")
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,6 +225,11 @@ class Action:
         return self.tokens is not None and self.weights == (1.0, 1.0)
 
     @property
+    def clusters(self) -> Clusters | None:
+        """Of tokens that stand for others of their cluster, or None; then all stored values change with the newest."""
+        return self.tokens.score.clusters if self.tokens is not None else None
+
+    @property
     def symbol(self) -> str:
         """One character for the plan's grid."""
         if self.tokens is not None:
@@ -239,6 +268,12 @@ class SlotKind(enum.Enum):
 
     ATTENTION_SCALE = "attention-scale"
     """The same for the stored attention."""
+
+    CLUSTER = "cluster"
+    """Per token: number of its cluster; [b, n] int64. Of the last site of its kind on a stream, for all of them."""
+
+    CENTROID = "centroid"
+    """Mean of the tokens of every cluster, from which the next clustering starts; [b, k, d] float32."""
 
     ANCHOR = "anchor"
     """What a gate compares with: a probe, or the model's output, at the last full step."""

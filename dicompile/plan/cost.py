@@ -6,7 +6,8 @@ import math
 from dataclasses import replace
 
 from dicompile.analysis import ModelStructure, Site, SiteKind, Span, TokenWise
-from dicompile.plan.action import Action, Context, ScoreBase, SlotKind, What
+from dicompile.ops.clusters import cluster_flops, counted_rounds
+from dicompile.plan.action import Action, Clusters, Context, ScoreBase, SlotKind, What
 from dicompile.plan.plan import FLOPS_PER_BYTE, StepPlan
 
 
@@ -38,19 +39,33 @@ def with_cost(structure: ModelStructure, step: StepPlan) -> StepPlan:
 
 
 def scoring(structure: ModelStructure, step: StepPlan) -> tuple[float, float]:
-    """Operations and memory traffic of the scores that a step makes from logits of attention.
+    """Operations and memory traffic of the scores that a step makes from logits of attention, and of its clusters.
 
     Sites with one attention share its score; a site that refreshes tokens scores these alone.
     """
     shares: dict[tuple[str, ...], tuple[Site, float]] = {}
+    flops, size = 0.0, 0.0
     for site, planned in zip(structure.sites, step.sites, strict=False):
+        if planned.score is not None and planned.score.clusters is not None:
+            own = clustering(site, planned.score.clusters)
+            flops, size = flops + own[0], size + own[1]
         tokens, writes = planned.action.tokens, any(slot.kind is SlotKind.SCORE for slot in planned.writes)
         if planned.score is not None and planned.score.base.needs_logits:
             shares[site.attention] = site, 1.0
         elif tokens is not None and tokens.score.base.needs_logits and writes:
             shares[site.attention] = site, tokens.count / site.tokens.count
-    flops = sum(site.score_flops * share for site, share in shares.values())
-    return flops, sum(site.score_bytes * share for site, share in shares.values())
+    flops += sum(site.score_flops * share for site, share in shares.values())
+    return flops, size + sum(site.score_bytes * share for site, share in shares.values())
+
+
+def clustering(site: Site, clusters: Clusters) -> tuple[float, float]:
+    """Operations and memory traffic of k-means behind a site, if it takes as many rounds as usual.
+
+    A round holds every token against every mean, and makes the means anew: both read all tokens.
+    """
+    rows, width = math.prod(site.shape[:-1]), site.shape[-1]
+    size = counted_rounds(clusters.rounds) * 2 * rows * width * 4
+    return cluster_flops(rows, width, clusters.count, clusters.rounds), size
 
 
 def with_check(structure: ModelStructure, step: StepPlan, span: Span) -> StepPlan:

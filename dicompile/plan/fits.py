@@ -20,11 +20,14 @@ from dicompile.plan.frozen import Origin
 from dicompile.plan.plan import Plan
 from dicompile.plan.recall import Bands, Fitted, Recall, Velocity
 from dicompile.plan.schedule import TimestepSchedule
-from dicompile.plan.schema import Policy, Refresh, Rule, Table, TokenScore, TokenTable
+from dicompile.plan.schema import Policy, Propagate, Refresh, Rule, Table, TokenScore, TokenTable
 from dicompile.text import size_text
 
 SAME_TIMESTEP = 1e-3
 """Difference that two timesteps of the same sampler may have, as a share of the largest."""
+
+Refreshing = Refresh | Propagate | TokenTable
+"""What computes single tokens."""
 
 OVER_OWN_TOKENS = (SiteKind.SELF_ATTENTION, SiteKind.JOINT_ATTENTION, SiteKind.PARALLEL)
 STORES_NO_ATTENTION = "a span stores no attention"
@@ -76,7 +79,8 @@ def check_fits(policy: Policy, structure: ModelStructure) -> None:
     Raises:
         PolicyDoesNotFit: it wants more blocks to run at every step than there are, or its gate has nothing to watch; a
             site to be refreshed mixes tokens, has no attention to be scored by, or shares it with a
-            site that wants another score; the token grid or batch does not allow the score; a rule names spans that the
+            site that wants another score; the token grid or batch does not allow the score; there are no more tokens
+            than clusters, or two numbers of clusters; a rule names spans, or branches to propagate in, that the
             model does not have, or a value that a site does not have, or that has no place for single tokens.
     """
     _check_trunk(policy, structure)
@@ -85,9 +89,12 @@ def check_fits(policy: Policy, structure: ModelStructure) -> None:
     for site in structure.everything:
         _check_one_value(policy, site)
     for site, do in refreshed(structure, policy):
+        if isinstance(do, Propagate):
+            _check_clusters(policy, site, do)
         _check_tokens(policy, site, do)
         _check_placed(policy, site, do)
-        _check_score(policy, structure, site, do.score)
+        if not isinstance(do, Propagate):
+            _check_score(policy, structure, site, do.score)
     _check_one_score(policy, structure)
 
 
@@ -401,7 +408,7 @@ def check_adapters(
         )
 
 
-def refreshed(structure: ModelStructure, policy: Policy) -> Sequence[tuple[Site, Refresh | TokenTable]]:
+def refreshed(structure: ModelStructure, policy: Policy) -> Sequence[tuple[Site, Refreshing]]:
     """Sites and spans of which single tokens may be computed, and how; those that are reused whole instead left out."""
     mixed = reused_whole(structure, policy)
     return [(site, do) for site, do in _asked_to_refresh(structure, policy) if site.id not in mixed]
@@ -423,7 +430,7 @@ def reused_whole(structure: ModelStructure, policy: Policy) -> dict[SiteId, str]
     return {site.id: reason for site, reason in reasons if reason}
 
 
-def why_not_refreshed(site: Site, do: Refresh | TokenTable) -> str:
+def why_not_refreshed(site: Site, do: Refreshing) -> str:
     """What forbids to compute chosen tokens of a site or span alone; empty if nothing does."""
     fact = site.tokens
     # A branch of attention over its own tokens can be refreshed where the rule says which attention they see.
@@ -436,13 +443,24 @@ def why_not_refreshed(site: Site, do: Refresh | TokenTable) -> str:
 
 
 def score_source(structure: ModelStructure, site: Site, base: ScoreBase) -> Site | None:
-    """The attention site of the same block whose keys, values or map rank the tokens of `site`, or None."""
+    """The site that keeps what ranks the tokens of `site`, or None.
+
+    It is the attention of the same block whose keys, values or map do so, or the last site of the kind on the stream,
+    behind which that is clustered.
+    """
+    if base is ScoreBase.CLUSTER:
+        return [s for s in structure.sites if _is_alike(s, site)][-1]
     if not base.needs_attention or site.kind.is_span:
         return None
     wanted = (SiteKind.CROSS_ATTENTION,) if base is ScoreBase.ENTROPY else OVER_OWN_TOKENS
     in_block = structure.sites_of(structure.blocks[site.block])
     rows = site.stream, site.shape[:-1]
     return next((s for s in in_block if s.kind in wanted and (s.stream, s.shape[:-1]) == rows), None)
+
+
+def _is_alike(site: Site, other: Site) -> bool:
+    """True for two sites of one kind and shape on one stream."""
+    return (site.kind, site.stream, site.shape) == (other.kind, other.stream, other.shape)
 
 
 def first_span(structure: ModelStructure) -> Site:
@@ -546,6 +564,14 @@ def _check_named(policy: Policy, structure: ModelStructure, rule: Rule) -> None:
             why="no two branches follow each other on one stream",
             fix="use a policy that reuses single branches, such as dicompile.FORA(interval=3)",
         )
+    if isinstance(rule.do, Propagate) and structure.sites and not named:
+        raise PolicyDoesNotFit(
+            f"policy {policy.name!r} computes one token of every cluster in {' and '.join(rule.sites) or 'branches'}, "
+            "but the model has none",
+            where="analysis",
+            why=f"it has {', '.join(dict.fromkeys(site.kind.value for site in structure.sites))}",
+            fix="use a policy that recalls every branch whole, such as dicompile.TaylorSeer()",
+        )
     what = rule.recall.what
     for site in named:
         if isinstance(rule.recall, Bands):
@@ -597,7 +623,7 @@ def _check_one_value(policy: Policy, site: Site) -> None:
         )
 
 
-def _check_tokens(policy: Policy, site: Site, do: Refresh | TokenTable) -> None:
+def _check_tokens(policy: Policy, site: Site, do: Refreshing) -> None:
     reason = why_not_refreshed(site, do)
     if not reason:
         return
@@ -611,9 +637,9 @@ def _check_tokens(policy: Policy, site: Site, do: Refresh | TokenTable) -> None:
     )
 
 
-def _check_placed(policy: Policy, site: Site, do: Refresh | TokenTable) -> None:
+def _check_placed(policy: Policy, site: Site, do: Refreshing) -> None:
     """Chosen tokens of a branch have a place in its stored value only where that is the branch's own output."""
-    recall = do.otherwise if isinstance(do, Refresh) else do
+    recall = do if isinstance(do, TokenTable) else do.otherwise
     if recall.what != "attention":
         return
     raise PolicyDoesNotFit(
@@ -621,6 +647,28 @@ def _check_placed(policy: Policy, site: Site, do: Refresh | TokenTable) -> None:
         where=_where(site),
         why=f"from that, {site.attention[0]}, every token of the branch is computed anew: none is left to choose",
         fix="store 'core' or 'update' beside Refresh, or recall the attention without it: Reuse(what='attention')",
+    )
+
+
+def _check_clusters(policy: Policy, site: Site, do: Propagate) -> None:
+    """Clusters are of one stream, so all that propagates on it has the same ones, and each has several tokens."""
+    asked = [rule.do for rule in policy.rules if rule.names(site) and isinstance(rule.do, Propagate)]
+    other = next((each for each in asked if (each.clusters, each.rounds) != (do.clusters, do.rounds)), None)
+    if site.kind.is_span:
+        why, fix = "it has no branch of its own to compute single tokens of", "name branches: Rule(sites=('mlp',), ...)"
+    elif other is not None:
+        why = f"another rule for it wants {other.clusters} in {other.rounds} rounds"
+        fix = "give both rules the same clusters and rounds"
+    elif site.tokens.count <= do.clusters:
+        why, fix = f"the branch has {site.tokens.count} tokens", f"set clusters to less than {site.tokens.count}"
+    else:
+        return
+    raise PolicyDoesNotFit(
+        f"policy {policy.name!r} computes one token of each of {do.clusters} clusters, which this "
+        f"{'span' if site.kind.is_span else 'branch'} does not allow",
+        where=_where(site),
+        why=why,
+        fix=fix,
     )
 
 
@@ -688,6 +736,8 @@ def _check_grid(policy: Policy, grid: tuple[int, ...] | None, site: Site, score:
 def _check_one_score(policy: Policy, structure: ModelStructure) -> None:
     asked: dict[int, tuple[Site, TokenScore]] = {}
     for site, do in refreshed(structure, policy):
+        if isinstance(do, Propagate):
+            continue  # no attention is asked
         source = score_source(structure, site, ScoreBase(do.score.base))
         if source is None:
             continue
@@ -709,15 +759,15 @@ def _first_that_fits(policy: Policy, refusals: Sequence[str]) -> str:
     return f"this is the first published setting that fits{scores}; refused: {'; '.join(refusals)}"
 
 
-def _asked_to_refresh(structure: ModelStructure, policy: Policy) -> Sequence[tuple[Site, Refresh | TokenTable]]:
+def _asked_to_refresh(structure: ModelStructure, policy: Policy) -> Sequence[tuple[Site, Refreshing]]:
     asked = ((site, _asked_of(policy, site)) for site in structure.everything)
     return [(site, do) for site, do in asked if do is not None]
 
 
-def _asked_of(policy: Policy, site: Site) -> Refresh | TokenTable | None:
+def _asked_of(policy: Policy, site: Site) -> Refreshing | None:
     """How the first rule that refreshes single tokens of a site does so."""
     actions = (rule.do for rule in policy.rules if rule.names(site))
-    return next((do for do in actions if isinstance(do, (Refresh, TokenTable))), None)
+    return next((do for do in actions if isinstance(do, Refreshing)), None)
 
 
 def _origin(rule: Rule) -> Origin | None:

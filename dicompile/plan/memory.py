@@ -128,7 +128,7 @@ def check_can_compile(cache: CacheOptions, devices: Iterable[torch.device]) -> N
             )
 
 
-def slot_bytes(site: Site, kind: SlotKind, what: What, cache: CacheOptions) -> int:
+def slot_bytes(site: Site, kind: SlotKind, what: What, cache: CacheOptions, clusters: int = 0) -> int:
     """Bytes of a slot.
 
     Args:
@@ -136,9 +136,14 @@ def slot_bytes(site: Site, kind: SlotKind, what: What, cache: CacheOptions) -> i
         kind: of slot.
         what: which value of the site is stored.
         cache: decides the dtype.
+        clusters: of its tokens.
     """
     if kind in (SlotKind.STAMP, SlotKind.SCORE):
         return site.shape[0] * site.tokens.count * 4
+    if kind is SlotKind.CLUSTER:
+        return site.shape[0] * site.tokens.count * 8
+    if kind is SlotKind.CENTROID:
+        return site.shape[0] * clusters * site.shape[-1] * 4
     shape, itemsize = stored_value(site, kind, what)
     if kind.is_scale:
         return math.prod(shape[:-1]) * 4

@@ -125,6 +125,8 @@ def plan_actions(
     plan_steps = tuple(_plan_steps(structure, rows, whats, cache, gate))
     whole = structure.whole
     all_slots = {slot for step in plan_steps for slot in step.live}
+    clusters = {i: site.score.clusters.count for step in plan_steps for i, site in enumerate(step.sites)
+                if site.score is not None and site.score.clusters is not None}  # fmt: skip
     return Plan(
         policy=name,
         schedule=schedule,
@@ -132,7 +134,13 @@ def plan_actions(
         baseline_flops=structure.flops * schedule.steps,
         baseline_time=baseline_time(structure) * schedule.steps,
         slot_bytes={
-            slot: slot_bytes(structure.everything[slot.site], slot.kind, whats.get(slot.site, What.CORE), cache)
+            slot: slot_bytes(
+                structure.everything[slot.site],
+                slot.kind,
+                whats.get(slot.site, What.CORE),
+                cache,
+                clusters.get(slot.site, 0),
+            )
             for slot in all_slots
         },
         block_sites=sites_by_block(structure),
@@ -357,7 +365,8 @@ def _with_reads(structure: ModelStructure, rows: Sequence[Row]) -> list[tuple[Si
 
 def _asked(score: Score) -> Score:
     """What a producer of scores has to know about their consumer."""
-    return Score(score.base, share_guidance=score.share_guidance)
+    clusters = score.clusters and replace(score.clusters, share=0.0)
+    return Score(score.base, share_guidance=score.share_guidance, clusters=clusters)
 
 
 def _score_sources(structure: ModelStructure, row: Row) -> dict[int, tuple[Site, Score]]:
@@ -399,13 +408,14 @@ def _site_step(
     if action.is_full:
         return SiteStep(action, clock, (), own.all)
     kind = SlotKind.ATTENTION if action.what is What.ATTENTION else SlotKind.VALUE
-    reads = [Slot.of(site.id, kind, age) for age, weight in enumerate(action.weights[1:]) if weight]
+    reads = [Slot.of(site.id, kind, age) for age, weight in enumerate(action.weights[1:]) if weight or action.clusters]
     if action.tokens is not None:
+        values = reads[:] if action.clusters else [own.value] if action.refreshes_store else []
         reads += [own.stamp] if action.tokens.score.age_weight else []
-        reads += [Slot.of(source.id, SlotKind.SCORE)] if source else []
+        reads += [Slot.of(source.id, SlotKind.CLUSTER if action.clusters else SlotKind.SCORE)] if source else []
         reads += [own.attention] if _reads_attention(site, action.tokens) and not owner_runs else []
         own_rows = source is not None and source.id == site.id and action.tokens.score.base is ScoreBase.ENTROPY
-        writes = [*([own.value] if action.refreshes_store else []), own.stamp, *([own.score] if own_rows else [])]
+        writes = [*values, own.stamp, *([own.score] if own_rows else [])]
     else:
         writes = [Slot.of(site.id, kind)] if action.computes else []
         reads = reads if kind is SlotKind.VALUE or owner == site.id else []
@@ -427,23 +437,35 @@ def _reads_attention(site: Site, tokens: Selection) -> bool:
 def _with_score_bases(
     steps: Sequence[tuple[tuple[SiteStep, ...], dict[int, Score]]],
 ) -> list[tuple[SiteStep, ...]]:
-    """Tell every computing attention site which score base the following steps will ask of it."""
+    """Tell every computing site which score base, or clusters, the following steps will ask of it."""
     result: list[tuple[SiteStep, ...]] = []
     wanted: dict[int, Score] = {}
-    for sites, asked in reversed(steps):
+    for number, (sites, asked) in reversed(list(enumerate(steps))):
         wanted.update(asked)
         result.append(
             tuple(
-                replace(site, score=wanted[i]) if i in wanted and _may_score(site) else site
+                _scoring(i, site, wanted[i], is_first=number == 0) if i in wanted and _may_score(site) else site
                 for i, site in enumerate(sites)
             )
         )
     return result[::-1]
 
 
+def _scoring(number: int, site: SiteStep, score: Score, *, is_first: bool) -> SiteStep:
+    """A computing site that delivers scores; clusters go on from those before them."""
+    if score.clusters is None:
+        return replace(site, score=score)
+    label, mean = (Slot.of(SiteId(number), kind) for kind in (SlotKind.CLUSTER, SlotKind.CENTROID))
+    reads = site.reads if is_first else (*site.reads, mean)  # at the first step everything is computed
+    return replace(site, score=score, reads=reads, writes=(*site.writes, label, mean))
+
+
 def _may_score(site: SiteStep) -> bool:
     """True if the site is computed whole and could deliver a score; a refreshed site updates its own rows itself."""
     return site.action.is_full and any(slot.kind is SlotKind.SCORE for slot in site.writes)
+
+
+_SCORES = (SlotKind.SCORE, SlotKind.CLUSTER, SlotKind.CENTROID)
 
 
 class _Kept(NamedTuple):
@@ -527,11 +549,12 @@ def _live_site(site: SiteStep, number: int, live: dict[int, set[Slot]]) -> SiteS
         live[slot.site].discard(slot)
     if shifts:
         live[number] = (live[number] - own) | {replace(slot, age=slot.age - 1) for slot in own if slot.age > 0}
-    score = site.score if any(slot.kind is SlotKind.SCORE for slot in writes) else None
+    score = site.score if any(slot.kind in _SCORES for slot in writes) else None
     # Stamping the chosen tokens starts from the stamps of the others, even where the score does not count ages.
     stamps = [slot for slot in writes if slot.kind is SlotKind.STAMP and site.action.tokens and slot not in site.reads]
     compared = (slot for slot in site.reads if slot.kind is not SlotKind.ANCHOR or slot in writes)
-    reads = (*compared, *stamps)
+    needed = (slot for slot in compared if slot.kind is not SlotKind.CENTROID or score is not None)
+    reads = (*needed, *stamps)
     for slot in reads:
         live[slot.site].add(slot)
     return SiteStep(site.action, site.clock, reads, writes, history, score, site.source)

@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from dicompile.analysis import ModelStructure, Site, SiteKind, Span
-from dicompile.plan.action import COMPUTE, SKIP, Action, Context, Score, ScoreBase, Selection, What
+from dicompile.capture import Role
+from dicompile.plan.action import COMPUTE, SKIP, Action, Clusters, Context, Score, ScoreBase, Selection, What
 from dicompile.plan.cadence import Cadence, Moment
 from dicompile.plan.fits import check_stored, check_table, reused_whole
 from dicompile.plan.recall import Fitted, Forecast, Velocity
-from dicompile.plan.schema import Policy, Refresh, Rule, Table, TokenScore, TokenTable
+from dicompile.plan.schema import Policy, Propagate, Refresh, Rule, Table, TokenScore, TokenTable
 
 Row = tuple[Action, ...]
 """One action per site, then one per span."""
@@ -142,12 +143,22 @@ class _Rows:
     def instead(self, rule: Rule, site: Site, moment: Moment, interval: int, place: int) -> Action:
         """Action on a step that is not full."""
         recalled = self.recall(rule, site, moment.step, place)
+        if isinstance(rule.do, Propagate) and site.id not in self.mixed:
+            return self.propagated(rule.do, recalled, site)
         if not isinstance(rule.do, Refresh) or site.id in self.mixed:
             return recalled
         count = rule.do.count(moment.q, self.structure.blocks[site.block].depth, site.tokens.count)
         if count == 0:
             return recalled
         selection = Selection(score_of(rule.do.score, interval), count, Context(rule.do.context))
+        return replace(recalled, weights=(1.0, *recalled.weights[1:]), tokens=selection)
+
+    def propagated(self, rule: Propagate, recalled: Action, site: Site) -> Action:
+        """Action where one token of every cluster is computed; those of text move no others."""
+        streams = self.structure.streams
+        is_text = any(stream.id == site.stream and Role.LATENT not in stream.roles for stream in streams)
+        clusters = Clusters(rule.clusters, rule.rounds, 0.0 if is_text else rule.share)
+        selection = Selection(Score(ScoreBase.CLUSTER, clusters=clusters), rule.clusters)
         return replace(recalled, weights=(1.0, *recalled.weights[1:]), tokens=selection)
 
     def by_count(self, table: TokenTable, count: int, site: Site, step: int) -> Action:

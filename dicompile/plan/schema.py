@@ -95,6 +95,38 @@ class Refresh(Frozen):
         return int(np.clip(np.float32(share), np.float32(0), np.float32(1)) * tokens)
 
 
+class Propagate(Frozen):
+    """Compute one random token of every cluster of tokens that are alike, and let the others follow it part of the way.
+
+    Clusters are found where the last branch of the kind on a stream is computed whole, by k-means on the stream behind
+    it. At the steps between, a computed token takes the place of its zeroth order in the stored history, and that of every other token of its
+    cluster moves `share` of the way to it; differences of the history, and so the higher orders, stay. What `otherwise`
+    makes of the new history is the value. The change stays for later steps. Tokens that no latent is among (text) are
+    computed likewise, and move no others.
+
+    Attributes:
+        clusters: how many, per sample and stream.
+        share: of the way that the others of a cluster move, unitless.
+        rounds: most rounds of k-means; a sample stops when its means move by no more than 1e-4 of themselves.
+        otherwise: what recalls.
+
+    Reference:
+        Zheng et al., Compute Only 16 Tokens in One Timestep: Accelerating Diffusion Transformers with Cluster-Driven
+        Feature Caching, arXiv 2509.10312.
+    """
+
+    do: Literal["propagate"] = "propagate"
+    clusters: Annotated[int, Field(ge=2)] = 16
+    share: Annotated[float, Field(ge=0, le=1)] = 0.005
+    rounds: PositiveInt = 100
+    otherwise: Annotated[Reuse | Forecast, Field(discriminator="do")] = Forecast()
+
+    @property
+    def context(self) -> Literal["stored"]:
+        """Which attention the tokens see."""
+        return "stored"
+
+
 class Table(Frozen):
     """Compute what a table says, recall the rest; the cadence has no say.
 
@@ -155,7 +187,7 @@ class Rule(Frozen):
     when: Literal["always", "odd", "even"] = "always"
     cadence: Cadence | None = None
     do: Annotated[
-        Reuse | Forecast | Spectral | Bands | Aligned | Fitted | Velocity | Refresh | Table | TokenTable,
+        Reuse | Forecast | Spectral | Bands | Aligned | Fitted | Velocity | Refresh | Propagate | Table | TokenTable,
         Field(discriminator="do"),
     ]
 
@@ -166,7 +198,7 @@ class Rule(Frozen):
     @property
     def recall(self) -> Recall | TokenTable:
         """What says which stored value stands in for one that is not computed."""
-        return self.do.otherwise if isinstance(self.do, (Refresh, Table)) else self.do
+        return self.do.otherwise if isinstance(self.do, (Refresh, Propagate, Table)) else self.do
 
     def holds(self, moment: Moment) -> bool:
         """True if the rule is for this step."""

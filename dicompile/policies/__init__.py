@@ -11,6 +11,7 @@ from dicompile.errors import InvalidPolicy, UnknownPolicy
 from dicompile.outside import read_text
 from dicompile.plan import Policy, Predictor, load_predictor
 from dicompile.policies.anywhere import duca_anywhere, toca_anywhere
+from dicompile.policies.clusca import ClusCa
 from dicompile.policies.dicache import DiCache
 from dicompile.policies.duca import DuCa, DuCaFlux, DuCaOpenSora, DuCaPixArt
 from dicompile.policies.easycache import EasyCache
@@ -41,6 +42,7 @@ __all__ = [
     "L2P",
     "PAB",
     "POLICIES",
+    "ClusCa",
     "DBCache",
     "DiCache",
     "DuCa",
@@ -92,6 +94,7 @@ POLICIES: dict[str, Callable[..., Policy]] = {
     "duca-opensora": DuCaOpenSora,
     "duca-flux": DuCaFlux,
     "taylorseer": TaylorSeer,
+    "clusca": ClusCa,
     "tokencache": TokenCache,
     "taylorseer-lite": TaylorSeerLite,
     "hicache": HiCache,

@@ -79,8 +79,9 @@ def test_a_pass_that(how: str, text: str) -> None:
 def test_the_passes_run_in_order_and_each_reports() -> None:
     _, runs = run_pipeline(Settings())
     assert [item.name for item in runs] == [
-        "score-tokens", "open-spans", "refresh-tokens", "reuse-sites", "store-values", "narrow-slots",
-        "rejoin-parts", "drop-dead", "share-weights", "share-log-sum-exp", "narrow-linear", "drop-dead", "keep-layout",
+        "score-tokens", "cluster-tokens", "open-spans", "refresh-tokens", "propagate-tokens", "reuse-sites",
+        "store-values", "narrow-slots", "rejoin-parts", "drop-dead", "share-weights", "share-log-sum-exp",
+        "narrow-linear", "drop-dead", "keep-layout",
     ]  # fmt: skip
     assert [item.name for item in runs if item.report.changed] == ["reuse-sites", "drop-dead"]
     assert all(item.seconds >= 0 for item in runs)
@@ -96,8 +97,10 @@ def test_a_pass_is_left_out_by_name() -> None:
     segment, runs = run_pipeline(Settings.from_environment({"DICOMPILE_PASSES": "-drop-dead, -narrow-linear"}))
     assert [item.name for item in runs] == [
         "score-tokens",
+        "cluster-tokens",
         "open-spans",
         "refresh-tokens",
+        "propagate-tokens",
         "reuse-sites",
         "store-values",
         "narrow-slots",
@@ -122,7 +125,8 @@ def test_a_name_that_no_pass_has_is_refused_with_the_names_there_are() -> None:
         run_pipeline(Settings.from_environment({"DICOMPILE_PASSES": "-drop-dead,-hoist"}))
     assert "DICOMPILE_PASSES leaves out 'hoist', but no pass has this name" in str(caught.value)
     assert (
-        "score-tokens, open-spans, refresh-tokens, reuse-sites, store-values, narrow-slots, rejoin-parts, drop-dead, "
+        "score-tokens, cluster-tokens, open-spans, refresh-tokens, propagate-tokens, reuse-sites, store-values, "
+        "narrow-slots, rejoin-parts, drop-dead, "
         "share-weights, share-log-sum-exp, narrow-linear, keep-layout" in str(caught.value)
     )
 

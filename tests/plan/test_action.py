@@ -3,8 +3,9 @@ from __future__ import annotations
 import pytest
 
 from dicompile.analysis import SiteId
-from dicompile.plan import COMPUTE, REUSE, SKIP, Action, Score, ScoreBase, Selection, Slot, SlotKind, What
+from dicompile.plan import COMPUTE, REUSE, SKIP, Action, Clusters, Score, ScoreBase, Selection, Slot, SlotKind, What
 
+CLUSTERS = Clusters(4, rounds=9, share=0.1)
 SELECTION = Selection(Score(ScoreBase.RANDOM), 4)
 
 
@@ -42,6 +43,12 @@ def test_an_action_without_weights_is_refused() -> None:
 def test_a_token_refresh_with_other_weights_is_refused(weights: tuple[float, ...]) -> None:
     with pytest.raises(ValueError, match="takes fresh tokens as they are and others from the store"):
         Action(weights, tokens=SELECTION)
+
+
+@pytest.mark.parametrize(("base", "clusters"), [(ScoreBase.CLUSTER, None), (ScoreBase.RANDOM, CLUSTERS)])
+def test_clusters_belong_to_scores_by_cluster(base: ScoreBase, clusters: Clusters | None) -> None:
+    with pytest.raises(ValueError, match="clusters belong to a score by cluster"):
+        Score(base, clusters=clusters)
 
 
 def test_slots_print_short_and_sort_by_site_and_age() -> None:

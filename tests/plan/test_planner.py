@@ -15,6 +15,7 @@ from dicompile.plan import (
     REUSE,
     SKIP,
     Action,
+    Clusters,
     Context,
     Plan,
     Score,
@@ -35,12 +36,14 @@ from tests.plan.toys import TOKENS, toy
 STRUCTURE = toy([("self-attention", "cross-attention", "mlp"), ("self-attention", "mlp"), ("parallel",)], spans=True)
 LEAVES = len(STRUCTURE.sites)
 VALUE, STAMP, SCORE, ATTENTION = SlotKind.VALUE, SlotKind.STAMP, SlotKind.SCORE, SlotKind.ATTENTION
+CLUSTER, CENTROID = SlotKind.CLUSTER, SlotKind.CENTROID
 FORECASTS = (Action((0.0, 2.0, -1.0)), Action((0.0, 3.0, -3.0, 1.0)))
 BLEND = Action((0.5, 0.5))
 
 
 def refresh(base: ScoreBase = ScoreBase.ATTENTION, age_weight: float = 0.25, count: int = 4) -> Action:
-    return Action.refresh(Selection(Score(base, age_weight=age_weight), count))
+    clusters = Clusters(count, rounds=9, share=0.1) if base is ScoreBase.CLUSTER else None
+    return Action.refresh(Selection(Score(base, age_weight=age_weight, clusters=clusters), count))
 
 
 class Simulation:
@@ -69,12 +72,15 @@ class Simulation:
         self.held += [(slot, content, number) for slot, content in self.kept.items()]
 
     def read(self, number: int, site: int, step: SiteStep) -> None:
-        assert set(step.reads) == needed(self.structure, site, step), f"step {number}, site {site}"
+        wanted = needed(self.structure, site, step)
+        if number and step.score is not None and step.score.clusters is not None:
+            wanted.add(Slot.of(SiteId(site), CENTROID))
+        assert set(step.reads) == wanted, f"step {number}, site {site}"
         for slot in step.reads:
             assert slot in self.kept, f"step {number}, site {site} reads {slot}, which is not there"
             assert self.kept[slot] == self.everything[slot], f"step {number}, site {site} reads an old {slot}"
             self.last_read[self.kept[slot]] = number
-            if slot.kind is SCORE:
+            if slot.kind in (SCORE, CLUSTER):
                 assert step.action.tokens is not None
                 assert self.delivered[int(slot.site)].base is step.action.tokens.score.base
 
@@ -88,7 +94,7 @@ class Simulation:
             if slot in step.writes:
                 rebind(self.kept, slot, self.made, step.history if ages else 0)
                 self.written.append((slot, self.made, number))
-                if slot.kind is SCORE and step.action.is_full:
+                if slot.kind in (SCORE, CLUSTER) and step.action.is_full:
                     assert step.score is not None
                     self.delivered[int(slot.site)] = step.score
 
@@ -96,14 +102,18 @@ class Simulation:
         """Slots that an action gives a new content."""
         kinds: list[SlotKind] = []
         if action.is_full:
-            kinds = [VALUE, STAMP, SCORE, *([ATTENTION] if owner(self.structure, site) == site else [])]
+            kinds = [VALUE, STAMP, SCORE, CLUSTER, CENTROID]
+            kinds += [ATTENTION] if owner(self.structure, site) == site else []
         elif action.tokens is not None:
             own_rows = action.tokens.score.base is ScoreBase.ENTROPY
             own_rows = own_rows and attention_of(self.structure, site, ScoreBase.ENTROPY) == site
             kinds = [STAMP] + [VALUE] * (len(action.weights) == 2) + [SCORE] * own_rows
         elif action.computes:
             kinds = [ATTENTION if action.what is What.ATTENTION else VALUE]
-        return [Slot.of(self.structure.everything[site].id, kind) for kind in kinds]
+        older = range(1, len(action.weights) - 1) if action.clusters else ()
+        kinds += [VALUE] if older else []
+        own = self.structure.everything[site].id
+        return [*(Slot.of(own, kind) for kind in kinds), *(Slot.of(own, VALUE, age) for age in older)]
 
 
 def rebind(slots: dict[Slot, int], slot: Slot, content: int, ages: int) -> None:
@@ -129,7 +139,8 @@ def needed(structure: ModelStructure, site: int, step: SiteStep) -> set[Slot]:
     if structure.everything[site].kind is SiteKind.PARALLEL and action.tokens.context is Context.STORED:
         slots.add(Slot.of(SiteId(owner(structure, site)), ATTENTION))
     source = attention_of(structure, site, action.tokens.score.base)
-    return slots if source is None else slots | {Slot.of(structure.sites[source].id, SCORE)}
+    kind = CLUSTER if action.clusters else SCORE
+    return slots if source is None else slots | {Slot.of(structure.sites[source].id, kind)}
 
 
 def owner(structure: ModelStructure, site: int) -> int | None:
@@ -141,6 +152,9 @@ def owner(structure: ModelStructure, site: int) -> int | None:
 def attention_of(structure: ModelStructure, site: int, base: ScoreBase) -> int | None:
     if base in (ScoreBase.RANDOM, ScoreBase.NORM, ScoreBase.SIMILARITY, ScoreBase.PREDICTED):
         return None
+    if base is ScoreBase.CLUSTER:
+        alike = structure.everything[site].kind, structure.everything[site].stream, structure.everything[site].shape
+        return next((int(s.id) for s in structure.sites[::-1] if (s.kind, s.stream, s.shape) == alike), None)
     kinds = [SiteKind.SELF_ATTENTION, SiteKind.JOINT_ATTENTION, SiteKind.PARALLEL]
     kinds = [SiteKind.CROSS_ATTENTION] if base is ScoreBase.ENTROPY else kinds
     own = structure.everything[site]
