@@ -99,10 +99,10 @@ class Propagate(Frozen):
     """Compute one random token of every cluster of tokens that are alike, and let the others follow it part of the way.
 
     Clusters are found where the last branch of the kind on a stream is computed whole, by k-means on the stream behind
-    it. At the steps between, a computed token takes the place of its zeroth order in the stored history, and that of every other token of its
-    cluster moves `share` of the way to it; differences of the history, and so the higher orders, stay. What `otherwise`
-    makes of the new history is the value. The change stays for later steps. Tokens that no latent is among (text) are
-    computed likewise, and move no others.
+    it. At the steps between, a computed token takes the place of its zeroth order in the stored history, and that of
+    every other token of its cluster moves `share` of the way to it; differences of the history, and so the higher
+    orders, stay. What `otherwise` makes of the new history is the value. The change stays for later steps. Tokens that
+    no latent is among (text) are computed likewise, and move no others.
 
     Attributes:
         clusters: how many, per sample and stream.
