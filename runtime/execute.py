@@ -142,6 +142,11 @@ class Step:
         """True if it does what a gated step does where the probe has drifted little."""
         return self.planned.full is not None
 
+    @property
+    def kind(self) -> str:
+        """What it does, in one word, for display."""
+        return RECALLED if self.is_recall else self.planned.kind
+
     def weights(self, site: int, number: int, full: Sequence[int]) -> tuple[float, ...]:
         """Weights of a site; where a gate recalls, they follow from the steps that really were full; of others 0.
 
@@ -369,7 +374,7 @@ class Executor:
             if context is not None:
                 self._keep(state, place, context, step, is_paired=partner is not None)
                 context.chosen = outcome.chosen
-            kind = UNCACHED if is_uncached else RECALLED if step.is_recall else step.planned.kind
+            kind = UNCACHED if is_uncached else step.kind
             state.report.count(kind, state.cache_bytes, 0 if supply is None else supply.bytes)
             if self.signature.remembers and watch is None and place.is_last and step.planned.sites:
                 _end(state, step.plan.policy)

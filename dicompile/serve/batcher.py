@@ -56,7 +56,7 @@ class Served:
         cache_bytes: bytes of the slots that open requests hold.
         reserved_bytes: bytes that their plans may hold at most.
         most_reserved_bytes: the most of that so far.
-        steps: steps of requests by kind: "full", "reuse" and so on.
+        steps: steps of requests by kind: "full", "reuse" and so on; where a gate has decided, "full" or "recalled".
         batches: forwards by how many requests were in them.
         seconds: that forwards took.
         copied_bytes: of slots, into batches and out of them.
@@ -93,8 +93,10 @@ class Batcher:
 
     Every request has a thread (or a task that calls ``asyncio.to_thread``), in which an ordinary sampling loop or
     pipeline runs. Calls of the model that do the same at their steps, for inputs of the same shapes, are one batch,
-    whatever their policies and however far each is. The result of a request is that of the request by itself: the same
-    bits where kernels compute a row alike in batches of all sizes, and equal to rounding where they do not.
+    whatever their policies and however far each is. Gates decide for every request by itself, before it waits for
+    others: those that compute are one batch then, and those that recall another. The result of a request is that of
+    the request by itself: the same bits where kernels compute a row alike in batches of all sizes, and equal to
+    rounding where they do not.
 
     Args:
         model: the module; its weights are shared by all requests. Not one that `dicompile.optimize` has returned.
@@ -278,7 +280,7 @@ class Batcher:
         with self._lock:
             self._counts.seconds += time.perf_counter() - start
             self._counts.batches[len(calls)] += 1
-            self._counts.steps.update(call.step.planned.kind for call in calls)
+            self._counts.steps.update(call.step.kind for call in calls)
 
     def _runs(self, call: Call) -> Together:
         """What runs several calls, for all policies for which a model is cut into the same pieces."""

@@ -185,21 +185,10 @@ class Request:
         return CannotBatch(f"{name} cannot serve several requests: {what}", where="dicompile.serve", why=why, fix=fix)
 
     def _admit(self, compiled: CompiledFrame, owner: Owner) -> None:
-        """Wait until there is memory for what the request remembers.
-
-        Raises:
-            CannotBatch: its policy decides while it samples, for a batch as a whole.
-        """
+        """Wait until there is memory for what the request remembers."""
         if self._reserved is not None:
             return
         plan: Plan = compiled.programs.plan(owner.link.schedule)
-        if plan.gate is not None:
-            raise CannotBatch(
-                f"policy {plan.policy!r} decides for a whole batch at once, by how far it has drifted",
-                where="dicompile.serve",
-                why="the picture of a request would depend on whose batch it is in",
-                fix="a policy whose plan is known before: fora, toca, duca, taylorseer, auto",
-            )
         wanted = plan.cache_bytes * self._contexts
         self._batcher.turns.look_again(-1)  # nobody waits for a call of it meanwhile
         try:
@@ -219,7 +208,7 @@ class Request:
             )
 
     def _run_step(self, step: Step, registers: list[Any]) -> None:
-        """Run a step with those of other requests."""
+        """Run a step with those of other requests; a gate has decided by then, about this request alone."""
         assert self._running is not None
         frame, arguments = self._running
         position = frame.known.capture.input_position(Role.LATENT)
@@ -231,8 +220,12 @@ class Request:
             for i, (tensor, has_rows) in enumerate(zip(arguments.given, call.has_rows, strict=True))
             if not has_rows
         )
-        own = self if step.planned.is_adapted else None  # the code of batches has nobody's LoRA weights
-        alike = (frame.known.capture, call.options.policy.trunk, arguments.key, ambient(), step.does, shared, own)
+        # The code of batches has nobody's LoRA weights, and leaves nothing to verify.
+        own = self if step.planned.is_adapted or step.verification is not None else None
+        # Weights that follow from what gates have decided are in no plan; equal ones are one tensor.
+        weights = tuple(id(registers[item.register]) for item in step.program.weights) if step.is_recall else ()
+        does = step.does, weights
+        alike = (frame.known.capture, call.options.policy.trunk, arguments.key, ambient(), does, shared, own)
         self._batcher.turns.take(call, alike, self.check)
 
     def _text(self, number: int, tensor: Tensor) -> str:

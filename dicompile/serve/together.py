@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import weakref
+from collections import Counter
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -61,6 +62,7 @@ def _loaded(program: Program) -> dict[Hashable, int]:
         **dict(program.reads),
         **{("noise", item.site): item.register for item in program.noise},
         **{("predicted", item.block): item.register for item in program.predicted},
+        **{("partner", i): register for i, register in enumerate(program.partners)},
     }
 
 
@@ -115,9 +117,13 @@ class Together:
         registers: list[Any] = [*inputs, *constants, *[None] * (program.registers - len(inputs) - len(constants))]
         self._load(program, registers, calls)
         run_calls(program, registers, None)
-        for what, register in _left(program).items():
+        left = _left(program)
+        readers = Counter(left.values())  # what a gate compares is a result as well
+        for what, register in left.items():
             parts = parted(registers[register], first.rows, len(calls))
-            registers[register] = None
+            readers[register] -= 1
+            if not readers[register]:
+                registers[register] = None
             if isinstance(what, tuple) and what[0] == "write":
                 self.copied += sum(part.nbytes for part in parts)
             for call, part in zip(calls, parts, strict=True):

@@ -197,15 +197,6 @@ def test_a_model_whose_rows_depend_on_each_other_is_refused_by_name(
     assert batcher.served().cache_bytes == batcher.served().reserved_bytes == 0
 
 
-def test_a_gate_for_the_whole_batch_is_refused_by_name() -> None:
-    sample = models.plain_dit(layers=2)
-    with (
-        pytest.raises(errors.CannotBatch, match="decides for a whole batch"),
-        batcher_of(sample).request("first-block-cache", schedule=models.timesteps(4)) as request,
-    ):
-        models.call(request.model, sample.inputs, 999, 0)
-
-
 def test_policies_share_code() -> None:
     sample = models.plain_dit(layers=2)
     batcher = batcher_of(sample)
