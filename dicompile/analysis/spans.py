@@ -6,7 +6,7 @@ of the same shape. Streams that are joined (FLUX: text and image, then both as o
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from dataclasses import replace
 
 import torch
@@ -34,7 +34,8 @@ def spans_of_blocks(
         groups: numbers of the sites of every block.
     """
     runs = [run for group in groups for run in find_runs(branches, sites, group)]
-    return tuple(_spans(flow, branches, sites, runs, SiteKind.BLOCK, SiteId(len(sites))))
+    last = last_adds(flow, branches)
+    return tuple(_spans(flow, branches, sites, runs, SiteKind.BLOCK, SiteId(len(sites)), last))
 
 
 def spans_of_trunk(
@@ -57,9 +58,11 @@ def spans_of_trunk(
         given: the input that is denoised, and the one that says how much noise there is in it.
         trunk: what the spans of the stack cover, and what is watched.
     """
-    inner = groups[trunk.before : len(groups) - trunk.after]
+    covered = groups[: len(groups) - trunk.after]
+    inner = covered[trunk.before :]
     runs = find_runs(branches, sites, sorted(i for group in inner for i in group))
-    spans, latent = list(_spans(flow, branches, sites, runs, SiteKind.STACK, number)), given[0]
+    last = last_adds(flow, [branches[i] for group in covered for i in group])  # what the blocks after them read as well
+    spans, latent = list(_spans(flow, branches, sites, runs, SiteKind.STACK, number, last)), given[0]
     if trunk.model and latent is not None and sites:
         spans += _whole_model(flow, latent, sites, SiteId(number + len(spans)))
     number = SiteId(number + len(spans))
@@ -83,9 +86,9 @@ def _spans(
     runs: Sequence[Sequence[int]],
     kind: SiteKind,
     number: SiteId,
+    last: Container[fx.Node],
 ) -> Iterator[Span]:
-    """A span for every run of sites."""
-    last = last_adds(flow, branches)
+    """A span for every run of sites; those that end with one of `last` are read from outside."""
     work = owned_work(flow, [branches[run[-1]].add for run in runs], [branches[run[0]].stream for run in runs])
     for i, (run, own) in enumerate(zip(runs, work, strict=True)):
         start, end = branches[run[0]].stream, branches[run[-1]].add

@@ -215,7 +215,8 @@ class Span(Site):
 
     Attributes:
         inside: its sites, in execution order.
-        is_last: whether the model's output reads its end without passing through another site.
+        is_last: whether the model's output reads its end without passing through another site, or, of the stack,
+            through another one but those of the blocks after it.
         picture: first of the tokens at its end that the model's output reads, and their number; (0, 0) if unknown.
     """
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from dicompile.analysis import ModelStructure, Site, SiteKind, Span
@@ -99,7 +100,8 @@ class _Rows:
 
     def row(self, step: int) -> Row:
         """What the rules say about a step."""
-        spans = [self.span(span, step) for span in self.structure.spans]
+        named = {span.id: self.by_rules(span, step) for span in self.structure.spans}
+        spans = [SKIP if self.is_unread(span, named) else named[span.id] for span in self.structure.spans]
         covered = {
             int(i)
             for span, action in zip(self.structure.spans, spans, strict=True)
@@ -115,10 +117,20 @@ class _Rows:
         moment = self.moment(self.policy.cadence, step)
         return COMPUTE if site.block == 0 and moment.first and not moment.others else SKIP
 
-    def span(self, span: Span, step: int) -> Action:
-        """Action of a span; of a reused stream only the last values are ever read."""
-        action = self.by_rules(span, step)
-        return SKIP if action.what is What.STREAM and not action.computes and not span.is_last else action
+    def is_unread(self, span: Span, named: Mapping[int, Action]) -> bool:
+        """True for a recalled stream that leads to nothing but other recalled ones.
+
+        Args:
+            span: whose stream.
+            named: what the rules say of all spans.
+        """
+        if not _recalls_stream(named[span.id]) or span.is_last:
+            return False
+        if span.kind is SiteKind.STACK:
+            return True  # it joins one that is recalled as well
+        following = [s for s in self.structure.spans if s.kind is SiteKind.BLOCK and s.block == span.block + 1]
+        readers = [s for s in following if s.stream == span.stream] or following
+        return bool(readers) and all(_recalls_stream(named[reader.id]) for reader in readers)
 
     def by_rules(self, site: Site, step: int) -> Action:
         """What the first rule that holds says; a site that no rule names is computed."""
@@ -186,6 +198,10 @@ class _Rows:
         if cadence not in self.moments:
             self.moments[cadence] = cadence.moments(self.steps, self.begin, self.timesteps)
         return self.moments[cadence][step - self.begin]
+
+
+def _recalls_stream(action: Action) -> bool:
+    return action.what is What.STREAM and not action.computes
 
 
 def outside(structure: ModelStructure, policy: Policy) -> frozenset[int]:

@@ -123,8 +123,16 @@ def test_a_reused_block_skips_its_own_sites_only() -> None:
     assert rows[2] == (SKIP,) * 6 + (REUSED[What.UPDATE],) * 3 + (COMPUTE,)
     table = Table(compute=((True,) * 3, (True, False, True)), otherwise=Reuse(what="stream"))
     rows = make_rows(DIT, Policy(name="mine", rules=(Rule(sites=("block",), do=table),)), 2)
-    # The stream after a block that is not the last is not read: the next block is what the output still needs.
     assert rows[1][:6] == (COMPUTE, COMPUTE, SKIP, SKIP, COMPUTE, COMPUTE)
+    assert rows[1][6:9] == (COMPUTE, REUSED[What.STREAM], COMPUTE), "the block behind it reads it"
+
+
+def test_of_blocks_that_recall_their_streams_the_last_one_is_read() -> None:
+    rule = Rule(sites=("block",), do=Reuse(what="stream"))
+    rows = make_rows(DIT, Policy(name="mine", cadence=Cadence(interval=2), rules=(rule,)), 4)
+    assert rows[2] == (SKIP,) * 8 + (REUSED[What.STREAM], COMPUTE)
+    rows = make_rows(DIT, Policy(name="mine", cadence=Cadence(interval=2), rules=(rule,), outside=(0, 1)), 4)
+    assert rows[2] == ((SKIP,) * 4 + (COMPUTE,) * 2 + (SKIP, REUSED[What.STREAM], COMPUTE, COMPUTE))
 
 
 def test_tokens_of_a_block_are_refreshed_as_one() -> None:
