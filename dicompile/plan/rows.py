@@ -100,7 +100,7 @@ class _Rows:
 
     def row(self, step: int) -> Row:
         """What the rules say about a step."""
-        named = {span.id: self.by_rules(span, step) for span in self.structure.spans}
+        named = {int(span.id): self.by_rules(span, step) for span in self.structure.spans}
         spans = [SKIP if self.is_unread(span, named) else named[span.id] for span in self.structure.spans]
         covered = {
             int(i)

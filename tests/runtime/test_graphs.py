@@ -29,7 +29,7 @@ from tests.policies import predictors
 from tests.runtime.rerun import Recorder, address
 from tests.runtime.runner import LABELS, OTHER_LABELS, SCHEDULE, STEPS, Runner, latent, model, same
 
-POLICIES = ["fora", "toca", "taylorseer", "duca"]
+POLICIES = ["fora", "toca", "taylorseer", "duca", "clusca"]
 WEIGHT = "blocks.0.mlp.0.weight"
 
 

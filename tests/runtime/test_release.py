@@ -16,7 +16,7 @@ from dicompile.runtime import RunReport, Session, current_session
 from tests.models import call, optimized, plain_dit, run, state_of, timesteps
 from tests.runtime.runner import LABELS, OTHER_LABELS, SCHEDULE, STEPS, Runner, held, latent, model, same
 
-POLICIES = ["fora", "toca", "taylorseer", "duca"]
+POLICIES = ["fora", "toca", "taylorseer", "duca", "clusca"]
 
 
 class Watch:

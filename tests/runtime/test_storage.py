@@ -22,7 +22,7 @@ from tests import models
 from tests.models import optimized, run, state_of, timesteps
 from tests.runtime.runner import SCHEDULE, Runner, held, latent, model, same
 
-POLICIES = ["fora", "toca", "taylorseer", "duca"]
+POLICIES = ["fora", "toca", "taylorseer", "duca", "clusca"]
 
 
 class LateLane:
