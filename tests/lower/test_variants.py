@@ -79,7 +79,7 @@ def test_arguments_and_results_are_described_in_order(cache: VariantCache) -> No
     variant = cache.get("key", "block0", mlp_block().segment, (REUSE,), LIVE)
     assert variant.inputs == (Value(0), Value(5), SlotRef(0, SlotKind.VALUE))
     assert variant.outputs == (Value(0),)
-    assert [run.name for run in variant.runs][:3] == ["score-tokens", "open-spans", "refresh-tokens"]
+    assert [run.name for run in variant.runs][:3] == ["score-tokens", "cluster-tokens", "open-spans"]
 
 
 def test_a_segment_of_which_nothing_is_needed_computes_nothing(cache: VariantCache) -> None:
