@@ -88,7 +88,7 @@ class CannotCapture(DicompileError, RuntimeError):
 
 
 class CannotBatch(DicompileError, ValueError):
-    """Calls of several requests cannot be one call of the model, or one policy cannot be kept to for each of them."""
+    """Calls of several requests cannot be one call of the model."""
 
 
 class RequestEnded(DicompileError, RuntimeError):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import inspect
 import os
@@ -138,12 +139,14 @@ class NoTime(nn.Module):
 
 
 def call_for_request(
-    policy: str = "fora", end: Callable[[Any], object] = lambda _: None, timeout: float | None = None
+    around: Any = contextlib.nullcontext(),  # noqa: B008 - has no state
+    end: Callable[[Any], object] = lambda _: None,
+    timeout: float | None = None,
 ) -> None:
-    """A call of a request's model, after something happened to the request."""
+    """A call of a request's model, after something happened to the request, or within something."""
     sample = models.plain_dit(layers=2)
     batcher = Batcher(sample.model, backend="eager")
-    with batcher.request(policy, schedule=models.timesteps(4), timeout=timeout) as request:
+    with around, batcher.request("fora", schedule=models.timesteps(4), timeout=timeout) as request:
         end(request)
         models.call(request.model, sample.inputs, 999, 0)
 
@@ -378,11 +381,11 @@ CASES: list[tuple[type[errors.DicompileError], Callable[[], Any], str]] = [
     ),
     (
         errors.CannotBatch,
-        lambda: call_for_request(policy="first-block-cache"),
-        "policy 'first-block-0.05' decides for a whole batch at once, by how far it has drifted\n"
+        lambda: call_for_request(around=torch.autocast("cpu", torch.bfloat16)),
+        "PlainDiT cannot serve several requests: autocast is on\n"
         "  where: dicompile.serve\n"
-        "  why:   the picture of a request would depend on whose batch it is in\n"
-        "  fix:   a policy whose plan is known before: fora, toca, duca, taylorseer, auto",
+        "  why:   every thread has a state of its own\n"
+        "  fix:   cast the model: .to(dtype)",
     ),
     (
         errors.RequestEnded,
