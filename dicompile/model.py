@@ -31,9 +31,10 @@ from dicompile.capture import (
     Said,
     ambient,
     bind_positions,
-    capture_functional,
     capture_resized,
     is_number,
+    key_of_class,
+    known_capture,
     marked_dims,
     with_python_numbers,
 )
@@ -241,7 +242,8 @@ class ModelCalls:
         try:
             with progress(f"looking at {type(self.module).__name__}"):
                 with self._looking, uncovered(self.module):
-                    known, pins = self._known(key, arguments)
+                    store, said = self.options.settings.store, self.options.said
+                    known, pins = known_capture(self.module, arguments, key, store, said, by_running=self._by_running)
                     self._require_timestep(known.capture, arguments)
                     resized = self._resized(key, arguments)
                 if homes:
@@ -281,7 +283,8 @@ class ModelCalls:
         kind = arguments.without_sizes, marked
         if self.options.backend.is_eager or not (marked or dynamic) or kind in self._kinds:
             return None
-        key, store = ("resized", marked, *self._shared_key(key)), self.options.settings.store
+        key = ("resized", marked, *key_of_class(self.module, self.options.said, key))
+        store = self.options.settings.store
         found = CAPTURES.find(key, self.module, arguments, store)
         if found is not None:
             known: Known | None = found[0]
@@ -292,23 +295,6 @@ class ModelCalls:
                 CAPTURES.keep(key, known, self.module, store)
         self._kinds.add(kind)
         return None if known is None else known.capture
-
-    def _shared_key(self, key: tuple[object, ...]) -> tuple[object, ...]:
-        """What a capture is one of, for all models of the process."""
-        return type(self.module), self.options.said.timestep, self.options.said.latent, *key
-
-    def _known(self, key: tuple[object, ...], arguments: Arguments) -> tuple[Known, Pins]:
-        """The capture for a call, one that another model or policy has led to or a new one; what its guards found."""
-        key, store = self._shared_key(key), self.options.settings.store
-        found = CAPTURES.find(key, self.module, arguments, store)
-        if found is not None:
-            return found
-        captured, capture = capture_functional(self.module, arguments, self.options.said, by_running=self._by_running)
-        pins = _pinned(captured, self.module, {})
-        inputs = captured.pick(captured.tensors(pins.tensors, arguments))
-        known = Known(captured, capture, {i: inputs[i].clone() for i in captured.reads})
-        CAPTURES.keep(key, known, self.module, store)
-        return known, pins
 
     def _capture_number(self, arguments: Arguments) -> Found:
         """The code for one value of a timestep that is a number which Python decides on."""

@@ -17,7 +17,7 @@ from dicompile.capture.normalise import Capture, capture_graph, read_inputs
 from dicompile.capture.numbers import open_numbers
 from dicompile.capture.resized import marked_dims, resized_inputs
 from dicompile.capture.roles import NO_TIMESTEP, NOTHING_SAID, Input, Role, Said, check_names, input_names
-from dicompile.capture.shared import CAPTURES, MOST_CAPTURES, Known
+from dicompile.capture.shared import CAPTURES, MOST_CAPTURES, Known, key_of_class, known_capture
 
 __all__ = [
     "CAPTURES",
@@ -44,6 +44,8 @@ __all__ = [
     "check_names",
     "input_names",
     "is_number",
+    "key_of_class",
+    "known_capture",
     "marked_dims",
     "normalised",
     "open_numbers",

@@ -19,9 +19,11 @@ import torch
 from torch import Tensor, nn
 
 from dicompile.capture.arguments import Arguments
+from dicompile.capture.call import capture_functional
 from dicompile.capture.captured import Captured
 from dicompile.capture.guards import PLAIN, By, Fact, Guards, Path, Pins
 from dicompile.capture.normalise import Capture
+from dicompile.capture.roles import NOTHING_SAID, Said
 from dicompile.capture.stored import from_bytes, stored_under, to_bytes
 from dicompile.latest import Latest
 from dicompile.ops.collectives import groups_of
@@ -124,6 +126,58 @@ class Captures:
 
 
 CAPTURES = Captures()
+
+
+def key_of_class(module: nn.Module, said: Said, key: tuple[object, ...]) -> tuple[object, ...]:
+    """What a capture is one of, for all models of the process.
+
+    Args:
+        module: of the class.
+        said: what the user says of its inputs.
+        key: of the arguments of a call, and of global state.
+    """
+    return type(module), said.timestep, said.latent, *key
+
+
+def known_capture(
+    module: nn.Module,
+    arguments: Arguments,
+    key: tuple[object, ...],
+    store: Store,
+    said: Said = NOTHING_SAID,
+    *,
+    by_running: bool = False,
+) -> tuple[Known, Pins]:
+    """The capture for a call, one that another model, policy or process has led to or a new one.
+
+    Args:
+        module: the module; it may be run, with copies of the arguments.
+        arguments: of the call.
+        key: of the arguments, and of global state.
+        store: captures of other processes.
+        said: what the user says of the inputs.
+        by_running: Dynamo is known not to take it.
+
+    Returns:
+        It, and what its guards found in the module.
+
+    Raises:
+        CannotCapture: no graph can be had that would hold for the next call.
+        InvalidSetting: the user named an input that is not there.
+    """
+    key = key_of_class(module, said, key)
+    found = CAPTURES.find(key, module, arguments, store)
+    if found is not None:
+        return found
+    captured, capture = capture_functional(module, arguments, said, by_running=by_running)
+    pins = captured.guards.pin(module)
+    assert isinstance(pins, Pins), pins
+    inputs = captured.pick(captured.tensors(pins.tensors, arguments))
+    known = Known(captured, capture, {i: inputs[i].clone() for i in captured.reads})
+    CAPTURES.keep(key, known, module, store)
+    return known, pins
+
+
 BUILT_IN = (types.ModuleType, types.MethodDescriptorType, types.WrapperDescriptorType, types.GetSetDescriptorType)
 
 

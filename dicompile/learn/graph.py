@@ -22,7 +22,7 @@ from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
 
 from dicompile.analysis import ModelStructure, Site, SiteKind, analyse
-from dicompile.capture import Arguments, Capture, Role, capture_by_dynamo, normalised, values_of
+from dicompile.capture import Arguments, Capture, Role, ambient, capture_by_dynamo, known_capture, normalised, values_of
 from dicompile.config import DebugFolder, Settings
 from dicompile.errors import InvalidTrainingData, NoSitesFound
 from dicompile.lower import NO_RANKS
@@ -143,9 +143,7 @@ def learnable(
         NoSitesFound: there is nothing to blend.
     """
     check_whole(module, "training")
-    arguments = Arguments.of((), inputs)
-    captured = capture_by_dynamo(module, arguments)
-    capture = normalised(module, captured, values_of(module, captured, arguments))
+    capture = _captured(module, Arguments.of((), inputs))
     structure = analyse(capture)
     sites = structure.sites if level == "site" else _spans(structure, SiteKind(level))
     if not sites:
@@ -222,6 +220,15 @@ class LearnableModels:
             why=why,
             fix="record runs of one setting; for a predictor also of one size, and with the timestep as a tensor",
         )
+
+
+def _captured(module: nn.Module, arguments: Arguments) -> Capture:
+    """The graph of a model, whatever values its inputs have."""
+    known, _ = known_capture(module, arguments, (arguments.key, ambient()), Settings.from_environment().store)
+    if not known.captured.is_run:
+        return known.capture
+    captured = capture_by_dynamo(module, arguments)  # raises: it depends on values, which differ between samples
+    return normalised(module, captured, values_of(module, captured, arguments))
 
 
 @dataclass(frozen=True)
