@@ -41,6 +41,37 @@ def process_group(name: str) -> torch.distributed.ProcessGroup:
     return found
 
 
+def all_gather(
+    mine: Tensor, group: torch.distributed.ProcessGroup, *, in_background: bool = False
+) -> tuple[Tensor, torch.distributed.Work | None]:
+    """Numbers of all ranks in one tensor, [ranks, n], and what to wait for; torch 2.13 named the function anew.
+
+    Args:
+        mine: of this rank, [n].
+        group: the ranks.
+        in_background: the tensor may not be looked at before its work is done.
+    """
+    name = "all_gather_single" if hasattr(torch.distributed, "all_gather_single") else "all_gather_into_tensor"
+    into = mine.new_empty(torch.distributed.get_world_size(group) * len(mine))
+    work: torch.distributed.Work | None = getattr(torch.distributed, name)(into, mine, group, async_op=in_background)
+    return into.view(-1, len(mine)), work
+
+
+def mixed_precision(part: nn.Module) -> Any:
+    """The ``MixedPrecisionPolicy`` of a module that was given to ``fully_shard`` (torch 2.11 to 2.14)."""
+    state: Any = part._get_fsdp_state()  # type: ignore[operator]
+    return state._mp_policy
+
+
+def local_part(weight: Any) -> Tensor:
+    """What a rank has of a DTensor: the very tensor that edits change (``to_local`` returns another one of parameters).
+
+    Torch 2.11 to 2.14.
+    """
+    part: Tensor = weight._local_tensor
+    return part
+
+
 def tensor_check(tensors: Sequence[Tensor]) -> Callable[..., bool]:
     """A function that is true for tensors of the same types, shapes, strides, dtypes and devices as these.
 

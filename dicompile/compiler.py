@@ -50,8 +50,9 @@ from dicompile.lower import (
     table_predictor,
 )
 from dicompile.nodes import results_of
+from dicompile.ops.collectives import groups_of
 from dicompile.ops.flash import check_fits
-from dicompile.parallel import check_ranks, check_same_plan
+from dicompile.parallel import CONTEXT_PARALLEL, check_ranks, check_same_plan
 from dicompile.passes import UP
 from dicompile.plan import (
     UNLIMITED,
@@ -163,6 +164,11 @@ class Options:
         self.backend.check_cache(self.cache)
         check_gate(self.policy, records_steps=self.backend.records_steps, is_offloaded=self.cache.device == "cpu")
 
+    def check_ranks(self, kind: str) -> None:
+        """Check that ranks which need each other take the same steps; see `dicompile.parallel.check_ranks`."""
+        in_background, is_observed = self.backend.in_background, self.planner is not None
+        check_ranks(kind, self.policy, in_background=in_background, is_observed=is_observed)
+
     @functools.cached_property
     def owners(self) -> Owners:
         """Models that were compiled with these very options, where compiled code is shared between them."""
@@ -201,10 +207,8 @@ def compile_capture(
     if options.timing is not None:
         options.timing.check(**conditions._asdict())
     options.debug.write("captured", capture)
-    check_ranks(
-        capture.graph, options.policy, in_background=options.backend.in_background,
-        is_observed=options.planner is not None,
-    )  # fmt: skip
+    if groups_of(capture.graph):
+        options.check_ranks(CONTEXT_PARALLEL)
     pieces = pieces_of(capture, hoist, options.policy.trunk)
     structure = pieces.structure
     options.debug.write("structure", structure)

@@ -44,7 +44,7 @@ from dicompile.errors import CannotCapture, InvalidSetting, NoSitesFound, Timest
 from dicompile.garbage import uncollected
 from dicompile.names import sounds_like_time
 from dicompile.offload import check_can_bring, check_hooks
-from dicompile.parallel import settle_hooks
+from dicompile.parallel import SHARDED, settle_hooks
 from dicompile.parked import Home, homes_of, uncovered
 from dicompile.progress import progress
 from dicompile.runtime import Owner, current_session
@@ -226,6 +226,8 @@ class ModelCalls:
         if homes:
             check_hooks(self.module)
             check_can_bring(self.module, self.options.backend)
+            if any(home.sharding is not None for home in homes.values()):
+                self.options.check_ranks(SHARDED)
         self._device = next((home.device for home in homes.values()), None)
         return homes
 

@@ -15,7 +15,17 @@ from dicompile.errors import UnsupportedModel
 from dicompile.lower import Backend
 from dicompile.ops.wrapped import is_wrapped
 from dicompile.parallel import check_parts
-from dicompile.parked import GROUP, OF_GROUPS, Home, aligning_hooks, homes_of, hooks_of, place_of, registry_of
+from dicompile.parked import (
+    GROUP,
+    OF_GROUPS,
+    Home,
+    aligning_hooks,
+    homes_of,
+    hooks_of,
+    kind_of,
+    place_of,
+    registry_of,
+)
 
 HOOK_ATTRIBUTES = frozenset({"_hf_hook", "_old_forward", "_diffusers_hook"})
 """Where accelerate keeps the hook of a module, and the forward that it wraps, and diffusers its hooks."""
@@ -102,7 +112,7 @@ def check_whole(module: nn.Module, where: str) -> None:
             f"the weights of {type(module).__name__} are brought part by part",
             where=where,
             why="it reads all of them for every sample",
-            fix="remove the hooks: pipe.remove_all_hooks(), or load the model without group offloading",
+            fix="keep whole weights on the device: without fully_shard and offloading, after pipe.remove_all_hooks()",
         )
 
 
@@ -126,7 +136,7 @@ def check_hooks(module: nn.Module) -> None:
             )
         _check_registry(name, where, part)
         for weight in part.parameters(recurse=False):
-            if id(weight) in homes and type(weight) is not nn.Parameter:
+            if id(weight) in homes and kind_of(weight, homes[id(weight)]) is not nn.Parameter:
                 raise UnsupportedModel(
                     f"weights of {name} are quantised, and are brought part by part",
                     where=f"{where}, {type(weight).__name__}",
@@ -170,6 +180,14 @@ def _check_registry(name: str, where: str, part: nn.Module) -> None:
 def _check_places(module: nn.Module, homes: Mapping[int, Home]) -> None:
     """Check that all weights are somewhere, and wanted on one device."""
     name = type(module).__name__
+    kinds = {home.sharding is None for home in homes.values()}
+    if len(kinds) > 1:
+        raise UnsupportedModel(
+            f"some weights of {name} are sharded by FSDP, and others offloaded",
+            where=name,
+            why="ranks would wait for each other's copies, which nobody has tried",
+            fix="one of them: fully_shard, or hooks that offload",
+        )
     absent = next((path for path, each in module.named_parameters() if each.is_meta and id(each) not in homes), None)
     if absent is not None:
         raise UnsupportedModel(
@@ -202,7 +220,7 @@ def check_can_bring(module: nn.Module, backend: Backend) -> None:
         (backend.records_steps, 'compile_mode="reduce-overhead"', "a CUDA graph reads weights where they lay when it "
          "was recorded", "leave out compile_mode, or keep the weights on the device"),
         (getattr(module, "_parallel_config", None) is not None, "model.enable_parallelism", "ranks would wait for each "
-         "other's copies, which nobody has tried", "offload whole models: pipe.enable_model_cpu_offload()"),
+         "other's copies, which nobody has tried", "keep whole weights on every rank, or leave out enable_parallelism"),
     )  # fmt: skip
     for is_so, where, why, fix in reasons:
         if is_so:

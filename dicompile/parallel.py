@@ -9,53 +9,101 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import sys
 from collections.abc import Sequence
 
-from torch import distributed, fx, nn
+from torch import Tensor, distributed, fx, nn
 
-from dicompile.compat import process_group
+from dicompile.compat import local_part, mixed_precision, process_group
 from dicompile.errors import PlansDiffer, UnsupportedModel, UnsupportedParallelism
 from dicompile.ops.collectives import groups_of
 from dicompile.plan import Plan, Policy
+from dicompile.sharded import is_sharded_part, shard_of, sharded_weights
+
+CONTEXT_PARALLEL, SHARDED = "context-parallel", "sharded"
+"""Kinds of model whose ranks need each other in every call."""
 
 
 def check_parts(module: nn.Module) -> None:
-    """Check that the weights of a module are whole on every rank, and its attention can be captured.
+    """Check that the weights of a module are whole on every rank, or can be gathered, and its attention be captured.
 
     Raises:
-        UnsupportedModel: FSDP or tensor parallelism has sharded its weights, or its keys go around in a ring.
+        UnsupportedModel: FSDP has sharded it in a way that is not followed, or tensor parallelism has; or its keys go
+            around in a ring.
     """
     if not (distributed.is_available() and distributed.is_initialized()):
         return
-    from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
-    from torch.distributed.tensor import DTensor
+    _check_first_fsdp(module)
+    _check_shards(module)
+    _check_precision(module)
+    config = getattr(getattr(module, "_parallel_config", None), "context_parallel_config", None)
+    if config is not None and (config.ring_degree > 1 or config.ulysses_anything):
+        raise UnsupportedModel(
+            f"{type(module).__name__} splits tokens by {'ring attention' if config.ring_degree > 1 else 'ulysses_anything'}",
+            where="model.enable_parallelism",
+            why="it was never tried, and sizes that ranks tell each other at every call are in no graph",
+            fix="ContextParallelConfig(ulysses_degree=...), with token counts and heads that it divides",
+        )
 
-    name = type(module).__name__
-    for path, part in module.named_modules():
-        if isinstance(part, (FSDPModule, FullyShardedDataParallel)):
+
+def _check_first_fsdp(module: nn.Module) -> None:
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    for path, part in module.named_modules() if fsdp is not None else ():
+        if isinstance(part, fsdp.FullyShardedDataParallel):
             raise UnsupportedModel(
-                f"the weights of {name} are sharded by FSDP",
-                where=path or name,
-                why="FSDP gathers the weights of a part when it is called, and compiled code runs several parts as one",
-                fix="leave the denoiser out of FSDP: data parallelism, or model.enable_parallelism(config="
-                "ContextParallelConfig(ulysses_degree=...)), keeps whole weights on every rank",
+                f"the weights of {type(module).__name__} are sharded by the first FSDP",
+                where=path or type(module).__name__,
+                why="it makes one flat parameter of all weights of a part",
+                fix="torch.distributed.fsdp.fully_shard(model) instead",
             )
-    for path, weight in module.named_parameters():
-        if isinstance(weight, DTensor):
+
+
+def _check_shards(module: nn.Module) -> None:
+    """Check that every weight of which a rank has a part can be put together."""
+    name, groups = type(module).__name__, set()
+    for path, weight, owner in sharded_weights(module):
+        place = shard_of(weight)
+        if owner is None or place is None:
             raise UnsupportedModel(
                 f"the weights of {name} are sharded by tensor parallelism",
                 where=path,
                 why=f"it is a DTensor ({weight.placements}), and the sums over ranks are no operators of the graph",
                 fix="model.enable_parallelism(config=ContextParallelConfig(ulysses_degree=...)) instead",
             )
-    config = getattr(getattr(module, "_parallel_config", None), "context_parallel_config", None)
-    if config is not None and (config.ring_degree > 1 or config.ulysses_anything):
+        part, kind = local_part(weight), weight.device_mesh.device_type
+        if type(part) is not Tensor or part.device.type != kind:
+            what = "quantised" if type(part) is not Tensor else f"offloaded to the {part.device.type}"
+            raise UnsupportedModel(
+                f"weights of {name} are sharded by FSDP, and {what}",
+                where=path,
+                why="how such a weight is put together is known to FSDP alone",
+                fix="shard plain weights, without offload_policy; or leave out dicompile.optimize",
+            )
+        groups.add(tuple(distributed.get_process_group_ranks(weight.device_mesh.get_group(place))))
+    if len(groups) > 1:
         raise UnsupportedModel(
-            f"{name} splits tokens by {'ring attention' if config.ring_degree > 1 else 'ulysses_anything'}",
-            where="model.enable_parallelism",
-            why="it was never tried, and sizes that ranks tell each other at every call are in no graph",
-            fix="ContextParallelConfig(ulysses_degree=...), with token counts and heads that it divides",
+            f"parts of {name} are sharded over different ranks",
+            where=" and ".join(f"ranks {', '.join(map(str, ranks))}" for ranks in sorted(groups)),
+            why="before a call, all ranks that gather weights together agree which ones",
+            fix="give fully_shard the same mesh for all parts",
         )
+
+
+def _check_precision(module: nn.Module) -> None:
+    """Check that FSDP casts nothing but weights."""
+    for path, part in module.named_modules():
+        policy = mixed_precision(part) if is_sharded_part(part) else None
+        if policy is None:
+            continue
+        casts_inputs = policy.param_dtype is not None and policy.cast_forward_inputs
+        if casts_inputs or policy.output_dtype is not None:
+            raise UnsupportedModel(
+                f"FSDP casts the {'inputs' if casts_inputs else 'results'} of parts of {type(module).__name__}",
+                where=f"mp_policy of {path or type(module).__name__}",
+                why="it does so in hooks, which run in no compiled code",
+                fix="MixedPrecisionPolicy(param_dtype=..., cast_forward_inputs=False), and give the model inputs in "
+                "that dtype",
+            )
 
 
 def settle_hooks(module: nn.Module) -> None:
@@ -72,11 +120,12 @@ def settle_hooks(module: nn.Module) -> None:
                 signature.cached_parameter_indices = {name: i for i, name in enumerate(names)}
 
 
-def check_ranks(graph: fx.Graph, policy: Policy, *, in_background: bool, is_observed: bool) -> None:
+def check_ranks(kind: str, policy: Policy, *, in_background: bool, is_observed: bool) -> None:
     """Check that nothing decides on one rank alone what a step of a model does that needs all ranks.
 
     Args:
-        graph: of the model.
+        kind: of the model, "context-parallel", whose ranks have parts of the tokens, or "sharded", of which each has
+            samples of its own.
         policy: the caching policy.
         in_background: generations run uncached until this process has compiled its code.
         is_observed: values are recorded, from which a plan will be made.
@@ -84,20 +133,22 @@ def check_ranks(graph: fx.Graph, policy: Policy, *, in_background: bool, is_obse
     Raises:
         UnsupportedParallelism: something does.
     """
+    own = "tokens" if kind == CONTEXT_PARALLEL else "samples"
+    why_not = "was trained for all tokens" if kind == CONTEXT_PARALLEL else "reads weights before the step"
     reasons = (
-        (policy.gate is not None, f"the gate of policy {policy.name!r} decides by the tokens of its rank",
+        (policy.gate is not None, f"the gate of policy {policy.name!r} decides by the {own} of its rank",
          "use a policy that is planned ahead, such as dicompile.FORA(interval=3)"),
-        (policy.predictor is not None, f"the predictor of policy {policy.name!r} was trained for all tokens",
+        (policy.predictor is not None, f"the predictor of policy {policy.name!r} {why_not}",
          "use a policy without one, such as dicompile.FORA(interval=3)"),
         (in_background, 'with warmup="background" a rank caches as soon as its own code is compiled',
          "leave out warmup, or call dicompile.warmup on every rank"),
-        (is_observed, "every rank records its own tokens, and would plan other steps",
+        (is_observed, f"every rank records its own {own}, and would plan other steps",
          "calibrate on one rank, without parallelism, and load the recording on all of them"),
     )  # fmt: skip
     for is_so, why, fix in reasons:
-        if is_so and groups_of(graph):
+        if is_so:
             raise UnsupportedParallelism(
-                "the ranks of a context-parallel model could take different steps", where="compiler", why=why, fix=fix
+                f"the ranks of a {kind} model could take different steps", where="compiler", why=why, fix=fix
             )
 
 

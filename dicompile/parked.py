@@ -1,10 +1,11 @@
 """Weights that lie elsewhere until the part they belong to runs: where each is, and what lies under the hooks.
 
-accelerate (sequential offloading: ``cpu_offload``, ``disk_offload``) and diffusers (group offloading) put hooks around
-the forward of a part, which bring its weights before it runs and take them away afterwards. Compiled code runs several
-parts as one, and of others nothing at all. So it runs none of these hooks: a capture sees the forward under them, and
-the weights where they will be (`uncovered`). What a call gets in the place of such a weight is `Parked`: it tells where
-the value is now. Only what a call of a program reads is brought, one call ahead (`dicompile.runtime.storage`).
+accelerate (sequential offloading: ``cpu_offload``, ``disk_offload``), diffusers (group offloading) and FSDP
+(``fully_shard``: a part of each weight is on every rank) put hooks around the forward of a part, which bring its
+weights before it runs and take them away afterwards. Compiled code runs several parts as one, and of others nothing at
+all. So it runs none of these hooks: a capture sees the forward under them, and the weights where they will be
+(`uncovered`). What a call gets in the place of such a weight is `Parked`: it tells where the value is now. Only what a
+call of a program reads is brought, one call ahead (`dicompile.runtime.storage`).
 
 Hooks stay where they are: pipelines look up their device in them, and the module without us runs as ever.
 """
@@ -24,6 +25,9 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
+from dicompile.compat import local_part
+from dicompile.sharded import MARKS, Gathering, Sharding, is_hook, shardings_of
+
 GROUP = "group_offloading"
 OF_GROUPS = frozenset({GROUP, "lazy_prefetch_group_offloading", "layer_execution_tracker"})
 """Hooks by which diffusers offloads groups; the last two find out in which order groups run."""
@@ -34,8 +38,11 @@ _ALIGNED = 64
 _FORWARDS = ("forward", "_old_forward")
 """Where a module has the forward with hooks around it, and accelerate the one without."""
 
-HOOKED = frozenset({*_FORWARDS, "_hf_hook", "_diffusers_hook"})
-"""Attributes of a module that has hooks of accelerate or diffusers."""
+HOOKED = frozenset({*_FORWARDS, "_hf_hook", "_diffusers_hook", *MARKS})
+"""Attributes of a module that has hooks of accelerate, diffusers or FSDP."""
+
+HOOKS = ("_forward_hooks", "_forward_pre_hooks")
+"""Where a module keeps what runs around its forward; without gradients nothing else does."""
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -47,12 +54,18 @@ class Home:
         find: the value, on any device, by the tensor that lies in the module.
         held: the tensor that holds it, by the same; the one in the module, where only a file does.
         is_in_module: the tensor in the module holds the value, on whatever device.
+        sharding: how it is spread over ranks, if it is.
     """
 
     device: torch.device
     find: Callable[[Tensor], Tensor]
     held: Callable[[Tensor], Tensor]
     is_in_module: bool
+    sharding: Sharding | None = None
+
+    def dtype_of(self, tensor: Tensor) -> torch.dtype:
+        """In which the value of a tensor that lies in the module is wanted."""
+        return tensor.dtype if self.sharding is None else self.sharding.dtype
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -60,12 +73,22 @@ class Parked:
     """Stands for a weight among the inputs of compiled code, until a call reads it.
 
     Attributes:
-        tensor: what lies in the module, with the shape, strides and dtype of the weight.
+        tensor: what lies in the module, with the shape and strides of the weight.
         home: where its value is.
     """
 
     tensor: Tensor
     home: Home
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the value."""
+        return self.home.dtype_of(self.tensor)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the value."""
+        return self.tensor.numel() * self.dtype.itemsize
 
     @property
     def held(self) -> Tensor:
@@ -79,12 +102,12 @@ class Parked:
     def reserve(self) -> Tensor:
         """Memory for the value, where it is wanted."""
         like = self.tensor
-        return torch.empty_strided(like.shape, like.stride(), dtype=like.dtype, device=self.home.device)
+        return torch.empty_strided(like.shape, like.stride(), dtype=self.dtype, device=self.home.device)
 
     def bring(self) -> Tensor:
         """The value where it is wanted, as the code wants it; no copy where it is like that already."""
         value, like = self.find(), self.tensor
-        is_alike = (value.device, value.dtype, value.stride()) == (self.home.device, like.dtype, like.stride())
+        is_alike = (value.device, value.dtype, value.stride()) == (self.home.device, self.dtype, like.stride())
         if is_alike and not value.data_ptr() % _ALIGNED:  # out of a file it may lie anywhere, and round otherwise
             return value.detach()
         return self.reserve().copy_(value, non_blocking=True)  # whoever reads it is queued behind
@@ -101,7 +124,7 @@ def homes_of(module: nn.Module) -> dict[int, Home]:
         if group is not None:
             home = _grouped(group)
             found |= {id(tensor): home for tensor in _tensors_in(group)}
-    return found
+    return found | {id(weight): _sharded(sharding) for weight, sharding in shardings_of(module)}
 
 
 def aligning_hooks(part: nn.Module) -> tuple[Any, ...]:
@@ -183,6 +206,13 @@ def _grouped(group: Any) -> Home:
     return Home(device, find, lambda tensor: tensor, is_in_module=not on_disk)
 
 
+def _sharded(sharding: Sharding) -> Home:
+    def find(tensor: Tensor) -> Tensor:
+        return Gathering([(tensor, sharding)]).take()[0]
+
+    return Home(sharding.device, find, local_part, is_in_module=False, sharding=sharding)
+
+
 def place_of(device: Any) -> torch.device:
     """A device with its number, as tensors on it name it."""
     place = torch.device(device)
@@ -231,6 +261,7 @@ def uncovered(module: nn.Module) -> Iterator[None]:
     with contextlib.ExitStack() as undo:
         for part in module.modules():
             _show_forward(part, undo)
+            _hide_sharding(part, undo)
             for tensors in (part._parameters, part._buffers) if homes else ():
                 _show_tensors(tensors, homes, mode, fakes, undo)
         yield
@@ -249,6 +280,19 @@ def _show_forward(part: nn.Module, undo: contextlib.ExitStack) -> None:
     undo.callback(own.update, kept)
 
 
+def _hide_sharding(part: nn.Module, undo: contextlib.ExitStack) -> None:
+    own = vars(part)
+    if not own.keys() >= MARKS:
+        return
+    undo.callback(own.update, {name: own.pop(name) for name in MARKS})
+    for hooks in (own[name] for name in HOOKS):
+        if any(map(is_hook, hooks.values())):
+            undo.callback(hooks.update, dict(hooks))
+            undo.callback(hooks.clear)
+            for key in [key for key, hook in hooks.items() if is_hook(hook)]:
+                del hooks[key]
+
+
 def _show_tensors(
     tensors: dict[str, Any],
     homes: Mapping[int, Home],
@@ -261,14 +305,16 @@ def _show_tensors(
         if home is None or (home.is_in_module and tensor.device == home.device):
             continue
         if id(tensor) not in fakes:
-            fakes[id(tensor)] = _fake(tensor, home.device, mode)
+            fakes[id(tensor)] = _fake(tensor, home, mode)
         tensors[name] = fakes[id(tensor)]
         undo.callback(_put_back, tensors, name, fakes[id(tensor)], tensor)
 
 
-def _fake(tensor: Tensor, device: torch.device, mode: FakeTensorMode) -> Tensor:
+def _fake(tensor: Tensor, home: Home, mode: FakeTensorMode) -> Tensor:
     with mode:
-        made = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
+        made = torch.empty_strided(
+            tensor.shape, tensor.stride(), dtype=home.dtype_of(tensor), device=home.device
+        )
     if not isinstance(tensor, nn.Parameter):
         return made
     return nn.Parameter(made, requires_grad=tensor.requires_grad)
@@ -279,9 +325,9 @@ def _put_back(tensors: dict[str, Any], name: str, fake: Tensor, tensor: Tensor) 
         tensors[name] = tensor
 
 
-def kind_of(tensor: Tensor) -> type:
-    """Type of a tensor; of a fake one that of what it stands for."""
-    if isinstance(tensor, FakeTensor):
+def kind_of(tensor: Tensor, home: Home | None = None) -> type:
+    """Type of a tensor; of a fake one that of what it stands for, and of a shard that of the whole weight."""
+    if isinstance(tensor, FakeTensor) or (home is not None and home.sharding is not None):
         return nn.Parameter if isinstance(tensor, nn.Parameter) else Tensor
     return type(tensor)
 

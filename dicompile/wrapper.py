@@ -24,6 +24,7 @@ from dicompile.errors import UnsupportedModel
 from dicompile.model import ModelCalls
 from dicompile.offload import HOOK_ATTRIBUTES, check_hooks, move_groups, move_hook, take_hook_back
 from dicompile.runtime import Owner, cache_context
+from dicompile.sharded import is_hook
 
 log = logging.getLogger("dicompile")
 
@@ -124,7 +125,7 @@ class CachedModel(OptimizedModule):
         if name == "__class__":
             raise UnsupportedModel(
                 f"{type(self._orig_mod).__name__} is optimized, and cannot become a {value.__name__}",
-                where="a library that changes the class of a module, as fully_shard does",
+                where="a library that changes the class of a module",
                 why="the new class would be called in the place of compiled code",
                 fix="dicompile.restore it first; see docs/parallel.md for what goes with caching",
             )
@@ -138,6 +139,21 @@ class CachedModel(OptimizedModule):
             object.__delattr__(self, name)
         else:
             super().__delattr__(name)
+
+    def register_forward_pre_hook(self, hook: Any, **options: Any) -> Any:
+        """Hooks of the wrapper run around compiled code.
+
+        Raises:
+            UnsupportedModel: it is FSDP's, which would gather all weights there; nothing has been sharded yet.
+        """
+        if is_hook(hook):
+            raise UnsupportedModel(
+                f"{type(self._orig_mod).__name__} is optimized, and cannot be sharded as a whole",
+                where="fully_shard",
+                why="FSDP would gather its weights around compiled code, which gathers what it reads itself",
+                fix="model = dicompile.restore(model), then fully_shard(model), then dicompile.optimize(model, ...)",
+            )
+        return super().register_forward_pre_hook(hook, **options)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """Weights and buffers by the original's names."""

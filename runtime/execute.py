@@ -5,8 +5,10 @@ The code is a pure function of inputs and slots; everything that is remembered l
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
+import threading
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -28,10 +30,13 @@ from dicompile.runtime.observe import Observer, Seen, Watch
 from dicompile.runtime.owner import Owner
 from dicompile.runtime.report import RECALLED, UNCACHED
 from dicompile.runtime.session import ModelState, Session, current_session
-from dicompile.runtime.storage import Lane, Supply, lane_for, run_calls
+from dicompile.runtime.storage import Lane, SharedSupply, Supply, lane_for, names_of, needed, run_calls
 from dicompile.same import Same
 
 log = logging.getLogger("dicompile")
+
+TOGETHER = threading.RLock()
+"""Held while a call gathers weights: what threads gather in turns, another rank would take for something else."""
 
 Load = Callable[..., Doubt | None]
 """Loads what is computed outside of the steps: with or without doubts, for the first time or again."""
@@ -307,14 +312,13 @@ class Executor:
             inputs: of the code, but for its constants; `Parked` in the place of weights that lie elsewhere.
         """
         inputs = (*inputs, *self.constants)
-        supply = _supply_of(inputs)
         session = current_session().serving(owner.link)
         state = session.state_of(owner)
         try:
             with torch.no_grad(), torch._C._DisableAutocast():  # its casts are part of the code
                 place = identify(self.signature, owner, session, inputs)
                 step = self._step(state, owner, place)
-                return self._run(owner, state, place, step, inputs, session, supply)
+                return self._run(owner, state, place, step, inputs, session)
         except BaseException:
             state.begin(None)
             raise
@@ -350,11 +354,11 @@ class Executor:
         step: Step | GatedStep,
         inputs: Sequence[Any],
         session: Session,
-        supply: Supply | None,
     ) -> Sequence[Any]:
         context = place.context
         registers: list[Any] = [*inputs, *[None] * (step.program.registers - len(inputs))]
         try:
+            supply = _supply_of(registers, step)
             partner = self._partner(state, place, step)
             if isinstance(step, GatedStep):
                 step = self._decided(owner, state, place, step, registers, partner, supply)
@@ -462,6 +466,8 @@ class Executor:
 
         def load(**how: bool) -> Doubt | None:
             if not program.invariants:
+                if supply is not None:
+                    supply.agree(())
                 return None
             assert self.tables is not None
             kept = state.tables.setdefault(self, Kept())
@@ -489,16 +495,18 @@ class Executor:
         if context is not None:
             self._load_slots(state, context, step, registers)
         lane = self._lane(place.call.latent)
-        doubt = load(may_doubt=lane is None and step.is_repeatable)
-        before = [] if doubt is None else registers.copy()
-        if session.run_step is None:
-            run_calls(step.program, registers, lane, watch, supply)
-        else:
-            session.run_step(step, registers)
-        if doubt is not None and doubt.is_justified:
-            registers[:] = before
-            load(is_again=True)
-            run_calls(step.program, registers, lane, supply=supply)
+        needs_others = supply is not None and supply.needs_others
+        with TOGETHER if needs_others else contextlib.nullcontext():
+            doubt = load(may_doubt=lane is None and step.is_repeatable and not needs_others)
+            before = [] if doubt is None else registers.copy()
+            if session.run_step is None:
+                run_calls(step.program, registers, lane, watch, supply)
+            else:
+                session.run_step(step, registers)
+            if doubt is not None and doubt.is_justified:
+                registers[:] = before
+                load(is_again=True)
+                run_calls(step.program, registers, lane, supply=supply)
         if context is not None and (verification := self._due(context, step)) is not None:
             run_calls(verification.program, registers, None, supply=supply)
             context.drift.verify(registers[verification.recalled], registers[verification.computed])
@@ -692,12 +700,18 @@ def _lane_of(device: torch.device) -> Lane | None:
     return lane_for(device)
 
 
-def _supply_of(inputs: Sequence[Any]) -> Supply | None:
+def _supply_of(registers: Sequence[Any], step: Step | GatedStep) -> Supply | None:
     """What brings the weights among the inputs of a call that lie elsewhere; None if all are there."""
-    if Parked not in map(type, inputs):  # of thousands, at every call
+    if Parked not in map(type, registers):  # of thousands, at every call
         return None
-    parked = next(value for value in inputs if isinstance(value, Parked))
-    return Supply(_lane_of(parked.home.device))
+    home = next(value.home for value in registers if isinstance(value, Parked))
+    if home.sharding is None:
+        return Supply(_lane_of(home.device))
+    assert isinstance(step, Step)  # no gate decides where weights are gathered
+    kinds = " ".join(planned.kind for planned in step.plan.steps)
+    reads = (names_of([registers[i] for i in call]) for call in needed(step.program, registers))
+    told = f"this rank: step {step.index + 1} of {len(step.plan.steps)} of policy {step.plan.policy}"
+    return SharedSupply(home.sharding, "\n".join([kinds, *reads]), told)
 
 
 def _contents_after(planned: StepPlan, program: Program) -> dict[Slot, Slot | int]:

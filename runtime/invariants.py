@@ -216,7 +216,8 @@ class Tables:
             A doubt to look at when the step has run; where it is justified, load again, and run it again.
         """
         kept.tables = [table for table in kept.tables if table.step is None or table.step >= step - RESTS]
-        table = self._find(kept, registers, step)
+        needs_others = supply is not None and supply.needs_others
+        table = self._find(kept, registers, step, once=needs_others)
         if is_again:
             kept.wrong += 1
         else:
@@ -225,6 +226,8 @@ class Tables:
         if any(self.invariants[name].mapped is not None for name, _ in reads):
             chunk, doubt = self._chunk(kept, table, registers, schedule, step, may_doubt=may_doubt)
         values = _Values(self, table, chunk, registers, step, supply)
+        if supply is not None and not supply.agree(values.lacking([name for name, _ in reads])):
+            values = _Values(self, Table(), None, registers, step, supply)  # for this call alone: all ranks lack all
         for name, register in reads:
             registers[register] = values[name]
         if step + 1 >= schedule.steps and table.calls >= table.calls_before:
@@ -252,10 +255,13 @@ class Tables:
             return known, Doubt(known.times[row], time)
         return _chunk_of(table, time, schedule, step), None
 
-    def _find(self, kept: Kept, inputs: Sequence[Any], step: int) -> Table:
-        """The table for these inputs; one is not kept where nothing tells that an input has changed."""
+    def _find(self, kept: Kept, inputs: Sequence[Any], step: int, *, once: bool) -> Table:
+        """The table for these inputs; one is not kept where nothing tells that an input has changed.
+
+        A table may serve every step once only: which calls of a step have equal inputs, a rank would decide for itself.
+        """
         for table in kept.tables:
-            if all(
+            if not (once and table.step == step) and all(
                 watched.is_now(_held(inputs[i])) for (i, _), watched in zip(self._leaves, table.made_of, strict=True)
             ):
                 kept.is_found = True
@@ -291,29 +297,54 @@ class _Values:
         if item.mapped is None or chunk is None:
             known = self._table.fixed if item.mapped is None else self._alone
             if name not in known:
-                known[name] = _laid_out(item.function(*(self._input(i) for i in item.inputs)), item)
+                known[name] = _laid_out(item.function(*self._arguments(item, self.__getitem__)), item)
                 self._table.bytes += known[name].nbytes if item.mapped is None else 0
             return known[name]
         if name not in chunk.rows:
             chunk.rows[name] = tuple(_laid_out(row, item) for row in self._rows(name, chunk).unbind(0))
         return chunk.rows[name][self._row]
 
-    def _input(self, key: int | str) -> Any:
-        if isinstance(key, str):
-            return self[key]
-        return self._inputs[key] if self._supply is None else self._supply.bring(self._inputs[key])
+    def lacking(self, names: Sequence[str]) -> list[str]:
+        """What has to be computed of weights that lie elsewhere before values can be had, in this order."""
+        found: dict[str, bool] = {}
 
-    def _rows(self, key: int | str, chunk: Chunk) -> Any:
+        def visit(name: str) -> None:
+            if name in found or self._is_known(name):
+                return
+            inputs = self._tables.invariants[name].inputs
+            for before in inputs:
+                if isinstance(before, str):
+                    visit(before)
+            found[name] = any(isinstance(i, int) and isinstance(self._inputs[i], Parked) for i in inputs)
+
+        for name in names:
+            visit(name)
+        return [name for name, is_of_weights in found.items() if is_of_weights]
+
+    def _is_known(self, name: str) -> bool:
+        if self._tables.invariants[name].mapped is None:
+            return name in self._table.fixed
+        return name in self._alone if self._chunk is None else name in self._chunk.values
+
+    def _arguments(self, item: Invariant, value_of: Callable[[str], Any], times: Tensor | None = None) -> list[Any]:
+        """What an invariant is computed of: other ones, and then inputs of the model, which are brought at once."""
+        computed = {name: value_of(name) for name in item.inputs if isinstance(name, str)}
+        numbers = [number for number in item.inputs if isinstance(number, int)]
+        given = [times if times is not None and i == self._tables.timestep else self._inputs[i] for i in numbers]
+        there = given if self._supply is None else self._supply.bring(given)
+        known = {**computed, **dict(zip(numbers, there, strict=True))}
+        return [known[key] for key in item.inputs]
+
+    def _rows(self, name: str, chunk: Chunk) -> Any:
         """Values for all steps of a chunk; one that is the same for all as it is."""
-        if key == self._tables.timestep:
-            return chunk.times
-        item = self._tables.invariants[key] if isinstance(key, str) else None
-        if not isinstance(key, str) or item is None or item.mapped is None:
-            return self._input(key)
-        if key not in chunk.values:
-            chunk.values[key] = item.mapped(*(self._rows(i, chunk) for i in item.inputs))
-            self._table.bytes += chunk.values[key].nbytes
-        return chunk.values[key]
+        item = self._tables.invariants[name]
+        if item.mapped is None:
+            return self[name]
+        if name not in chunk.values:
+            rows = self._arguments(item, lambda before: self._rows(before, chunk), chunk.times)
+            chunk.values[name] = item.mapped(*rows)
+            self._table.bytes += chunk.values[name].nbytes
+        return chunk.values[name]
 
 
 def _held(value: Any) -> Tensor:

@@ -1,7 +1,8 @@
 """What comes to the accelerator one call before it is read: slots in host memory, and weights that lie elsewhere.
 
-What a step stores leaves the accelerator, and comes back; weights that are offloaded part by part are only read, so
-they are dropped when the calls at hand have read them. A call that is skipped has nothing brought.
+What a step stores leaves the accelerator, and comes back; weights that are offloaded part by part, or spread over
+ranks, are only read, so they are dropped when the calls at hand have read them. A call that is skipped has nothing
+brought.
 
 Copies run beside the computation, on a stream of their own. At any time the accelerator holds what the running call and
 the next one read, and what the last call stored; the rest of the cache lies in pinned memory of the host. No copy makes
@@ -17,13 +18,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 
+from dicompile.errors import PlansDiffer
 from dicompile.lower import Program
 from dicompile.parked import Parked, brought
 from dicompile.runtime.observe import Watch
+from dicompile.sharded import Gathering, Sharding, tell
 
 AHEAD = 1
 """How many calls before the one that reads it a slot is fetched."""
@@ -200,6 +203,49 @@ class Offload:
         self._going.clear()
 
 
+class Arriving(Protocol):
+    """Weights that one call reads, on their way."""
+
+    def start(self) -> None:
+        """Begin what the host may have to wait for; the accelerator has the call before to work on meanwhile."""
+        ...
+
+    def take(self) -> list[torch.Tensor]:
+        """The weights; what the computation is given from now on waits for them."""
+        ...
+
+
+class Copying:
+    """Weights that are copied; or looked up, where they are wanted on the CPU.
+
+    To read a file, or memory that is not pinned, the host has to wait: that begins with `start`.
+
+    Args:
+        weights: where they are.
+        lane: copies them; None for the CPU.
+    """
+
+    def __init__(self, weights: Sequence[Parked], lane: Lane | None) -> None:
+        self._weights, self._lane = weights, lane
+        self._room = [] if lane is None else [weight.reserve() for weight in weights]
+        self._mark = None if lane is None else lane.mark()  # nothing after it uses this room
+        self._copies: list[Copy] = []
+
+    def start(self) -> None:
+        """See `Arriving`."""
+        if self._lane is None:
+            self._copies = [Copy(value, value) for value in map(brought, self._weights)]
+        else:
+            pairs = zip(self._weights, self._room, strict=True)
+            self._copies = [self._lane.fill(room, weight.find(), self._mark) for weight, room in pairs]
+
+    def take(self) -> list[torch.Tensor]:
+        """See `Arriving`."""
+        for copy in self._copies if self._lane is not None else ():
+            self._lane.wait(copy)
+        return [copy.target for copy in self._copies]
+
+
 class Supply:
     """Brings weights that lie elsewhere, during one call of a model.
 
@@ -210,42 +256,103 @@ class Supply:
         bytes: of all that it has brought.
     """
 
+    needs_others: ClassVar[bool] = False
+    """True if other ranks have to bring the same weights at the same time."""
+
     def __init__(self, lane: Lane | None = None) -> None:
         self.lane, self.bytes = lane, 0
 
-    def bring(self, value: Any) -> Any:
-        """A value that is wanted at once; brought, if it is parked."""
-        if isinstance(value, Parked):
-            self.bytes += value.tensor.nbytes
-        return brought(value)
+    def bring(self, values: Sequence[Any]) -> list[Any]:
+        """Values that are wanted at once; those that are parked are brought."""
+        parked = [value for value in values if isinstance(value, Parked)]
+        self.bytes += sum(weight.nbytes for weight in parked)
+        found = iter(self._found(parked))
+        return [next(found) if isinstance(value, Parked) else value for value in values]
 
-    def reserve(self, parked: Parked) -> torch.Tensor | None:
-        """Memory for a weight, if it is copied."""
-        return None if self.lane is None else parked.reserve()
+    def begin(self, weights: Sequence[Parked]) -> Arriving:
+        """Bring what a call reads; it is told when the call before that is queued."""
+        self.bytes += sum(weight.nbytes for weight in weights)
+        return self._begun(weights)
 
-    def mark(self) -> Any:
-        """The work that the computation has been given, none of which uses later what was reserved."""
-        return None if self.lane is None else self.lane.mark()
+    def agree(self, lacking: Sequence[str]) -> bool:
+        """True if all ranks that have to bring weights together bring the same ones in this call.
 
-    def fill(self, parked: Parked, target: torch.Tensor | None, mark: Any) -> Copy:
-        """Start to copy a weight to the memory that was reserved for it."""
-        self.bytes += parked.tensor.nbytes
-        if self.lane is not None and target is not None:
-            return self.lane.fill(target, parked.find(), mark)
-        value = parked.bring()
-        return Copy(value, value)
+        Args:
+            lacking: what is computed of weights before the first call of the program, by name.
+        """
+        del lacking
+        return True
 
-    def wait(self, copy: Copy) -> None:
-        """Let the computation wait until a copy is done."""
-        if self.lane is not None:
-            self.lane.wait(copy)
+    def _found(self, weights: Sequence[Parked]) -> Sequence[torch.Tensor]:
+        return list(map(brought, weights))
+
+    def _begun(self, weights: Sequence[Parked]) -> Arriving:
+        return Copying(weights, self.lane)
+
+
+class SharedSupply(Supply):
+    """Brings weights of which every rank has a part: all ranks gather them at once.
+
+    Args:
+        sharding: of any of the weights.
+        doing: what this call does, and gathers, in words; equal on all ranks that do the same.
+        told: what an error says of this rank.
+    """
+
+    needs_others: ClassVar[bool] = True
+
+    def __init__(self, sharding: Sharding, doing: str, told: str) -> None:
+        super().__init__()
+        self._sharding, self._doing, self._told = sharding, doing, told
+
+    def agree(self, lacking: Sequence[str]) -> bool:
+        """See `Supply`; every rank has to ask, once in every call.
+
+        Raises:
+            PlansDiffer: ranks do not do the same; raised on all of them.
+        """
+        mine = self._doing, "\n".join(lacking)
+        doing, missing = zip(*tell(mine, self._sharding.group, self._sharding.device), strict=True)
+        if len(set(doing)) > 1:
+            raise PlansDiffer(
+                "ranks that gather weights together take different steps",
+                where=self._told,
+                why="a rank that computes a block would wait for one that reuses it",
+                fix="give all ranks the same policy, schedule and number of steps, and as many calls in each; name "
+                "guidance contexts (dicompile.cache_context), which are told by their tensors otherwise",
+            )
+        return len(set(missing)) == 1
+
+    def _found(self, weights: Sequence[Parked]) -> Sequence[torch.Tensor]:
+        return self._begun(weights).take() if weights else ()
+
+    def _begun(self, weights: Sequence[Parked]) -> Arriving:
+        return Gathering([(weight.tensor, sharding_of(weight)) for weight in weights])
+
+
+def sharding_of(weight: Parked) -> Sharding:
+    """How a weight is spread over ranks."""
+    assert weight.home.sharding is not None
+    return weight.home.sharding
+
+
+def names_of(weights: Sequence[Parked]) -> str:
+    """What tells weights that ranks gather from others."""
+    return " ".join(sharding_of(weight).name for weight in weights)
+
+
+def needed(program: Program, registers: Sequence[Any]) -> list[list[int]]:
+    """Registers of weights that lie elsewhere, for every call of a program that reads them."""
+    return [
+        [register for register in dict.fromkeys(call.inputs) if isinstance(registers[register], Parked)]
+        for call in program.calls
+    ]
 
 
 class Weights:
     """Weights of one run of a program that lie elsewhere. Their registers hold `Parked` before and after it.
 
-    What the next call reads gets its memory before this call is queued, and is copied afterwards: to read a file, or
-    memory that is not pinned, the host has to wait, and the accelerator has this call to work on meanwhile.
+    What the next call reads is asked for before this one is queued, and what the host has to wait for begins afterwards.
 
     Args:
         program: what runs.
@@ -255,56 +362,47 @@ class Weights:
 
     def __init__(self, program: Program, registers: Sequence[Any], supply: Supply) -> None:
         self._supply = supply
-        self._needed = [
-            [register for register in dict.fromkeys(call.inputs) if isinstance(registers[register], Parked)]
-            for call in program.calls
-        ]
-        self._needed += [[] for _ in range(AHEAD)]
+        self._needed = [*needed(program, registers), *([] for _ in range(AHEAD))]
         self._parked: dict[int, Parked] = {}
-        self._room: list[tuple[int, torch.Tensor | None]] = []
-        self._mark: Any = None
-        self._coming: dict[int, Copy] = {}
+        self._coming: dict[int, tuple[list[int], Arriving]] = {}
 
     def before(self, call: int, registers: list[Any]) -> None:
-        """Wait for what this call reads, and make room for what the next one does."""
+        """Ask for what the next call reads, and wait for what this one does."""
         if not call:
-            self._reserve(0, registers)
-            self._fill()
-        self._reserve(call + AHEAD, registers)
-        for register in self._needed[call]:
-            copy = self._coming.pop(register, None)
-            if copy is not None:
-                self._supply.wait(copy)
-                registers[register] = copy.target
+            self._begin(0, registers)
+            self._start(0)
+        self._begin(call + AHEAD, registers)
+        if call in self._coming:
+            wanted, arriving = self._coming.pop(call)
+            for register, weight in zip(wanted, arriving.take(), strict=True):
+                registers[register] = weight
 
     def after(self, call: int, registers: list[Any]) -> None:
-        """Copy what the next call reads, now that this one is queued; drop what it does not read."""
-        self._fill()
+        """Start to copy what the next call reads, now that this one is queued; drop what it does not read."""
+        self._start(call + AHEAD)
         stay = {register for needed in self._needed[call + 1 : call + 1 + AHEAD] for register in needed}
         for register in self._needed[call]:
             if register not in stay:
                 registers[register] = self._parked.pop(register)
 
     def close(self, registers: list[Any]) -> None:
-        """End all copies, those of a run that failed, too, and drop what was brought."""
-        for copy in self._coming.values():
-            self._supply.wait(copy)
+        """End all that has begun, in a run that failed, too, and drop what was brought."""
+        for _, arriving in self._coming.values():
+            arriving.take()
         for register, parked in self._parked.items():
             registers[register] = parked
         self._coming.clear()
         self._parked.clear()
 
-    def _reserve(self, call: int, registers: Sequence[Any]) -> None:
-        for register in self._needed[call]:
-            if register not in self._parked:
-                self._parked[register] = registers[register]
-                self._room.append((register, self._supply.reserve(registers[register])))
-        self._mark = self._supply.mark()
+    def _begin(self, call: int, registers: Sequence[Any]) -> None:
+        wanted = [register for register in self._needed[call] if register not in self._parked]
+        if wanted:
+            self._parked |= {register: registers[register] for register in wanted}
+            self._coming[call] = wanted, self._supply.begin([registers[register] for register in wanted])
 
-    def _fill(self) -> None:
-        for register, target in self._room:
-            self._coming[register] = self._supply.fill(self._parked[register], target, self._mark)
-        self._room.clear()
+    def _start(self, call: int) -> None:
+        if call in self._coming:
+            self._coming[call][1].start()
 
 
 def run_calls(

@@ -29,15 +29,14 @@ from torch import Tensor, nn
 
 from dicompile.compat import tensor_check
 from dicompile.ops.wrapped import is_wrapped, wrapper_of
-from dicompile.parked import HOOKED, Home, Parked, forward_under_hooks, is_own_method, kind_of
+from dicompile.parked import HOOKED, HOOKS, Home, Parked, forward_under_hooks, is_own_method, kind_of
+from dicompile.sharded import is_hook
 
 PLAIN = (bool, int, float, complex, str, bytes, type(None), type(Ellipsis), torch.dtype, torch.device, torch.layout,
          torch.memory_format, enum.Enum, slice, range)  # fmt: skip
 FIXED = (type, types.FunctionType, types.BuiltinFunctionType, types.MethodDescriptorType, types.ModuleType,
          types.WrapperDescriptorType, types.GetSetDescriptorType, classmethod, staticmethod, property,
          logging.Filterer, functools._lru_cache_wrapper)  # fmt: skip
-HOOKS = ("_forward_hooks", "_forward_pre_hooks")
-"""Where a module keeps what runs around its forward; without gradients nothing else does."""
 PARTS = frozenset({
     "_parameters", "_buffers", "_modules", *HOOKS, "_backward_hooks", "_backward_pre_hooks",
     "_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks_with_kwargs",
@@ -304,9 +303,9 @@ class Guards:
 
 
 def meta_of(tensor: Tensor, home: Home | None = None) -> tuple[object, ...]:
-    """Type, shape, strides, dtype and device of a tensor; the device where it is wanted, if it is elsewhere."""
-    device = tensor.device if home is None else home.device
-    return kind_of(tensor), tuple(tensor.shape), tensor.stride(), tensor.dtype, device
+    """Type, shape, strides, dtype and device of a tensor; as it is wanted, if it is elsewhere."""
+    device, dtype = (tensor.device, tensor.dtype) if home is None else (home.device, home.dtype_of(tensor))
+    return kind_of(tensor, home), tuple(tensor.shape), tensor.stride(), dtype, device
 
 
 def _shown(value: object) -> str:
@@ -316,7 +315,7 @@ def _shown(value: object) -> str:
 
 
 def _hook_counts(module: nn.Module) -> tuple[int, ...]:
-    return tuple(len(getattr(module, name)) for name in HOOKS)
+    return tuple(sum(not is_hook(hook) for hook in getattr(module, name).values()) for name in HOOKS)
 
 
 @dataclass

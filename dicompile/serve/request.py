@@ -156,7 +156,7 @@ class Request:
         if found[0].pins.homes:
             raise self._cannot(
                 "its weights are brought part by part", "every request would bring its own",
-                "keep the model on its device: no sequential or group offloading",
+                "keep the whole model on its device: no sequential or group offloading, no fully_shard",
             )  # fmt: skip
         reads = found[0].captured.reads
         if reads and max(self._batcher.turns.sizes) > 1:

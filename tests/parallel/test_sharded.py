@@ -1,0 +1,117 @@
+"""Models that FSDP has sharded: the bits of whole ones, what is skipped is not gathered, and ranks never wait in vain."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from dicompile.errors import CannotBatch, PlansDiffer, UnsupportedModel, UnsupportedParallelism
+from tests.parallel.ranks import found, run
+from tests.parallel.shards import CASES, RANKS, STEPS, die, work
+
+TELLING = 32
+"""Bytes of what two ranks tell each other before a call."""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    path = tmp_path_factory.mktemp("ranks")
+    run(work, path, list(CASES))
+    return path
+
+
+SAME = [name for name in CASES if name.startswith(("dit", "given back", "flux"))]
+
+
+@pytest.mark.parametrize("name", [*SAME, "later", "changed", "other shapes", "threads"])
+def test_every_rank_gets_the_bits_of_the_whole_model(folder: Path, name: str) -> None:
+    first, second = found(folder, name)
+    for results, wanted, *_ in (first, second):
+        assert torch.equal(results, wanted)
+    assert name == "threads" or not torch.equal(first[0], second[0])  # ranks have pictures of their own
+
+
+@pytest.mark.parametrize(("policy", "kind"), [("fora", "reuse"), ("toca", "partial"), ("duca", "partial")])
+def test_a_step_brings_what_it_computes_alone(folder: Path, policy: str, kind: str) -> None:
+    for *_, kinds, brought, weights in found(folder, f"flux, {policy}"):
+        assert set(kinds) == {"full", kind}
+        assert brought["full"] == weights
+        assert brought[kind] < 0.7 * weights
+
+
+def test_what_is_reused_or_computed_already_is_not_exchanged(folder: Path) -> None:
+    for steps, most, left, kinds, weights in found(folder, "exchanged"):
+        first, full, reusing, last = steps
+        assert all(step[0] == TELLING for step in steps)
+        assert reusing[1:] == [size for size in full[1:] if size != max(full)]  # neither of the two blocks
+        assert first[-len(full) + 1 :] == full[1:] == last[1:]
+        assert len(first) > len(full)  # what no latent reaches is computed once
+        assert sum(reusing) < sum(full) / 4
+        assert most == max(map(max, steps)) < weights / 3  # a block
+        assert left == 0
+        assert set(kinds) == {"DTensor"}
+
+
+def test_weights_come_in_the_dtype_of_the_mixed_precision_policy(folder: Path) -> None:
+    for results, wanted, brought, weights in found(folder, "half precision"):
+        assert results.dtype == torch.bfloat16
+        assert torch.equal(results, wanted)
+        assert brought == weights
+
+
+def test_a_model_that_is_optimized_is_not_sharded_as_a_whole(folder: Path) -> None:
+    for results, wanted, told, is_whole in found(folder, "wrong order"):
+        assert torch.equal(results, wanted)
+        assert is_whole
+        assert "restore(model), then fully_shard(model), then dicompile.optimize(model" in told
+
+
+def test_ranks_need_not_find_the_same_tables(folder: Path) -> None:
+    for name in ("alike on one rank", "changed on one rank"):
+        first, second = found(folder, name)
+        for results, wanted, _ in (first, second):
+            assert torch.equal(results, wanted)
+        assert first[2] == second[2]
+    sizes = [sum(step) for step in found(folder, "alike on one rank")[0][2]]
+    assert sizes[2] < sizes[1] < sizes[0]
+    changed = [sum(step) for step in found(folder, "changed on one rank")[0][2]]
+    assert [sizes[0], sizes[1], sizes[3]] == [changed[0], changed[1], changed[3]]
+    assert changed[2] - sizes[2] == sizes[0] - sizes[1]  # there all ranks compute for that step what one has to
+
+
+def test_weights_of_all_kinds_are_put_together_in_one_exchange(folder: Path) -> None:
+    for same, dtypes in found(folder, "put together"):
+        assert same == [True] * 4
+        assert dtypes == [torch.float32, torch.bfloat16, torch.float32, torch.int8]
+
+
+@pytest.mark.parametrize(("name", "error", "text"), [
+    ("gate", UnsupportedParallelism, "decides by the samples of its rank"),
+    ("background", UnsupportedParallelism, "as soon as its own code is compiled"),
+    ("calibrated", UnsupportedParallelism, "every rank records its own samples"),
+    ("different policies", PlansDiffer, "take different steps"),
+    ("served", CannotBatch, "its weights are brought part by part"),
+    ("parts of tokens", UnsupportedModel, "model.enable_parallelism"),
+    ("split heads", UnsupportedModel, "sharded by tensor parallelism"),
+    ("first", UnsupportedModel, "sharded by the first FSDP"),
+    ("casts inputs", UnsupportedModel, "FSDP casts the inputs of parts"),
+    ("casts results", UnsupportedModel, "FSDP casts the results of parts"),
+    ("other ranks", UnsupportedModel, "are sharded over different ranks"),
+    ("offloaded", UnsupportedModel, "some weights of FSDPPlainDiT are sharded by FSDP, and others offloaded"),
+    ("recorded", UnsupportedModel, "a CUDA graph reads weights where they lay"),
+])  # fmt: skip
+def test_what_cannot_be_done_is_refused_on_every_rank(
+    folder: Path, name: str, error: type[Exception], text: str
+) -> None:
+    for raised in found(folder, name):
+        assert isinstance(raised, error)
+        assert text in str(raised)
+        assert raised.fix  # type: ignore[attr-defined]
+
+
+def test_a_rank_that_dies_is_an_error_on_the_others(tmp_path: Path) -> None:
+    run(die, tmp_path)
+    assert (tmp_path / "told").read_text()
