@@ -36,10 +36,11 @@ def check_parts(module: nn.Module) -> None:
     _check_first_fsdp(module)
     _check_shards(module)
     _check_precision(module)
+    name = type(module).__name__
     config = getattr(getattr(module, "_parallel_config", None), "context_parallel_config", None)
     if config is not None and (config.ring_degree > 1 or config.ulysses_anything):
         raise UnsupportedModel(
-            f"{type(module).__name__} splits tokens by {'ring attention' if config.ring_degree > 1 else 'ulysses_anything'}",
+            f"{name} splits tokens by {'ring attention' if config.ring_degree > 1 else 'ulysses_anything'}",
             where="model.enable_parallelism",
             why="it was never tried, and sizes that ranks tell each other at every call are in no graph",
             fix="ContextParallelConfig(ulysses_degree=...), with token counts and heads that it divides",
@@ -48,7 +49,9 @@ def check_parts(module: nn.Module) -> None:
 
 def _check_first_fsdp(module: nn.Module) -> None:
     fsdp = sys.modules.get("torch.distributed.fsdp")
-    for path, part in module.named_modules() if fsdp is not None else ():
+    if fsdp is None:
+        return
+    for path, part in module.named_modules():
         if isinstance(part, fsdp.FullyShardedDataParallel):
             raise UnsupportedModel(
                 f"the weights of {type(module).__name__} are sharded by the first FSDP",

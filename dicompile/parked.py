@@ -312,9 +312,7 @@ def _show_tensors(
 
 def _fake(tensor: Tensor, home: Home, mode: FakeTensorMode) -> Tensor:
     with mode:
-        made = torch.empty_strided(
-            tensor.shape, tensor.stride(), dtype=home.dtype_of(tensor), device=home.device
-        )
+        made = torch.empty_strided(tensor.shape, tensor.stride(), dtype=home.dtype_of(tensor), device=home.device)
     if not isinstance(tensor, nn.Parameter):
         return made
     return nn.Parameter(made, requires_grad=tensor.requires_grad)

@@ -50,13 +50,20 @@ class Sharding:
 def shardings_of(module: nn.Module) -> Iterator[tuple[Tensor, Sharding]]:
     """Weights of a module that FSDP has sharded, each with how; those that are whole just now are not among them."""
     for name, weight, owner in sharded_weights(module):
-        place = None if owner is None else shard_of(weight)
+        place = shard_of(weight)
         if owner is not None and place is not None:
-            dtype = mixed_precision(owner).param_dtype if weight.is_floating_point() else None
-            mesh = weight.device_mesh
-            yield weight, Sharding(
-                name, weight.placements[place].dim, dtype or weight.dtype, mesh.get_group(place), local_part(weight).device
-            )
+            yield weight, _sharding(name, weight, place, owner)
+
+
+def _sharding(name: str, weight: Any, place: int, owner: nn.Module) -> Sharding:
+    dtype = mixed_precision(owner).param_dtype if weight.is_floating_point() else None
+    return Sharding(
+        name=name,
+        dim=weight.placements[place].dim,
+        dtype=dtype or weight.dtype,
+        group=weight.device_mesh.get_group(place),
+        device=local_part(weight).device,
+    )
 
 
 def sharded_weights(module: nn.Module) -> Iterator[tuple[str, Any, nn.Module | None]]:

@@ -1,10 +1,11 @@
 """How much of the weights a step brings to the device, under each policy, where they are offloaded part by part.
 
     python examples/offload.py
+    torchrun --nproc-per-node 2 examples/offload.py --fsdp
 
-A small FLUX (4 double and 8 single blocks) is offloaded as `enable_sequential_cpu_offload` does it, from CPU to CPU:
-nothing is timed, and what is brought is counted. Shares are of all weights, for one call; without dicompile every call
-brings all of them.
+A small FLUX (4 double and 8 single blocks) is offloaded as `enable_sequential_cpu_offload` does it, from CPU to CPU, or
+sharded over ranks: nothing is timed, and what is brought is counted. Shares are of all weights, for one call; without
+dicompile every call brings all of them.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from typing import Any
 import accelerate
 import torch
 from diffusers import FluxTransformer2DModel
+from torch import distributed, nn
+from torch.distributed.fsdp import fully_shard
 
 import dicompile
 
@@ -40,25 +43,42 @@ def flux() -> tuple[FluxTransformer2DModel, dict[str, Any]]:
     return model.eval(), inputs
 
 
+def shard(model: nn.Module) -> None:
+    """Shard a FLUX block by block."""
+    for block in (*model.transformer_blocks, *model.single_transformer_blocks):
+        fully_shard(block)
+    fully_shard(model)
+
+
 def main() -> None:
     """Print a table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--policies", nargs="*", default=POLICIES, help=" ".join(POLICIES))
     parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--fsdp", action="store_true", help="shard the weights over ranks, under torchrun")
     options = parser.parse_args()
+    if options.fsdp:
+        distributed.init_process_group("gloo")
     timesteps = [round(999 - i * 999 / options.steps) for i in range(options.steps)]
-    print("| policy | brought for a call of each kind | on average |\n|---|---|---|")
+    lines = ["| policy | brought for a call of each kind | on average |\n|---|---|---|"]
     for policy in options.policies:
         model, inputs = flux()
         total = sum(weight.nbytes for weight in model.parameters())
-        accelerate.cpu_offload(model, "cpu")
+        if options.fsdp:
+            shard(model)
+        else:
+            accelerate.cpu_offload(model, "cpu")
         cached = dicompile.optimize(model, policy, schedule=timesteps, backend="eager", hoist="all")
         for time in timesteps:
             cached(**inputs, timestep=torch.tensor([time / 1000]))
         report = dicompile.report(cached)
         share = {kind: report.fetched_bytes[kind] / count / total for kind, count in report.kinds.items()}
         kinds = ", ".join(f"{report.kinds[kind]} {kind}: {part:.0%}" for kind, part in share.items())
-        print(f"| {policy} | {kinds} | {report.fetched_bytes.total() / options.steps / total:.0%} |")
+        lines.append(f"| {policy} | {kinds} | {report.fetched_bytes.total() / options.steps / total:.0%} |")
+    if not options.fsdp or distributed.get_rank() == 0:
+        print("\n".join(lines))
+    if options.fsdp:
+        distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

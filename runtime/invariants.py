@@ -328,11 +328,11 @@ class _Values:
 
     def _arguments(self, item: Invariant, value_of: Callable[[str], Any], times: Tensor | None = None) -> list[Any]:
         """What an invariant is computed of: other ones, and then inputs of the model, which are brought at once."""
-        computed = {name: value_of(name) for name in item.inputs if isinstance(name, str)}
+        known: dict[int | str, Any] = {name: value_of(name) for name in item.inputs if isinstance(name, str)}
         numbers = [number for number in item.inputs if isinstance(number, int)]
         given = [times if times is not None and i == self._tables.timestep else self._inputs[i] for i in numbers]
         there = given if self._supply is None else self._supply.bring(given)
-        known = {**computed, **dict(zip(numbers, there, strict=True))}
+        known.update(zip(numbers, there, strict=True))
         return [known[key] for key in item.inputs]
 
     def _rows(self, name: str, chunk: Chunk) -> Any:

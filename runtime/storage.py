@@ -241,8 +241,9 @@ class Copying:
 
     def take(self) -> list[torch.Tensor]:
         """See `Arriving`."""
-        for copy in self._copies if self._lane is not None else ():
-            self._lane.wait(copy)
+        if self._lane is not None:
+            for copy in self._copies:
+                self._lane.wait(copy)
         return [copy.target for copy in self._copies]
 
 
@@ -352,7 +353,7 @@ def needed(program: Program, registers: Sequence[Any]) -> list[list[int]]:
 class Weights:
     """Weights of one run of a program that lie elsewhere. Their registers hold `Parked` before and after it.
 
-    What the next call reads is asked for before this one is queued, and what the host has to wait for begins afterwards.
+    What the next call reads is asked for before this one is queued; what the host has to wait for begins afterwards.
 
     Args:
         program: what runs.

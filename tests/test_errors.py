@@ -16,12 +16,12 @@ from unittest import mock
 import pytest
 import torch
 from diffusers import DDIMScheduler
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 import dicompile
 from dicompile import errors
 from dicompile.learn.latents import Latents
-from dicompile.parallel import check_equal, check_ranks
+from dicompile.parallel import CONTEXT_PARALLEL, check_equal, check_ranks
 from dicompile.passes import PASSES
 from dicompile.policies import POLICIES, load_predictor
 from dicompile.serve import Batcher
@@ -111,15 +111,6 @@ def call_attention_over_other_tokens() -> None:
 def optimize_pipeline_twice() -> None:
     pipe = dicompile.optimize(Pipeline(transformer=plain_dit()), "none")
     dicompile.optimize(pipe, "none")
-
-
-def exchanging() -> fx.Graph:
-    """A graph in which two ranks exchange halves of a value."""
-    graph = fx.Graph()
-    graph.call_function(
-        torch.ops._c10d_functional.all_to_all_single.default, (graph.placeholder("x"), [1, 1], [1, 1], "0")
-    )
-    return graph
 
 
 def refresh_of_attention() -> dicompile.Policy:
@@ -404,7 +395,7 @@ CASES: list[tuple[type[errors.DicompileError], Callable[[], Any], str]] = [
     (
         errors.UnsupportedParallelism,
         lambda: check_ranks(
-            exchanging(), dicompile.FirstBlockCache(threshold=0.1), in_background=False, is_observed=False
+            CONTEXT_PARALLEL, dicompile.FirstBlockCache(threshold=0.1), in_background=False, is_observed=False
         ),
         "the ranks of a context-parallel model could take different steps\n"
         "  where: compiler\n"

@@ -78,8 +78,7 @@ def test_ranks_choose_among_their_own_tokens(folder: Path) -> None:
     pytest.param("background", UnsupportedParallelism, "as soon as its own code is compiled", marks=TOKENS),
     pytest.param("served", CannotBatch, "exchanges values with other ranks", marks=TOKENS),
     ("ring", UnsupportedModel, "splits tokens by ring attention"),
-    ("fsdp", UnsupportedModel, "sharded by FSDP"),
-    ("fsdp afterwards", UnsupportedModel, "cannot become a FSDP"),
+    ("another class", UnsupportedModel, "cannot become a FSDP"),
     ("tensor parallel afterwards", UnsupportedModel, "sharded by tensor parallelism"),
     ("tensor parallel", UnsupportedModel, "sharded by tensor parallelism"),
 ])  # fmt: skip
