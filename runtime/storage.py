@@ -319,8 +319,8 @@ class SharedSupply(Supply):
                 "ranks that gather weights together take different steps",
                 where=self._told,
                 why="a rank that computes a block would wait for one that reuses it",
-                fix="give all ranks the same policy, schedule and number of steps, and as many calls in each; name "
-                "guidance contexts (dicompile.cache_context), which are told by their tensors otherwise",
+                fix="give all ranks the same policy, schedule, number of steps and calls in each, and room for the "
+                "same cache; name guidance contexts (dicompile.cache_context), which their tensors tell otherwise",
             )
         return len(set(missing)) == 1
 
