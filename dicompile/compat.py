@@ -63,6 +63,16 @@ def mixed_precision(part: nn.Module) -> Any:
     return state._mp_policy
 
 
+def policy_of_hook(hook: Any) -> Any:
+    """The ``MixedPrecisionPolicy`` by which a hook of ``fully_shard`` casts (torch 2.11 to 2.14).
+
+    It is a method of FSDP's state, or a function around one, for several modules whose weights are gathered at once.
+    """
+    while not hasattr(hook, "__self__"):
+        hook = hook.__wrapped__
+    return hook.__self__._mp_policy
+
+
 def local_part(weight: Any) -> Tensor:
     """What a rank has of a DTensor: the very tensor that edits change (``to_local`` returns another one of parameters).
 

@@ -14,11 +14,11 @@ from collections.abc import Sequence
 
 from torch import Tensor, distributed, fx, nn
 
-from dicompile.compat import local_part, mixed_precision, process_group
+from dicompile.compat import local_part, process_group
 from dicompile.errors import PlansDiffer, UnsupportedModel, UnsupportedParallelism
 from dicompile.ops.collectives import groups_of
 from dicompile.plan import Plan, Policy
-from dicompile.sharded import is_sharded_part, shard_of, sharded_weights
+from dicompile.sharded import shard_of, sharded_weights
 
 CONTEXT_PARALLEL, SHARDED = "context-parallel", "sharded"
 """Kinds of model whose ranks need each other in every call."""
@@ -35,7 +35,6 @@ def check_parts(module: nn.Module) -> None:
         return
     _check_first_fsdp(module)
     _check_shards(module)
-    _check_precision(module)
     name = type(module).__name__
     config = getattr(getattr(module, "_parallel_config", None), "context_parallel_config", None)
     if config is not None and (config.ring_degree > 1 or config.ulysses_anything):
@@ -90,23 +89,6 @@ def _check_shards(module: nn.Module) -> None:
             why="before a call, all ranks that gather weights together agree which ones",
             fix="give fully_shard the same mesh for all parts",
         )
-
-
-def _check_precision(module: nn.Module) -> None:
-    """Check that FSDP casts nothing but weights."""
-    for path, part in module.named_modules():
-        policy = mixed_precision(part) if is_sharded_part(part) else None
-        if policy is None:
-            continue
-        casts_inputs = policy.param_dtype is not None and policy.cast_forward_inputs
-        if casts_inputs or policy.output_dtype is not None:
-            raise UnsupportedModel(
-                f"FSDP casts the {'inputs' if casts_inputs else 'results'} of parts of {type(module).__name__}",
-                where=f"mp_policy of {path or type(module).__name__}",
-                why="it does so in hooks, which run in no compiled code",
-                fix="MixedPrecisionPolicy(param_dtype=..., cast_forward_inputs=False), and give the model inputs in "
-                "that dtype",
-            )
 
 
 def settle_hooks(module: nn.Module) -> None:

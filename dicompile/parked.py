@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from dicompile.compat import local_part
-from dicompile.sharded import MARKS, Gathering, Sharding, is_hook, shardings_of
+from dicompile.sharded import MARKS, Gathering, Sharding, seen_as, shardings_of
 
 GROUP = "group_offloading"
 OF_GROUPS = frozenset({GROUP, "lazy_prefetch_group_offloading", "layer_execution_tracker"})
@@ -286,11 +286,11 @@ def _hide_sharding(part: nn.Module, undo: contextlib.ExitStack) -> None:
         return
     undo.callback(own.update, {name: own.pop(name) for name in MARKS})
     for hooks in (own[name] for name in HOOKS):
-        if any(map(is_hook, hooks.values())):
-            undo.callback(hooks.update, dict(hooks))
-            undo.callback(hooks.clear)
-            for key in [key for key, hook in hooks.items() if is_hook(hook)]:
-                del hooks[key]
+        kept = dict(hooks)
+        undo.callback(hooks.update, kept)
+        undo.callback(hooks.clear)
+        hooks.clear()
+        hooks.update({key: seen_as(hook) for key, hook in kept.items() if seen_as(hook) is not None})
 
 
 def _show_tensors(

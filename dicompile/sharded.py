@@ -12,14 +12,16 @@ from __future__ import annotations
 import hashlib
 import math
 import sys
+import types
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, distributed, nn
+from torch.utils._pytree import tree_map_only
 
-from dicompile.compat import all_gather, local_part, mixed_precision
+from dicompile.compat import all_gather, local_part, mixed_precision, policy_of_hook
 
 MARKS = frozenset({"_is_fsdp_managed_module", "_fsdp_use_orig_params"})
 """Attributes that FSDP gives to every module below one that it shards."""
@@ -105,9 +107,58 @@ def shard_of(weight: Any) -> int | None:
 # Hooks of FSDP.
 
 
+@dataclass(frozen=True)
+class CastInputs:
+    """What is left of a hook of FSDP in front of a forward, whose weights are there.
+
+    Attributes:
+        dtype: of the floating-point inputs.
+    """
+
+    dtype: torch.dtype
+
+    def __call__(self, part: nn.Module, args: Any, kwargs: Any) -> Any:
+        """Arguments of a forward, cast."""
+        del part
+        return _cast((args, kwargs), self.dtype)
+
+
+@dataclass(frozen=True)
+class CastResults:
+    """What is left of a hook of FSDP behind a forward.
+
+    Attributes:
+        dtype: of the floating-point results.
+    """
+
+    dtype: torch.dtype
+
+    def __call__(self, part: nn.Module, args: Any, results: Any) -> Any:
+        """Results of a forward, cast."""
+        del part, args
+        return _cast(results, self.dtype)
+
+
+def _cast(values: Any, dtype: torch.dtype) -> Any:
+    return tree_map_only(Tensor, lambda value: value.to(dtype) if value.is_floating_point() else value, values)
+
+
 def is_hook(hook: object) -> bool:
     """True for what FSDP runs around the forward of a part."""
     return str(getattr(hook, "__module__", "")).startswith("torch.distributed.fsdp.")
+
+
+def seen_as(hook: Any) -> Any:
+    """What a capture sees in the place of a hook of FSDP: what it casts; None if it does nothing but bring weights.
+
+    Everything else is what it is.
+    """
+    if not (isinstance(hook, (types.FunctionType, types.MethodType)) and is_hook(hook)):
+        return hook
+    policy = policy_of_hook(hook)
+    if "pre" not in hook.__name__:
+        return None if policy.output_dtype is None else CastResults(policy.output_dtype)
+    return CastInputs(policy.param_dtype) if policy.cast_forward_inputs and policy.param_dtype is not None else None
 
 
 # Exchanges.

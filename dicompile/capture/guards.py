@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from dicompile.compat import tensor_check
 from dicompile.ops.wrapped import is_wrapped, wrapper_of
 from dicompile.parked import HOOKED, HOOKS, Home, Parked, forward_under_hooks, is_own_method, kind_of
-from dicompile.sharded import is_hook
+from dicompile.sharded import seen_as
 
 PLAIN = (bool, int, float, complex, str, bytes, type(None), type(Ellipsis), torch.dtype, torch.device, torch.layout,
          torch.memory_format, enum.Enum, slice, range)  # fmt: skip
@@ -315,7 +315,7 @@ def _shown(value: object) -> str:
 
 
 def _hook_counts(module: nn.Module) -> tuple[int, ...]:
-    return tuple(sum(not is_hook(hook) for hook in getattr(module, name).values()) for name in HOOKS)
+    return tuple(sum(seen_as(hook) is not None for hook in getattr(module, name).values()) for name in HOOKS)
 
 
 @dataclass
@@ -486,7 +486,7 @@ class Walk:
             value = container[key]
             if key not in PARTS:
                 self._places[id(container), key] = container, key, value
-            return value
+            return seen_as(value)
         return self._compute(functools.partial(getitem, container, key))
 
     def _compute(self, find: Callable[[], Any]) -> Any:

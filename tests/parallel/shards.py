@@ -57,7 +57,7 @@ def by_block(model: nn.Module, **options: Any) -> None:
     fully_shard(model, **options)
 
 
-def grouped(model: nn.Module) -> None:
+def together(model: nn.Module) -> None:
     """Blocks of which FSDP gathers the weights at once."""
     fully_shard([*model.blocks])
     fully_shard(model)
@@ -195,6 +195,22 @@ def in_half_precision(rank: int) -> Any:
     other.model.to(torch.bfloat16)
     wanted = sampled(optimized(other, POLICY, STEPS))
     return found, wanted, fetched["full"], sum(weight.nbytes for weight in other.model.parameters())
+
+
+def with_casts(*, grouped: bool = False) -> Callable[[int], Any]:
+    """FSDP casts what every part gets; without that, the model would not run in half precision."""
+
+    def case(rank: int) -> Any:
+        sample, half = dit(), MixedPrecisionPolicy(torch.bfloat16)
+        for part in (sample.model.time, *([[*sample.model.blocks]] if grouped else sample.model.blocks)):
+            fully_shard(part, mp_policy=half)
+        fully_shard(sample.model, mp_policy=MixedPrecisionPolicy(torch.bfloat16, output_dtype=torch.float32))
+        wanted = ran(sample.model, rank)
+        found = ran(model := optimized(sample, "none", STEPS), rank)
+        again = ran(model, rank)
+        return found, wanted, torch.equal(found, again), len(model.frames)
+
+    return case
 
 
 def changed(rank: int) -> Any:
@@ -377,7 +393,7 @@ CASES: dict[str, Callable[[int], Any]] = {
     "dit, by_block, hoisted": of_dit(by_block, POLICY, hoist="all"),
     "dit, replicated, fora": of_dit(replicated, POLICY),
     "dit, blocks, fora": of_dit(blocks, POLICY),
-    "dit, grouped, fora": of_dit(grouped, POLICY),
+    "dit, together, fora": of_dit(together, POLICY),
     **{f"flux, {policy}": of_flux(policy) for policy in ("fora", "duca")},
     "later": later,
     "wrong order": in_the_wrong_order,
@@ -385,6 +401,8 @@ CASES: dict[str, Callable[[int], Any]] = {
     "given back, resharded": given_back(reshard_after_forward=True),
     "given back, not resharded": given_back(reshard_after_forward=False),
     "half precision": in_half_precision,
+    "casts": with_casts(),
+    "casts, grouped": with_casts(grouped=True),
     "changed": changed,
     "other shapes": of_other_shapes,
     "alike on one rank": of_other_labels(change=False),
@@ -399,8 +417,6 @@ CASES: dict[str, Callable[[int], Any]] = {
     "parts of tokens": with_parts_of_tokens,
     "split heads": with_split_heads,
     "first": refused(by_the_first_fsdp),
-    "casts inputs": refused(lambda model: by_block(model, mp_policy=MixedPrecisionPolicy(torch.bfloat16))),
-    "casts results": refused(lambda model: by_block(model, mp_policy=MixedPrecisionPolicy(output_dtype=torch.float64))),
     "other ranks": refused(over_other_ranks),
     "offloaded": refused(offloaded_beside),
     "recorded": refused(by_block, backend="inductor", compile_mode="reduce-overhead", mode=None),

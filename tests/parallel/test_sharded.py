@@ -62,6 +62,15 @@ def test_weights_come_in_the_dtype_of_the_mixed_precision_policy(folder: Path) -
         assert brought == weights
 
 
+@pytest.mark.parametrize("name", ["casts", "casts, grouped"])
+def test_fsdp_casts_what_goes_in_and_out_in_captures_too(folder: Path, name: str) -> None:
+    for results, wanted, is_repeated, captures in found(folder, name):
+        assert results.dtype == torch.float32
+        assert torch.equal(results, wanted)  # of FSDP's own forward
+        assert is_repeated
+        assert captures == 1
+
+
 def test_a_model_that_is_optimized_is_not_sharded_as_a_whole(folder: Path) -> None:
     for results, wanted, told, is_whole in found(folder, "wrong order"):
         assert torch.equal(results, wanted)
@@ -96,8 +105,6 @@ def test_weights_of_all_kinds_are_put_together_in_one_exchange(folder: Path) -> 
     ("parts of tokens", UnsupportedModel, "model.enable_parallelism"),
     ("split heads", UnsupportedModel, "sharded by tensor parallelism"),
     ("first", UnsupportedModel, "sharded by the first FSDP"),
-    ("casts inputs", UnsupportedModel, "FSDP casts the inputs of parts"),
-    ("casts results", UnsupportedModel, "FSDP casts the results of parts"),
     ("other ranks", UnsupportedModel, "are sharded over different ranks"),
     ("offloaded", UnsupportedModel, "some weights of FSDPPlainDiT are sharded by FSDP, and others offloaded"),
     ("recorded", UnsupportedModel, "a CUDA graph reads weights where they lay"),
