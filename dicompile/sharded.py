@@ -10,6 +10,7 @@ weights they are going to gather (`tell`).
 from __future__ import annotations
 
 import hashlib
+import itertools
 import math
 import sys
 import types
@@ -71,7 +72,7 @@ def _sharding(name: str, weight: Any, place: int, owner: nn.Module) -> Sharding:
 def sharded_weights(module: nn.Module) -> Iterator[tuple[str, Any, nn.Module | None]]:
     """Name of every parameter that is a DTensor, itself, and the part with which FSDP shards it; None where it is not.
 
-    No two ranks have such parameters, unless somebody has imported what makes them.
+    There are none where nobody has imported what makes them.
     """
     tensor = sys.modules.get("torch.distributed.tensor")
     if tensor is not None:
@@ -178,8 +179,9 @@ class Gathering:
         self._weights, first = weights, weights[0][1]
         self._ranks = distributed.get_world_size(first.group)
         sizes = [math.prod(self._part(*pair)) * pair[1].dtype.itemsize for pair in weights]
-        self._places = [(size, sum(_rounded(other) for other in sizes[:i])) for i, size in enumerate(sizes)]
-        mine = torch.zeros(sum(map(_rounded, sizes)), dtype=torch.uint8, device=first.device)
+        *starts, total = itertools.accumulate(map(_rounded, sizes), initial=0)
+        self._places = list(zip(sizes, starts, strict=True))
+        mine = torch.empty(total, dtype=torch.uint8, device=first.device)
         for (weight, how), (size, start) in zip(weights, self._places, strict=True):
             part = local_part(weight)
             room = mine[start : start + size].view(how.dtype).view(self._part(weight, how))
