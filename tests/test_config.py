@@ -66,6 +66,7 @@ def test_the_process_environment_is_read_when_none_is_given(monkeypatch: pytest.
     monkeypatch.setenv("DICOMPILE_DEBUG", str(tmp_path / "out"))
     monkeypatch.setenv("DICOMPILE_PASSES", "-drop-dead")
     monkeypatch.setenv("DICOMPILE_CHECK", "1")
+    monkeypatch.setenv("DICOMPILE_CACHE_DIR", "off")
     assert Settings.from_environment() == Settings(tmp_path / "out", frozenset({"drop-dead"}), check=True)
 
 

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 import dicompile
-from dicompile import compiler, model
+from dicompile import compiler
+from dicompile.capture import shared
 from dicompile.garbage import uncollected
 from dicompile.lower import variants
 from tests.models import dit, run, timesteps
@@ -28,7 +29,7 @@ def test_nothing_is_collected_while_a_model_is_captured_planned_and_compiled(mon
 
         monkeypatch.setattr(module, name, spy)
 
-    spied(model, "capture_functional")
+    spied(shared, "capture_functional")
     spied(compiler, "analyse")
     spied(variants, "rewrite")
     dicompile.reset()  # what other tests captured is not captured again

@@ -41,7 +41,7 @@ def captures(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[nn.Module]]:
         done.append(module)
         return capture_functional(module, *args, **kwargs)
 
-    monkeypatch.setattr("dicompile.model.capture_functional", capture)
+    monkeypatch.setattr("dicompile.capture.shared.capture_functional", capture)
     yield done
     done.clear()
 

@@ -98,7 +98,7 @@ def captured(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         done.append(type(module).__name__)
         return capture_functional(module, *args, **kwargs)
 
-    monkeypatch.setattr("dicompile.model.capture_functional", capture)
+    monkeypatch.setattr("dicompile.capture.shared.capture_functional", capture)
     return done
 
 

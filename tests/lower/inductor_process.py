@@ -32,7 +32,7 @@ def counted(counts: Counter[str], name: str, function: Callable[..., Any]) -> Ca
 
 def main(output: Path) -> None:
     made: Counter[str] = Counter(captures=0, rewrites=0, libraries=0)
-    dicompile.model.capture_functional = counted(made, "captures", capture_functional)  # type: ignore[attr-defined]
+    dicompile.capture.shared.capture_functional = counted(made, "captures", capture_functional)  # type: ignore[attr-defined]
     dicompile.lower.variants.rewrite = counted(made, "rewrites", rewrite)  # type: ignore[attr-defined]
     CppBuilder.build = counted(made, "libraries", CppBuilder.build)  # type: ignore[method-assign]
     torch.manual_seed(0)

@@ -171,7 +171,7 @@ class Summed(PlainDiT):
 
 def of_two_models(_: int) -> Any:
     """How often models of one kind are captured."""
-    with mock.patch("dicompile.model.capture_functional", wraps=capture_functional) as captures:
+    with mock.patch("dicompile.capture.shared.capture_functional", wraps=capture_functional) as captures:
         for _ in range(2):
             sample = Sample(redraw(Summed(layers=2)), plain_dit().inputs)
             models.run(optimized(sample, FORA(interval=2), STEPS), sample.inputs, timesteps(STEPS))

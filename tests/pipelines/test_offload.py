@@ -183,8 +183,10 @@ def test_groups_on_the_wrapper_cannot_be_files(tmp_path: Path) -> None:
 def test_a_model_that_is_offloaded_and_one_that_is_not_share_what_was_captured(monkeypatch: pytest.MonkeyPatch) -> None:
     dicompile.reset()
     count = []
-    original = dicompile.model.capture_functional
-    monkeypatch.setattr("dicompile.model.capture_functional", lambda *a, **k: count.append(1) or original(*a, **k))
+    original = dicompile.capture.shared.capture_functional
+    monkeypatch.setattr(
+        "dicompile.capture.shared.capture_functional", lambda *a, **k: count.append(1) or original(*a, **k)
+    )
     one, other = optimized(pipes.flux()), pipes.flux()
     accelerate.cpu_offload(other.pipe.transformer, CPU)
     optimized(other)
@@ -200,7 +202,7 @@ def test_a_call_waits_while_another_thread_captures(monkeypatch: pytest.MonkeyPa
     apply_group_offloading(sample.model, CPU, CPU, offload_to_disk_path=f"{tmp_path}", **BLOCKS)
     model = models.optimized(sample, "none", 2)
     (wanted, _) = run(model, sample.inputs, timesteps(2))
-    capture = dicompile.model.capture_functional
+    capture = dicompile.capture.shared.capture_functional
 
     def slow(*args: Any, **kwargs: Any) -> Any:
         inside.set()
@@ -208,7 +210,7 @@ def test_a_call_waits_while_another_thread_captures(monkeypatch: pytest.MonkeyPa
         return capture(*args, **kwargs)
 
     dicompile.reset()
-    monkeypatch.setattr("dicompile.model.capture_functional", slow)
+    monkeypatch.setattr("dicompile.capture.shared.capture_functional", slow)
     fewer = {name: value[:2] for name, value in sample.inputs.items()}
     with ThreadPoolExecutor() as pool:
         other = pool.submit(run, model, fewer, timesteps(2))
