@@ -38,7 +38,7 @@ from dicompile.compat import (
     noting_writes,
 )
 from dicompile.errors import CannotCapture
-from dicompile.parked import is_own_method
+from dicompile.parked import HOOKS, is_own_method
 
 _CONTAINERS = ("DICT_KEYS_MATCH", "SEQUENCE_LENGTH", "DICT_CONTAINS", "DICT_NOT_CONTAINS", "SET_CONTAINS",
                "SET_NOT_CONTAINS", "MAPPING_KEYS_CHECK", "DICT_VERSION")  # fmt: skip
@@ -46,6 +46,8 @@ FUSED = "torch.backends.mha"
 """Whether torch may fuse a layer into one operator; off while a module is captured, and no matter afterwards."""
 _AMBIENT = frozenset(Path("torch.nn.modules.module").attribute(name) for name in HOOKS_OF_ALL)
 """What is compared at every call as global state."""
+_COUNTED = [((By.ATTRIBUTE, name),) for name in HOOKS]
+"""Containers whose items `Guards` counts, without those that are uncovered; guards on them came with torch 2.14."""
 _WHOLE = ("CONSTANT_MATCH", "EQUALS_MATCH", "ID_MATCH")
 
 
@@ -296,6 +298,8 @@ class _Read:
     def _read(self, source: Any, kind: str, operand: Any) -> None:
         path = self._path(source)
         if path is None or path.root == FUSED or path in _AMBIENT:
+            return
+        if kind in _CONTAINERS and path.links[-1:] in _COUNTED:
             return
         value = self._follow(path)
         if kind in ("NOT_PRESENT_IN_GENERIC_DICT", "HASATTR"):
