@@ -257,3 +257,11 @@ def run(target: Callable[[int, str, Sequence[str]], None], folder: Path, names: 
 def found(folder: Path, name: str) -> list[Any]:
     """What the ranks returned or raised in a case."""
     return [torch.load(folder / f"{name} {rank}", weights_only=False) for rank in range(RANKS)]
+
+
+def check_refused(folder: Path, name: str, error: type[Exception], text: str) -> None:
+    """Check that every rank raised an error that says how to go on."""
+    for raised in found(folder, name):
+        assert isinstance(raised, error)
+        assert text in str(raised)
+        assert raised.fix  # type: ignore[attr-defined]
