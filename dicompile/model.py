@@ -24,7 +24,6 @@ from dicompile.capture import (
     NO_TIMESTEP,
     Arguments,
     Capture,
-    Captured,
     Known,
     Pins,
     Role,
@@ -249,7 +248,7 @@ class ModelCalls:
                     self._require_timestep(known.capture, arguments)
                     resized = self._resized(key, arguments)
                 if homes:
-                    pins = _pinned(known.captured, self.module, homes)
+                    pins = known.captured.guards.found(self.module, homes)
                 tensors = known.captured.tensors(pins.given(pins.tensors), arguments)
                 inputs = known.captured.pick(tensors)
                 way = Same((arguments.key, str(known.captured.guards)))
@@ -360,13 +359,6 @@ class ModelCalls:
             why="no residual add with a matrix product in its branch depends on the latent",
             fix="use policy 'none' to compile it without caching",
         )
-
-
-def _pinned(captured: Captured, module: nn.Module, homes: Mapping[int, Home]) -> Pins:
-    """What the guards of a capture find in the module of which it was made just now."""
-    pins = captured.guards.pin(module, homes)
-    assert isinstance(pins, Pins), pins
-    return pins
 
 
 def _names_of_time(module: nn.Module, said: Said) -> tuple[str, ...]:

@@ -139,8 +139,12 @@ class SiteRefresh:
         """What leaves the segment for later steps."""
         raw = self.raw_score_after(copies) if SlotKind.SCORE in self.step.writes else None
         nodes = {SlotKind.VALUE: value, SlotKind.STAMP: self.stamps, SlotKind.SCORE: raw}
-        slots = {SlotRef(self.position, kind): nodes[kind] for kind in self.step.writes}
-        return {slot: node for slot, node in slots.items() if node is not None}
+        kept = {}
+        for kind in self.step.writes:
+            node = nodes[kind]
+            assert node is not None
+            kept[SlotRef(self.position, kind)] = node
+        return kept
 
     def select(self) -> Selection:
         """Rank the tokens by everything that counts: in one kernel where there is one, else by sorting."""

@@ -119,8 +119,11 @@ def seed() -> None:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def modules_share_nothing(request: pytest.FixtureRequest) -> None:
-    """Tests of one module share captures and compiled code, as everything in a user's process does."""
+def modules_are_like_processes(request: pytest.FixtureRequest) -> None:
+    """Tests of one module share captures and compiled code, as everything in a user's process does.
+
+    What modules share lies in the cache folder of the run.
+    """
     if request.node.nodeid not in SPREAD:
         dicompile.reset()
 

@@ -236,6 +236,4 @@ def normalised(module: nn.Module, captured: Captured, values: Sequence[Tensor], 
 
 def values_of(module: nn.Module, captured: Captured, arguments: Arguments) -> Sequence[Tensor]:
     """Values of the placeholders of a graph that was captured just now."""
-    pins = captured.guards.pin(module)
-    assert not isinstance(pins, str), pins
-    return captured.pick(captured.tensors(pins.tensors, arguments))
+    return captured.pick(captured.tensors(captured.guards.found(module).tensors, arguments))

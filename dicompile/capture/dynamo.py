@@ -299,8 +299,6 @@ class _Read:
         path = self._path(source)
         if path is None or path.root == FUSED or path in _AMBIENT:
             return
-        if kind in _CONTAINERS and path.links[-1:] in _COUNTED:
-            return
         value = self._follow(path)
         if kind in ("NOT_PRESENT_IN_GENERIC_DICT", "HASATTR"):
             self._read_attribute(path, value, operand)
@@ -311,7 +309,8 @@ class _Read:
         elif kind == "DUPLICATE_INPUT" and self._path(operand) is not None:
             self.facts[path] = Fact(path, "same", self._path(operand))
         elif kind in _CONTAINERS:
-            self.facts[path] = Fact.of(path, value)
+            if path.links[-1:] not in _COUNTED:
+                self.facts[path] = Fact.of(path, value)
         elif kind in _WHOLE:
             self.facts |= {at: Fact.of(at, item) for at, item in below(path, value) if not isinstance(item, Tensor)}
 

@@ -285,6 +285,12 @@ class Guards:
         wrong = self._other_tensor(tensors, homes) or self._other_hook(hooked)
         return wrong or walk.pins(self.tensors, tensors, hooked, homes)
 
+    def found(self, module: nn.Module, homes: Mapping[int, Home] = MappingProxyType({})) -> Pins:
+        """What lies in a module for which they hold, as that of which they were made; see `pin`."""
+        pins = self.pin(module, homes)
+        assert isinstance(pins, Pins), pins
+        return pins
+
     def _other_tensor(self, tensors: Sequence[Any], homes: Mapping[int, Home]) -> str | None:
         for path, meta, tensor in zip(self.tensors, self.metas, tensors, strict=True):
             if not isinstance(tensor, Tensor) or meta_of(tensor, homes.get(id(tensor))) != meta:

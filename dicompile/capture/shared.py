@@ -92,10 +92,9 @@ class Captures:
                 found = from_bytes(kept.content, module)
                 if found is not None:
                     kept.used()
-                    known, pins = Known(*found, {}), found[0].guards.pin(module)
-                    assert isinstance(pins, Pins), pins
+                    known = Known(*found, {})
                     self._put(key, known)
-                    return known, pins
+                    return known, known.captured.guards.found(module)
         return None
 
     def keep(self, key: tuple[object, ...], known: Known, module: nn.Module, store: Store) -> None:
@@ -170,8 +169,7 @@ def known_capture(
     if found is not None:
         return found
     captured, capture = capture_functional(module, arguments, said, by_running=by_running)
-    pins = captured.guards.pin(module)
-    assert isinstance(pins, Pins), pins
+    pins = captured.guards.found(module)
     inputs = captured.pick(captured.tensors(pins.tensors, arguments))
     known = Known(captured, capture, {i: inputs[i].clone() for i in captured.reads})
     CAPTURES.keep(key, known, module, store)

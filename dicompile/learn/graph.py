@@ -23,6 +23,7 @@ from torch.utils._pytree import tree_leaves
 
 from dicompile.analysis import ModelStructure, Site, SiteKind, analyse
 from dicompile.capture import Arguments, Capture, Role, ambient, capture_by_dynamo, known_capture, normalised, values_of
+from dicompile.compiler import ONE_AT_A_TIME
 from dicompile.config import DebugFolder, Settings
 from dicompile.errors import InvalidTrainingData, NoSitesFound
 from dicompile.lower import NO_RANKS
@@ -224,11 +225,12 @@ class LearnableModels:
 
 def _captured(module: nn.Module, arguments: Arguments) -> Capture:
     """The graph of a model, whatever values its inputs have."""
-    known, _ = known_capture(module, arguments, (arguments.key, ambient()), Settings.from_environment().store)
-    if not known.captured.is_run:
-        return known.capture
-    captured = capture_by_dynamo(module, arguments)  # raises: it depends on values, which differ between samples
-    return normalised(module, captured, values_of(module, captured, arguments))
+    with ONE_AT_A_TIME:
+        known, _ = known_capture(module, arguments, (arguments.key, ambient()), Settings.from_environment().store)
+        if not known.captured.is_run:
+            return known.capture
+        captured = capture_by_dynamo(module, arguments)  # raises: it depends on values, which differ between samples
+        return normalised(module, captured, values_of(module, captured, arguments))
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 import dicompile
 from dicompile.capture import capture_functional
-from tests.models import PlainDiT, Sample, flux, pixart, plain_dit, redraw, timesteps
+from dicompile.learn.graph import learnable
+from tests.models import PlainDiT, Sample, dit, flux, pixart, plain_dit, redraw, timesteps
 
 T = timesteps(4)
 
@@ -44,6 +45,23 @@ def captures(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[nn.Module]]:
     monkeypatch.setattr("dicompile.capture.shared.capture_functional", capture)
     yield done
     done.clear()
+
+
+def test_training_finds_what_a_run_has_led_to_and_is_found_itself(
+    captures: list[nn.Module], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dicompile.learn.graph.capture_by_dynamo", None)
+    sample = dit(2)
+    model = dicompile.optimize(sample.model, "none", schedule=T, backend="eager")
+    expected = model(**sample.inputs)[0]
+    made = learnable(sample.model, sample.inputs)
+    torch.testing.assert_close(made.predict(sample.inputs), expected)
+    fewer = {**sample.inputs, "hidden_states": sample.inputs["hidden_states"][:2],
+             "timestep": sample.inputs["timestep"][:2], "class_labels": sample.inputs["class_labels"][:2]}  # fmt: skip
+    learnable(sample.model, fewer)
+    assert captures == [sample.model, sample.model]
+    model(**fewer)
+    assert len(captures) == 2
 
 
 def scaled(layers: int = 2, seed: int = 0) -> nn.Module:

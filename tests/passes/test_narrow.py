@@ -25,7 +25,7 @@ aten = torch.ops.aten
 Function = Callable[..., Tensor]
 
 
-def for_chosen(function: Function, stream: Tensor, *others: Tensor) -> Segment:
+def for_chosen(function: Function, stream: Tensor, *others: Tensor, alone: bool = False) -> Segment:
     """``function(stream, *others)`` for the first tokens of an order, whose number and the order are further inputs."""
     mode = FakeTensorMode(shape_env=ShapeEnv())
     with mode:
@@ -44,7 +44,7 @@ def for_chosen(function: Function, stream: Tensor, *others: Tensor) -> Segment:
     )
     with editor.before(nodes[-1]):
         taken = editor.call(aten.slice.Tensor, order, 1, 0, count)
-        narrow = Narrow(editor, taken, count, samples, tokens)
+        narrow = Narrow(editor, taken, count, samples, tokens, alone=alone)
         copies = {first: narrow.gather(first, found[first].layout)}
         for node in [node for node in found if node is not first]:
             copies[node] = narrow.copied(node, found[node], copies)
@@ -54,7 +54,9 @@ def for_chosen(function: Function, stream: Tensor, *others: Tensor) -> Segment:
     return segment
 
 
-def check(function: Function, *others: Tensor, stream: Tensor | None = None, mode: str = "eager") -> fx.Graph:
+def check(
+    function: Function, *others: Tensor, stream: Tensor | None = None, mode: str = "eager", alone: bool = False
+) -> fx.Graph:
     """Compare with the chosen tokens of the full result; other tokens of the stream hold no number."""
     stream = torch.randn(BATCH, TOKENS, WIDTH) if stream is None else stream
     chosen = torch.stack([torch.randperm(TOKENS) for _ in range(stream.shape[0] if stream.ndim > 2 else 1)])
@@ -64,7 +66,7 @@ def check(function: Function, *others: Tensor, stream: Tensor | None = None, mod
     poisoned = torch.full_like(flat, torch.nan).scatter(
         1, rows.expand(-1, -1, flat.shape[-1]), flat.gather(1, rows.expand(-1, -1, flat.shape[-1]))
     )
-    segment = for_chosen(function, stream, *others)
+    segment = for_chosen(function, stream, *others, alone=alone)
     with torch.no_grad():
         (result,) = compile_segment(segment, Backend(mode))(poisoned.view(stream.shape), *others, COUNT, chosen)
     expected = whole.reshape(len(chosen), TOKENS, -1)
@@ -170,6 +172,22 @@ TEXT = torch.randn(BATCH, 3, WIDTH)
 def test_chosen_tokens_come_out_as_if_all_were_computed(function: Function, others: tuple[Tensor, ...]) -> None:
     torch.manual_seed(0)
     check(function, *others)
+
+
+@pytest.mark.parametrize(
+    ("function", "others"),
+    [
+        (through_joined, (TEXT, torch.randn(3 + TOKENS, WIDTH))),
+        (written_behind_text, (TEXT,)),
+        (lambda x, t: aten.slice_scatter.default(torch.cat([t, x], 1), x * 2, 1, 3)[:, 3:], (TEXT,)),
+        (lambda x, t, w: F.linear(torch.cat([x, t], 1), w).split([TOKENS, 3], 1)[0], (TEXT, torch.randn(3, WIDTH))),
+    ],
+)
+def test_rows_that_were_joined_with_the_tokens_may_be_left_out(function: Function, others: tuple[Tensor, ...]) -> None:
+    graph = check(function, *others, alone=True)
+    values = [node.meta["val"] for node in graph.nodes if isinstance(node.meta.get("val"), Tensor)]
+    sizes = {str(value.shape[1]) for value in values if value.ndim == 3 and isinstance(value.shape[1], torch.SymInt)}
+    assert len(sizes) == 1, "of the tokens alone"
 
 
 @pytest.mark.parametrize(
