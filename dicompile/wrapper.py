@@ -237,6 +237,8 @@ def _calls_self(function: Any) -> bool:
         tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
     except (OSError, SyntaxError):  # made without a file
         return False
+    except SystemError:  # another thread parsed, too: not every CPython can do that (python/cpython#106905)
+        return _calls_self(function)
     called = (node.func for node in ast.walk(tree) if isinstance(node, ast.Call))
     return any(isinstance(function, ast.Name) and function.id == code.co_varnames[0] for function in called)
 

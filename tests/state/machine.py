@@ -72,12 +72,18 @@ FAULTS = Faults()
 
 @contextlib.contextmanager
 def foreign_code() -> Iterator[None]:
-    """While open, another thread compiles and runs functions of its own, and threads take turns quickly."""
+    """While open, another thread compiles and runs functions of its own, and threads take turns quickly.
+
+    From the first sequence on: hypothesis parses the machine's source before, and not every CPython has a parser for two
+    threads (python/cpython#106905: ``SystemError: AST constructor recursion depth mismatch``).
+    """
     interval, is_over = sys.getswitchinterval(), threading.Event()
 
     def work() -> None:
         double = torch.compile(lambda x: (x * 2).sin(), backend="eager", fullgraph=True)
         while not is_over.wait(0.01):
+            if not DONE["sequences"]:
+                continue
             with contextlib.suppress(RuntimeError):  # torch's own check: another thread traces
                 double(torch.randn(3 + DONE["foreign calls"] % 5))
                 DONE["foreign calls"] += 1
