@@ -25,6 +25,7 @@ from dicompile.passes.base import (
 )
 from dicompile.passes.cluster_tokens import ClusterTokens
 from dicompile.passes.drop_dead import DropDead
+from dicompile.passes.exchange_heads import ExchangeHeads
 from dicompile.passes.keep_layout import KeepLayout
 from dicompile.passes.narrow_linear import NarrowLinear
 from dicompile.passes.narrow_slots import NarrowSlots
@@ -52,6 +53,7 @@ PASSES: tuple[Pass, ...] = (
     NarrowSlots(),  # once everything is stored and read: casts on both sides, where the plan asks for fewer bits
     RejoinParts(),  # once nothing needs to know any more where a branch begins
     DropDead(),  # removes what the cuts left behind
+    ExchangeHeads(),  # attention among ranks is written out as what is left of it is known
     ShareWeights(),  # of attention that is still there: it would keep the others alive
     ShareLogSumExp(),  # likewise, where attention keeps its weights to itself
     NarrowLinear(),  # needs to know which parts of a layer are still read

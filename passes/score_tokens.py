@@ -36,6 +36,7 @@ from dicompile.ops import scores
 from dicompile.ops.attention import is_causal, mask_of
 from dicompile.ops.attention_scores import operator_for
 from dicompile.ops.kinds import NORMS, RESHAPES, VIEWS, is_heavy
+from dicompile.ops.ulysses import RECEIVED, ULYSSES
 from dicompile.passes.base import PassReport, Segment, SiteNodes, SlotRef
 from dicompile.passes.edit import Editor
 from dicompile.plan import ScoreBase, SlotKind
@@ -94,6 +95,8 @@ def raw_score(editor: Editor, attention: fx.Node, base: ScoreBase, shared: bool 
     logits = query, key, mask and _with_heads(editor, mask), attention.kwargs.get("scale"), is_causal(attention)
     if base is ScoreBase.ENTROPY:
         return editor.call(operator_for(tensor_of(query), "attention_entropy"), *logits, shared=shared)
+    if attention.target is ULYSSES:
+        return editor.call(RECEIVED, query, key, **attention.kwargs)
     return editor.call(operator_for(tensor_of(query), "attention_received"), *logits)
 
 

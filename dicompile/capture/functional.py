@@ -24,6 +24,7 @@ from torch.utils import _pytree as pytree
 
 from dicompile.capture.canonical import make_canonical
 from dicompile.capture.constants import spell_out_constants
+from dicompile.capture.exchanged import fold_exchanges
 from dicompile.capture.parts import write_out_composites
 from dicompile.compat import lazy_graph_module
 from dicompile.nodes import results_of
@@ -84,6 +85,7 @@ def _traced(graph_module: fx.GraphModule, inputs: Sequence[object], mode: FakeTe
                 node.meta["val"] = mode.from_tensor(value, static_shapes=True)
         write_out_composites(made)
         make_canonical(made.graph)
+        fold_exchanges(made.graph)
     written = set(signature.user_inputs_to_mutate.values())
     return Functional(made, tuple(i for i, name in enumerate(signature.user_inputs) if name in written))
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 from torch import fx
 from torch._ops import OpOverload, OpOverloadPacket
 
+from dicompile.ops.ulysses import ULYSSES
+
 NAMESPACES = ("_c10d_functional", "c10d")
 
 
@@ -20,10 +22,16 @@ def is_collective_operator(operator: object) -> bool:
 
 def is_collective(node: fx.Node) -> bool:
     """True for an operator that needs other ranks; waiting for its result is one, too."""
-    return is_collective_operator(node.target)
+    return is_collective_operator(node.target) or node.target is ULYSSES
+
+
+def ranks_of(attention: fx.Node) -> int:
+    """Number of ranks whose tokens an attention is among: each has as many queries, and does its share of the heads."""
+    ranks: int = attention.kwargs.get("ranks", 1)  # type: ignore[assignment]
+    return ranks if attention.target is ULYSSES else 1
 
 
 def groups_of(graph: fx.Graph) -> tuple[str, ...]:
     """Names of the process groups whose ranks exchange values, in the order in which they first do."""
-    found = (node.args[-1] for node in graph.nodes if is_collective(node))
+    found = (node.kwargs.get("group", node.args[-1]) for node in graph.nodes if is_collective(node))
     return tuple(dict.fromkeys(name for name in found if isinstance(name, str)))

@@ -12,6 +12,7 @@ from torch import fx
 from torch.utils.flop_counter import flop_registry
 
 from dicompile.nodes import node_argument, tensor_of
+from dicompile.ops.collectives import ranks_of
 from dicompile.ops.kinds import (
     ADDED_PRODUCTS,
     CONVOLUTIONS,
@@ -40,7 +41,7 @@ def node_flops(node: fx.Node) -> int:
     output = tuple(tensor_of(node).shape)
     operands = [tuple(tensor_of(operand).shape) for operand in node.args if isinstance(operand, fx.Node)]
     if is_attention(node):
-        return _attention_flops(operands[0], operands[1], operands[2])
+        return ranks_of(node) * _attention_flops(operands[0], operands[1], operands[2])
     if node.target in (*CONVOLUTIONS, *PADDED_CONVOLUTIONS, *TRANSPOSED_CONVOLUTIONS):
         return _convolution_flops(operands[0], operands[1], output, transposed=node.target in TRANSPOSED_CONVOLUTIONS)
     return _product_flops(operands[1 if node.target in ADDED_PRODUCTS else 0], output)
@@ -65,7 +66,7 @@ def score_work(node: fx.Node) -> tuple[int, int]:
     """Operations and bytes of a score of all tokens, which makes the logits of an attention node once more."""
     query, key = (tensor_of(node_argument(node, i)) for i in range(2))
     flops = _product_flops(tuple(query.shape), (*query.shape[:-1], key.shape[-2]))
-    return flops, tensor_bytes(query) + tensor_bytes(key)
+    return ranks_of(node) * flops, tensor_bytes(query) + tensor_bytes(key)
 
 
 def _convolution_flops(image: Shape, kernel: Shape, output: Shape, *, transposed: bool) -> int:

@@ -23,6 +23,7 @@ from dicompile.errors import InvalidSetting
 from dicompile.nodes import node_argument, tensor_of
 from dicompile.ops.attention import has_dropout, is_causal, mask_of
 from dicompile.ops.kinds import ATTENTION
+from dicompile.ops.ulysses import ULYSSES
 from dicompile.text import module_path
 
 log = logging.getLogger("dicompile")
@@ -128,7 +129,7 @@ def check_fits(graph: fx.Graph) -> None:
     Raises:
         InvalidSetting: all of it.
     """
-    reasons = {node: why_not(node) for node in graph.find_nodes(op="call_function", target=ATTENTION)}
+    reasons = {node: why_not(node) for node in graph.nodes if node.target in (ATTENTION, ULYSSES)}
     staying = {node: why for node, why in reasons.items() if why is not None}
     if not staying:
         return

@@ -9,6 +9,7 @@ from torch import fx
 from torch.utils.flop_counter import flop_registry
 
 from dicompile.ops.registry import Flops, HeadsFirst, is_unknown, said_of
+from dicompile.ops.ulysses import ULYSSES
 from dicompile.ops.wrapped import WRAPPED_LINEAR
 
 aten = torch.ops.aten
@@ -100,9 +101,9 @@ TRANSPORT = (
 
 
 def is_attention(node: fx.Node) -> bool:
-    """True for attention as one operator: torch's, or a registered one."""
+    """True for attention as one operator: torch's, that among several ranks, or a registered one."""
     target = node.target.operator if isinstance(node.target, HeadsFirst) else node.target
-    if target is ATTENTION:
+    if target in (ATTENTION, ULYSSES):
         return True
     said = said_of(target)
     return said is not None and said.tokens == "attention"

@@ -19,14 +19,18 @@ from torch.distributed._functional_collectives import all_reduce
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+from torch.nn.functional import scaled_dot_product_attention
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dicompile import FORA, FirstBlockCache, Policy, ToCa, cache_context, optimize
+from dicompile import FORA, FirstBlockCache, Policy, ToCa, cache_context, optimize, plan_of, structure_of
 from dicompile.capture import capture_functional
 from dicompile.errors import DicompileError
+from dicompile.ops.attention_scores import attention_received
+from dicompile.ops.ulysses import ulysses_attention, ulysses_received
+from dicompile.plan import Cadence, Refresh, Reuse, Rule, SlotKind, TokenScore
 from dicompile.serve import Batcher
 from tests import models
-from tests.models import PlainDiT, Sample, optimized, plain_dit, redraw, timesteps
+from tests.models import PlainDiT, Sample, optimized, plain_dit, redraw, state_of, timesteps
 from tests.pipelines.pipes import FLUX_PROMPTS, PIPELINES, Sampler, flux_transformer
 
 RANKS, STEPS = 2, 4
@@ -117,6 +121,21 @@ def of_tokens_afterwards(_: int) -> Any:
     return split(sampler)(STEPS)
 
 
+def of_scores(name: str) -> Callable[[int], Any]:
+    return lambda _: scores(split(PIPELINES[name]()))
+
+
+def of_given_tokens(context: str) -> Callable[[int], Any]:
+    return lambda _: by_place(split(PIPELINES["flux"]()), context)
+
+
+def published(_: int) -> Any:
+    sampler = cached(split(PIPELINES["flux"]()), "toca")
+    sampler(STEPS)
+    _, counts = counted(sampler)
+    return plan_of(sampler.denoisers[0]).policy, counts
+
+
 def of_different_policies(rank: int) -> Any:
     return cached(split(PIPELINES["flux"]()), FORA(interval=2 + rank))(STEPS)
 
@@ -178,6 +197,60 @@ def of_two_models(_: int) -> Any:
     return torch.tensor(captures.call_count)
 
 
+def exchanged(rank: int) -> Any:
+    """Attention and its score of the tokens of this rank, and what they are of all tokens on one."""
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (torch.randn(2, 4, tokens, 8, generator=generator) for tokens in (6, 10, 10))
+    own = [each.chunk(RANKS, 2)[rank] for each in (query, key, value)]
+    among: dict[str, Any] = {"ranks": RANKS, "group": distributed.group.WORLD.group_name, "scale": 0.3}  # type: ignore[union-attr]
+    return (
+        ulysses_attention(*own, **among),
+        scaled_dot_product_attention(query, key, value, scale=0.3).chunk(RANKS, 2)[rank],
+        ulysses_received(*own[:2], **among),
+        attention_received(query, key, scale=0.3).chunk(RANKS, 1)[rank],
+    )
+
+
+def scores(sampler: Sampler) -> tuple[dict[str, Tensor]]:
+    """Scores that the first step of a run has kept, by the site that made them."""
+    kept: list[dict[str, Tensor]] = []
+
+    def note(pipe: Any, step: int, timestep: Any, values: dict[str, Any]) -> dict[str, Any]:
+        model = sampler.denoisers[0]
+        sites, slots = structure_of(model).everything, plan_of(model).slots
+        context = next(iter(state_of(model).contexts.values()))
+        stored = zip(slots, context.store, strict=False)  # as many as were stored so far
+        found = {slot.site: value for slot, value in stored if slot.kind is SlotKind.SCORE and value is not None}
+        kept.append({f"{sites[site].kind.value} {site}": value for site, value in found.items()})
+        return values
+
+    cached(sampler, ToCa(interval=3, score="attention", grid_cell=0, ratio=0.2))(STEPS, callback_on_step_end=note)
+    return (kept[0],)
+
+
+PLACES = {3: [*range(3)], 8: [*range(8)], 6: [*range(3)] * 2, 16: [*range(8)] * 2}
+"""Places of tokens within a rank's text or picture, by the tokens of one rank, or of both in the order of the whole."""
+
+
+def by_place(sampler: Sampler, context: str) -> tuple[Tensor, list[int]]:
+    """A run that refreshes the first tokens of every rank, with the collectives of each step; on one rank, the same."""
+
+    def noise(_: object, shape: tuple[int, int], *others: object) -> Tensor:
+        text, picture = (6, 16) if shape[1] in (6, 16, 22) else (3, 8)
+        joined = [*PLACES[text], *(place + 3 for place in PLACES[picture])]
+        return -torch.tensor(PLACES.get(shape[1], joined), dtype=torch.float32).expand(shape)
+
+    def refresh(sites: str, seen: Any) -> Rule:
+        by_noise = TokenScore(base="random", age_weight=0)
+        return Rule(sites=(sites,), do=Refresh(ratio=0.4, context=seen, score=by_noise))
+
+    rules = Rule(sites=("joint-attention",), do=Reuse(what="attention")), refresh("mlp", "stored")
+    policy = Policy(name="by-place", cadence=Cadence(interval=2), rules=(*rules, refresh("parallel", context)))
+    with mock.patch("dicompile.runtime.execute.Executor._noise", noise):
+        cached(sampler, policy)(STEPS)  # what is traced counts, too
+        return counted(sampler)
+
+
 LOCAL = ToCa(interval=2, score="random", grid_cell=0, ratio=0.5)
 CASES: dict[str, Callable[[int], Any]] = {
     "data": of_every_rank,
@@ -185,7 +258,10 @@ CASES: dict[str, Callable[[int], Any]] = {
     **{f"tokens of {name}": of_tokens(name, FORA(interval=2)) for name in ("flux", "wan", "qwen image")},
     "tokens afterwards": of_tokens_afterwards,
     "chosen tokens": of_tokens("flux", LOCAL),
-    "scored by attention": of_tokens("flux", ToCa(interval=2, score="attention")),
+    "attention": exchanged,
+    **{f"scores of {name}": of_scores(name) for name in ("flux", "wan")},
+    **{f"given tokens, {context}": of_given_tokens(context) for context in ("stored", "all", "kept")},
+    "published": published,
     "gate": of_tokens("flux", FirstBlockCache(threshold=0.1)),
     "different policies": of_different_policies,
     "background": in_background,

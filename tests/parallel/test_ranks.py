@@ -8,8 +8,22 @@ import pytest
 import torch
 
 from dicompile import FORA
-from dicompile.errors import CannotBatch, PlansDiffer, PolicyDoesNotFit, UnsupportedModel, UnsupportedParallelism
-from tests.parallel.ranks import CASES, LOCAL, STEPS, cached, check_refused, die, found, guided, run, two_prompts, work
+from dicompile.errors import CannotBatch, PlansDiffer, UnsupportedModel, UnsupportedParallelism
+from tests.parallel.ranks import (
+    CASES,
+    LOCAL,
+    STEPS,
+    by_place,
+    cached,
+    check_refused,
+    die,
+    found,
+    guided,
+    run,
+    scores,
+    two_prompts,
+    work,
+)  # fmt: skip
 from tests.pipelines.pipes import PIPELINES, flux_transformer
 
 NEAR: dict[str, Any] = {"atol": 1e-5, "rtol": 1e-5}
@@ -71,8 +85,39 @@ def test_ranks_choose_among_their_own_tokens(folder: Path) -> None:
     torch.testing.assert_close(first, cached(PIPELINES["flux"](), LOCAL)(STEPS), atol=0.2, rtol=0)  # others are chosen
 
 
+def test_attention_among_ranks_and_its_score_are_those_of_all_tokens(folder: Path) -> None:
+    for attended, expected, received, sums in found(folder, "attention"):
+        torch.testing.assert_close(attended, expected, **NEAR)
+        torch.testing.assert_close(received, sums, **NEAR)
+
+
+@TOKENS
+@pytest.mark.parametrize("name", ["flux", "wan"])
+def test_scores_by_attention_are_those_of_one_rank(folder: Path, name: str) -> None:
+    ((one,), ranks) = scores(PIPELINES[name]()), [kept for (kept,) in found(folder, f"scores of {name}")]
+    assert {site.split()[0] for site in one} == ({"joint-attention"} if name == "flux" else {"self-attention"})
+    for site, score in one.items():
+        torch.testing.assert_close(torch.cat([kept[site] for kept in ranks], dim=1), score, **NEAR)
+
+
+@TOKENS
+@pytest.mark.parametrize(("context", "exchanges"), [("stored", 0), ("all", 4), ("kept", 4)])
+def test_tokens_that_ranks_refresh_are_what_one_rank_makes_of_them(folder: Path, context: str, exchanges: int) -> None:
+    one, _ = by_place(PIPELINES["flux"](), context)
+    for latent, counts in found(folder, f"given tokens, {context}"):
+        torch.testing.assert_close(latent, one, **NEAR)
+        assert counts[2] - 1 == exchanges  # in the one block whose queries are chosen; the result is gathered
+
+
+@TOKENS
+def test_published_settings_fit_and_partial_steps_need_no_other_rank(folder: Path) -> None:
+    for policy, counts in found(folder, "published"):
+        assert policy == "toca-flux-4"
+        assert counts[:2] == [9, 9]  # queries, keys, values and outputs of two attentions, and the result
+        assert counts[2:] == [10, 1]  # a score beside them; then nothing but the result
+
+
 @pytest.mark.parametrize(("name", "error", "text"), [
-    pytest.param("scored by attention", PolicyDoesNotFit, "the attention is not over the same tokens", marks=TOKENS),
     pytest.param("gate", UnsupportedParallelism, "decides by the tokens of its rank", marks=TOKENS),
     pytest.param("different policies", PlansDiffer, "2 different plans on 2 ranks", marks=TOKENS),
     pytest.param("background", UnsupportedParallelism, "as soon as its own code is compiled", marks=TOKENS),

@@ -74,7 +74,7 @@ FAULTS = Faults()
 def foreign_code() -> Iterator[None]:
     """While open, another thread compiles and runs functions of its own, and threads take turns quickly.
 
-    From the first sequence on: hypothesis parses the machine's source before, and not every CPython has a parser for two
+    From the first sequence on: hypothesis parses the machine's source before, and not every CPython can parse in two
     threads (python/cpython#106905: ``SystemError: AST constructor recursion depth mismatch``).
     """
     interval, is_over = sys.getswitchinterval(), threading.Event()
