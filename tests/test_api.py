@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import copy
 import logging
 from typing import Any, NamedTuple
@@ -15,7 +16,7 @@ from dicompile.errors import AlreadyOptimized, InvalidSchedule, InvalidSetting, 
 from dicompile.lower import compile_segment
 from dicompile.passes import Segment
 from dicompile.plan import Policy
-from dicompile.wrapper import record_of
+from dicompile.wrapper import _calls_self, record_of
 from tests import models
 from tests.models import MODELS, PlainDiT, Sample, optimized, run, timesteps
 
@@ -526,6 +527,21 @@ class Guided(PlainDiT):
         cond, uncond = self(torch.cat([half, half]), t, y).chunk(2)
         guided = uncond + scale * (cond - uncond)
         return torch.cat([guided, guided])
+
+
+def test_a_parser_that_another_thread_disturbs_is_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """python/cpython#106905: ``compile`` in two threads at once raises this in some versions."""
+    parse, disturbed = ast.parse, ["AST constructor recursion depth mismatch (before=159, after=68)"]
+
+    def parsed(source: str) -> ast.Module:
+        if disturbed:
+            raise SystemError(disturbed.pop())
+        return parse(source)
+
+    _calls_self.cache_clear()
+    monkeypatch.setattr(ast, "parse", parsed)
+    assert _calls_self(Guided.called)
+    assert not disturbed
 
 
 @pytest.mark.parametrize("method", ["forward_with_cfg", "called"])
