@@ -21,7 +21,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
 from rich.table import Table
 
 from dicompile.errors import InvalidSetting
@@ -42,7 +41,7 @@ from dicompile.learn.search import (
 )
 from dicompile.learn.trace import EXTRAS, Facts, Growth, Trace, pooled
 from dicompile.plan import FULL, MOST_STORED, Cadence, Fitted, Level, Origin, Policy, Rule, Timing, WhatName, kind_name
-from dicompile.text import size_text
+from dicompile.text import plain_text, size_text
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -360,10 +359,7 @@ class Frontier:
         return figure
 
     def __str__(self) -> str:
-        console = Console(width=110)
-        with console.capture() as capture:
-            console.print(self.table())
-        return capture.get()
+        return plain_text(self.table(), width=110)
 
     @functools.cached_property
     def _reach(self) -> Array:
