@@ -81,7 +81,7 @@ def test_the_passes_run_in_order_and_each_reports() -> None:
     assert [item.name for item in runs] == [
         "score-tokens", "cluster-tokens", "open-spans", "refresh-tokens", "propagate-tokens", "reuse-sites",
         "store-values", "narrow-slots", "rejoin-parts", "drop-dead", "share-weights", "share-log-sum-exp",
-        "narrow-linear", "drop-dead", "keep-layout",
+        "gather-masks", "narrow-linear", "drop-dead", "keep-layout",
     ]  # fmt: skip
     assert [item.name for item in runs if item.report.changed] == ["reuse-sites", "drop-dead"]
     assert all(item.seconds >= 0 for item in runs)
@@ -107,6 +107,7 @@ def test_a_pass_is_left_out_by_name() -> None:
         "rejoin-parts",
         "share-weights",
         "share-log-sum-exp",
+        "gather-masks",
         "keep-layout",
     ]
     assert "aten.gelu.default" in str(segment)
@@ -127,7 +128,7 @@ def test_a_name_that_no_pass_has_is_refused_with_the_names_there_are() -> None:
     assert (
         "score-tokens, cluster-tokens, open-spans, refresh-tokens, propagate-tokens, reuse-sites, store-values, "
         "narrow-slots, rejoin-parts, drop-dead, "
-        "share-weights, share-log-sum-exp, narrow-linear, keep-layout" in str(caught.value)
+        "share-weights, share-log-sum-exp, gather-masks, narrow-linear, keep-layout" in str(caught.value)
     )
 
 
