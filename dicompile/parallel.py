@@ -126,7 +126,7 @@ def check_ranks(kind: str, policy: Policy, *, in_background: bool, is_observed: 
         (policy.predictor is not None, f"the predictor of policy {policy.name!r} {why_not}",
          "use a policy without one, such as dicompile.FORA(interval=3)"),
         (in_background, 'with warmup="background" a rank caches as soon as its own code is compiled',
-         "leave out warmup, or call dicompile.warmup on every rank"),
+         "leave out warmup, and call dicompile.prepare(model) on every rank"),
         (is_observed, f"every rank records its own {own}, and would plan other steps",
          "calibrate on one rank, without parallelism, and load the recording on all of them"),
     )  # fmt: skip

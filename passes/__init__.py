@@ -26,6 +26,7 @@ from dicompile.passes.base import (
 from dicompile.passes.cluster_tokens import ClusterTokens
 from dicompile.passes.drop_dead import DropDead
 from dicompile.passes.exchange_heads import ExchangeHeads
+from dicompile.passes.gather_masks import GatherMasks
 from dicompile.passes.keep_layout import KeepLayout
 from dicompile.passes.narrow_linear import NarrowLinear
 from dicompile.passes.narrow_slots import NarrowSlots
@@ -56,8 +57,9 @@ PASSES: tuple[Pass, ...] = (
     ExchangeHeads(),  # attention among ranks is written out as what is left of it is known
     ShareWeights(),  # of attention that is still there: it would keep the others alive
     ShareLogSumExp(),  # likewise, where attention keeps its weights to itself
+    GatherMasks(),  # of ranks, where they are still gathered
     NarrowLinear(),  # needs to know which parts of a layer are still read
-    DropDead(),  # removes the wide layers that were narrowed
+    DropDead(),  # removes the wide layers that were narrowed, and masks that were gathered as they are
     KeepLayout(),  # last: no later edit may move anything
 )
 

@@ -58,13 +58,16 @@ class ExchangeHeads:
 
 def _written_out(editor: Editor, node: fx.Node, exchanged: dict[fx.Node, fx.Node]) -> fx.Node:
     among: dict[str, Any] = {"ranks": node.kwargs["ranks"], "group": node.kwargs["group"]}
-    operands = [node_argument(node, i) for i in range(len(node.args))]
+    count = 3 if node.target is ULYSSES else 2
+    operands = [node_argument(node, i) for i in range(count)]
     for operand in operands:
         if operand not in exchanged:
             exchanged[operand] = editor.trace(functools.partial(to_some_heads, **among), operand)
     some, scale = [exchanged[operand] for operand in operands], node.kwargs.get("scale")
+    mask = node.args[count] if len(node.args) > count else None
     if node.target is RECEIVED:
-        score = editor.call(operator_for(tensor_of(some[0]), "attention_received"), *some, None, scale, False)
+        score = editor.call(operator_for(tensor_of(some[0]), "attention_received"), *some, mask, scale, False)
         return editor.trace(functools.partial(mean_of_own_tokens, **among), score)
-    attended = editor.call(ATTENTION, *some, **({} if scale is None else {"scale": scale}))
+    given = {} if scale is None else {"scale": scale}
+    attended = editor.call(ATTENTION, *some, *([] if mask is None else [mask]), **given)
     return editor.trace(functools.partial(to_own_tokens, **among), attended)

@@ -96,7 +96,7 @@ def raw_score(editor: Editor, attention: fx.Node, base: ScoreBase, shared: bool 
     if base is ScoreBase.ENTROPY:
         return editor.call(operator_for(tensor_of(query), "attention_entropy"), *logits, shared=shared)
     if attention.target is ULYSSES:
-        return editor.call(RECEIVED, query, key, **attention.kwargs)
+        return editor.call(RECEIVED, query, key, mask, **attention.kwargs)
     return editor.call(operator_for(tensor_of(query), "attention_received"), *logits)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ast
 import doctest
-import importlib
+import importlib.util
 import inspect
 import re
 import sys
@@ -74,6 +74,23 @@ def test_sessions_in_docs_print_what_they_say(page: Path, monkeypatch: pytest.Mo
     found = doctest.DocTestRunner().run(session, clear_globs=False)
     assert found.attempted > 0
     assert found.failed == 0
+
+
+def test_texts_of_the_source_name_what_there_is() -> None:
+    """Errors say which function to call instead, say; docstrings and names of formats, which end so, are left out."""
+    paths = [path for folder in ("dicompile", "passes", "runtime") for path in (ROOT / folder).rglob("*.py")]
+    told = {name for path in paths for name in re.findall(r"\bdicompile\.([a-z]\w*[a-z])\b(?=[^/\n])", _texts(path))}
+    assert told
+    absent = [name for name in sorted(told) if not hasattr(dicompile, name)]
+    assert [name for name in absent if importlib.util.find_spec(f"dicompile.{name}") is None] == []
+
+
+def _texts(path: Path) -> str:
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    documented = [ast.get_docstring(node, clean=False) for node in ast.walk(tree)
+                  if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef))]  # fmt: skip
+    texts = [node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)]
+    return "\n".join(text for text in texts if text not in documented)
 
 
 def test_sessions_in_docstrings_print_what_they_say() -> None:

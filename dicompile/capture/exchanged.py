@@ -149,7 +149,7 @@ class _Whole:
         """What is around an attention, where that is proved to be Ulysses."""
         operands = [node_argument(attention, i) for i in range(3)]
         heads = {tensor_of(operand).shape[1] for operand in operands if tensor_of(operand).ndim == 4}
-        if len(heads) != 1 or mask_of(attention) or is_causal(attention) or has_dropout(attention):
+        if len(heads) != 1 or not _is_of_keys(mask_of(attention)) or is_causal(attention) or has_dropout(attention):
             return None
         given = [_given(operand) for operand in operands]
         left = _left(attention)
@@ -169,12 +169,19 @@ class _Whole:
         at = self.attention
         own = [call_before(at, aten.transpose.int, (node, 1, 2), {}) for node in self.own]
         scale = {"scale": at.kwargs["scale"]} if at.kwargs.get("scale") is not None else {}
-        folded = call_before(at, ULYSSES, own, {"ranks": self.ranks, "group": self.group, **scale})
+        mask = mask_of(at)
+        operands = own if mask is None else [*own, mask]
+        folded = call_before(at, ULYSSES, operands, {"ranks": self.ranks, "group": self.group, **scale})
         self.output.replace_all_uses_with(call_before(at, aten.transpose.int, (folded, 1, 2), {}))
         places = {node: place for place, node in enumerate(at.graph.nodes)}
         for node in sorted({*self.between}, key=places.__getitem__, reverse=True):
             if not node.users:
                 at.graph.erase_node(node)
+
+
+def _is_of_keys(mask: fx.Node | None) -> bool:
+    """True for a mask that is the same for all heads and queries, and for none."""
+    return mask is None or (tensor_of(mask).ndim == len(OF_ALL) and [*tensor_of(mask).shape[1:3]] == [1, 1])
 
 
 def _factors(value: fx.Node, ranks: int) -> _Factors | None:

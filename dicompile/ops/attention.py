@@ -11,6 +11,7 @@ from dicompile.ops.kinds import ATTENTION
 from dicompile.ops.layout import Layout, Of, Part
 from dicompile.ops.rules import Axes, combine, counted, layout_of_operand
 from dicompile.ops.tokens import Carried, Layouts, MixesTokens, Operator
+from dicompile.ops.ulysses import ULYSSES
 
 
 def attention_apart(node: fx.Node, layouts: Layouts) -> Carried:
@@ -101,6 +102,8 @@ def open_attention(node: fx.Node, layouts: Layouts) -> Carried:
     operands = {parent: layout for parent, layout in carried.operands.items() if parent not in (key, value)}
     mask = mask_of(node)
     if mask is not None and tensor_of(mask).shape[-1] != 1:
+        if node.target is ULYSSES:
+            raise MixesTokens(node, "has a mask with a value for every key of other ranks")
         if mask in operands:
             raise MixesTokens(node, "has a mask with a value for every pair of tokens")
         rank, own = len(rows), tensor_of(mask).ndim

@@ -5,6 +5,8 @@ They are functional, so a pass that skips attention skips its collectives with i
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from torch import fx
 from torch._ops import OpOverload, OpOverloadPacket
 
@@ -29,6 +31,17 @@ def ranks_of(attention: fx.Node) -> int:
     """Number of ranks whose tokens an attention is among: each has as many queries, and does its share of the heads."""
     ranks: int = attention.kwargs.get("ranks", 1)  # type: ignore[assignment]
     return ranks if attention.target is ULYSSES else 1
+
+
+def find_gathered(graph: fx.Graph) -> Iterator[tuple[fx.Node, fx.Node]]:
+    """What gathers a tensor from all ranks, and what waits for it, in order."""
+    for gather in graph.nodes:
+        if _is_called(gather, "all_gather_into_tensor"):
+            yield from ((gather, user) for user in list(gather.users) if _is_called(user, "wait_tensor"))
+
+
+def _is_called(node: fx.Node, name: str) -> bool:
+    return is_collective(node) and str(node.target) == f"_c10d_functional.{name}.default"
 
 
 def groups_of(graph: fx.Graph) -> tuple[str, ...]:

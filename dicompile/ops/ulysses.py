@@ -21,7 +21,14 @@ from dicompile.ops.attention_scores import attention_received, count_operations
 
 @torch.library.custom_op("dicompile::ulysses_attention", mutates_args=())
 def ulysses_attention(
-    query: Tensor, key: Tensor, value: Tensor, *, ranks: int, group: str, scale: float | None = None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None = None,
+    *,
+    ranks: int,
+    group: str,
+    scale: float | None = None,
 ) -> Tensor:
     """Attention of a rank's queries to the keys of all ranks.
 
@@ -29,6 +36,7 @@ def ulysses_attention(
         query: of its own tokens, [b, h, n, d]; every rank has as many.
         key: likewise, [b, h, m, d].
         value: likewise, [b, h, m, e].
+        mask: of the keys of all ranks, additive or boolean, [b or 1, 1, 1, ranks * m]; None for none.
         ranks: how many there are, which divides h.
         group: name of their process group.
         scale: factor of the logits; None means 1 / sqrt(d).
@@ -37,16 +45,20 @@ def ulysses_attention(
         [b, h, n, e], the heads of a query side by side in memory.
     """
     queries, keys, values = (to_some_heads(each, ranks, group) for each in (query, key, value))
-    return to_own_tokens(scaled_dot_product_attention(queries, keys, values, scale=scale), ranks, group)
+    attended = scaled_dot_product_attention(queries, keys, values, attn_mask=mask, scale=scale)
+    return to_own_tokens(attended, ranks, group)
 
 
 @torch.library.custom_op("dicompile::ulysses_received", mutates_args=())
-def ulysses_received(query: Tensor, key: Tensor, *, ranks: int, group: str, scale: float | None = None) -> Tensor:
+def ulysses_received(
+    query: Tensor, key: Tensor, mask: Tensor | None = None, *, ranks: int, group: str, scale: float | None = None
+) -> Tensor:
     """Attention that the keys of a rank receive from the queries of all; see `attention_received`.
 
     Args:
         query: see `ulysses_attention`, as for the others.
         key: see there.
+        mask: see there.
         ranks: see there.
         group: see there.
         scale: see there.
@@ -55,7 +67,7 @@ def ulysses_received(query: Tensor, key: Tensor, *, ranks: int, group: str, scal
         float32, [b, m].
     """
     queries, keys = (to_some_heads(each, ranks, group) for each in (query, key))
-    return mean_of_own_tokens(attention_received(queries, keys, scale=scale), ranks, group)
+    return mean_of_own_tokens(attention_received(queries, keys, mask, scale), ranks, group)
 
 
 def to_some_heads(own: Tensor, ranks: int, group: str) -> Tensor:
@@ -97,14 +109,14 @@ def exchanged(parts: Tensor, group: str) -> Tensor:
 
 
 @ulysses_attention.register_fake
-def _(query: Tensor, key: Tensor, value: Tensor, **_: object) -> Tensor:
+def _(query: Tensor, key: Tensor, value: Tensor, *_: object, **__: object) -> Tensor:
     del key
     batch, heads, tokens, _width = query.shape
     return query.new_empty((batch, tokens, heads, value.shape[3])).transpose(1, 2)
 
 
 @ulysses_received.register_fake
-def _(query: Tensor, key: Tensor, **_: object) -> Tensor:
+def _(query: Tensor, key: Tensor, *_: object, **__: object) -> Tensor:
     return query.new_empty((query.shape[0], key.shape[2]), dtype=torch.float32)
 
 

@@ -14,6 +14,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from dicompile.capture.functional import make_functional
 from dicompile.nodes import tensor_of
+from dicompile.ops.attention import mask_of
 from dicompile.ops.collectives import groups_of, is_collective, ranks_of
 from dicompile.ops.cost import node_flops, score_work
 from dicompile.ops.kinds import ATTENTION
@@ -95,10 +96,15 @@ def test_its_operations_are_those_that_a_rank_does(monkeypatch: pytest.MonkeyPat
     assert score_work(one)[0] == score_work(plain)[0]
 
 
-def masked(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+def masked(query: Tensor, key: Tensor, value: Tensor, rows: int = 1) -> Tensor:
     some = [some_heads(each) for each in (query, key, value)]
-    mask = torch.ones(some[0].shape[1], some[1].shape[1], dtype=torch.bool)
+    mask = torch.ones(len(query), 1, rows, some[1].shape[1], dtype=torch.bool)
     return own_tokens(attended(*some, attn_mask=mask))
+
+
+def test_a_mask_of_the_keys_of_all_ranks_stays_with_it() -> None:
+    (attention,) = calls(functional(masked, *[SHAPES[0]] * 3), ULYSSES)
+    assert mask_of(attention) is attention.args[3]
 
 
 def with_other_keys(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -106,7 +112,7 @@ def with_other_keys(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 
 
 NOT_ULYSSES: dict[str, Callable[..., Tensor]] = {
-    "mask": masked,
+    "mask of every query": lambda *own: masked(*own, rows=own[0].shape[1] * RANKS),
     "causal": lambda *own: own_tokens(attended(*map(some_heads, own), is_causal=True)),
     "keys are changed on the way": with_other_keys,
     "output is used before": lambda *own: own_tokens(some := attended(*map(some_heads, own))) + some.sum(),

@@ -202,12 +202,13 @@ def exchanged(rank: int) -> Any:
     generator = torch.Generator().manual_seed(0)
     query, key, value = (torch.randn(2, 4, tokens, 8, generator=generator) for tokens in (6, 10, 10))
     own = [each.chunk(RANKS, 2)[rank] for each in (query, key, value)]
+    mask = torch.randn(2, 1, 1, 10, generator=generator)
     among: dict[str, Any] = {"ranks": RANKS, "group": distributed.group.WORLD.group_name, "scale": 0.3}  # type: ignore[union-attr]
     return (
-        ulysses_attention(*own, **among),
-        scaled_dot_product_attention(query, key, value, scale=0.3).chunk(RANKS, 2)[rank],
-        ulysses_received(*own[:2], **among),
-        attention_received(query, key, scale=0.3).chunk(RANKS, 1)[rank],
+        ulysses_attention(*own, mask, **among),
+        scaled_dot_product_attention(query, key, value, mask, scale=0.3).chunk(RANKS, 2)[rank],
+        ulysses_received(*own[:2], mask, **among),
+        attention_received(query, key, mask, 0.3).chunk(RANKS, 1)[rank],
     )
 
 
@@ -259,7 +260,7 @@ CASES: dict[str, Callable[[int], Any]] = {
     "tokens afterwards": of_tokens_afterwards,
     "chosen tokens": of_tokens("flux", LOCAL),
     "attention": exchanged,
-    **{f"scores of {name}": of_scores(name) for name in ("flux", "wan")},
+    **{f"scores of {name}": of_scores(name) for name in ("flux", "wan", "qwen image")},
     **{f"given tokens, {context}": of_given_tokens(context) for context in ("stored", "all", "kept")},
     "published": published,
     "gate": of_tokens("flux", FirstBlockCache(threshold=0.1)),

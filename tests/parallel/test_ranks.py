@@ -92,10 +92,10 @@ def test_attention_among_ranks_and_its_score_are_those_of_all_tokens(folder: Pat
 
 
 @TOKENS
-@pytest.mark.parametrize("name", ["flux", "wan"])
+@pytest.mark.parametrize("name", ["flux", "wan", "qwen image"])
 def test_scores_by_attention_are_those_of_one_rank(folder: Path, name: str) -> None:
     ((one,), ranks) = scores(PIPELINES[name]()), [kept for (kept,) in found(folder, f"scores of {name}")]
-    assert {site.split()[0] for site in one} == ({"joint-attention"} if name == "flux" else {"self-attention"})
+    assert {site.split()[0] for site in one} == {"self-attention" if name == "wan" else "joint-attention"}
     for site, score in one.items():
         torch.testing.assert_close(torch.cat([kept[site] for kept in ranks], dim=1), score, **NEAR)
 

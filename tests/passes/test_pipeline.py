@@ -80,8 +80,8 @@ def test_the_passes_run_in_order_and_each_reports() -> None:
     _, runs = run_pipeline(Settings())
     assert [item.name for item in runs] == [
         "score-tokens", "cluster-tokens", "open-spans", "refresh-tokens", "propagate-tokens", "reuse-sites",
-        "store-values", "narrow-slots", "rejoin-parts", "drop-dead", "share-weights", "share-log-sum-exp",
-        "narrow-linear", "drop-dead", "keep-layout",
+        "store-values", "narrow-slots", "rejoin-parts", "drop-dead", "exchange-heads", "share-weights",
+        "share-log-sum-exp", "gather-masks", "narrow-linear", "drop-dead", "keep-layout",
     ]  # fmt: skip
     assert [item.name for item in runs if item.report.changed] == ["reuse-sites", "drop-dead"]
     assert all(item.seconds >= 0 for item in runs)
@@ -105,8 +105,10 @@ def test_a_pass_is_left_out_by_name() -> None:
         "store-values",
         "narrow-slots",
         "rejoin-parts",
+        "exchange-heads",
         "share-weights",
         "share-log-sum-exp",
+        "gather-masks",
         "keep-layout",
     ]
     assert "aten.gelu.default" in str(segment)
@@ -126,8 +128,9 @@ def test_a_name_that_no_pass_has_is_refused_with_the_names_there_are() -> None:
     assert "DICOMPILE_PASSES leaves out 'hoist', but no pass has this name" in str(caught.value)
     assert (
         "score-tokens, cluster-tokens, open-spans, refresh-tokens, propagate-tokens, reuse-sites, store-values, "
-        "narrow-slots, rejoin-parts, drop-dead, "
-        "share-weights, share-log-sum-exp, narrow-linear, keep-layout" in str(caught.value)
+        "narrow-slots, rejoin-parts, drop-dead, exchange-heads, "
+        "share-weights, share-log-sum-exp, gather-masks, narrow-linear, keep-layout"
+        in str(caught.value)
     )
 
 

@@ -1,0 +1,57 @@
+"""Compiled code under context parallelism: results of eager steps, the same exchanges, no rank left waiting."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.parallel.compiled import AGAIN, CASES, work, work_again
+from tests.parallel.ranks import found, run
+from tests.parallel.test_ranks import NEAR, TOKENS
+
+CALLS = {"flux": 1, "wan": 2, "qwen image": 2}
+"""Of the denoiser at one step."""
+pytestmark = [TOKENS, pytest.mark.nightly]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    path = tmp_path_factory.mktemp("ranks")
+    run(work, path, list(CASES))
+    return path
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if "," in name])
+def test_compiled_code_gives_what_single_operators_give_and_exchanges_as_much(folder: Path, name: str) -> None:
+    for first, again, counts, wanted, exchanged in found(folder, name):
+        torch.testing.assert_close(first, wanted, **NEAR)
+        assert torch.equal(again, first)
+        assert counts == exchanged
+        full, _, reusing, last = counts
+        assert reusing == CALLS[name.partition(",")[0]]  # the result is gathered
+        assert full == last > reusing
+
+
+def test_a_rank_that_compiles_is_awaited_by_one_that_need_not(folder: Path) -> None:
+    (wanted, warm, none), (_, cold, some) = found(folder, "cold")
+    assert torch.equal(warm, wanted)
+    assert torch.equal(cold, wanted)
+    assert none == 0 < some
+
+
+def test_what_all_ranks_prepare_is_compiled_at_once(folder: Path) -> None:
+    for latent, compilations in found(folder, "prepared"):
+        torch.testing.assert_close(latent, found(folder, "flux, fora")[0][0], **NEAR)
+        assert compilations == 0
+
+
+def test_other_processes_find_what_these_have_compiled(folder: Path) -> None:
+    (folder / "again").mkdir()
+    run(work_again, folder / "again", AGAIN)
+    for name in AGAIN:
+        for latent, compilations in found(folder / "again", name):
+            assert torch.equal(latent, found(folder, f"{name}, fora")[0][0])
+            assert compilations == 0
