@@ -226,7 +226,7 @@ class Fitted(Frozen):
 
         A run that begins in the middle of the schedule has a shorter history until as many full steps have passed.
         """
-        fitted_to = [other for other in range(step - 1, -1, -1) if not self.weights[other]]
+        fitted_to = [other for other in range(step - 1, -1, -1) if not self.weights_at(other, place)]
         count = len(self.weights_at(step, place))
         if count and list(stored[:count]) == fitted_to[:count]:
             return self

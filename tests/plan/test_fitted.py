@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from dicompile.errors import PolicyDoesNotFit
-from dicompile.plan import Cadence, Fitted, Origin, Policy, Rule, TimestepSchedule, make_plan
+from dicompile.plan import Cadence, Fitted, Origin, Policy, Rule, Table, TimestepSchedule, make_plan
 from tests.plan.toys import toy
 
 KINDS = [["self-attention", "mlp"], ["self-attention", "mlp"]]
@@ -49,6 +49,25 @@ def test_a_run_that_begins_later_takes_them_where_its_history_is_the_one_they_we
     later = TimestepSchedule.of(4).rest(1)
     assert actions(fitted(), 2, later) == [(0.0, *own) for own in PER_SITE]
     assert actions(fitted(((), PER_SITE, PER_SITE, PER_SITE), at=(0,)), 1, later) == [(0.0, 1.0)] * 4
+
+
+def test_a_table_says_which_sites_take_them_and_which_are_computed() -> None:
+    compute = ((True,), (False, True, False, True), (False,), (False,))
+    some, both = ((0.9,), (), (0.7,), ()), ((0.1,), (0.2, -0.1), (0.3,), (0.4, -0.2))
+    table = Table(compute=compute, otherwise=Fitted(weights=((), some, both, both)))
+    policy = Policy(name="sites", rules=(Rule(do=table),))
+    assert Policy.from_yaml(policy.to_yaml()) == policy
+    assert actions(policy, 1) == [(0.0, 0.9), (1.0,), (0.0, 0.7), (1.0,)]
+    assert actions(policy, 2) == [(0.0, *own) for own in both]
+
+
+def test_of_a_run_that_begins_later_every_site_of_a_table_has_its_own_history() -> None:
+    """The second MLP alone is computed between; from then on its history is the one that its weights were fitted to."""
+    compute = ((True,), (True,), (False, False, False, True), (False,))
+    at_2, at_3 = ((0.9,), (0.8,), (0.7,), ()), ((0.5,), (0.4,), (0.3,), (0.2, 0.1))
+    table = Table(compute=compute, otherwise=Fitted(weights=((), (), at_2, at_3)))
+    later = TimestepSchedule.of(4).rest(1)
+    assert actions(Policy(name="sites", rules=(Rule(do=table),)), 2, later) == [(0.0, *own) for own in at_3]
 
 
 @pytest.mark.parametrize(
