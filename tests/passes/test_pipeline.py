@@ -129,8 +129,7 @@ def test_a_name_that_no_pass_has_is_refused_with_the_names_there_are() -> None:
     assert (
         "score-tokens, cluster-tokens, open-spans, refresh-tokens, propagate-tokens, reuse-sites, store-values, "
         "narrow-slots, rejoin-parts, drop-dead, exchange-heads, "
-        "share-weights, share-log-sum-exp, gather-masks, narrow-linear, keep-layout"
-        in str(caught.value)
+        "share-weights, share-log-sum-exp, gather-masks, narrow-linear, keep-layout" in str(caught.value)
     )
 
 
