@@ -17,6 +17,7 @@ from dicompile.analysis.token_work import token_work
 from dicompile.analysis.transport import nearest_streams
 from dicompile.analysis.work import Work, work_of_branches
 from dicompile.nodes import node_argument
+from dicompile.ops.collectives import ranks_of
 from dicompile.ops.cost import score_work
 from dicompile.text import module_path
 
@@ -83,6 +84,7 @@ def _site(
         keys=own_keys(flow, branch, streams),
         score_flops=score_flops,
         score_bytes=score_bytes,
+        ranks=max(map(ranks_of, branch.attention), default=1),
     )
 
 

@@ -171,6 +171,7 @@ class Site:
         keys: first of the attention's keys that belong to the site's own tokens, and their number.
         score_flops: operations of a score of all tokens from the logits of its attention.
         score_bytes: memory traffic of that.
+        ranks: among whose tokens its attention is, each with some heads; 1 without context parallelism.
     """
 
     id: SiteId
@@ -197,6 +198,7 @@ class Site:
     keys: tuple[int, int] = (0, 0)
     score_flops: int = 0
     score_bytes: int = 0
+    ranks: int = 1
 
     @property
     def label(self) -> str:

@@ -704,6 +704,13 @@ def _check_source(policy: Policy, structure: ModelStructure, site: Site, base: S
             why=f"the block has {', '.join(present)}",
             fix="choose another score, for example score='random'",
         )
+    if base is ScoreBase.ENTROPY and source.ranks > 1:
+        raise PolicyDoesNotFit(
+            f"policy {policy.name!r} ranks tokens by {base.value}, but every rank has other heads of the attention",
+            where=_where(source),
+            why="the map of a query is the mean over all heads, and no rank has it",
+            fix="choose another score, for example score='attention' or score='random'",
+        )
     readable = source.tokens.wise is TokenWise.YES if base is ScoreBase.ENTROPY else source.keys[1] > 0
     if not readable:
         raise PolicyDoesNotFit(

@@ -178,6 +178,8 @@ def test_a_score_needs_the_attention_it_comes_from() -> None:
         "  why:   the block has self-attention, mlp\n"
         "  fix:   choose another score, for example score='random'"
     )
+    among_ranks = replace(PIXART, sites=tuple(replace(site, ranks=2) for site in PIXART.sites))
+    assert "every rank has other heads" in refusal(among_ranks, on("mlp", base="entropy"))
     assert "value-norm, for which there is no self-attention" in refusal(toy([("mlp",)]), on("mlp", base="value-norm"))
 
 
