@@ -192,14 +192,14 @@ def files_of(stream: bytes) -> list[bytes]:
     return files
 
 
-def check_metrics(names: Sequence[str], steps: int) -> None:
-    """Check that Prometheus would read all of these on this machine, and all steps, which Ray sends by and by."""
+def check_metrics(names: Sequence[str], replica: str, steps: int) -> None:
+    """Check that Prometheus would read all of these here, and all steps of a replica, which Ray sends by and by."""
     port, absent, counted = ray.nodes()[0]["MetricsExportPort"], list(names), 0.0
     for _ in range(60):
         with contextlib.suppress(OSError):
             page = urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10).read().decode()
             absent = [name for name in names if name not in page]
-            lines = [line for line in page.splitlines() if line.startswith("ray_dicompile_steps")]
+            lines = [line for line in page.splitlines() if line.startswith("ray_dicompile_steps") and replica in line]
             counted = sum(float(line.split()[-1]) for line in lines)
             if not absent and counted == steps:
                 return
@@ -233,7 +233,7 @@ def edges() -> None:
     assert health == "HEALTHY", health
     names = ("steps", "requests", "cache_bytes", "open_requests", "request_seconds")  # no batches, and no captures
     steps = sum(served["steps"].values())
-    check_metrics([f"dicompile_{name}" for name in names], steps)
+    check_metrics([f"dicompile_{name}" for name in names], served["replica"], steps)
     print(f"edges: {len(shown)} previews, {dict(statuses)}, {health}, {steps} steps in the metrics")
     serve.shutdown()
 
