@@ -132,11 +132,15 @@ def is_unknown(node: fx.Node) -> bool:
 
 
 def is_of_torch_or_ours(target: object) -> bool:
-    """True for operators of torch's own, ours, and arithmetic: the versions of both decide what they mean."""
+    """True for operators of torch's own, ours, and arithmetic: the versions of both decide what they mean.
+
+    Those that exchange values with other ranks look for these by the name of the group when they run.
+    """
     if target is WRAPPED_LINEAR:  # the library of the weight decides
         return False
     is_arithmetic = target in (operator.getitem, operator.add, operator.mul)
-    return is_arithmetic or (isinstance(target, OpOverload) and target.namespace in ("aten", "dicompile"))
+    of_torch = "aten", "_c10d_functional"
+    return is_arithmetic or (isinstance(target, OpOverload) and target.namespace in (*of_torch, "dicompile"))
 
 
 def _overloads(operator: Any) -> Sequence[OpOverload]:

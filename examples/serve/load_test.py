@@ -192,17 +192,19 @@ def files_of(stream: bytes) -> list[bytes]:
     return files
 
 
-def metrics_page(*names: str) -> str:
-    """What Prometheus would read on this machine, when all of these are there."""
-    port, absent = ray.nodes()[0]["MetricsExportPort"], list(names)
+def check_metrics(names: Sequence[str], replica: str, steps: int) -> None:
+    """Check that Prometheus would read all of these here, and all steps of a replica, which Ray sends by and by."""
+    port, absent, counted = ray.nodes()[0]["MetricsExportPort"], list(names), 0.0
     for _ in range(60):
         with contextlib.suppress(OSError):
             page = urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10).read().decode()
             absent = [name for name in names if name not in page]
-            if not absent:
-                return page
+            lines = [line for line in page.splitlines() if line.startswith("ray_dicompile_steps") and replica in line]
+            counted = sum(float(line.split()[-1]) for line in lines)
+            if not absent and counted == steps:
+                return
         time.sleep(1)
-    raise AssertionError(f"{absent} are not among the metrics at port {port}")
+    raise AssertionError(f"{absent} are not among the metrics at port {port}, or {counted:g} steps are not {steps}")
 
 
 def edges() -> None:
@@ -230,10 +232,9 @@ def edges() -> None:
     health = serve.status().applications["default"].deployments["Pictures"].status
     assert health == "HEALTHY", health
     names = ("steps", "requests", "cache_bytes", "open_requests", "request_seconds")  # no batches, and no captures
-    page = metrics_page(*[f"dicompile_{name}" for name in names])
-    counted = sum(float(line.split()[-1]) for line in page.splitlines() if line.startswith("ray_dicompile_steps"))
-    assert counted == sum(served["steps"].values()), (counted, served["steps"])
-    print(f"edges: {len(shown)} previews, {dict(statuses)}, {health}, {counted:g} steps in the metrics")
+    steps = sum(served["steps"].values())
+    check_metrics([f"dicompile_{name}" for name in names], served["replica"], steps)
+    print(f"edges: {len(shown)} previews, {dict(statuses)}, {health}, {steps} steps in the metrics")
     serve.shutdown()
 
 

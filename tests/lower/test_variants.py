@@ -148,6 +148,13 @@ def test_operators_of_others_stay_in_their_process() -> None:
         check_can_be_stored(segment)
 
 
+def test_what_exchanges_values_with_other_ranks_does_not() -> None:
+    segment = mlp_block().segment.copy(())
+    collective = torch.ops._c10d_functional.all_gather_into_tensor.default
+    next(node for node in segment.graph.nodes if node.op == "call_function").target = collective
+    check_can_be_stored(segment)
+
+
 def test_our_own_operators_do_not() -> None:
     scored = LocalStep(produces=Score(ScoreBase.ATTENTION), writes=(SlotKind.SCORE,))
     segment = rewritten(self_attention_block().segment, [scored], ScoreTokens())

@@ -1,4 +1,4 @@
-"""What two processes of a gloo group do with the bare backend, each case by name."""
+"""What two processes that share tokens do with the bare backend, each case by name."""
 
 from __future__ import annotations
 
@@ -7,13 +7,12 @@ from typing import Any
 
 import torch
 from diffusers import ContextParallelConfig
-from torch import Tensor, nn
+from torch import Tensor
 
 import dicompile
 from dicompile import FORA, FirstBlockCache, Policy
 from tests.models import timesteps
-from tests.parallel.ranks import RANKS, do
-from tests.parallel.shards import STEPS, by_block, dit, ran, whole
+from tests.parallel.ranks import RANKS, STEPS, do
 from tests.pipelines.pipes import FLUX_PROMPTS, flux_transformer
 
 POLICY = FORA(interval=2)
@@ -21,16 +20,12 @@ EXCHANGES = ("_c10d_functional::all_gather", "_c10d_functional::all_to_all")
 TIMES = [t / 1000 for t in timesteps(STEPS)]
 
 
-def bare(model: nn.Module, policy: Policy, **options: Any) -> Any:
-    torch._dynamo.reset()
-    return torch.compile(model, backend="dicache", options={"policy": policy, **options})
-
-
-def shared(policy: Policy = POLICY, **options: Any) -> Any:
+def shared(policy: Policy = POLICY) -> Any:
     """A model whose tokens are split over the ranks."""
     model = flux_transformer()
     model.enable_parallelism(config=ContextParallelConfig(ulysses_degree=RANKS))
-    return bare(model, policy, schedule=TIMES, **options)
+    torch._dynamo.reset()
+    return torch.compile(model, backend="dicache", options={"policy": policy, "schedule": TIMES, "mode": "eager"})
 
 
 @torch.no_grad()
@@ -55,35 +50,17 @@ def sampled(model: Any) -> tuple[Tensor, list[int]]:
 
 def of_tokens(_: int) -> Any:
     """By the bare backend, twice, and by `optimize`."""
-    model = shared(mode="eager")
+    model = shared()
     first = sampled(model)
     again = sampled(model)
     return first[0], *again, sampled(dicompile.optimize(model._orig_mod, POLICY, schedule=TIMES, mode="eager"))[0]
 
 
-def of_weights(shard: Callable[[nn.Module], None]) -> Callable[[int], Any]:
-    """Of a model whose weights are sharded, of the same before that, and which steps are those without caching."""
-
-    def case(rank: int) -> Any:
-        sample = dit()
-        plain = ran(sample.model, rank)
-        wanted = ran(bare(sample.model, POLICY, steps=STEPS, mode="eager"), rank)
-        shard(sample.model)
-        found = ran(bare(sample.model, POLICY, steps=STEPS, mode="eager"), rank)
-        return found, wanted, [torch.equal(*pair) for pair in zip(found, plain, strict=True)]
-
-    return case
-
-
 CASES: dict[str, Callable[[int], Any]] = {
     "tokens": of_tokens,
-    "weights, by_block": of_weights(by_block),
-    "weights, whole": of_weights(whole),
-    "gate": lambda _: sampled(shared(FirstBlockCache(threshold=0.1), mode="eager")),
-    "different policies": lambda rank: sampled(shared(FORA(interval=2 + rank), mode="eager")),
+    "gate": lambda _: sampled(shared(FirstBlockCache(threshold=0.1))),
+    "different policies": lambda rank: sampled(shared(FORA(interval=2 + rank))),
 }
-BRIEF = ["weights, by_block"]
-"""What `make test` runs."""
 
 
 def work(rank: int, folder: str, names: Sequence[str]) -> None:

@@ -174,6 +174,24 @@ def given_back(**options: Any) -> Callable[[int], Any]:
     return case
 
 
+def bare(shard: Shard) -> Callable[[int], Any]:
+    """By the bare backend, before and after, and which steps are those without caching."""
+
+    def ran_by(model: nn.Module, rank: int) -> Tensor:
+        torch._dynamo.reset()
+        options = {"policy": POLICY, "steps": STEPS, "mode": "eager"}
+        return ran(torch.compile(model, backend="dicache", options=options), rank)
+
+    def case(rank: int) -> Any:
+        sample = dit()
+        plain, wanted = ran(sample.model, rank), ran_by(sample.model, rank)
+        shard(sample.model)
+        found = ran_by(sample.model, rank)
+        return found, wanted, [torch.equal(*pair) for pair in zip(found, plain, strict=True)]
+
+    return case
+
+
 def in_half_precision(rank: int) -> Any:
     """Weights are gathered in the dtype that FSDP would gather them in."""
     sample = models.flux(1)
@@ -400,6 +418,8 @@ CASES: dict[str, Callable[[int], Any]] = {
     "given back": given_back(),
     "given back, resharded": given_back(reshard_after_forward=True),
     "given back, not resharded": given_back(reshard_after_forward=False),
+    "bare, by_block": bare(by_block),
+    "bare, whole": bare(whole),
     "half precision": in_half_precision,
     "casts": with_casts(),
     "casts, grouped": with_casts(grouped=True),

@@ -55,6 +55,13 @@ def test_what_is_reused_or_computed_already_is_not_exchanged(folder: Path) -> No
         assert set(kinds) == {"DTensor"}
 
 
+@pytest.mark.parametrize("name", ["bare, by_block", "bare, whole"])
+def test_the_bare_backend_gives_the_bits_of_the_whole_model(folder: Path, name: str) -> None:
+    for results, wanted, is_plain in found(folder, name):
+        assert torch.equal(results, wanted)
+        assert is_plain == [True, True, False, True]
+
+
 def test_weights_come_in_the_dtype_of_the_mixed_precision_policy(folder: Path) -> None:
     for results, wanted, brought, weights in found(folder, "half precision"):
         assert results.dtype == torch.bfloat16

@@ -56,7 +56,8 @@ def test_under_load_every_finished_picture_is_that_of_its_single_run() -> None:
     if importlib.util.find_spec("ray") is None:
         pytest.skip("ray is not installed: its 60 packages are an extra of the example alone (dicompile[serve])")
     command = [sys.executable, "load_test.py", "--requests", "12", "--at-once", "4", "--undisturbed", "4"]
-    environment = {**os.environ, "RAY_USAGE_STATS_ENABLED": "0", "OMP_NUM_THREADS": "1"}
+    usual = {"RAY_USAGE_STATS_ENABLED": "0", "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, **usual, "RAY_worker_niceness": "0"}  # by default replicas give way to everything else
     done = subprocess.run(
         command, cwd=FOLDER, env=environment, capture_output=True, text=True, timeout=600, check=False
     )
