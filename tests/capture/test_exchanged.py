@@ -13,11 +13,13 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.functional import scaled_dot_product_attention
 
 from dicompile.capture.functional import make_functional
-from dicompile.nodes import tensor_of
-from dicompile.ops.attention import mask_of
+from dicompile.nodes import node_argument, tensor_of
+from dicompile.ops.attention import mask_of, open_attention
 from dicompile.ops.collectives import groups_of, is_collective, ranks_of
 from dicompile.ops.cost import node_flops, score_work
 from dicompile.ops.kinds import ATTENTION
+from dicompile.ops.layout import Layout, Of
+from dicompile.ops.tokens import MixesTokens
 from dicompile.ops.ulysses import ULYSSES
 
 RANKS, GROUP = 2, "0"
@@ -105,6 +107,20 @@ def masked(query: Tensor, key: Tensor, value: Tensor, rows: int = 1) -> Tensor:
 def test_a_mask_of_the_keys_of_all_ranks_stays_with_it() -> None:
     (attention,) = calls(functional(masked, *[SHAPES[0]] * 3), ULYSSES)
     assert mask_of(attention) is attention.args[3]
+
+
+def test_chosen_queries_cannot_take_a_mask_of_keys_with_them() -> None:
+    def opened(forward: Callable[..., Tensor]) -> Layout:
+        (attention,) = calls(functional(forward, *[SHAPES[0]] * 3), ULYSSES)
+        of_tokens = {
+            node_argument(attention, i): Layout.of_stream(tensor_of(node_argument(attention, i)).shape, [2])
+            for i in range(3)
+        }  # fmt: skip
+        return open_attention(attention, of_tokens).layout
+
+    assert opened(ulysses).counts(2, Of.TOKENS)
+    with pytest.raises(MixesTokens, match="a value for every key of other ranks"):
+        opened(masked)
 
 
 def with_other_keys(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
