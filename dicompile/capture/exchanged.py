@@ -23,7 +23,7 @@ What is folded is proved, factor by factor of every axis (`dicompile.ops.layout`
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -33,6 +33,7 @@ from torch import fx
 from dicompile.capture.canonical import call_before
 from dicompile.nodes import node_argument, tensor_of
 from dicompile.ops.attention import has_dropout, is_causal, mask_of
+from dicompile.ops.collectives import is_called
 from dicompile.ops.kinds import ATTENTION, RESHAPES
 from dicompile.ops.layout import Axis, Layout, Of, Part
 from dicompile.ops.operators import carry
@@ -41,7 +42,7 @@ from dicompile.ops.ulysses import ULYSSES
 
 aten = torch.ops.aten
 
-EXCHANGE, WAIT = "_c10d_functional::all_to_all_single", "_c10d_functional::wait_tensor"
+EXCHANGE, WAIT = "all_to_all_single", "wait_tensor"
 MOVES = (*RESHAPES, aten.permute.default, aten.transpose.int, aten.clone.default, aten.contiguous.default)
 LABELS = ("bnN", "dhH")
 """What takes the place of samples and tokens in a `Layout`: of a factor that is neither it knows the size alone, so
@@ -142,7 +143,7 @@ class _Whole:
     output: fx.Node
     ranks: int
     group: object
-    between: Sequence[fx.Node]
+    between: Set[fx.Node]
 
     @classmethod
     def around(cls, attention: fx.Node) -> _Whole | None:
@@ -151,18 +152,14 @@ class _Whole:
         heads = {tensor_of(operand).shape[1] for operand in operands if tensor_of(operand).ndim == 4}
         if len(heads) != 1 or not _is_of_keys(mask_of(attention)) or is_causal(attention) or has_dropout(attention):
             return None
-        given = [_given(operand) for operand in operands]
-        left = _left(attention)
-        if left is None or any(found is None for found in given):
+        found = [_left(attention), *map(_given, operands)]
+        around = [each for each in found if each is not None]
+        if len(around) != len(found) or len({(each.ranks, each.node.args[-1]) for _, each in around}) != 1:
             return None
-        exchanges = [left[1], *(found[1] for found in given if found is not None)]
-        if len({(exchange.ranks, exchange.node.args[-1]) for exchange in exchanges}) != 1:
-            return None
-        between = [node for each in exchanges for node in (*each.before, each.node, *each.behind)]
-        return cls(
-            attention, [found[0] for found in given if found is not None], left[0], exchanges[0].ranks,
-            exchanges[0].node.args[-1], [*between, attention],
-        )  # fmt: skip
+        (output, exchange), *given = around
+        between = {node for _, each in around for node in (*each.before, each.node, *each.behind)}
+        own = [node for node, _ in given]
+        return cls(attention, own, output, exchange.ranks, exchange.node.args[-1], {*between, attention})
 
     def fold(self) -> None:
         """Put the one operator in the place of all."""
@@ -173,9 +170,8 @@ class _Whole:
         operands = own if mask is None else [*own, mask]
         folded = call_before(at, ULYSSES, operands, {"ranks": self.ranks, "group": self.group, **scale})
         self.output.replace_all_uses_with(call_before(at, aten.transpose.int, (folded, 1, 2), {}))
-        places = {node: place for place, node in enumerate(at.graph.nodes)}
-        for node in sorted({*self.between}, key=places.__getitem__, reverse=True):
-            if not node.users:
+        for node in reversed(at.graph.nodes):
+            if node in self.between and not node.users:
                 at.graph.erase_node(node)
 
 
@@ -193,7 +189,7 @@ def _factors(value: fx.Node, ranks: int) -> _Factors | None:
 def _given(operand: fx.Node) -> tuple[fx.Node, _Exchange] | None:
     """What an operand of attention is before it is exchanged, and the exchange."""
     behind, sent = _moved(operand)
-    if not _is(sent, EXCHANGE):
+    if not is_called(sent, EXCHANGE):
         return None
     before: list[fx.Node] = []
     node = node_argument(sent, 0)
@@ -214,7 +210,7 @@ def _given(operand: fx.Node) -> tuple[fx.Node, _Exchange] | None:
 def _moved(node: fx.Node) -> tuple[list[fx.Node], fx.Node]:
     """The calls that only move values, from the last to the first, and what they begin with."""
     moves = []
-    while node.target in MOVES or _is(node, WAIT):
+    while node.target in MOVES or is_called(node, WAIT):
         moves.append(node)
         node = node_argument(node, 0)
     return moves, node
@@ -226,7 +222,7 @@ def _left(attention: fx.Node) -> tuple[fx.Node, _Exchange] | None:
     node = attention
     while len(node.users) == 1:
         (node,) = node.users
-        if _is(node, EXCHANGE):
+        if is_called(node, EXCHANGE):
             return _arrived(attention, before, node)
         if node.target not in MOVES:
             return None
@@ -239,7 +235,7 @@ def _arrived(attention: fx.Node, before: Sequence[fx.Node], sent: fx.Node) -> tu
     node = sent
     while len(node.users) == 1:
         (node,) = node.users
-        if node.target not in MOVES and not _is(node, WAIT):
+        if node.target not in MOVES and not is_called(node, WAIT):
             return None
         behind.append(node)
         exchange = _Exchange(before, sent, tuple(behind))
@@ -249,7 +245,3 @@ def _arrived(attention: fx.Node, before: Sequence[fx.Node], sent: fx.Node) -> tu
         if tensor_of(node).ndim == len(LOCAL) and exchange.turns(OF_ALL, LOCAL, "N", factors):
             return node, exchange
     return None
-
-
-def _is(node: fx.Node, name: str) -> bool:
-    return isinstance(node.target, torch._ops.OpOverload) and node.target.name() == name

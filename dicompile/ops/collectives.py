@@ -27,6 +27,11 @@ def is_collective(node: fx.Node) -> bool:
     return is_collective_operator(node.target) or node.target is ULYSSES
 
 
+def is_called(node: fx.Node, name: str) -> bool:
+    """True for the functional collective of this name, "all_to_all_single", say; "wait_tensor" waits for its result."""
+    return is_collective(node) and str(node.target) == f"_c10d_functional.{name}.default"
+
+
 def ranks_of(attention: fx.Node) -> int:
     """Number of ranks whose tokens an attention is among: each has as many queries, and does its share of the heads."""
     ranks: int = attention.kwargs.get("ranks", 1)  # type: ignore[assignment]
@@ -36,12 +41,8 @@ def ranks_of(attention: fx.Node) -> int:
 def find_gathered(graph: fx.Graph) -> Iterator[tuple[fx.Node, fx.Node]]:
     """What gathers a tensor from all ranks, and what waits for it, in order."""
     for gather in graph.nodes:
-        if _is_called(gather, "all_gather_into_tensor"):
-            yield from ((gather, user) for user in list(gather.users) if _is_called(user, "wait_tensor"))
-
-
-def _is_called(node: fx.Node, name: str) -> bool:
-    return is_collective(node) and str(node.target) == f"_c10d_functional.{name}.default"
+        if is_called(gather, "all_gather_into_tensor"):
+            yield from ((gather, user) for user in list(gather.users) if is_called(user, "wait_tensor"))
 
 
 def groups_of(graph: fx.Graph) -> tuple[str, ...]:
