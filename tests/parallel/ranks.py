@@ -6,12 +6,13 @@ import datetime
 import os
 import traceback
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import pytest
 import torch
 from diffusers import ContextParallelConfig, FlowMatchEulerDiscreteScheduler
 from torch import Tensor, distributed, multiprocessing, nn
@@ -329,6 +330,18 @@ def run(target: Callable[[int, str, Sequence[str]], None], folder: Path, names: 
     context = multiprocessing.spawn(target, (str(folder), list(names)), nprocs=RANKS, join=False)
     while not context.join(timeout=10):
         pass
+
+
+def folder_of(work: Callable[[int, str, Sequence[str]], None], cases: Iterable[str]) -> Any:
+    """A fixture: the folder with what the ranks found, once for all tests of a module."""
+
+    @pytest.fixture(scope="module")
+    def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+        path = tmp_path_factory.mktemp("ranks")
+        run(work, path, list(cases))
+        return path
+
+    return folder
 
 
 def found(folder: Path, name: str) -> list[Any]:

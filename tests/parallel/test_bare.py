@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -10,17 +9,13 @@ import torch
 
 from dicompile.errors import PlansDiffer, UnsupportedParallelism
 from tests.parallel.bare import CASES, work
-from tests.parallel.ranks import check_refused, found, run
+from tests.parallel.ranks import check_refused, folder_of, found
 from tests.parallel.test_ranks import NEAR, TOKENS
 
 pytestmark = [TOKENS, pytest.mark.nightly]
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    path = tmp_path_factory.mktemp("ranks")
-    run(work, path, list(CASES))
-    return path
+folder = folder_of(work, CASES)
 
 
 def test_ranks_that_share_tokens_get_what_optimize_gives_and_reuse_without_each_other(folder: Path) -> None:

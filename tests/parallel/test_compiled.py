@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
 from tests.parallel.compiled import AGAIN, CASES, work, work_again
-from tests.parallel.ranks import found, run
+from tests.parallel.ranks import folder_of, found, run
 from tests.parallel.test_ranks import NEAR, TOKENS
 
 CALLS = {"flux": 1, "wan": 2, "qwen image": 2}
@@ -17,11 +16,7 @@ CALLS = {"flux": 1, "wan": 2, "qwen image": 2}
 pytestmark = [TOKENS, pytest.mark.nightly]
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    path = tmp_path_factory.mktemp("ranks")
-    run(work, path, list(CASES))
-    return path
+folder = folder_of(work, CASES)
 
 
 @pytest.mark.parametrize("name", [name for name in CASES if "," in name])

@@ -1,6 +1,5 @@
 """Two ranks give what one rank gives, skip the collectives of what they skip, and never wait for each other in vain."""
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from tests.parallel.ranks import (
     cached,
     check_refused,
     die,
+    folder_of,
     found,
     guided,
     run,
@@ -33,11 +33,7 @@ TOKENS = pytest.mark.skipif(
 )
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    path = tmp_path_factory.mktemp("ranks")
-    run(work, path, list(CASES))
-    return path
+folder = folder_of(work, CASES)
 
 
 def test_every_rank_may_have_requests_of_its_own(folder: Path) -> None:

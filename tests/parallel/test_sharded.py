@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
 from dicompile.errors import PlansDiffer, UnsupportedModel, UnsupportedParallelism
-from tests.parallel.ranks import check_refused, found, run
+from tests.parallel.ranks import check_refused, folder_of, found, run
 from tests.parallel.shards import CASES, die, work
 
 TELLING = 32
 """Bytes of what two ranks tell each other before a call."""
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    path = tmp_path_factory.mktemp("ranks")
-    run(work, path, list(CASES))
-    return path
+folder = folder_of(work, CASES)
 
 
 SAME = [name for name in CASES if name.startswith(("dit", "given back", "flux"))]
