@@ -16,12 +16,23 @@ import torch
 from torch import Tensor, fx, nn
 from torch._C._dynamo.eval_frame import get_eval_frame_callback, set_eval_frame
 from torch._C._dynamo.guards import TensorGuards
+from torch._dispatch.python import enable_python_dispatcher
 from torch._dynamo import convert_frame, symbolic_convert
 from torch._dynamo.eval_frame import skip_code
 from torch._dynamo.utils import dynamo_timed, get_metrics_context
 from torch._dynamo.variables.base import AttributeMutationNew, ValueMutationNew
+from torch._functorch._aot_autograd.functional_utils import (
+    assert_functional_graph,
+    from_fun,
+    has_data_mutation,
+    has_metadata_mutation,
+    to_fun,
+)
 from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensorMode
 from torch.fx import _lazy_graph_module
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.symbolic_shapes import PropagateUnbackedSymInts
 
 from dicompile.nodes import results_of
 
@@ -157,6 +168,42 @@ def dynamo_capture(function: Callable[..., Any], args: tuple[Any, ...]) -> Dynam
         codes=frozenset(output.traced_code),
         run=run,
     )
+
+
+def functional_trace(graph_module: fx.GraphModule, inputs: Sequence[object]) -> tuple[fx.GraphModule, tuple[int, ...]]:
+    """Trace a graph once more, by ATen operators that write to no tensor (torch 2.11 to 2.14).
+
+    It is the second half of ``aot_export_module(..., pre_dispatch=True)``, in half of its time: the first half runs the
+    graph to find out about gradients, and about writes, which the trace finds, too.
+
+    Args:
+        graph_module: torch-level or ATen graph, which returns a tuple.
+        inputs: one value per placeholder; tensors are fake ones of the mode that is active.
+
+    Returns:
+        The graph, with the placeholders and results of the other one, and positions of inputs to which that one writes.
+
+    Raises:
+        RuntimeError, AssertionError: torch cannot make it functional.
+    """
+    mutated: list[int] = []
+
+    def functionalised(*given: object) -> tuple[object, ...]:
+        wrapped = [to_fun(value) if isinstance(value, Tensor) else value for value in given]
+        results = PropagateUnbackedSymInts(graph_module).run(*wrapped)
+        for i, (value, before) in enumerate(zip(wrapped, given, strict=True)):
+            if isinstance(value, Tensor) and (
+                has_data_mutation(value) or has_metadata_mutation(value, before, check_only_storage_mutation=False)
+            ):
+                mutated.append(i)
+        return tuple(from_fun(value) if isinstance(value, Tensor) else value for value in results)
+
+    mode = FunctionalTensorMode(pre_dispatch=True, export=True)
+    with enable_python_dispatcher(), mode, fx.traceback.preserve_node_meta():
+        made = make_fx(functionalised, pre_dispatch=True, record_module_stack=True)(*inputs)
+    assert_functional_graph(made.graph)
+    made.graph.eliminate_dead_code()
+    return made, tuple(mutated)
 
 
 @contextlib.contextmanager

@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch._functorch.aot_autograd import aot_export_module
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils import _pytree as pytree
 
@@ -26,7 +25,7 @@ from dicompile.capture.canonical import make_canonical
 from dicompile.capture.constants import spell_out_constants
 from dicompile.capture.exchanged import fold_exchanges
 from dicompile.capture.parts import write_out_composites
-from dicompile.compat import lazy_graph_module
+from dicompile.compat import functional_trace, lazy_graph_module
 from dicompile.nodes import results_of
 from dicompile.text import layout_text, module_path
 
@@ -76,8 +75,7 @@ def make_functional(graph_module: fx.GraphModule, inputs: Sequence[object], mode
 
 def _traced(graph_module: fx.GraphModule, inputs: Sequence[object], mode: FakeTensorMode) -> Functional:
     with torch.no_grad(), torch._C._DisableAutocast():
-        made, signature = aot_export_module(graph_module, list(inputs), trace_joint=False, pre_dispatch=True)
-        assert isinstance(made, fx.GraphModule)
+        made, mutated = functional_trace(graph_module, inputs)
         spell_out_constants(made)
         for node in made.graph.find_nodes(op="get_attr"):
             value = getattr(made, node.target)
@@ -86,8 +84,7 @@ def _traced(graph_module: fx.GraphModule, inputs: Sequence[object], mode: FakeTe
         write_out_composites(made)
         make_canonical(made.graph)
         fold_exchanges(made.graph)
-    written = set(signature.user_inputs_to_mutate.values())
-    return Functional(made, tuple(i for i, name in enumerate(signature.user_inputs) if name in written))
+    return Functional(made, mutated)
 
 
 def laid_out_like(value: object) -> Tensor | None:
