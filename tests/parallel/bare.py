@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,7 +12,8 @@ from torch import Tensor
 import dicompile
 from dicompile import FORA, FirstBlockCache, Policy
 from tests.models import timesteps
-from tests.parallel.ranks import RANKS, STEPS, do
+from tests.parallel.processes import RANKS
+from tests.parallel.ranks import STEPS
 from tests.pipelines.pipes import FLUX_PROMPTS, flux_transformer
 
 POLICY = FORA(interval=2)
@@ -61,8 +62,3 @@ CASES: dict[str, Callable[[int], Any]] = {
     "gate": lambda _: sampled(shared(FirstBlockCache(threshold=0.1))),
     "different policies": lambda rank: sampled(shared(FORA(interval=2 + rank))),
 }
-
-
-def work(rank: int, folder: str, names: Sequence[str]) -> None:
-    """Run cases on one rank."""
-    do(rank, folder, {name: CASES[name] for name in names})

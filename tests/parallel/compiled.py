@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Callable
+from tempfile import TemporaryDirectory
 from typing import Any
 from unittest import mock
 
@@ -13,7 +13,7 @@ from torch import Tensor
 import dicompile
 from dicompile import FORA, Policy
 from dicompile.lower import inductor
-from tests.parallel.ranks import LOCAL, STEPS, cached, counted, do, split
+from tests.parallel.ranks import LOCAL, STEPS, cached, counted, split
 from tests.pipelines.pipes import PIPELINES, Sampler
 
 POLICIES = {"fora": FORA(interval=2), "toca": LOCAL}
@@ -50,10 +50,10 @@ def after_a_cold_rank(rank: int) -> Any:
     """Rank 0 has all code in memory; rank 1 has forgotten its own, finds none in a folder, and is awaited."""
     sampler = compiled("flux", FORA(interval=2))
     wanted = sampler(STEPS)
-    with mock.patch.dict(os.environ):
+    with mock.patch.dict(os.environ), TemporaryDirectory() as empty:
         if rank == 1:
             dicompile.reset()
-            os.environ.update({"DICOMPILE_CACHE_DIR": "off", "TORCHINDUCTOR_CACHE_DIR": os.environ["EMPTY_FOLDER"]})
+            os.environ.update({"DICOMPILE_CACHE_DIR": "off", "TORCHINDUCTOR_CACHE_DIR": empty})
         return wanted, *compilations(compiled("flux", FORA(interval=2)))
 
 
@@ -70,6 +70,11 @@ def prepared(_: int) -> Any:
     return compilations(sampler)
 
 
+def again(name: str) -> Callable[[int], Any]:
+    """In a process that finds what others have left, how often Inductor is asked for code."""
+    return lambda _: compilations(compiled(name, FORA(interval=2)))
+
+
 AGAIN = ["flux", "wan"]
 """Pipelines that other processes run after these."""
 CASES: dict[str, Callable[[int], Any]] = {
@@ -77,15 +82,5 @@ CASES: dict[str, Callable[[int], Any]] = {
        for name in ("flux", "wan", "qwen image") for policy in POLICIES},
     "prepared": prepared,
     "cold": after_a_cold_rank,
+    **{f"{name} again": again(name) for name in AGAIN},
 }  # fmt: skip
-
-
-def work(rank: int, folder: str, names: Sequence[str]) -> None:
-    """Run cases on one rank; the folders of compiled code are those of the tests, and shared by the ranks."""
-    os.environ["EMPTY_FOLDER"] = str(Path(folder) / f"cache of rank {rank}")
-    do(rank, folder, {name: CASES[name] for name in names})
-
-
-def work_again(rank: int, folder: str, names: Sequence[str]) -> None:
-    """The same in a process that finds what others have left, and how often Inductor was asked for code."""
-    do(rank, folder, {name: lambda _, name=name: compilations(compiled(name, FORA(interval=2))) for name in names})

@@ -1,21 +1,16 @@
-"""What two processes of a gloo group do, each case by name; `run` starts them and gathers what each rank found."""
+"""What two processes of a gloo group do, each case by name."""
 
 from __future__ import annotations
 
-import datetime
 import os
-import traceback
-import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import pytest
 import torch
 from diffusers import ContextParallelConfig, FlowMatchEulerDiscreteScheduler
-from torch import Tensor, distributed, multiprocessing, nn
+from torch import Tensor, distributed, nn
 from torch.distributed._functional_collectives import all_reduce
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -25,18 +20,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from dicompile import FORA, FirstBlockCache, Policy, ToCa, cache_context, optimize, plan_of, structure_of
 from dicompile.capture import capture_functional
-from dicompile.errors import DicompileError
 from dicompile.ops.attention_scores import attention_received
 from dicompile.ops.ulysses import ulysses_attention, ulysses_received
 from dicompile.plan import Cadence, Refresh, Reuse, Rule, SlotKind, TokenScore
 from dicompile.serve import Batcher
 from tests import models
 from tests.models import PlainDiT, Sample, optimized, plain_dit, redraw, state_of, timesteps
+from tests.parallel.processes import RANKS
 from tests.pipelines.pipes import FLUX_PROMPTS, PIPELINES, Sampler, flux_transformer
 
-RANKS, STEPS = 2, 4
-LONGEST = 60
-"""Seconds that a rank waits for another one."""
+STEPS = 4
 
 
 def split(sampler: Sampler, **config: Any) -> Sampler:
@@ -253,6 +246,21 @@ def by_place(sampler: Sampler, context: str) -> tuple[Tensor, list[int]]:
         return counted(sampler)
 
 
+def dying(rank: int) -> Any:
+    """Rank 1 dies in the middle of a run; what rank 0 is told."""
+    sampler = cached(split(PIPELINES["flux"]()), FORA(interval=2))
+
+    def leave(pipe: Any, step: int, timestep: Any, values: dict[str, Any]) -> dict[str, Any]:
+        if rank == 1 and step == 1:
+            os._exit(0)
+        return values
+
+    try:
+        sampler(STEPS, callback_on_step_end=leave)
+    except RuntimeError as error:
+        return str(error)
+
+
 LOCAL = ToCa(interval=2, score="random", grid_cell=0, ratio=0.5)
 CASES: dict[str, Callable[[int], Any]] = {
     "data": of_every_rank,
@@ -273,85 +281,5 @@ CASES: dict[str, Callable[[int], Any]] = {
     "another class": in_another_class,
     "tensor parallel afterwards": sharded_afterwards,
     "tensor parallel": of_a_model(sharded_heads),
+    "dying": dying,
 }
-
-
-def work(rank: int, folder: str, names: Sequence[str]) -> None:
-    """Run cases on one rank, and write what each returned, or the error that it raised."""
-    do(rank, folder, {name: CASES[name] for name in names})
-
-
-def do(rank: int, folder: str, cases: Mapping[str, Callable[[int], Any]]) -> None:
-    """The same for cases of any table."""
-    begin(rank, folder)
-    for name, case in cases.items():
-        try:
-            found = case(rank)
-        except DicompileError as error:
-            found = error
-        except Exception:  # the test of this case fails, and no other one
-            found = None
-            traceback.print_exc()
-        kept = found if isinstance(found, (Tensor, tuple, DicompileError)) else None
-        torch.save(kept, Path(folder) / f"{name} {rank}")
-    distributed.barrier()
-    distributed.destroy_process_group()
-
-
-def die(rank: int, folder: str, names: Sequence[str]) -> None:
-    """Rank 1 dies in the middle of a run; rank 0 writes what it was told."""
-    begin(rank, folder)
-    sampler = cached(split(PIPELINES["flux"]()), FORA(interval=2))
-
-    def leave(pipe: Any, step: int, timestep: Any, values: dict[str, Any]) -> dict[str, Any]:
-        if rank == 1 and step == 1:
-            os._exit(0)
-        return values
-
-    try:
-        sampler(STEPS, callback_on_step_end=leave)
-    except RuntimeError as error:
-        (Path(folder) / "told").write_text(str(error))
-    os._exit(0)
-
-
-def begin(rank: int, folder: str) -> None:
-    warnings.filterwarnings("ignore")
-    torch.set_num_threads(1)
-    torch.accelerator.device_count = lambda: 1  # diffusers divides by it where there is no accelerator
-    distributed.init_process_group(
-        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=RANKS,
-        timeout=datetime.timedelta(seconds=LONGEST),
-    )  # fmt: skip
-
-
-def run(target: Callable[[int, str, Sequence[str]], None], folder: Path, names: Sequence[str] = ()) -> None:
-    """Start the ranks and wait for them."""
-    context = multiprocessing.spawn(target, (str(folder), list(names)), nprocs=RANKS, join=False)
-    while not context.join(timeout=10):
-        pass
-
-
-def folder_of(work: Callable[[int, str, Sequence[str]], None], cases: Iterable[str]) -> Any:
-    """A fixture: the folder with what the ranks found, once for all tests of a module."""
-
-    @pytest.fixture(scope="module")
-    def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-        path = tmp_path_factory.mktemp("ranks")
-        run(work, path, list(cases))
-        return path
-
-    return folder
-
-
-def found(folder: Path, name: str) -> list[Any]:
-    """What the ranks returned or raised in a case."""
-    return [torch.load(folder / f"{name} {rank}", weights_only=False) for rank in range(RANKS)]
-
-
-def check_refused(folder: Path, name: str, error: type[Exception], text: str) -> None:
-    """Check that every rank raised an error that says how to go on."""
-    for raised in found(folder, name):
-        assert isinstance(raised, error)
-        assert text in str(raised)
-        assert raised.fix  # type: ignore[attr-defined]

@@ -7,11 +7,9 @@ from __future__ import annotations
 
 import os
 import time
-import warnings
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -31,7 +29,8 @@ from dicompile.sharded import Gathering, Sharding, sharded_weights
 from dicompile.wrapper import record_of
 from tests import models
 from tests.models import Sample, optimized, plain_dit, timesteps
-from tests.parallel.ranks import RANKS, begin, do, sharded_heads
+from tests.parallel.processes import RANKS
+from tests.parallel.ranks import sharded_heads
 from tests.pipelines import pipes
 from tests.pipelines.pipes import Sampler, flux_transformer
 
@@ -404,6 +403,20 @@ def offloaded_beside(model: nn.Module) -> None:
     by_block(model, ignored_params={*model.head.parameters()})
 
 
+def dying(rank: int) -> Any:
+    """Rank 1 dies in the middle of a run; what rank 0 is told."""
+    sample = dit()
+    by_block(sample.model)
+    model = optimized(sample, POLICY, STEPS)
+    try:
+        for step, timestep in enumerate(timesteps(STEPS)):
+            if rank == 1 and step == 2:
+                os._exit(0)
+            models.call(model, sample.inputs, timestep, step)
+    except RuntimeError as error:
+        return str(error)
+
+
 CASES: dict[str, Callable[[int], Any]] = {
     "dit, whole, fora": of_dit(whole, "fora"),
     "dit, by_block, toca": of_dit(by_block, "toca"),
@@ -440,26 +453,5 @@ CASES: dict[str, Callable[[int], Any]] = {
     "other ranks": refused(over_other_ranks),
     "offloaded": refused(offloaded_beside),
     "recorded": refused(by_block, backend="inductor", compile_mode="reduce-overhead", mode=None),
+    "dying": dying,
 }
-
-
-def work(rank: int, folder: str, names: Sequence[str]) -> None:
-    """Run cases on one rank, and write what each returned, or the error that it raised."""
-    warnings.simplefilter("error", FutureWarning)
-    do(rank, folder, {name: CASES[name] for name in names})
-
-
-def die(rank: int, folder: str, names: Sequence[str]) -> None:
-    """Rank 1 dies in the middle of a run; rank 0 writes what it was told."""
-    begin(rank, folder)
-    sample = dit()
-    by_block(sample.model)
-    model = optimized(sample, POLICY, STEPS)
-    try:
-        for step, timestep in enumerate(timesteps(STEPS)):
-            if rank == 1 and step == 2:
-                os._exit(0)
-            models.call(model, sample.inputs, timestep, step)
-    except RuntimeError as error:
-        (Path(folder) / "told").write_text(str(error))
-    os._exit(0)

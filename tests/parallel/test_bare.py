@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
 
 from dicompile.errors import PlansDiffer, UnsupportedParallelism
-from tests.parallel.bare import CASES, work
-from tests.parallel.ranks import check_refused, folder_of, found
+from tests.parallel.processes import Ranks, ranks_of
 from tests.parallel.test_ranks import NEAR, TOKENS
 
 pytestmark = [TOKENS, pytest.mark.nightly]
 
 
-folder = folder_of(work, CASES)
+ranks = ranks_of("tests.parallel.bare")
 
 
-def test_ranks_that_share_tokens_get_what_optimize_gives_and_reuse_without_each_other(folder: Path) -> None:
-    for first, again, counts, wanted in found(folder, "tokens"):
+def test_ranks_that_share_tokens_get_what_optimize_gives_and_reuse_without_each_other(ranks: Ranks) -> None:
+    for first, again, counts, wanted in ranks("tokens"):
         torch.testing.assert_close(first, wanted, **NEAR)
         assert torch.equal(again, first)
         assert counts == [9, 9, 1, 9]  # the result is gathered, and four exchanges for each of two attentions
@@ -30,6 +27,6 @@ def test_ranks_that_share_tokens_get_what_optimize_gives_and_reuse_without_each_
     ("different policies", PlansDiffer, "2 different plans on 2 ranks"),
 ])  # fmt: skip
 def test_what_cannot_be_done_is_refused_on_every_rank(
-    folder: Path, name: str, error: type[Exception], text: str
+    ranks: Ranks, name: str, error: type[Exception], text: str
 ) -> None:
-    check_refused(folder, name, error, text)
+    ranks.check_refused(name, error, text)

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.parallel.compiled import AGAIN, CASES, work, work_again
-from tests.parallel.ranks import folder_of, found, run
+from tests.parallel.compiled import AGAIN, CASES
+from tests.parallel.processes import Ranks, ranks_of, started
 from tests.parallel.test_ranks import NEAR, TOKENS
 
 CALLS = {"flux": 1, "wan": 2, "qwen image": 2}
@@ -16,12 +16,12 @@ CALLS = {"flux": 1, "wan": 2, "qwen image": 2}
 pytestmark = [TOKENS, pytest.mark.nightly]
 
 
-folder = folder_of(work, CASES)
+ranks = ranks_of("tests.parallel.compiled")
 
 
 @pytest.mark.parametrize("name", [name for name in CASES if "," in name])
-def test_compiled_code_gives_what_single_operators_give_and_exchanges_as_much(folder: Path, name: str) -> None:
-    for first, again, counts, wanted, exchanged in found(folder, name):
+def test_compiled_code_gives_what_single_operators_give_and_exchanges_as_much(ranks: Ranks, name: str) -> None:
+    for first, again, counts, wanted, exchanged in ranks(name):
         torch.testing.assert_close(first, wanted, **NEAR)
         assert torch.equal(again, first)
         assert counts == exchanged
@@ -30,23 +30,24 @@ def test_compiled_code_gives_what_single_operators_give_and_exchanges_as_much(fo
         assert full == last > reusing
 
 
-def test_a_rank_that_compiles_is_awaited_by_one_that_need_not(folder: Path) -> None:
-    (wanted, warm, none), (_, cold, some) = found(folder, "cold")
+def test_a_rank_that_compiles_is_awaited_by_one_that_need_not(ranks: Ranks) -> None:
+    (wanted, warm, none), (_, cold, some) = ranks("cold")
     assert torch.equal(warm, wanted)
     assert torch.equal(cold, wanted)
     assert none == 0 < some
 
 
-def test_what_all_ranks_prepare_is_compiled_at_once(folder: Path) -> None:
-    for latent, compilations in found(folder, "prepared"):
-        torch.testing.assert_close(latent, found(folder, "flux, fora")[0][0], **NEAR)
+def test_what_all_ranks_prepare_is_compiled_at_once(ranks: Ranks) -> None:
+    for latent, compilations in ranks("prepared"):
+        torch.testing.assert_close(latent, ranks("flux, fora")[0][0], **NEAR)
         assert compilations == 0
 
 
-def test_other_processes_find_what_these_have_compiled(folder: Path) -> None:
-    (folder / "again").mkdir()
-    run(work_again, folder / "again", AGAIN)
+def test_other_processes_find_what_these_have_compiled(ranks: Ranks, tmp_path: Path) -> None:
     for name in AGAIN:
-        for latent, compilations in found(folder / "again", name):
-            assert torch.equal(latent, found(folder, f"{name}, fora")[0][0])
-            assert compilations == 0
+        ranks(f"{name}, fora")
+    with started("tests.parallel.compiled", tmp_path) as others:
+        for name in AGAIN:
+            for latent, compilations in others(f"{name} again"):
+                assert torch.equal(latent, ranks(f"{name}, fora")[0][0])
+                assert compilations == 0
