@@ -48,7 +48,7 @@ def test_what_is_reused_or_computed_already_is_not_exchanged(ranks: Ranks) -> No
         assert set(kinds) == {"DTensor"}
 
 
-@pytest.mark.parametrize("name", ["bare, by_block", "bare, whole"])
+@pytest.mark.parametrize("name", ["bare, by_block", pytest.param("bare, whole", marks=pytest.mark.nightly)])
 def test_the_bare_backend_gives_the_bits_of_the_whole_model(ranks: Ranks, name: str) -> None:
     for results, wanted, is_plain in ranks(name):
         assert torch.equal(results, wanted)
@@ -62,7 +62,7 @@ def test_weights_come_in_the_dtype_of_the_mixed_precision_policy(ranks: Ranks) -
         assert brought == weights
 
 
-@pytest.mark.parametrize("name", ["casts", "casts, grouped"])
+@pytest.mark.parametrize("name", ["casts", pytest.param("casts, grouped", marks=pytest.mark.nightly)])
 def test_fsdp_casts_what_goes_in_and_out_in_captures_too(ranks: Ranks, name: str) -> None:
     for results, wanted, is_repeated, captures in ranks(name):
         assert results.dtype == torch.float32
