@@ -29,6 +29,7 @@ from dicompile.capture.captured import Captured
 from dicompile.capture.dynamo import Traced, trace
 from dicompile.capture.functional import laid_out_like
 from dicompile.capture.guards import By, Guards, Path, Pins
+from dicompile.capture.standins import shallow, stand_in_for
 from dicompile.compat import lazy_graph_module, left_alone
 from dicompile.nodes import results_of
 from dicompile.text import clean_path
@@ -121,29 +122,6 @@ def _is_plain(block: nn.Module) -> bool:
     )
 
 
-def stand_in_for(module: nn.Module, others: Mapping[int, nn.Module]) -> nn.Module:
-    """A shallow copy of a module in which some of those below it are others.
-
-    Args:
-        module: is not changed.
-        others: what goes in the place of a module, by its id.
-    """
-    if id(module) in others:
-        return others[id(module)]
-    children = {name: child and stand_in_for(child, others) for name, child in module._modules.items()}
-    if all(map(operator.is_, children.values(), module._modules.values())):
-        return module
-    made = _shallow(module)
-    vars(made)["_modules"] = children
-    return made
-
-
-def _shallow(module: nn.Module) -> nn.Module:
-    made = type(module).__new__(type(module))
-    vars(made).update(vars(module))
-    return made
-
-
 @dataclass(frozen=True)
 class _Kind:
     """What blocks of one kind do.
@@ -215,7 +193,7 @@ class _Blocks:
         self.places: dict[object, tuple[Path, nn.Module]] = {}
         self.stand_ins: dict[int, nn.Module] = {}
         for path, block in members.items():
-            made = self.stand_ins[id(block)] = _shallow(block)
+            made = self.stand_ins[id(block)] = shallow(block)
             forward = vars(made)["forward"] = left_alone(self._forward_of(block))
             self.places[forward] = path, block
 

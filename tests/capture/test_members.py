@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers.hooks import HookRegistry, ModelHook
 from torch import Tensor, fx, nn
 from torch._dynamo import funcname_cache
 
@@ -246,6 +247,51 @@ def test_every_kind_of_block_is_traced_once_at_any_depth(traces: list[str]) -> N
     assert seen[4] == seen[8]
     assert seen[8].count("DiTTransformer2DModel") == 1
     assert seen[8].count("BasicTransformerBlock") == 2  # the first one takes a stream of another memory layout
+
+
+class Around(ModelHook):
+    """Changes what goes in and comes out, by a setting of the module and one of its own."""
+
+    def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        return args, kwargs | {"x": kwargs["x"] * module.factor}
+
+    def post_forward(self, module: nn.Module, output: Any) -> Any:
+        return output + module.head.bias
+
+
+def by_diffusers(model: nn.Module) -> None:
+    for name in ("first", "second"):
+        HookRegistry.check_if_exists_or_initialize(model).register_hook(Around(), name)
+
+
+def by_a_function(model: nn.Module) -> None:
+    forward = model.forward
+
+    def halved(x: Tensor, t: Tensor, *, by: float = 2.0) -> Tensor:
+        return forward(x, t) / by
+
+    model.forward = halved
+
+
+@pytest.mark.parametrize("put_around", [by_diffusers, by_a_function])
+def test_a_forward_that_a_library_has_put_hooks_around_is_traced_by_kinds_too(
+    traces: list[str], put_around: Callable[[nn.Module], None]
+) -> None:
+    model = Net()
+    model.factor = 2.0  # type: ignore[assignment]
+    forward = model.forward
+    put_around(model)
+    hooked = model.forward
+    given = inputs()
+    captured = capture_call(model, arguments := Arguments.of((), given))
+    assert traces.count("Net") == traces.count("Block") == 1
+    assert model.forward is hooked
+    graph = normalised(model, captured, values_of(model, captured, arguments)).graph_module
+    (made,) = graph(*captured.pick(captured.tensors(captured.guards.found(model).tensors, arguments)))
+    assert torch.equal(made, model(**given))
+    assert not torch.equal(made, forward(**given))
+    model.factor = 3.0  # type: ignore[assignment]
+    assert isinstance(captured.guards.pin(model), str) is (put_around is by_diffusers)
 
 
 def test_no_python_code_is_written_and_no_file_is_tokenized_for_each_block(monkeypatch: pytest.MonkeyPatch) -> None:
