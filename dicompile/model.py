@@ -12,13 +12,14 @@ import logging
 import threading
 import time
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from dicompile.batch import batch_of
 from dicompile.capture import (
     CAPTURES,
     NO_TIMESTEP,
@@ -66,12 +67,16 @@ class Frame:
         compiled: what runs.
         pins: what its guards found.
         used: number of the last call that it served.
+        parted: so many of its rows are known to run as a call of their own.
+        shared: sites whose values all rows have in common; None while nobody has told rows apart.
     """
 
     known: Known
     compiled: CompiledFrame
     pins: Pins
     used: int = 0
+    parted: set[int] = field(default_factory=set)
+    shared: frozenset[int] | None = None
 
     def __post_init__(self) -> None:
         self.captured = self.known.captured
@@ -127,7 +132,9 @@ class ModelCalls:
         """Run one call."""
         start, compiled = time.perf_counter(), COMPILING.seconds
         arguments = self.arguments(args, kwargs)
-        packed = self.run(self.owner, arguments, self.find(arguments))
+        found = self.find(arguments)
+        packed = self.run(self.owner, arguments, found)
+        found[0].used = next(_CALLS)  # after those of some of its rows
         state, compiling = current_session().state_of(self.owner), COMPILING.seconds - compiled
         state.report.time(state.step, time.perf_counter() - start - compiling, compiling)
         return packed
@@ -150,8 +157,7 @@ class ModelCalls:
         """True if arguments are where the weights are, as far as these are brought by somebody."""
         return self._device is None or all(tensor.device == self._device for tensor in arguments.given)
 
-    @staticmethod
-    def run(owner: Owner, arguments: Arguments, found: Found) -> Any:
+    def run(self, owner: Owner, arguments: Arguments, found: Found) -> Any:
         """Run the code for a call.
 
         Args:
@@ -160,8 +166,10 @@ class ModelCalls:
             found: what `find` has found for them.
         """
         frame, tensors, inputs = found
+        gate = self.options.policy.gate
+        batch = batch_of(self, gate, arguments, found) if gate is not None and gate.tells_rows_apart else None
         with torch._C.DisableTorchFunctionSubclass():  # what operators do to weights, GGUF's say, is in the graph
-            results = frame.compiled.run.run(owner, inputs)
+            results = frame.compiled.run.run(owner, inputs, batch)
         for taken in frame.captured.taken_out:
             taken.repeat(arguments)
         return frame.captured.pack(results, tensors)
