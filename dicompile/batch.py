@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -26,27 +26,21 @@ if TYPE_CHECKING:
 def batch_of(calls: ModelCalls, gate: Gate, arguments: Arguments, found: Found) -> Batch | None:
     """The rows of a call, for a gate that tells them apart; None where all of them are one picture.
 
+    The first call of every shape shows that the model keeps rows apart, by those of one picture or guidance half.
+
     Args:
         calls: of the model.
         gate: of its policy.
-        arguments: of the call.
+        arguments: of the call, with a timestep for every row.
         found: the code for it.
 
     Raises:
-        CannotBatch: how many rows there are cannot be told, they do not make up two halves, or the model mixes them.
+        CannotBatch: they do not make up two guidance halves, or the model mixes them.
     """
     frame, _, inputs = found
-    name = type(calls.module).__name__
-    position = frame.known.capture.input_position(Role.LATENT)
-    latent = None if position is None else inputs[position]
-    if not isinstance(latent, Tensor) or not latent.ndim:
-        raise CannotBatch(
-            f"the rows of a call of {name} cannot be told apart",
-            where="a gate with decides='sample' or halves",
-            why="which input is its latent, whose first axis counts them, cannot be told",
-            fix="optimize(..., latent='its name')",
-        )
-    rows = len(latent)
+    latent = input_of(frame, inputs, Role.LATENT)
+    assert latent is not None
+    rows, name = len(latent), type(calls.module).__name__
     if gate.halves and rows % 2:
         raise CannotBatch(
             f"{name} was called with {rows} row{'s'[: rows - 1]}, which are no two guidance halves",
@@ -56,12 +50,54 @@ def batch_of(calls: ModelCalls, gate: Gate, arguments: Arguments, found: Found) 
         )
     if rows == gate.unit and not gate.leads:
         return None
-    single = gate.leading(rows)[0] if gate.leads else range(0, rows, rows // gate.unit)
-    if frame.shared is None:
-        alone = _found(calls, arguments, found, rows, single)[0]
-        pairs = zip(frame.compiled.structure.everything, alone.compiled.structure.everything, strict=True)
-        frame.shared = frozenset(int(site.id) for site, other in pairs if site.shape == other.shape)
-    return Batch(rows, frame.shared, functools.partial(_part, calls, arguments, found, rows))
+    if not frame.parted:
+        single = gate.leading(rows)[0] if gate.leads else range(0, rows, rows // gate.unit)
+        _found(calls, arguments, found, rows, single)
+    return Batch(rows, functools.partial(_part, calls, arguments, found, rows))
+
+
+def input_of(frame: Frame, inputs: Sequence[Any], role: Role) -> Tensor | None:
+    """The input of a call with a role, if there is one."""
+    position = frame.known.capture.input_position(role)
+    return None if position is None else inputs[position]
+
+
+def with_timesteps(calls: ModelCalls, arguments: Arguments) -> tuple[Arguments, Found]:
+    """Arguments of a call, with a timestep for every row of its latent, and the code for them.
+
+    Raises:
+        CannotBatch: the timestep or the latent cannot be told, or the model takes one timestep for all rows.
+    """
+    found = calls.find(arguments)
+    time, latent = (input_of(found[0], found[2], role) for role in (Role.TIMESTEP, Role.LATENT))
+    if time is None or latent is None or not latent.ndim:
+        raise _cannot(
+            calls,
+            "its timestep or latent cannot be told",
+            "rows may be at different timesteps, and the latent has as many rows",
+            'say which inputs they are: timestep="its name", latent="its name"',
+        )
+    if time.ndim > 1 or (time.ndim == 1 and not len(time) == 1 < len(latent)):
+        return arguments, found
+    single = time.to(torch.float32) if time.dtype is torch.float64 else time
+    rows = single.to(latent.device).expand(len(latent))
+    args, kwargs = arguments.mapped(lambda _, leaf: rows if leaf is time else leaf)
+    kwargs |= dict.fromkeys(arguments.numbers, rows)
+    made = calls.arguments(args, kwargs)
+    try:
+        return made, calls.find(made)
+    except Exception as error:
+        raise _cannot(
+            calls,
+            "it takes one timestep for all rows, and none for each",
+            str(error).splitlines()[0],
+            "let its forward take a timestep of shape [b]",
+        ) from error
+
+
+def _cannot(calls: ModelCalls, what: str, why: str, fix: str) -> CannotBatch:
+    name = type(calls.module).__name__
+    return CannotBatch(f"the rows of a batch of {name} cannot be told apart: {what}", where="capture", why=why, fix=fix)
 
 
 def _part(calls: ModelCalls, arguments: Arguments, found: Found, count: int, rows: Sequence[int]) -> Part:

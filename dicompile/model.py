@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from dicompile.batch import batch_of
+from dicompile.batch import batch_of, with_timesteps
 from dicompile.capture import (
     CAPTURES,
     NO_TIMESTEP,
@@ -47,7 +47,7 @@ from dicompile.offload import check_can_bring, check_hooks
 from dicompile.parallel import SHARDED, settle_hooks
 from dicompile.parked import Home, homes_of, uncovered
 from dicompile.progress import progress
-from dicompile.runtime import Owner, current_session
+from dicompile.runtime import Batch, Owner, current_session
 from dicompile.same import Same
 
 log = logging.getLogger("dicompile")
@@ -68,7 +68,6 @@ class Frame:
         pins: what its guards found.
         used: number of the last call that it served.
         parted: so many of its rows are known to run as a call of their own.
-        shared: sites whose values all rows have in common; None while nobody has told rows apart.
     """
 
     known: Known
@@ -76,7 +75,6 @@ class Frame:
     pins: Pins
     used: int = 0
     parted: set[int] = field(default_factory=set)
-    shared: frozenset[int] | None = None
 
     def __post_init__(self) -> None:
         self.captured = self.known.captured
@@ -132,8 +130,12 @@ class ModelCalls:
         """Run one call."""
         start, compiled = time.perf_counter(), COMPILING.seconds
         arguments = self.arguments(args, kwargs)
-        found = self.find(arguments)
-        packed = self.run(self.owner, arguments, found)
+        if (gate := self.options.policy.gate) is not None and gate.tells_rows_apart:
+            arguments, found = with_timesteps(self, arguments)
+            batch = batch_of(self, gate, arguments, found)
+        else:
+            found, batch = self.find(arguments), None
+        packed = self.run(self.owner, arguments, found, batch)
         found[0].used = next(_CALLS)  # after those of some of its rows
         state, compiling = current_session().state_of(self.owner), COMPILING.seconds - compiled
         state.report.time(state.step, time.perf_counter() - start - compiling, compiling)
@@ -157,17 +159,17 @@ class ModelCalls:
         """True if arguments are where the weights are, as far as these are brought by somebody."""
         return self._device is None or all(tensor.device == self._device for tensor in arguments.given)
 
-    def run(self, owner: Owner, arguments: Arguments, found: Found) -> Any:
+    @staticmethod
+    def run(owner: Owner, arguments: Arguments, found: Found, batch: Batch | None = None) -> Any:
         """Run the code for a call.
 
         Args:
             owner: whose call it is.
             arguments: of the call.
             found: what `find` has found for them.
+            batch: the rows of the call, where the policy tells them apart.
         """
         frame, tensors, inputs = found
-        gate = self.options.policy.gate
-        batch = batch_of(self, gate, arguments, found) if gate is not None and gate.tells_rows_apart else None
         with torch._C.DisableTorchFunctionSubclass():  # what operators do to weights, GGUF's say, is in the graph
             results = frame.compiled.run.run(owner, inputs, batch)
         for taken in frame.captured.taken_out:

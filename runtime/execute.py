@@ -535,7 +535,7 @@ class Executor:
         def rows(value: torch.Tensor | None, slot: int, sample: Sample) -> torch.Tensor:
             if value is None:
                 raise _not_written(step.full.slots[slot])
-            return value if batch is None else batch.picked(value, sample.rows, step.full.slots[slot].site)
+            return value if batch is None else batch.picked(value, sample.rows)
 
         known = state.decided_at(place.step) if gate.partners == "first" else None
         first = known if known is not None and len(known) == len(samples) else (None,) * len(samples)
@@ -642,8 +642,8 @@ class Executor:
             registers[register] = value if is_shared else laid_out(picked(value, rows, batch.rows), item)
         run_calls(gated.program, registers, None, supply=supply)
         executor._load(registers, step, inputs, place, sample.drift)
-        for number, register, content, _ in self._read(state, context, whole, group.samples, step.reads):
-            registers[register] = batch.picked(content, rows, whole.slots[number].site)
+        for _, register, content, _ in self._read(state, context, whole, group.samples, step.reads):
+            registers[register] = picked(content, rows, batch.rows)
         for register in step.program.partners:
             latent = executor.signature.tensor(inputs, executor.signature.latent)
             assert latent is not None
@@ -989,24 +989,24 @@ def _stored(
     """Slots after a step of which some rows did something else than others, and those that are put together anew."""
     store, copied = list[torch.Tensor | None](), set[int]()
     for number, sources in enumerate(zip(*(one.step.moves for one in ran), strict=True)):
-        site, source = ran[0].step.slots[number].site, sources[0]
+        source = sources[0]
         if source is None or (source >= 0 and set(sources) == {source}):
             store.append(None if source is None else before[source])
             continue
         values = [
-            one.contents[number] if source < 0 else _rows_of(before[source], one.group, batch, site)
+            one.contents[number] if source < 0 else _rows_of(before[source], one.group, batch)
             for one, source in zip(ran, sources, strict=True)
         ]
-        if site in batch.shared or all(value is None for value in values):
-            store.append(values[0])
+        if all(value is None for value in values):
+            store.append(None)
             continue
         store.append(put_together([(one.group.rows or (), v) for one, v in zip(ran, values, strict=True)], batch.rows))
         copied.add(number)
     return store, copied
 
 
-def _rows_of(whole: torch.Tensor | None, group: Group, batch: Batch, site: int) -> torch.Tensor | None:
-    return None if whole is None else batch.picked(whole, group.rows, site)
+def _rows_of(whole: torch.Tensor | None, group: Group, batch: Batch) -> torch.Tensor | None:
+    return None if whole is None else batch.picked(whole, group.rows)
 
 
 def _not_written(slot: Slot) -> StaleRead:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -33,17 +33,15 @@ class Batch:
 
     Attributes:
         rows: of its batch.
-        shared: sites whose values all rows share, such as the embedding of one timestep for all.
         part: rows of it as a call of their own.
     """
 
     rows: int
-    shared: Collection[int]
     part: Callable[[Sequence[int]], Part]
 
-    def picked(self, whole: Tensor, rows: Sequence[int] | None, site: int) -> Tensor:
-        """The part of a site's value that belongs to some rows; all of it for None, and where rows share it."""
-        return whole if rows is None or site in self.shared else picked(whole, rows, self.rows)
+    def picked(self, whole: Tensor, rows: Sequence[int] | None) -> Tensor:
+        """The part of a value that belongs to some rows; all of it for None."""
+        return whole if rows is None else picked(whole, rows, self.rows)
 
 
 @dataclass(frozen=True)
