@@ -139,7 +139,7 @@ def together(request: pytest.FixtureRequest, sample: Sample) -> tuple[Any, list[
 def test_both_halves_in_one_batch_are_what_they_are_one_by_one(
     model: Any, sample: Sample, texts: dict[str, dict[str, Tensor]], together: tuple[Any, list[str]]
 ) -> None:
-    """The same decisions, and half of the work at steps that recall; `prepare` knows that their batch is half as large."""
+    """The same decisions, and half of the work at steps that recall; `prepare` knows that their batch is half."""
     both, order = together
     call_both(both, sample, texts, order, 0, latents()[0])
     dicompile.prepare(both)
