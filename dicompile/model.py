@@ -136,7 +136,8 @@ class ModelCalls:
         else:
             found, batch = self.find(arguments), None
         packed = self.run(self.owner, arguments, found, batch)
-        found[0].used = next(_CALLS)  # after those of some of its rows
+        if batch is not None:
+            found[0].used = next(_CALLS)  # after what some of its rows used
         state, compiling = current_session().state_of(self.owner), COMPILING.seconds - compiled
         state.report.time(state.step, time.perf_counter() - start - compiling, compiling)
         return packed

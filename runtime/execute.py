@@ -635,33 +635,36 @@ class Executor:
         registers: list[Any] = [*inputs, *[None] * (gated.program.registers - len(inputs))]
         supply = _supply_of(registers, gated)
         rows = group.rows or ()
-        for name, register in (*gated.program.invariants, *step.program.invariants):
-            assert executor.tables is not None
-            item, value = executor.tables.invariants[name], split.hoisted[name]
-            is_shared = tuple(value.shape) == item.shape
-            registers[register] = value if is_shared else laid_out(picked(value, rows, batch.rows), item)
-        run_calls(gated.program, registers, None, supply=supply)
-        executor._load(registers, step, inputs, place, sample.drift)
-        for _, register, content, _ in self._read(state, context, whole, group.samples, step.reads):
-            registers[register] = picked(content, rows, batch.rows)
-        for register in step.program.partners:
-            latent = executor.signature.tensor(inputs, executor.signature.latent)
-            assert latent is not None
-            registers[register] = torch.zeros_like(latent) if led is None else led
-        run_calls(step.program, registers, None, supply=supply)
-        self._verify(step, group, registers, batch, supply)
-        if step.anchors and not step.is_led:
-            self._measure(state, context, step, group, registers, batch)
-        for register in step.stored_copies:
-            registers[register] = registers[register].clone()
-        return Ran(
-            group,
-            whole,
-            step.outputs(registers),
-            {i: registers[~source] for i, source in enumerate(step.moves) if source is not None and source < 0},
-            registers[step.anchors[0][1]] if step.is_led and step.anchors else None,
-            0 if supply is None else supply.bytes,
-        )
+        try:
+            for name, register in (*gated.program.invariants, *step.program.invariants):
+                assert executor.tables is not None
+                item, value = executor.tables.invariants[name], split.hoisted[name]
+                is_shared = tuple(value.shape) == item.shape
+                registers[register] = value if is_shared else laid_out(picked(value, rows, batch.rows), item)
+            run_calls(gated.program, registers, None, supply=supply)
+            executor._load(registers, step, inputs, place, sample.drift)
+            for _, register, content, _ in self._read(state, context, whole, group.samples, step.reads):
+                registers[register] = picked(content, rows, batch.rows)
+            for register in step.program.partners:
+                latent = executor.signature.tensor(inputs, executor.signature.latent)
+                assert latent is not None
+                registers[register] = torch.zeros_like(latent) if led is None else led
+            run_calls(step.program, registers, None, supply=supply)
+            self._verify(step, group, registers, batch, supply)
+            if step.anchors and not step.is_led:
+                self._measure(state, context, step, group, registers, batch)
+            for register in step.stored_copies:
+                registers[register] = registers[register].clone()
+            return Ran(
+                group,
+                whole,
+                step.outputs(registers),
+                {i: registers[~source] for i, source in enumerate(step.moves) if source is not None and source < 0},
+                registers[step.anchors[0][1]] if step.is_led and step.anchors else None,
+                0 if supply is None else supply.bytes,
+            )
+        finally:
+            registers.clear()  # as in `_run`
 
     def _loading(
         self,

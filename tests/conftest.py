@@ -34,6 +34,7 @@ THINNED = {
     "tests/capture/test_reads.py::test_a_counter_is_refused_by_its_name",
     "tests/ops/test_registry.py::test_registered_attention_is_attention",
     "tests/pipelines/test_every_pipeline.py::test_a_pipeline_follows_its_plan_and_is_restored",
+    "tests/policies/test_per_sample.py::test_a_batch_gives_what_single_runs_give",
     "tests/runtime/test_invariants.py::test_results_are_those_of_steps_that_compute_everything",
     "tests/runtime/test_invariants.py::test_what_changes_in_the_middle_of_a_generation_counts_from_then_on",
     "tests/state/test_promises.py::test_a_run_that_was_left_at_any_call_leaves_no_trace_on_another_prompt",

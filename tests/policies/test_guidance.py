@@ -141,7 +141,8 @@ def test_both_halves_in_one_batch_are_what_they_are_one_by_one(
 ) -> None:
     """The same decisions, and half of the work at steps that recall; `prepare` knows that their batch is half."""
     both, order = together
-    call_both(both, sample, texts, order, 0, latents()[0])
+    with dicompile.session():
+        call_both(both, sample, texts, order, 0, latents()[0])
     dicompile.prepare(both)
     made = [len(frame.programs.variants.variants) for frame in models.frames_of(both)]
     flops = []
