@@ -100,6 +100,13 @@ def read_options(options: dict[str, Any]) -> Options:
                 fix="options={'policy': ..., 'steps': 50}",
             )
         source = 1
+    if policy.gate is not None and policy.gate.tells_rows_apart:
+        raise InvalidSetting(
+            f"policy {policy.name!r} tells the rows of a batch apart, which the backend cannot",
+            where="torch.compile(backend='dicache')",
+            why="some rows alone would be another call of the model, and the backend has one graph of it",
+            fix="dicompile.optimize(model, policy, schedule=...), or leave out decides='sample' and halves of the gate",
+        )
     name = options.get("mode", options.get("backend", "inductor"))  # the older word first
     words = ("options", "compile_mode", "warmup", "dynamic", "attention")
     if options.get("dynamic") is True:

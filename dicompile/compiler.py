@@ -162,7 +162,12 @@ class Options:
 
     def __post_init__(self) -> None:
         self.backend.check_cache(self.cache)
-        check_gate(self.policy, records_steps=self.backend.records_steps, is_offloaded=self.cache.device == "cpu")
+        check_gate(
+            self.policy,
+            records_steps=self.backend.records_steps,
+            is_offloaded=self.cache.device == "cpu",
+            in_background=self.backend.in_background,
+        )
 
     def check_ranks(self, kind: str) -> None:
         """Check that ranks which need each other take the same steps; see `dicompile.parallel.check_ranks`."""
@@ -426,6 +431,7 @@ class Programs:
         self._builder = ProgramBuilder(pieces, self.variants, options.cache.torch_dtype, ranks)
         self._plans: dict[TimestepSchedule, tuple[Plan, dict[int, Step | GatedStep]]] = {}
         self._others: dict[Hashable, Program] = {}
+        self._others_steps: dict[TimestepSchedule, tuple[Plan, dict[int, Step | GatedStep]]] = {}
 
     def plan(self, schedule: TimestepSchedule) -> Plan:
         """The plan for a schedule."""
@@ -456,6 +462,18 @@ class Programs:
             with COMPILING, ONE_AT_A_TIME, torch.inference_mode(mode=False), torch.no_grad(), uncollected():
                 self._others[key] = self._builder.program(planned)
         return self._others[key]
+
+    def planned_for_others(self, plan: Plan, index: int) -> Step | GatedStep:
+        """What to run at a step that was planned for the same model with other sizes; see `StepSource`."""
+        known = self._others_steps.get(plan.schedule)
+        if known is None or known[0] is not plan:
+            latest = list(self._others_steps.items())[1 - MOST_PLANS :]
+            known = plan, {}
+            self._others_steps = {**dict(latest), plan.schedule: known}
+        if index not in known[1]:
+            with COMPILING, ONE_AT_A_TIME:
+                known[1][index] = self._make(plan, index)
+        return known[1][index]
 
     @functools.cached_property
     def trials(self) -> Mapping[str, Step]:

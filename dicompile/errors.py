@@ -88,7 +88,7 @@ class CannotCapture(DicompileError, RuntimeError):
 
 
 class CannotBatch(DicompileError, ValueError):
-    """Calls of several requests cannot be one call of the model."""
+    """Calls of several requests cannot be one call of the model, or rows of one call be told apart."""
 
 
 class RequestEnded(DicompileError, RuntimeError):

@@ -12,13 +12,14 @@ import logging
 import threading
 import time
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from dicompile.batch import batch_of, with_timesteps
 from dicompile.capture import (
     CAPTURES,
     NO_TIMESTEP,
@@ -46,7 +47,7 @@ from dicompile.offload import check_can_bring, check_hooks
 from dicompile.parallel import SHARDED, settle_hooks
 from dicompile.parked import Home, homes_of, uncovered
 from dicompile.progress import progress
-from dicompile.runtime import Owner, current_session
+from dicompile.runtime import Batch, Owner, current_session
 from dicompile.same import Same
 
 log = logging.getLogger("dicompile")
@@ -66,12 +67,14 @@ class Frame:
         compiled: what runs.
         pins: what its guards found.
         used: number of the last call that it served.
+        parted: so many of its rows are known to run as a call of their own.
     """
 
     known: Known
     compiled: CompiledFrame
     pins: Pins
     used: int = 0
+    parted: set[int] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         self.captured = self.known.captured
@@ -127,7 +130,14 @@ class ModelCalls:
         """Run one call."""
         start, compiled = time.perf_counter(), COMPILING.seconds
         arguments = self.arguments(args, kwargs)
-        packed = self.run(self.owner, arguments, self.find(arguments))
+        if (gate := self.options.policy.gate) is not None and gate.tells_rows_apart:
+            arguments, found = with_timesteps(self, arguments)
+            batch = batch_of(self, gate, arguments, found)
+        else:
+            found, batch = self.find(arguments), None
+        packed = self.run(self.owner, arguments, found, batch)
+        if batch is not None:
+            found[0].used = next(_CALLS)  # after what some of its rows used
         state, compiling = current_session().state_of(self.owner), COMPILING.seconds - compiled
         state.report.time(state.step, time.perf_counter() - start - compiling, compiling)
         return packed
@@ -151,17 +161,18 @@ class ModelCalls:
         return self._device is None or all(tensor.device == self._device for tensor in arguments.given)
 
     @staticmethod
-    def run(owner: Owner, arguments: Arguments, found: Found) -> Any:
+    def run(owner: Owner, arguments: Arguments, found: Found, batch: Batch | None = None) -> Any:
         """Run the code for a call.
 
         Args:
             owner: whose call it is.
             arguments: of the call.
             found: what `find` has found for them.
+            batch: the rows of the call, where the policy tells them apart.
         """
         frame, tensors, inputs = found
         with torch._C.DisableTorchFunctionSubclass():  # what operators do to weights, GGUF's say, is in the graph
-            results = frame.compiled.run.run(owner, inputs)
+            results = frame.compiled.run.run(owner, inputs, batch)
         for taken in frame.captured.taken_out:
             taken.repeat(arguments)
         return frame.captured.pack(results, tensors)

@@ -9,10 +9,12 @@ from dicompile.runtime.invariants import Tables
 from dicompile.runtime.observe import Observer, Seen
 from dicompile.runtime.owner import Owner, Owners
 from dicompile.runtime.report import CallReport, RunReport
+from dicompile.runtime.rows import Batch
 from dicompile.runtime.session import Session, cache_context, current_session, session
 from dicompile.runtime.storage import run_calls
 
 __all__ = [
+    "Batch",
     "CallReport",
     "Executor",
     "GatedStep",

@@ -59,6 +59,21 @@ class Call:
 
 
 @dataclass
+class Sample:
+    """What a context remembers of whoever decides for itself: all rows of its batch, or those of one picture.
+
+    Attributes:
+        rows: of the batch; None for all of them.
+        drift: what its gate remembers, if the policy has one.
+        stamps: what is known of its slots, where reads are checked.
+    """
+
+    rows: tuple[int, ...] | None = None
+    drift: Drift = field(default_factory=Drift)
+    stamps: Stamps = field(default_factory=Stamps)
+
+
+@dataclass
 class ContextState:
     """What one context remembers.
 
@@ -74,10 +89,9 @@ class ContextState:
         latent: copy of its latent at that step.
         store: its slots, numbered by its plan.
         held: bytes of them.
-        stamps: what is known of them, where reads are checked.
         chosen: tokens that sites refreshed at that step; kept only in a session that was told to.
         buffers: memory in which its slots lie, where steps are recorded as CUDA graphs.
-        drift: what its gate remembers, if the policy has one.
+        samples: who decides; one, unless a gate has every sample decide for itself.
     """
 
     name: str
@@ -91,15 +105,36 @@ class ContextState:
     latent: torch.Tensor | None = None
     store: list[torch.Tensor | None] = field(default_factory=list)
     held: int = 0
-    stamps: Stamps = field(default_factory=Stamps)
     chosen: dict[int, torch.Tensor] = field(default_factory=dict)
     buffers: Buffers | None = None
-    drift: Drift = field(default_factory=Drift)
+    samples: tuple[Sample, ...] = field(default_factory=lambda: (Sample(),))
+
+    @property
+    def drift(self) -> Drift:
+        """What its gate remembers, where one decision holds for all rows; else that of the first sample."""
+        return self.samples[0].drift
+
+    @property
+    def stamps(self) -> Stamps:
+        """What is known of its slots, as `drift`."""
+        return self.samples[0].stamps
+
+    def split(self, rows: int, unit: int) -> None:
+        """Let every picture decide for itself, from the first step on.
+
+        Args:
+            rows: of the batch.
+            unit: rows of each picture; those of one lie as far apart as there are pictures.
+        """
+        count = rows // unit
+        if count > 1 and self.samples[0].rows is None:
+            self.samples = tuple(Sample(tuple(range(i, rows, count))) for i in range(count))
 
     def forget(self) -> None:
         """Release everything."""
         self.given, self.latent, self.held, self.buffers = {}, None, 0, None
-        self.drift = Drift()
+        for sample in self.samples:
+            sample.drift = Drift()
         self.store.clear()
         self.chosen.clear()
 

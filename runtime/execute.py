@@ -9,8 +9,8 @@ import contextlib
 import functools
 import logging
 import threading
-from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any, Protocol, cast
 
@@ -19,16 +19,17 @@ import torch
 from dicompile.errors import StaleRead
 from dicompile.lower import Constant, GatedProgram, Program, Verification
 from dicompile.parked import Parked
-from dicompile.plan import HISTORIC, Aligned, Plan, Slot, SlotKind, StepPlan, TimestepSchedule
-from dicompile.runtime.contexts import ContextState
-from dicompile.runtime.gate import Anchors
+from dicompile.plan import HISTORIC, Aligned, Gate, Plan, Slot, SlotKind, StepPlan, TimestepSchedule, What
+from dicompile.runtime.contexts import ContextState, Sample
+from dicompile.runtime.gate import Anchors, Decision, Drift, decide
 from dicompile.runtime.given import Given
 from dicompile.runtime.graphs import Graphs, Outcome
 from dicompile.runtime.identify import Place, Signature, identify
-from dicompile.runtime.invariants import Doubt, Kept, Tables
+from dicompile.runtime.invariants import Doubt, Kept, Tables, laid_out
 from dicompile.runtime.observe import Observer, Seen, Watch
 from dicompile.runtime.owner import Owner
-from dicompile.runtime.report import RECALLED, UNCACHED
+from dicompile.runtime.report import MIXED, RECALLED, UNCACHED
+from dicompile.runtime.rows import Batch, Group, Part, picked, put_together
 from dicompile.runtime.session import ModelState, Session, current_session
 from dicompile.runtime.storage import Lane, SharedSupply, Supply, lane_for, names_of, needed, run_calls
 from dicompile.same import Same
@@ -143,6 +144,16 @@ class Step:
         return self.plan.gate is not None and bool(self.plan.gate.leads)
 
     @property
+    def has_both(self) -> bool:
+        """True if one call has the guidance partner that leads, and the one that follows."""
+        return self.is_led and self.plan.gate is not None and bool(self.plan.gate.halves)
+
+    @property
+    def moved(self) -> frozenset[int]:
+        """Slots that hold after the step what another one held before."""
+        return frozenset(n for n, source in enumerate(self.moves) if source is not None and source != n)
+
+    @property
     def is_recall(self) -> bool:
         """True if it does what a gated step does where the probe has drifted little."""
         return self.planned.full is not None
@@ -235,6 +246,44 @@ class GatedStep:
         return cls(programs.before, recalled, full, probe, trace, aligned)
 
 
+@dataclass(frozen=True)
+class Split:
+    """A step of which some rows do something else than others.
+
+    Attributes:
+        step: as it is for all rows.
+        groups: rows that do the same; a guidance half that leads before the one that follows it.
+        hoisted: what is computed outside of the steps, for all rows, by name.
+        is_paired: both guidance halves have the same latents, where one call has both.
+    """
+
+    step: GatedStep
+    groups: tuple[Group, ...]
+    hoisted: Mapping[str, Any]
+    is_paired: bool
+
+
+@dataclass(frozen=True)
+class Ran:
+    """What some rows have left.
+
+    Attributes:
+        group: which rows.
+        step: what they did, as it is planned for all rows.
+        results: of the model.
+        contents: by the number of a slot, what was stored.
+        left: what a guidance half that follows reads, where this one leads.
+        fetched: bytes of weights that were brought for it.
+    """
+
+    group: Group
+    step: Step
+    results: list[Any]
+    contents: Mapping[int, torch.Tensor]
+    left: torch.Tensor | None
+    fetched: int
+
+
 class StepSource(Protocol):
     """Plans and steps by schedule; made on demand."""
 
@@ -244,6 +293,10 @@ class StepSource(Protocol):
 
     def step(self, schedule: TimestepSchedule, index: int) -> Step | GatedStep:
         """What to run at a step."""
+        ...
+
+    def planned_for_others(self, plan: Plan, index: int) -> Step | GatedStep:
+        """What to run at a step that was planned for the same model with other sizes."""
         ...
 
     @property
@@ -304,12 +357,13 @@ class Executor:
         self.seed, self.predictor, self.offload, self.check = seed, predictor, offload, check
         self.constants, self.tables, self.adapters = tuple(constants), tables, adapters
 
-    def run(self, owner: Owner, inputs: Sequence[Any]) -> Sequence[Any]:
+    def run(self, owner: Owner, inputs: Sequence[Any], batch: Batch | None = None) -> Sequence[Any]:
         """Run one call of a model; returns its outputs.
 
         Args:
             owner: the model.
             inputs: of the code, but for its constants; `Parked` in the place of weights that lie elsewhere.
+            batch: its rows, where the policy tells them apart.
         """
         inputs = (*inputs, *self.constants)
         session = current_session().serving(owner.link)
@@ -317,8 +371,15 @@ class Executor:
         try:
             with torch.no_grad(), torch._C._DisableAutocast():  # its casts are part of the code
                 place = identify(self.signature, owner, session, inputs)
+                place.batch = batch
                 step = self._step(state, owner, place)
-                return self._run(owner, state, place, step, inputs, session)
+                found = self._run(owner, state, place, step, inputs, session)
+            if not isinstance(found, Split):
+                return found
+            assert batch is not None
+            parts = [batch.part(group.rows or ()) for group in found.groups]  # code for calls like the caller's
+            with torch.no_grad(), torch._C._DisableAutocast():
+                return self._run_split(state, place, found, parts)
         except BaseException:
             state.begin(None)
             raise
@@ -354,18 +415,28 @@ class Executor:
         step: Step | GatedStep,
         inputs: Sequence[Any],
         session: Session,
-    ) -> Sequence[Any]:
-        context = place.context
+    ) -> Sequence[Any] | Split:
+        context, batch = place.context, place.batch
         registers: list[Any] = [*inputs, *[None] * (step.program.registers - len(inputs))]
         try:
             supply = _supply_of(registers, step)
-            partner = self._partner(state, place, step)
+            if batch is not None and context is not None and (gate := _gate_of(step)) is not None:
+                context.split(batch.rows, batch.rows if gate.leads else gate.unit)
+            partner, call = self._partner(state, place, step), (owner, state, place)
+            is_paired = partner is not None or self._has_both(place, step)
             if isinstance(step, GatedStep):
-                step = self._decided(owner, state, place, step, registers, partner, supply)
-            self._load(registers, step, inputs, place)
+                hoisted = None if step.probe is None else self._run_to_probe(*call, step, registers, supply)
+                groups = self._decided(state, place, step, registers, is_paired=is_paired)
+                if len(groups) > 1:
+                    if hoisted is None:
+                        hoisted = self._hoisted(*call, step, registers, supply)
+                    return Split(step, groups, hoisted, is_paired)
+                step = step.recalled if groups[0].recalls else step.full
+            drift = None if context is None else context.drift
+            self._load(registers, step, inputs, place, drift)
             for register in step.program.partners:
                 registers[register] = self._nobody(place) if partner is None else partner
-            load = self._loading(state, owner, step.program, registers, place.step, supply)
+            load = self._loading(state, owner, step.program.invariants, registers, place.step, supply)
             watch = self._watch(state, place, step, owner.link.schedule, inputs, supply)
             is_uncached = self.warmup is not None and step is self.warmup.uncached
             if self.graphs is None or is_uncached:
@@ -376,7 +447,7 @@ class Executor:
                 outcome, how = self._replay(graphs, state, context, step, registers, keep_chosen=session.keep_chosen)
                 state.report.record(how, owner.graph_bytes)
             if context is not None:
-                self._keep(state, place, context, step, is_paired=partner is not None)
+                self._keep(state, place, context, [(sample, step) for sample in context.samples], is_paired=is_paired)
                 context.chosen = outcome.chosen
             kind = UNCACHED if is_uncached else step.kind
             state.report.count(kind, state.cache_bytes, 0 if supply is None else supply.bytes)
@@ -395,8 +466,8 @@ class Executor:
     @staticmethod
     def _partner(state: ModelState, place: Place, step: Step | GatedStep) -> torch.Tensor | None:
         """What the guidance partner after whom this call may recall has returned at this step, if it was there."""
-        gate = (step.full if isinstance(step, GatedStep) else step).plan.gate
-        if gate is None or not gate.leads or place.context is None or place.call.latent is None:
+        gate = _gate_of(step)
+        if gate is None or not gate.leads or gate.halves or place.context is None or place.call.latent is None:
             return None
         latent, found = Given.of(place.call.latent), []
         for other in state.contexts.values():
@@ -407,57 +478,199 @@ class Executor:
         return found[0] if len(found) == 1 and place.context.name != gate.leads else None
 
     def _decided(
+        self, state: ModelState, place: Place, step: GatedStep, registers: list[Any], *, is_paired: bool
+    ) -> tuple[Group, ...]:
+        """How the rows of a step go on, as its gate decides. This is the one place that waits for the device."""
+        context = place.context
+        assert context is not None
+        gate, drifts = step.full.plan.gate, [sample.drift for sample in context.samples]
+        assert gate is not None
+        share = (place.step + 1) / step.full.plan.schedule.whole
+        if step.probe is not None:
+            decisions = self._compared(state, place, step, registers)
+        elif gate.verifies:
+            decisions = decide(gate, drifts, [drift.missed(gate) for drift in drifts], share)
+        else:
+            decisions = [drift.wait(gate, is_there=is_paired) for drift in drifts]
+        for i, (drift, decision) in enumerate(zip(drifts, decisions, strict=True)):
+            drift.take(decision)
+            state.report.decide(decision if len(drifts) == 1 else replace(decision, sample=i))
+        if gate.leads and gate.halves and decisions[0].recalls:
+            assert place.batch is not None
+            lead, other = map(tuple, gate.leading(place.batch.rows))
+            return Group(context.samples, recalls=False, rows=lead), Group(context.samples, recalls=True, rows=other)
+        return _groups(context.samples, [decision.recalls for decision in decisions], step, gate)
+
+    def _run_to_probe(
         self,
         owner: Owner,
         state: ModelState,
         place: Place,
         step: GatedStep,
         registers: list[Any],
-        partner: torch.Tensor | None,
         supply: Supply | None,
-    ) -> Step:
-        """Run a step until its gate decides; how it goes on. This is the one place that waits for the device."""
-        context = place.context
-        assert context is not None
-        gate, schedule = step.full.plan.gate, step.full.plan.schedule
-        assert gate is not None
-        share = (place.step + 1) / schedule.whole
-        if step.probe is None:
-            decision = context.drift.trust(gate, share) if gate.verifies else context.drift.wait(gate, partner)
-            context.drift.take(decision)
-            state.report.decide(decision)
-            return step.recalled if decision.recalls else step.full
-        number, register = step.probe
-        reference = context.store[number] if context.store else None
-        if reference is None:
-            raise _not_written(step.full.slots[number])
-        if self.check:
-            context.stamps.check([number, *step.trace[0]], context.store, step.full, state.generation)
-        load = self._loading(state, owner, step.program, registers, place.step, supply)
+    ) -> dict[str, Any]:
+        """Run a step until what its gate watches is there; what it needs from outside of the steps, by name."""
+        invariants = step.program.invariants
+        load = self._loading(state, owner, invariants, registers, place.step, supply)
         doubt = load(may_doubt=True)
-        before = [] if doubt is None else registers.copy()
+        before = registers.copy()
         run_calls(step.program, registers, None, supply=supply)
-        first = state.decided_at(place.step) if gate.partners == "first" else None
-        decision = context.drift.decide(gate, registers[register], reference, first, share)
         if doubt is not None and doubt.is_justified:
             registers[:] = before
             load(is_again=True)
+            before = registers.copy()
             run_calls(step.program, registers, None, supply=supply)
-            decision = context.drift.decide(gate, registers[register], reference, first, share)
-        context.drift.take(decision)
-        if decision.recalls and step.trace[0]:
-            assert step.aligned is not None
-            stored = [cast("torch.Tensor", context.store[number]) for number in step.trace[0]]
-            context.drift.align(step.aligned, registers[step.trace[1]], stored)
-        state.decided = place.step, first or decision
-        state.report.decide(decision)
-        return step.recalled if decision.recalls else step.full
+        return {name: before[number] for name, number in invariants}
+
+    def _compared(self, state: ModelState, place: Place, step: GatedStep, registers: list[Any]) -> list[Decision]:
+        """What a gate decides by what it watches."""
+        context, batch, gate = place.context, place.batch, step.full.plan.gate
+        assert context is not None
+        assert gate is not None
+        assert step.probe is not None
+        number, register = step.probe
+        samples, store = context.samples, context.store
+
+        def rows(value: torch.Tensor | None, slot: int, sample: Sample) -> torch.Tensor:
+            if value is None:
+                raise _not_written(step.full.slots[slot])
+            return value if batch is None else batch.picked(value, sample.rows)
+
+        known = state.decided_at(place.step) if gate.partners == "first" else None
+        first = known if known is not None and len(known) == len(samples) else (None,) * len(samples)
+        moved: list[torch.Tensor | Decision] = []
+        for sample, one in zip(samples, first, strict=True):
+            if self.check:
+                sample.stamps.check([number, *step.trace[0]], store, step.full, state.generation)
+            reference = rows(store[number] if store else None, number, sample)
+            moved.append(sample.drift.moved(gate, rows(registers[register], number, sample), reference, one))
+        share = (place.step + 1) / step.full.plan.schedule.whole
+        decisions = decide(gate, [sample.drift for sample in samples], moved, share)
+        state.decided = place.step, known or tuple(decisions)
+        for sample, decision in zip(samples, decisions, strict=True):
+            if decision.recalls and step.trace[0]:
+                assert step.aligned is not None
+                stored = [rows(store[n], n, sample) for n in step.trace[0]]
+                sample.drift.align(step.aligned, rows(registers[step.trace[1]], step.trace[0][0], sample), stored)
+        return decisions
+
+    @staticmethod
+    def _has_both(place: Place, step: Step | GatedStep) -> bool:
+        """True if the call has both guidance halves, of the same latents; waits for the device where it may have."""
+        gate, latent = _gate_of(step), place.call.latent
+        if gate is None or not (gate.leads and gate.halves) or latent is None or place.context is None:
+            return False
+        return bool(torch.equal(*latent.chunk(2)))
+
+    def _hoisted(
+        self,
+        owner: Owner,
+        state: ModelState,
+        place: Place,
+        step: GatedStep,
+        registers: list[Any],
+        supply: Supply | None,
+    ) -> dict[str, Any]:
+        """What either way of a step needs from outside of the steps, by name, where nothing runs before its gate."""
+        ways = dict((*step.recalled.program.invariants, *step.full.program.invariants))
+        self._loading(state, owner, tuple(ways.items()), registers, place.step, supply)()
+        return {name: registers[number] for name, number in ways.items()}
+
+    def _run_split(self, state: ModelState, place: Place, split: Split, parts: Sequence[Part]) -> Sequence[Any]:
+        """Run the groups of rows of a step, each as a call of its own, and put together what they leave."""
+        context, batch, step = place.context, place.batch, split.step
+        assert context is not None
+        assert batch is not None
+        ran: list[Ran] = []
+        for group, part in zip(split.groups, parts, strict=True):
+            ran.append(self._run_part(state, place, split, group, part, ran[0].left if ran else None))
+        results = [
+            put_together([(one.group.rows or (), value) for one, value in zip(ran, values, strict=True)], batch.rows)
+            if isinstance(values[0], torch.Tensor) and values[0].ndim
+            else values[0]
+            for values in zip(*(one.results for one in ran), strict=True)
+        ]
+        if step.full.is_led:  # the half that leads stores nothing, and the other one recalls
+            ended = [(sample, step.recalled) for sample in context.samples]
+            context.store = [None if source is None else context.store[source] for source in step.recalled.moves]
+            self._keep(state, place, context, ended, is_paired=split.is_paired)
+        else:
+            ended = [(sample, one.step) for one in ran for sample in one.group.samples]
+            context.store, copied = _stored(ran, context.store, batch)
+            self._keep(state, place, context, ended, copied=copied)
+        is_mixed = not step.full.is_led and len({one.group.recalls for one in ran}) > 1
+        state.report.count(MIXED if is_mixed else RECALLED, state.cache_bytes, sum(one.fetched for one in ran))
+        if place.is_last:
+            _end(state, step.full.plan.policy)
+        return results
+
+    def _run_part(
+        self,
+        state: ModelState,
+        place: Place,
+        split: Split,
+        group: Group,
+        part: Part,
+        led: torch.Tensor | None,
+    ) -> Ran:
+        """Run some rows of a step, from its beginning.
+
+        Args:
+            state: of the model.
+            place: of the call.
+            split: the step.
+            group: the rows.
+            part: the rows as a call of their own.
+            led: what the guidance half that leads has returned, for the one that follows.
+        """
+        context, batch, executor, sample = place.context, place.batch, part.executor, group.samples[0]
+        assert context is not None
+        assert batch is not None
+        whole = split.step.recalled if group.recalls else split.step.full
+        gated = executor.steps.planned_for_others(whole.plan, whole.index)
+        assert isinstance(gated, GatedStep)
+        step = gated.recalled if group.recalls else gated.full
+        inputs = (*part.inputs, *executor.constants)
+        registers: list[Any] = [*inputs, *[None] * (gated.program.registers - len(inputs))]
+        supply = _supply_of(registers, gated)
+        rows = group.rows or ()
+        try:
+            for name, register in (*gated.program.invariants, *step.program.invariants):
+                assert executor.tables is not None
+                item, value = executor.tables.invariants[name], split.hoisted[name]
+                is_shared = tuple(value.shape) == item.shape
+                registers[register] = value if is_shared else laid_out(picked(value, rows, batch.rows), item)
+            run_calls(gated.program, registers, None, supply=supply)
+            executor._load(registers, step, inputs, place, sample.drift)
+            for _, register, content, _ in self._read(state, context, whole, group.samples, step.reads):
+                registers[register] = picked(content, rows, batch.rows)
+            for register in step.program.partners:
+                latent = executor.signature.tensor(inputs, executor.signature.latent)
+                assert latent is not None
+                registers[register] = torch.zeros_like(latent) if led is None else led
+            run_calls(step.program, registers, None, supply=supply)
+            self._verify(step, group, registers, batch, supply)
+            if step.anchors and not step.is_led:
+                self._measure(state, context, step, group, registers, batch)
+            for register in step.stored_copies:
+                registers[register] = registers[register].clone()
+            return Ran(
+                group,
+                whole,
+                step.outputs(registers),
+                {i: registers[~source] for i, source in enumerate(step.moves) if source is not None and source < 0},
+                registers[step.anchors[0][1]] if step.is_led and step.anchors else None,
+                0 if supply is None else supply.bytes,
+            )
+        finally:
+            registers.clear()  # as in `_run`
 
     def _loading(
         self,
         state: ModelState,
         owner: Owner,
-        program: Program,
+        reads: Sequence[tuple[str, int]],
         registers: list[Any],
         number: int,
         supply: Supply | None,
@@ -465,15 +678,13 @@ class Executor:
         """What loads values that are computed outside of the steps; see `Tables.load`."""
 
         def load(**how: bool) -> Doubt | None:
-            if not program.invariants:
+            if not reads:
                 if supply is not None:
                     supply.agree(())
                 return None
             assert self.tables is not None
             kept = state.tables.setdefault(self, Kept())
-            doubt = self.tables.load(
-                program.invariants, registers, kept, owner.link.schedule, number, supply=supply, **how
-            )
+            doubt = self.tables.load(reads, registers, kept, owner.link.schedule, number, supply=supply, **how)
             state.report.hoist(sum(each.bytes for each in state.tables.values()))
             return doubt
 
@@ -507,37 +718,59 @@ class Executor:
                 registers[:] = before
                 load(is_again=True)
                 run_calls(step.program, registers, lane, supply=supply)
-        if context is not None and (verification := self._due(context, step)) is not None:
-            run_calls(verification.program, registers, None, supply=supply)
-            context.drift.verify(registers[verification.recalled], registers[verification.computed])
+        group = None if context is None else Group(context.samples)
+        if group is not None:
+            self._verify(step, group, registers, place.batch, supply)
         results, chosen = step.outputs(registers), step.chosen(registers) if session.keep_chosen else {}
         if watch is not None:
             results = watch.end(results)
-        if context is not None and step.anchors and not step.is_led:
-            self._measure(state, context, step, registers)
+        if context is not None and group is not None and step.anchors and not step.is_led:
+            self._measure(state, context, step, group, registers, place.batch)
         outcome = Outcome(results, chosen, [] if context is None else step.contents(registers, context.store))
         if context is not None:
             context.store = outcome.store
-            if step.anchors and step.is_led and place.call.latent is not None:
+            if step.anchors and step.has_both:
+                _take_difference(step, context.store, registers[step.anchors[0][1]])
+            elif step.anchors and step.is_led and place.call.latent is not None:
                 context.drift.result = registers[step.anchors[0][1]], Given.of(place.call.latent)
         return outcome
 
     @staticmethod
-    def _due(context: ContextState, step: Step) -> Verification | None:
-        """What verifies this call, if it recalls and has to be."""
-        gate = step.plan.gate
-        if gate is None or not gate.is_verified(context.drift.run, context.drift.recalled):
-            return None
-        return step.verification
+    def _verify(step: Step, group: Group, registers: list[Any], batch: Batch | None, supply: Supply | None) -> None:
+        """Compare what some rows have recalled with what they would have computed, if that is due."""
+        check, gate = step.verification, step.plan.gate
+        drift = group.samples[0].drift
+        if check is None or gate is None or not gate.is_verified(drift.run, drift.recalled):
+            return
+        run_calls(check.program, registers, None, supply=supply)
+        for sample in group.samples:
+            places, count = group.places(sample), group.count(batch)
+            both = (registers[check.recalled], registers[check.computed])
+            sample.drift.verify(*(value if places is None else picked(value, places, count) for value in both))
 
-    def _measure(self, state: ModelState, context: ContextState, step: Step, registers: Sequence[Any]) -> None:
+    def _measure(
+        self,
+        state: ModelState,
+        context: ContextState,
+        step: Step,
+        group: Group,
+        registers: Sequence[Any],
+        batch: Batch | None,
+    ) -> None:
         """Compare a full step with the one before it, for a gate that wants to know how far the output moves."""
         store, numbers = context.store, [number for number, _ in step.anchors]
         is_first = not store or store[numbers[0]] is None
-        if self.check and not is_first:
-            context.stamps.check(numbers, store, step, state.generation)
-        before = None if is_first else Anchors(*(cast("torch.Tensor", store[number]) for number in numbers))
-        context.drift.measure(Anchors(*(registers[register] for _, register in step.anchors)), before)
+        now = [registers[register] for _, register in step.anchors]
+        before = [] if is_first else [cast("torch.Tensor", store[number]) for number in numbers]
+        for sample in group.samples:
+            if self.check and not is_first:
+                sample.stamps.check(numbers, store, step, state.generation)
+            own, old = now, before
+            if batch is not None and sample.rows is not None:
+                places, count = group.places(sample) or (), group.count(batch)
+                own = [picked(value, places, count) for value in now]
+                old = [picked(value, sample.rows, batch.rows) for value in before]
+            sample.drift.measure(Anchors(*own), Anchors(*old) if old else None)
 
     def _replay(
         self,
@@ -561,23 +794,43 @@ class Executor:
         return outcome, how
 
     def _load_slots(self, state: ModelState, context: ContextState, step: Step, registers: list[Any]) -> None:
-        store = context.store
-        missing = self._newer(context, step) if step.is_recall and store else {}
-        if self.check:
-            reads = [number for number, _, _ in step.reads if number not in missing]
-            context.stamps.check(reads, store, step, state.generation)
-        for number, register, stays in step.reads:
+        for number, register, content, stays in self._read(state, context, step, context.samples, step.reads):
+            registers[register] = content
+            if not stays:
+                context.store[number] = None
+
+    def _read(
+        self,
+        state: ModelState,
+        context: ContextState,
+        step: Step,
+        samples: Sequence[Sample],
+        reads: Sequence[tuple[int, int, bool]],
+    ) -> list[tuple[int, int, torch.Tensor, bool]]:
+        """What a step reads, as `Step.reads`, with the contents of the slots, for all rows.
+
+        Args:
+            state: of the model.
+            context: of the call.
+            step: as it is planned.
+            samples: that do it.
+            reads: of the code that runs.
+        """
+        store, found = context.store, []
+        missing = self._newer(context, step, samples[0].drift) if step.is_recall and store else {}
+        for sample in samples if self.check else ():
+            sample.stamps.check([n for n, _, _ in reads if n not in missing], store, step, state.generation)
+        for number, register, stays in reads:
             content = missing[number] if number in missing else store[number] if store else None
             if content is None:
                 raise _not_written(step.slots[number])
-            registers[register] = content
-            if not stays:
-                store[number] = None
+            found.append((number, register, content, stays))
+        return found
 
     @staticmethod
-    def _newer(context: ContextState, step: Step) -> dict[int, torch.Tensor | None]:
+    def _newer(context: ContextState, step: Step, drift: Drift) -> dict[int, torch.Tensor | None]:
         """What stands in for values that no full step has stored yet, and that have no weight: the newest ones."""
-        store, full = context.store, len(context.drift.full)
+        store, full = context.store, len(drift.full)
         newest = {
             (slot.site, slot.kind): store[number] for number, _, _ in step.reads if not (slot := step.slots[number]).age
         }
@@ -588,26 +841,45 @@ class Executor:
         }
 
     def _keep(
-        self, state: ModelState, place: Place, context: ContextState, step: Step, *, is_paired: bool = False
+        self,
+        state: ModelState,
+        place: Place,
+        context: ContextState,
+        done: Sequence[tuple[Sample, Step]],
+        *,
+        is_paired: bool = False,
+        copied: Collection[int] = (),
     ) -> None:
-        """Note that a call of a context is done, and what its slots hold now."""
+        """Note that a call of a context is done, and what its slots hold now.
+
+        Args:
+            state: of the model.
+            place: of the call.
+            context: of the call.
+            done: what every sample did.
+            is_paired: a guidance partner was there.
+            copied: see `Stamps.advance`.
+        """
+        step = done[0][1]
         context.held = step.held
         if step.plan.gate is not None:  # which may have let less be stored than the plan has room for
             there = (slot for slot, value in zip(step.slots, context.store, strict=True) if value is not None)
             context.held = sum(step.plan.slot_bytes[slot] for slot in there)
-            context.drift.follow(place.step, recalls=step.is_recall)
-            context.drift.is_paired = is_paired
-        if self.check:
-            are_copied = context.buffers is not None
-            context.stamps.advance(step, context.store, state.generation, are_copied=are_copied)
+        for sample, own in done:
+            if own.plan.gate is not None:
+                sample.drift.follow(place.step, recalls=own.is_recall)
+                sample.drift.is_paired = is_paired
+            if self.check:
+                anew = copied if context.buffers is None else own.moved
+                sample.stamps.advance(own, context.store, state.generation, copied=anew)
         context.follow(place.call, place.step)
         if place.is_last:
             context.forget()  # nothing goes on from here
 
-    def _load(self, registers: list[Any], step: Step, inputs: Sequence[Any], place: Place) -> None:
+    def _load(self, registers: list[Any], step: Step, inputs: Sequence[Any], place: Place, drift: Drift | None) -> None:
         """Fill the registers of everything that no call computes and no slot holds."""
         program, sites, number = step.program, step.planned.sites, place.step
-        full = place.context.drift.full if place.context is not None and step.is_recall else ()
+        full = drift.full if drift is not None and step.is_recall else ()
         for item in program.ints:
             site = sites[item.site]
             registers[item.register] = site.action.tokens.count if item.is_count and site.action.tokens else site.clock
@@ -617,8 +889,8 @@ class Executor:
             registers[noise.register] = self._noise(noise.shape, noise.share_guidance, number, int(noise.site), device)
         for weights in program.weights:
             if sites[weights.site].action.is_aligned:
-                assert place.context is not None
-                registers[weights.register] = place.context.drift.weights
+                assert drift is not None
+                registers[weights.register] = drift.weights
             else:
                 registers[weights.register] = _on_device(step.weights(weights.site, number, full), device)
         for name, register in program.adapters:
@@ -641,7 +913,7 @@ class Executor:
             registers: list[Any] = [*inputs, *[None] * (program.registers - len(inputs))]
             for slot, register in program.reads:
                 registers[register] = stored[slot]
-            self._load(registers, trial, inputs, place)
+            self._load(registers, trial, inputs, place, place.context.drift)
             run_calls(program, registers, None, supply=supply)
             found[kind] = trial.outputs(registers)
         return found
@@ -682,6 +954,62 @@ def _end(state: ModelState, policy: str) -> None:
     state.report.end(policy)
     if state.report.unapplied and not was_told:
         log.warning("nothing was reused in a whole run: %s", state.report)
+
+
+def _gate_of(step: Step | GatedStep) -> Gate | None:
+    return (step.full if isinstance(step, GatedStep) else step).plan.gate
+
+
+def _groups(samples: Sequence[Sample], recalls: Sequence[bool], step: GatedStep, gate: Gate) -> tuple[Group, ...]:
+    """Samples that do the same: that compute, or recall with the same weights, and are verified or not."""
+    found: dict[Hashable, list[Sample]] = {}
+    for sample, is_recall in zip(samples, recalls, strict=True):
+        key: Hashable = None
+        if is_recall:
+            drift = sample.drift
+            weights = id(sample) if step.aligned is not None else drift.full if step.recalled.program.weights else ()
+            key = weights, gate.is_verified(drift.run, drift.recalled)
+        found.setdefault((is_recall, key), []).append(sample)
+    return tuple(
+        Group(tuple(alike), is_recall, tuple(sorted(row for sample in alike for row in sample.rows or ())) or None)
+        for (is_recall, _), alike in cast("dict[tuple[bool, object], list[Sample]]", found).items()
+    )
+
+
+def _take_difference(step: Step, store: list[torch.Tensor | None], output: torch.Tensor) -> None:
+    """Store what one guidance half of an output differs by from the other, in the place of the whole output.
+
+    Rows of the half that leads have a difference as well, which nobody reads.
+    """
+    for number, slot in enumerate(step.slots):
+        if slot.kind is SlotKind.VALUE and step.planned.sites[slot.site].action.what is What.DIFFERENCE:
+            store[number] = None if store[number] is None else output - output.roll(len(output) // 2, 0)
+
+
+def _stored(
+    ran: Sequence[Ran], before: Sequence[torch.Tensor | None], batch: Batch
+) -> tuple[list[torch.Tensor | None], set[int]]:
+    """Slots after a step of which some rows did something else than others, and those that are put together anew."""
+    store, copied = list[torch.Tensor | None](), set[int]()
+    for number, sources in enumerate(zip(*(one.step.moves for one in ran), strict=True)):
+        source = sources[0]
+        if source is None or (source >= 0 and set(sources) == {source}):
+            store.append(None if source is None else before[source])
+            continue
+        values = [
+            one.contents[number] if source < 0 else _rows_of(before[source], one.group, batch)
+            for one, source in zip(ran, sources, strict=True)
+        ]
+        if all(value is None for value in values):
+            store.append(None)
+            continue
+        store.append(put_together([(one.group.rows or (), v) for one, v in zip(ran, values, strict=True)], batch.rows))
+        copied.add(number)
+    return store, copied
+
+
+def _rows_of(whole: torch.Tensor | None, group: Group, batch: Batch) -> torch.Tensor | None:
+    return None if whole is None else batch.picked(whole, group.rows)
 
 
 def _not_written(slot: Slot) -> StaleRead:

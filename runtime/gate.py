@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 
@@ -23,10 +23,12 @@ class Decision:
         drift: what was held against the threshold: rescaled, and added up if the gate does that; None where its limits
             left nothing to decide, or nothing has been compared.
         recalls: whether the step recalls.
+        sample: of the batch, about which it was said; None for all of them.
     """
 
     drift: float | None
     recalls: bool
+    sample: int | None = None
 
 
 @dataclass
@@ -57,17 +59,16 @@ class Drift:
     is_paired: bool = False
     error: torch.Tensor | None = None
 
-    def decide(
-        self, gate: Gate, probe: torch.Tensor, reference: torch.Tensor, first: Decision | None, share: float
-    ) -> Decision:
-        """Decide about a step; waits for the device, unless there is nothing to decide.
+    def moved(
+        self, gate: Gate, probe: torch.Tensor, reference: torch.Tensor, first: Decision | None
+    ) -> torch.Tensor | Decision:
+        """How far the probe has drifted, on the device; or a decision, where that does not matter.
 
         Args:
             gate: of the policy.
             probe: its value at this step.
             reference: what it is compared with.
             first: what a guidance partner has decided at this step, if that holds for this one, too.
-            share: of the run that is over with this step.
         """
         if not gate.may_recall(self.run, self.recalled):
             return Decision(None, recalls=False)
@@ -76,33 +77,33 @@ class Drift:
         if gate.must_recall(self.run):
             return Decision(None, recalls=True)
         if gate.relative_to == "probe":
-            drift = drift_of(probe, reference)
-        elif self.rate is None or self.output is None:
+            return drift_of(probe, reference)
+        if self.rate is None or self.output is None:
             return Decision(None, recalls=False)
-        else:
-            drift = drift_of(probe, reference, self.output / self.rate)
-        return self._decision(gate, drift, share)
+        return drift_of(probe, reference, self.output / self.rate)
 
-    def trust(self, gate: Gate, share: float) -> Decision:
-        """Decide about a step by how far off the recalled one before it was; waits for the device if that is known.
-
-        Args:
-            gate: of the policy.
-            share: of the run that is over with this step.
-        """
+    def missed(self, gate: Gate) -> torch.Tensor | Decision:
+        """How far off the recalled step before was, on the device; or a decision, where that is not known."""
         if not gate.may_recall(self.run, self.recalled):
             return Decision(None, recalls=False)
         if gate.must_recall(self.run) or self.error is None:
             return Decision(None, recalls=True)
-        return self._decision(gate, float(self.error), share)
+        return self.error
 
-    def _decision(self, gate: Gate, drift: float, share: float) -> Decision:
+    def decision(self, gate: Gate, drift: float, share: float) -> Decision:
+        """Hold a drift against the threshold.
+
+        Args:
+            gate: of the policy.
+            drift: unitless, neither rescaled nor added up.
+            share: of the run that is over with this step.
+        """
         drift = gate.rescaled(drift) + (self.total if gate.accumulates else 0.0)
         return Decision(drift, drift < gate.limit(self.run, share))
 
-    def wait(self, gate: Gate, partner: torch.Tensor | None) -> Decision:
-        """Decide about a step by whether a guidance partner was there before; waits for nothing."""
-        return Decision(None, partner is not None and self.is_paired and gate.may_recall(self.run, self.recalled))
+    def wait(self, gate: Gate, *, is_there: bool) -> Decision:
+        """Decide about a step by whether a guidance partner is there; waits for nothing."""
+        return Decision(None, is_there and self.is_paired and gate.may_recall(self.run, self.recalled))
 
     def verify(self, recalled: torch.Tensor, computed: torch.Tensor) -> None:
         """Note how far off a recalled stream is; waits for nothing."""
@@ -156,9 +157,33 @@ class Anchors(NamedTuple):
     output: torch.Tensor
 
 
-def drift_of(probe: torch.Tensor, reference: torch.Tensor, size: torch.Tensor | None = None) -> float:
-    """Mean distance of two values over a size, or the mean size of the second; waits for the device."""
-    return float(_mean(probe - reference) / (_mean(reference) if size is None else size))
+def decide(
+    gate: Gate, drifts: Sequence[Drift], found: Sequence[torch.Tensor | Decision], share: float
+) -> list[Decision]:
+    """Decide about a step; waits for the device once, unless there is nothing to decide.
+
+    Args:
+        gate: of the policy.
+        drifts: of all who decide for themselves.
+        found: by each, how far it has drifted, 0-d; or what was decided without that.
+        share: of the run that is over with this step.
+    """
+    asked = [value for value in found if isinstance(value, torch.Tensor)]
+    numbers = iter(numbers_of(asked) if asked else ())
+    return [
+        drift.decision(gate, next(numbers), share) if isinstance(value, torch.Tensor) else value
+        for drift, value in zip(drifts, found, strict=True)
+    ]
+
+
+def numbers_of(values: Sequence[torch.Tensor]) -> list[float]:
+    """Values that are 0-d; waits for the device."""
+    return cast("list[float]", torch.stack([*values]).tolist())
+
+
+def drift_of(probe: torch.Tensor, reference: torch.Tensor, size: torch.Tensor | None = None) -> torch.Tensor:
+    """Mean distance of two values over a size, or the mean size of the second; 0-d, waits for nothing."""
+    return _mean(probe - reference) / (_mean(reference) if size is None else size)
 
 
 def _mean(value: torch.Tensor) -> torch.Tensor:

@@ -14,6 +14,7 @@ from dicompile.runtime.clock import OutsideSchedule, SchedulerLink, find_step
 from dicompile.runtime.contexts import Call, ContextState
 from dicompile.runtime.given import Given
 from dicompile.runtime.owner import Owner
+from dicompile.runtime.rows import Batch
 from dicompile.runtime.session import Count, Lead, ModelState, Session, current_context
 
 log = logging.getLogger("dicompile")
@@ -64,12 +65,14 @@ class Place:
         step: of the whole schedule.
         context: that it continues or opens; None where nothing may be remembered of it.
         is_last: it is at the last step of the schedule.
+        batch: its rows, where the policy tells them apart.
     """
 
     call: Call
     step: int
     context: ContextState | None
     is_last: bool = False
+    batch: Batch | None = None
 
 
 def identify(signature: Signature, owner: Owner, session: Session, inputs: Sequence[Any]) -> Place:

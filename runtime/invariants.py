@@ -297,11 +297,11 @@ class _Values:
         if item.mapped is None or chunk is None:
             known = self._table.fixed if item.mapped is None else self._alone
             if name not in known:
-                known[name] = _laid_out(item.function(*self._arguments(item, self.__getitem__)), item)
+                known[name] = laid_out(item.function(*self._arguments(item, self.__getitem__)), item)
                 self._table.bytes += known[name].nbytes if item.mapped is None else 0
             return known[name]
         if name not in chunk.rows:
-            chunk.rows[name] = tuple(_laid_out(row, item) for row in self._rows(name, chunk).unbind(0))
+            chunk.rows[name] = tuple(laid_out(row, item) for row in self._rows(name, chunk).unbind(0))
         return chunk.rows[name][self._row]
 
     def lacking(self, names: Sequence[str]) -> list[str]:
@@ -386,8 +386,8 @@ def _is_waited_for(tensor: Tensor) -> bool:
     return tensor.device.type != "cpu"
 
 
-def _laid_out(tensor: Tensor, item: Invariant) -> Tensor:
-    """In the layout that the steps were compiled for."""
+def laid_out(tensor: Tensor, item: Invariant) -> Tensor:
+    """A value in the layout that the steps were compiled for."""
     pairs = zip(tensor.shape, tensor.stride(), item.strides, strict=True)
     if all(size == 1 or ours == theirs for size, ours, theirs in pairs):
         return tensor

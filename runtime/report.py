@@ -17,6 +17,9 @@ UNCACHED = "uncached"
 RECALLED = "recalled"
 """Kind of a call at which a gate has decided to recall."""
 
+MIXED = "mixed"
+"""Kind of a call at which a gate has decided to recall for some samples, and to compute others."""
+
 MOST_CALLS = 4096
 """Calls of one generation whose times are kept."""
 
@@ -60,7 +63,7 @@ class RunReport:
             something lies in them, copies of the inputs, and a pool for the rest. Kernels and their arguments, which
             the driver keeps, are not in it.
         fetched_bytes: of weights that were brought for calls, by their kind, where weights are offloaded part by part.
-        decisions: of gates, one for every call at which one decided.
+        decisions: of gates, one for every call at which one decided, or for every sample of it.
         calls: every call in order, with its time; the latest `MOST_CALLS` of a model that is called on and on without a
             schedule.
         latest: kind of the latest call.

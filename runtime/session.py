@@ -65,7 +65,7 @@ class ModelState:
     calls: set[str] = field(default_factory=set)
     first_step: int | None = None
     is_uncached: bool = False
-    decided: tuple[int, Decision] | None = None
+    decided: tuple[int, tuple[Decision, ...]] | None = None
     contexts: Contexts = field(default_factory=Contexts)
     tables: dict[object, Kept] = field(default_factory=dict)
     report: RunReport = field(default_factory=RunReport)
@@ -92,8 +92,8 @@ class ModelState:
         self.contexts.leave(before)
         self.report.hold(self.cache_bytes)
 
-    def decided_at(self, step: int) -> Decision | None:
-        """What a gate has decided first at a step, if one has."""
+    def decided_at(self, step: int) -> tuple[Decision, ...] | None:
+        """What a gate has decided first at a step about every sample, if one has."""
         return self.decided[1] if self.decided is not None and self.decided[0] == step else None
 
     @property

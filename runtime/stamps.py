@@ -117,14 +117,14 @@ class Stamps:
             if stamp != expected or size != planned:
                 raise _stale(slot, f"{stamp}, {size} bytes", f"{expected}, {planned} bytes")
 
-    def advance(self, step: Stepped, store: Store, generation: int, *, are_copied: bool = False) -> None:
+    def advance(self, step: Stepped, store: Store, generation: int, *, copied: Collection[int] = ()) -> None:
         """Follow a step: stamps go the way of the tensors.
 
         Args:
             step: the step.
             store: the tensors of all slots after it.
             generation: the current one.
-            are_copied: what moves from slot to slot is copied, not the tensor itself.
+            copied: slots into which what they hold was copied; the others have the tensor itself.
         """
         note = self.full.add if step.planned is step.plan.steps[step.index].full else self.full.discard
         note(step.index)
@@ -134,8 +134,9 @@ class Stamps:
             else Stamp.on(tensor, generation, step.index, _what(step, slot))
             for slot, source, tensor in zip(step.slots, step.moves, store, strict=True)
         ]  # fmt: skip
-        for number, (source, tensor, stamp) in enumerate(zip(step.moves, store, self.found, strict=True)):
-            if are_copied and stamp is not None and tensor is not None and source not in (None, number):
+        for number in copied:
+            stamp, tensor = self.found[number], store[number]
+            if stamp is not None and tensor is not None:
                 self.found[number] = replace(stamp, version=_version(tensor))
 
 

@@ -57,6 +57,7 @@ THINNED = {
     "tests/pipelines/test_offload.py::test_the_same_plan_and_bits_in_either_order",
     "tests/pipelines/test_offload.py::test_weights_that_change_between_runs_are_those_that_are_brought",
     "tests/policies/test_clusca.py::test_clusters_tokens_and_outputs_are_those_of_the_published_rule",
+    "tests/policies/test_per_sample.py::test_a_batch_gives_what_single_runs_give",
     "tests/runtime/test_invariants.py::test_results_are_those_of_steps_that_compute_everything",
     "tests/runtime/test_invariants.py::test_what_changes_in_the_middle_of_a_generation_counts_from_then_on",
     "tests/serve/test_batcher.py::test_every_request_gets_what_it_gets_by_itself",

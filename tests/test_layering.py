@@ -19,7 +19,7 @@ FLOOR = (
 )  # fmt: skip
 STAGES = ("capture", "analysis", "plan", "passes", "lower", "runtime")
 FRONT = (
-    "api", "backend", "bench", "cli", "compare", "compiler", "demo", "learn", "model", "offload", "parallel",
+    "api", "backend", "batch", "bench", "cli", "compare", "compiler", "demo", "learn", "model", "offload", "parallel",
     "pipelines", "progress", "serve", "summary", "wrapper", "zoo",
 )  # fmt: skip
 MAPPED = ("passes", "runtime")  # top-level folders that install under dicompile

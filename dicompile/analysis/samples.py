@@ -104,13 +104,16 @@ def _is_number(value: object) -> bool:
 
 
 def _beside(capture: Capture, given: Collection[int]) -> list[fx.Node]:
-    """Calls that nothing of a sample reaches."""
+    """Calls that nothing of a sample reaches; what is spread over rows is left out, since it is the same for each.
+
+    For a batch of one row it may not be in the graph at all.
+    """
     reached = {node for i, node in enumerate(capture.graph.find_nodes(op="placeholder")) if i in given}
     beside = []
     for node in capture.graph.nodes:
         if any(parent in reached for parent in node.all_input_nodes):
             reached.add(node)
-        elif node.op == "call_function":
+        elif node.op == "call_function" and node.target is not aten.expand.default:
             beside.append(node)
     return beside
 

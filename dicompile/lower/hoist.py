@@ -69,12 +69,14 @@ class Invariant:
             value depends on it. None where it does not.
         inputs: numbers of inputs of the model, and names of other invariants.
         strides: in which the model's own value lies in memory.
+        shape: of that value.
     """
 
     function: Callable[..., Tensor] = field(repr=False)
     mapped: Callable[..., Tensor] | None = field(repr=False)
     inputs: tuple[int | str, ...]
     strides: tuple[int, ...]
+    shape: tuple[int, ...]
 
 
 class Invariants:
@@ -119,7 +121,7 @@ class Invariants:
             self._made[key] = module.forward, self._mapped(module, inputs, timed) if any(timed) else None
         function, mapped = self._made[key]
         places = tuple(self._inputs.get(n, n.name) for n in inputs)
-        return Invariant(function, mapped, places, node.meta["val"].stride())
+        return Invariant(function, mapped, places, node.meta["val"].stride(), tuple(node.meta["val"].shape))
 
     def _is_timed(self, node: fx.Node) -> bool:
         number = self._inputs.get(node)

@@ -529,13 +529,14 @@ _NO_PROBE = {
 }
 
 
-def check_gate(policy: Policy, *, records_steps: bool, is_offloaded: bool) -> None:
+def check_gate(policy: Policy, *, records_steps: bool, is_offloaded: bool, in_background: bool) -> None:
     """Raise if steps cannot be decided about while they run.
 
     Args:
         policy: the policy.
         records_steps: whole steps are recorded as CUDA graphs.
         is_offloaded: slots are in host memory between steps.
+        in_background: calls run uncached until their code is compiled.
 
     Raises:
         InvalidSetting: the policy has a gate, and they cannot.
@@ -544,14 +545,22 @@ def check_gate(policy: Policy, *, records_steps: bool, is_offloaded: bool) -> No
         "compile_mode": (records_steps, "'reduce-overhead'", "a recorded step cannot stop in the middle to decide"),
         "cache_device": (is_offloaded, "'cpu'", "what the gate compares with would be in host memory when it decides"),
     }
+    gate = policy.gate
     for name, (is_set, value, why) in settings.items():
-        if policy.gate is not None and is_set:
+        if gate is not None and is_set:
             raise InvalidSetting(
                 f"policy {policy.name!r} has a gate, which does not go with {name}={value}",
                 where=name,
                 why=why,
                 fix=f"leave {name} out, or use a policy that is planned ahead, such as dicompile.FORA(interval=3)",
             )
+    if gate is not None and gate.tells_rows_apart and in_background:
+        raise InvalidSetting(
+            f"policy {policy.name!r} tells the rows of a batch apart, which does not go with warmup='background'",
+            where="warmup",
+            why="how many rows a step computes, and has to have code for, is known when it runs",
+            fix="leave warmup out, and call dicompile.prepare(model) after the first step",
+        )
 
 
 def _check_named(policy: Policy, structure: ModelStructure, rule: Rule) -> None:

@@ -16,7 +16,8 @@ class Gate(Frozen):
     """Recall at steps at which a probe has drifted little, compute everything at the others.
 
     With ``d = mean|probe - reference| / mean|reference|`` over the whole batch, a step recalls if ``P(d)``, or the sum
-    of it over the steps since the last full one, is below the threshold. One decision holds for all samples of a call.
+    of it over the steps since the last full one, is below the threshold. One decision holds for all samples of a call,
+    unless each `decides` for itself.
 
     Attributes:
         probe: "residual": what the first blocks add to the latent's stream; "stream": that behind them; "modulated":
@@ -33,6 +34,11 @@ class Gate(Frozen):
         relative_to: "probe": as above. "output": ``d = k mean|probe - reference| / mean|output|``, with the model's
             output at the last full step, and k how far that had moved since the full step before it, over how far the
             probe had. Without two full steps there is no k, and a step is full.
+        decides: one decision holds for the whole "call", or every "sample" of its batch decides for itself, by its own
+            drift: decisions are those of single runs. Those that compute are one batch then, those that recall another.
+        halves: both guidance halves come in one call, with the samples in the same order in either: "uncond-cond" (as
+            diffusers concatenates them) or "cond-uncond". The halves of one picture decide together; one that waits for
+            a partner has it in the same call. Empty where every half has a call of its own.
         partners: guidance partners that are called one by one decide "each" for themselves, or do at every step what
             the "first" of them has decided, within the limits of their own.
         threshold: drift from which a step is full, unitless.
@@ -55,6 +61,8 @@ class Gate(Frozen):
     depth: PositiveInt | None = None
     reference: Literal["full", "previous"] = "full"
     relative_to: Literal["probe", "output"] = "probe"
+    decides: Literal["call", "sample"] = "call"
+    halves: Literal["", "uncond-cond", "cond-uncond"] = ""
     partners: Literal["each", "first"] = "each"
     threshold: Annotated[float, Field(ge=0)] = 0.0
     decay: Annotated[float, Field(gt=0, le=1)] = 1.0
@@ -86,6 +94,28 @@ class Gate(Frozen):
         return self
 
     @model_validator(mode="after")
+    def _check_batch(self) -> Gate:
+        waits = self.probe == "partner"
+        reasons = {
+            "nothing of a sample is compared where a guidance partner decides": waits and self.decides == "sample",
+            f"{self.leads!r} is none of the halves of {self.halves!r}": waits
+            and bool(self.halves)
+            and self.leads not in self.halves.split("-"),
+            "one decision holds for the whole call, however its batch is made up": not waits
+            and bool(self.halves)
+            and self.decides == "call",
+        }
+        for reason, holds in reasons.items():
+            if holds:
+                raise InvalidPolicy(
+                    f"a gate that watches the {self.probe} has decides={self.decides!r} and halves={self.halves!r}",
+                    where="Gate",
+                    why=reason,
+                    fix="policy.per_sample(halves='uncond-cond'), or GuidanceReuse(halves='uncond-cond')",
+                )
+        return self
+
+    @model_validator(mode="after")
     def _check_verifies(self) -> Gate:
         if not self.verifies:
             return self
@@ -109,6 +139,25 @@ class Gate(Frozen):
     def verifies(self) -> bool:
         """True if it computes some of what is recalled, to see how far off that is."""
         return self.probe == "forecast"
+
+    @property
+    def tells_rows_apart(self) -> bool:
+        """True if rows of one call may do different things at a step."""
+        return self.decides == "sample" or bool(self.halves)
+
+    @property
+    def unit(self) -> int:
+        """Rows of a call that belong to one picture."""
+        return 2 if self.halves else 1
+
+    def leading(self, rows: int) -> tuple[range, range]:
+        """Rows of the guidance half that leads, and of the other one, where both come in one call.
+
+        Args:
+            rows: of the batch.
+        """
+        first, second = range(rows // 2), range(rows // 2, rows)
+        return (first, second) if self.halves.startswith(f"{self.leads}-") else (second, first)
 
     @property
     def watches_blocks(self) -> bool:

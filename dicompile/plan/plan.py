@@ -345,7 +345,10 @@ class Plan:
             where = "the last forecast was near enough" if self.gate.verifies else "the probe has drifted little"
             if self.gate.leads:
                 where = f"the context {self.gate.leads!r}, which computes every step, was called before"
-            legend += f"\ngated steps do this where {where}, and else compute everything"
+            if self.gate.leads and self.gate.halves:
+                where = f"a batch has the same latents in both halves ({self.gate.halves}), for the half that follows"
+            each = ", for every sample by itself" if self.gate.decides == "sample" else ""
+            legend += f"\ngated steps do this where {where}{each}, and else compute everything"
         return "\n".join((self.summary(), *self.notes(), legend, self.grid()))
 
 

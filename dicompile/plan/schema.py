@@ -325,6 +325,26 @@ class Policy(YamlJson):
         """What decides about steps while sampling, if anything does."""
         return self.cadence.gate
 
+    def per_sample(self, halves: Literal["", "uncond-cond", "cond-uncond"] = "") -> Policy:
+        """The same policy, whose gate decides about every sample of a batch by itself; see `dicompile.Gate`.
+
+        Args:
+            halves: which guidance half comes first where one call has both; those of a picture decide together.
+
+        Raises:
+            InvalidPolicy: it has no gate, or one that waits for a guidance partner.
+        """
+        if self.gate is None:
+            raise InvalidPolicy(
+                f"policy {self.name!r} decides nothing while sampling",
+                where="Policy.per_sample",
+                why="its plan holds for every sample",
+                fix="use it as it is, for any batch",
+            )
+        gate = Gate(**{**dict(self.gate), "decides": "sample", "halves": halves})
+        cadence = self.cadence.model_copy(update={"gate": gate})
+        return self.model_copy(update={"name": f"{self.name}-per-sample", "cadence": cadence})
+
     @property
     def is_aligned(self) -> bool:
         """True if it recalls by what the first blocks add."""

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from dicompile.analysis import Trunk
 from dicompile.capture import Said, check_names
 from dicompile.compiler import CompiledFrame, Options
-from dicompile.errors import InvalidSetting, UnsupportedModel
+from dicompile.errors import CannotBatch, InvalidSetting, UnsupportedModel
 from dicompile.lower import Backend, Hoist
 from dicompile.model import ModelCalls
 from dicompile.offload import HOOK_ATTRIBUTES
@@ -187,9 +187,17 @@ class Batcher:
 
         Raises:
             UnknownPolicy, InvalidPolicy: the policy does not exist.
+            CannotBatch: it tells rows of one call apart.
             InvalidSchedule: the schedule makes no sense.
         """
         chosen = get_policy(policy)
+        if chosen.gate is not None and chosen.gate.tells_rows_apart:
+            raise CannotBatch(
+                f"policy {chosen.name!r} tells the rows of a request apart",
+                where="dicompile.serve",
+                why="requests decide for themselves, and the rows of each together",
+                fix="leave decides='sample' and halves out; open a request for every picture, or one with contexts=2",
+            )
         with self._lock:
             if chosen not in self._tiers:
                 self._tiers[chosen] = ModelCalls(self.module, replace(self._options, policy=chosen))

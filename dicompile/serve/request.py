@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Self
 import torch
 from torch import Tensor, nn
 
+from dicompile.batch import input_of, with_timesteps
 from dicompile.capture import Arguments, Role, ambient
 from dicompile.capture.ambient import DEVICES
 from dicompile.compiler import CompiledFrame
@@ -138,17 +139,7 @@ class Request:
         """Arguments of a call, with a timestep for every row, and the code for them."""
         if any(torch.is_autocast_enabled(kind) for kind in DEVICES):
             raise self._cannot("autocast is on", "every thread has a state of its own", "cast the model: .to(dtype)")
-        arguments = self._tier.arguments(args, kwargs)
-        found = self._tier.find(arguments)
-        time, latent = _input(found, Role.TIMESTEP), _input(found, Role.LATENT)
-        if time is None or latent is None or not latent.ndim:
-            raise self._cannot(
-                "its timestep or latent cannot be told",
-                "rows of a batch are at different timesteps, and the latent has as many rows",
-                'Batcher(..., timestep="its name", latent="its name")',
-            )
-        if time.ndim == 0 or (time.ndim == 1 and len(time) == 1 < len(latent)):
-            arguments, found = self._with_rows(arguments, time, latent)
+        arguments, found = with_timesteps(self._tier, self._tier.arguments(args, kwargs))
         if groups_of(found[0].known.capture.graph):
             raise self._cannot(
                 "it exchanges values with other ranks", "ranks would batch other requests", "no enable_parallelism"
@@ -161,24 +152,10 @@ class Request:
         reads = found[0].captured.reads
         if reads and max(self._batcher.turns.sizes) > 1:
             raise self._cannot("its code reads values of its inputs", f"{reads}", "Batcher(..., sizes=(1,))")
+        latent = input_of(found[0], found[2], Role.LATENT)
+        assert latent is not None
         self._batcher.settle(found[0].compiled, latent)
         return arguments, found
-
-    def _with_rows(self, arguments: Arguments, time: Tensor, latent: Tensor) -> tuple[Arguments, Found]:
-        """The same call, with one timestep for every row of the latent."""
-        single = time.to(torch.float32) if time.dtype is torch.float64 else time
-        rows = single.to(latent.device).expand(len(latent))
-        args, kwargs = arguments.mapped(lambda _, leaf: rows if leaf is time else leaf)
-        kwargs |= dict.fromkeys(arguments.numbers, rows)
-        made = self._tier.arguments(args, kwargs)
-        try:
-            return made, self._tier.find(made)
-        except Exception as error:
-            raise self._cannot(
-                "it takes one timestep for all rows, and none for each",
-                str(error).splitlines()[0],
-                "let its forward take a timestep of shape [b]",
-            ) from error
 
     def _cannot(self, what: str, why: str, fix: str) -> CannotBatch:
         name = type(self._batcher.module).__name__
@@ -265,10 +242,3 @@ class Request:
                 self._batcher.budget.give(reserved)
         finally:
             self._calling.release()
-
-
-def _input(found: Found, role: Role) -> Tensor | None:
-    """The input of a call with a role, if there is one."""
-    frame, _, inputs = found
-    position = frame.known.capture.input_position(role)
-    return None if position is None else inputs[position]

@@ -8,7 +8,6 @@ that has it, whoever else was in its batches, and a group need not stay together
 
 from __future__ import annotations
 
-import math
 import weakref
 from collections import Counter
 from collections.abc import Hashable, Sequence
@@ -18,7 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dicompile.analysis import WHOLE, mixed_samples
+from dicompile.analysis import WHOLE
+from dicompile.batch import why_mixed
 from dicompile.capture import Arguments, Capture
 from dicompile.compiler import Options
 from dicompile.errors import CannotBatch, CannotCapture
@@ -26,6 +26,7 @@ from dicompile.lower import Program
 from dicompile.model import Found, Frame, ModelCalls
 from dicompile.policies import NoCache
 from dicompile.runtime import SchedulerLink, Step, run_calls, streams
+from dicompile.runtime.rows import empty_rows
 
 
 @dataclass(frozen=True)
@@ -170,19 +171,7 @@ class Together:
 
     def _check(self, frame: Frame, tensors: Sequence[Tensor], call: Call) -> None:
         """Check that no row of the larger batch depends on another one."""
-        capture, alone = frame.known.capture, call.frame.known.capture
-        captured = frame.captured
-        own = len(tensors) - len(call.arguments.given) - len(captured.constants)
-        given = {own + i for i, has_rows in enumerate(call.has_rows) if has_rows}
-        rows = [i for i, place in enumerate(captured.order) if place in given]
-        are_alike = [item.name for item in capture.inputs] == [item.name for item in alone.inputs] and all(
-            torch.equal(ours, theirs) for ours, theirs in zip(capture.constants, alone.constants, strict=True)
-        )
-        why = (
-            mixed_samples(capture, frame.compiled.structure, rows, alone)
-            if are_alike
-            else "its code makes other constants for another size of the batch"
-        )
+        why = why_mixed(frame, tensors, call.arguments, call.has_rows, call.frame)
         if why:
             raise CannotBatch(
                 f"{type(self._calls.module).__name__} is not known to keep the rows of a batch apart",
@@ -197,7 +186,7 @@ def joined(parts: Sequence[Tensor], rows: int) -> Tensor:
 
     The result lies in memory as they do, its axes in the same order: code was compiled for that.
     """
-    whole = _empty(parts[0], len(parts) * parts[0].shape[0])
+    whole = empty_rows(parts[0], len(parts) * parts[0].shape[0])
     for own, part in zip(whole.unflatten(0, (rows, len(parts), -1)).unbind(1), parts, strict=True):
         own.copy_(part.unflatten(0, (rows, -1)))
     return whole
@@ -207,13 +196,6 @@ def parted(whole: Tensor, rows: int, count: int) -> list[Tensor]:
     """What `joined` made one, taken apart: copies, each with memory of its own."""
     parts = []
     for part in whole.unflatten(0, (rows, count, -1)).unbind(1):
-        parts.append(_empty(whole, whole.shape[0] // count))
+        parts.append(empty_rows(whole, whole.shape[0] // count))
         parts[-1].unflatten(0, (rows, -1)).copy_(part)
     return parts
-
-
-def _empty(like: Tensor, size: int) -> Tensor:
-    """Memory for a tensor with another first axis, and its axes in the same order."""
-    strides = [math.inf if axis == 0 and like.shape[0] == 1 else like.stride(axis) for axis in range(like.ndim)]
-    order = sorted(range(like.ndim), key=strides.__getitem__, reverse=True)
-    return torch.empty_permuted((size, *like.shape[1:]), order, dtype=like.dtype, device=like.device)

@@ -12,10 +12,13 @@ import torch
 from diffusers import FasterCacheConfig
 from diffusers.hooks import apply_faster_cache
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import dicompile
-from dicompile.errors import InvalidPolicy, PolicyDoesNotFit
+from dicompile.backend import read_options
+from dicompile.errors import CannotBatch, InvalidPolicy, InvalidSetting, PolicyDoesNotFit
 from dicompile.plan import Cadence, Gate, Policy, Reuse, Rule
+from dicompile.serve import Batcher
 from tests import models
 from tests.models import Sample, optimized, timesteps
 
@@ -108,6 +111,87 @@ def test_it_reuses_what_the_hook_of_diffusers_reuses(
     assert kinds(model)[0::2] == ["full"] * STEPS
     assert [step for step, kind in enumerate(kinds(model)[1::2]) if kind == "full"] == FULL
     assert "the gate recalled at 5 of 10 steps" in str(dicompile.report(model))
+
+
+def call_both(
+    model: nn.Module,
+    sample: Sample,
+    texts: dict[str, dict[str, Tensor]],
+    order: Sequence[str],
+    step: int,
+    latent: Tensor,
+) -> dict[str, Tensor]:
+    """What one call with both halves returns, by half."""
+    text = {key: torch.cat([texts[name][key] for name in order]) for key in texts["cond"]}
+    inputs = sample.inputs | text | {
+        "hidden_states": torch.cat([latent] * 2), "timestep": torch.full((2,), TIMES[step])
+    }  # fmt: skip
+    with torch.no_grad():
+        return dict(zip(order, model(**inputs)[0].chunk(2), strict=True))
+
+
+@pytest.fixture(scope="module", params=["uncond-cond", "cond-uncond"])
+def together(request: pytest.FixtureRequest, sample: Sample) -> tuple[Any, list[str]]:
+    """A model that has both halves in one batch, and their order."""
+    return optimized(sample, dicompile.GuidanceReuse(halves=request.param), STEPS), request.param.split("-")
+
+
+def test_both_halves_in_one_batch_are_what_they_are_one_by_one(
+    model: Any, sample: Sample, texts: dict[str, dict[str, Tensor]], together: tuple[Any, list[str]]
+) -> None:
+    """The same decisions, and half of the work at steps that recall; `prepare` knows that their batch is half."""
+    both, order = together
+    with dicompile.session():
+        call_both(both, sample, texts, order, 0, latents()[0])
+    dicompile.prepare(both)
+    made = [len(frame.programs.variants.variants) for frame in models.frames_of(both)]
+    flops = []
+    for step, latent in enumerate(latents()):
+        with FlopCounterMode(display=False) as counter:
+            found = call_both(both, sample, texts, order, step, latent)
+        flops.append(counter.get_total_flops())
+        for name in HALVES:
+            expected = call(model, sample, texts[name], step, latent, name)
+            torch.testing.assert_close(found[name], expected, rtol=0, atol=1e-5)
+    assert [step for step, kind in enumerate(kinds(both)) if kind == "full"] == FULL
+    assert flops == [flops[0] if step in FULL else flops[0] // 2 for step in range(STEPS)]
+    assert sorted(len(frame.programs.variants.variants) for frame in models.frames_of(both)) == sorted(made)
+    plan, report = dicompile.plan_of(both), dicompile.report(both)
+    assert sum(flops) / flops[0] / STEPS == pytest.approx(plan.flops / plan.baseline_flops)
+    assert (report.peak_cache_bytes, report.cache_bytes) == (plan.cache_bytes, 0)
+    assert f"where a batch has the same latents in both halves ({'-'.join(order)})" in str(plan)
+
+
+def test_halves_of_different_latents_are_computed(
+    sample: Sample, texts: dict[str, dict[str, Tensor]], together: tuple[Any, list[str]]
+) -> None:
+    """Two pictures without guidance, say; and a difference that was taken from such a batch is not used."""
+    both, order = together
+    for step, latent in enumerate(latents()):
+        text = {key: torch.cat([texts[name][key] for name in order]) for key in texts["cond"]}
+        is_other = step in (5, 8)
+        two = torch.cat([latent, latent + 1 if is_other else latent])
+        inputs = sample.inputs | text | {"hidden_states": two, "timestep": torch.full((2,), TIMES[step])}
+        with torch.no_grad():
+            found = both(**inputs)[0]
+            if is_other:
+                torch.testing.assert_close(found, sample.model(**inputs)[0], rtol=1e-4, atol=1e-5)
+    assert kinds(both)[4:] == ["recalled", "full", "full", "recalled", "full", "full", "full"]
+
+
+def test_an_odd_number_of_rows_is_no_two_halves(
+    sample: Sample, texts: dict[str, dict[str, Tensor]], together: tuple[Any, list[str]]
+) -> None:
+    with pytest.raises(CannotBatch, match=r"was called with 1 row, which are no two guidance halves"):
+        call(together[0], sample, texts["cond"], 0, latents()[0])
+
+
+def test_half_a_batch_is_refused_where_rows_cannot_be_apart() -> None:
+    policy, sample = dicompile.GuidanceReuse(halves="cond-uncond"), models.plain_dit(1)
+    with pytest.raises(CannotBatch, match=r"tells the rows of a request apart"):
+        Batcher(sample.model).request(policy, schedule=TIMES)
+    with pytest.raises(InvalidSetting, match=r"tells the rows of a batch apart, which the backend cannot"):
+        read_options({"policy": policy.to_dict(), "steps": STEPS})
 
 
 def run(
@@ -278,4 +362,5 @@ def test_a_name_is_for_gates_that_wait(options: dict[str, Any]) -> None:
 
 
 def test_it_goes_to_text_and_back() -> None:
-    assert Policy.from_yaml(dicompile.GuidanceReuse().to_yaml()) == dicompile.GuidanceReuse()
+    for policy in (dicompile.GuidanceReuse(), dicompile.GuidanceReuse(halves="uncond-cond")):
+        assert Policy.from_yaml(policy.to_yaml()) == policy

@@ -235,13 +235,13 @@ def test_a_run_that_begins_in_the_middle_is_planned_from_there(sample: Sample) -
 def waits(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """One entry for every time that a gate waits for the device."""
     found: list[int] = []
-    real = runtime_gate.drift_of
+    real = runtime_gate.numbers_of
 
-    def counted(probe: Tensor, reference: Tensor) -> float:
+    def counted(values: Sequence[Tensor]) -> list[float]:
         found.append(1)
-        return real(probe, reference)
+        return real(values)
 
-    monkeypatch.setattr(runtime_gate, "drift_of", counted)
+    monkeypatch.setattr(runtime_gate, "numbers_of", counted)
     return found
 
 
