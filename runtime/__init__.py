@@ -2,7 +2,7 @@
 
 from dicompile.runtime import kernels, streams
 from dicompile.runtime.clock import SchedulerLink
-from dicompile.runtime.execute import Executor, GatedStep, Step, StepSource
+from dicompile.runtime.execute import Executor
 from dicompile.runtime.graphs import Graphs, recorder_of
 from dicompile.runtime.identify import Signature
 from dicompile.runtime.invariants import Tables
@@ -11,6 +11,7 @@ from dicompile.runtime.owner import Owner, Owners
 from dicompile.runtime.report import CallReport, RunReport
 from dicompile.runtime.rows import Batch
 from dicompile.runtime.session import Session, cache_context, current_session, session
+from dicompile.runtime.steps import GatedStep, Step, StepSource
 from dicompile.runtime.storage import run_calls
 
 __all__ = [

@@ -9,17 +9,15 @@ import contextlib
 import functools
 import logging
 import threading
-from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
 from types import MappingProxyType
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 import torch
 
-from dicompile.errors import StaleRead
-from dicompile.lower import Constant, GatedProgram, Program, Verification
 from dicompile.parked import Parked
-from dicompile.plan import HISTORIC, Aligned, Gate, Plan, Slot, SlotKind, StepPlan, TimestepSchedule, What
+from dicompile.plan import SlotKind, TimestepSchedule, What
 from dicompile.runtime.contexts import ContextState, Sample
 from dicompile.runtime.gate import Anchors, Decision, Drift, decide
 from dicompile.runtime.given import Given
@@ -31,8 +29,9 @@ from dicompile.runtime.owner import Owner
 from dicompile.runtime.report import MIXED, RECALLED, UNCACHED
 from dicompile.runtime.rows import Batch, Group, Part, picked, put_together
 from dicompile.runtime.session import ModelState, Session, current_session
+from dicompile.runtime.split import Ran, Split, grouped, slots_after
+from dicompile.runtime.steps import GatedStep, Step, StepSource, Warmup, gate_of, not_written
 from dicompile.runtime.storage import Lane, SharedSupply, Supply, lane_for, names_of, needed, run_calls
-from dicompile.same import Same
 
 log = logging.getLogger("dicompile")
 
@@ -41,281 +40,6 @@ TOGETHER = threading.RLock()
 
 Load = Callable[..., Doubt | None]
 """Loads what is computed outside of the steps: with or without doubts, for the first time or again."""
-
-
-@dataclass(frozen=True)
-class Step:
-    """A step, ready to run: slots are numbered, and where everything goes is known.
-
-    Attributes:
-        plan: the whole run.
-        index: of the step in it.
-        planned: what the plan says about it.
-        program: what runs.
-        slots: every slot of the plan, in the order of their numbers.
-        reads: number of a slot, register, and whether its content stays for later steps.
-        moves: for every slot number: where its content comes from, the number of a slot or ``~register``; None if
-            nothing is held there after the step.
-        held: bytes that are held after the step.
-        results: register of every output and whether it has to be copied, or the output itself if it is no tensor.
-        stored_copies: registers that are stored, and have to be copied since somebody else may write to them.
-        loads: name and register of what is put there before the first call, besides inputs, slots and numbers.
-        key: equal for steps of which one recording will do, but for numbers and places in memory.
-        anchors: number of a slot, and register, of what the gate compares from full step to full step: the probe, and
-            the model's output. Empty where it compares nothing.
-        verification: what tells, after the program, how far off what it has recalled is, if anything does.
-    """
-
-    plan: Plan
-    index: int
-    planned: StepPlan
-    program: Program
-    slots: tuple[Slot, ...]
-    reads: tuple[tuple[int, int, bool], ...]
-    moves: tuple[int | None, ...]
-    held: int
-    results: tuple[tuple[int, bool] | Constant, ...]
-    stored_copies: tuple[int, ...]
-    loads: tuple[tuple[Hashable, int], ...]
-    key: Same
-    anchors: tuple[tuple[int, int], ...] = ()
-    verification: Verification | None = None
-
-    @classmethod
-    def of(
-        cls,
-        plan: Plan,
-        index: int,
-        program: Program,
-        planned: StepPlan | None = None,
-        verification: Verification | None = None,
-    ) -> Step:
-        """Work out everything that does not depend on values.
-
-        Args:
-            plan: the whole run.
-            index: of the step in it.
-            program: what runs.
-            planned: what the plan says about the step, where it says two things.
-            verification: what tells how far off is what the program recalls.
-
-        Raises:
-            StaleRead: the plan reads what it never holds.
-        """
-        planned, slots = planned or plan.steps[index], plan.slots
-        number = {slot: i for i, slot in enumerate(slots)}
-        for slot, _ in program.reads:
-            if slot not in number:
-                raise _not_written(slot)
-        contents = _contents_after(planned, program)
-        outlasting = {source for source in contents.values() if isinstance(source, Slot)}
-        moves: list[int | None] = [None] * len(slots)
-        for slot, source in contents.items():
-            moves[number[slot]] = number[source] if isinstance(source, Slot) else ~source
-        return cls(
-            plan=plan,
-            index=index,
-            planned=planned,
-            program=program,
-            slots=slots,
-            reads=tuple((number[slot], register, slot in outlasting) for slot, register in program.reads),
-            moves=tuple(moves),
-            held=sum(plan.slot_bytes[slot] for slot in contents),
-            results=tuple(r if isinstance(r, Constant) else (r, r in program.shared_results) for r in program.results),
-            stored_copies=tuple(sorted(program.shared_writes.intersection(~m for m in moves if m is not None))),
-            loads=(
-                *((("invariant", name), register) for name, register in program.invariants),
-                *((("noise", item.site), item.register) for item in program.noise),
-                *((("weights", item.site), item.register) for item in program.weights),
-                *((("predicted", item.block), item.register) for item in program.predicted),
-            ),
-            key=Same((program, tuple(moves), slots)),
-            anchors=tuple(
-                (number[slot], register)
-                for slot, register in sorted(program.writes, key=lambda write: write[0].site != plan.probe)
-                if slot.kind is SlotKind.ANCHOR
-            ),
-            verification=verification,
-        )
-
-    @property
-    def is_led(self) -> bool:
-        """True if a guidance partner may wait for what it returns."""
-        return self.plan.gate is not None and bool(self.plan.gate.leads)
-
-    @property
-    def has_both(self) -> bool:
-        """True if one call has the guidance partner that leads, and the one that follows."""
-        return self.is_led and self.plan.gate is not None and bool(self.plan.gate.halves)
-
-    @property
-    def moved(self) -> frozenset[int]:
-        """Slots that hold after the step what another one held before."""
-        return frozenset(n for n, source in enumerate(self.moves) if source is not None and source != n)
-
-    @property
-    def is_recall(self) -> bool:
-        """True if it does what a gated step does where the probe has drifted little."""
-        return self.planned.full is not None
-
-    @property
-    def kind(self) -> str:
-        """What it does, in one word, for display."""
-        return RECALLED if self.is_recall else self.planned.kind
-
-    def weights(self, site: int, number: int, full: Sequence[int]) -> tuple[float, ...]:
-        """Weights of a site; where a gate recalls, they follow from the steps that really were full; of others 0.
-
-        Args:
-            site: its number.
-            number: of this step in the whole schedule.
-            full: numbers of the full steps before it, the latest first.
-        """
-        planned = self.planned.sites[site].action.weights
-        if not self.is_recall:
-            return planned
-        weights = self.plan.recalls[site].action(full[: len(planned) - 1], number).weights
-        return (*weights, *(0.0,) * (len(planned) - len(weights)))
-
-    @functools.cached_property
-    def does(self) -> Hashable:
-        """Equal for steps, of all plans of one model, that compute the same function of inputs and slots."""
-        ints = [(item, self.planned.sites[item.site]) for item in self.program.ints]
-        counts = tuple(
-            site.action.tokens.count if item.is_count and site.action.tokens else site.clock for item, site in ints
-        )
-        return Same((self.planned.signature, counts))
-
-    @functools.cached_property
-    def is_repeatable(self) -> bool:
-        """True if it takes no slot's content for the last time, so that running it twice holds no more memory."""
-        return all(stays for _, _, stays in self.reads)
-
-    def outputs(self, registers: Sequence[Any]) -> list[Any]:
-        """What the model returns; copies where slots may lie in the same memory."""
-        return [
-            r.value if isinstance(r, Constant) else registers[r[0]].clone() if r[1] else registers[r[0]]
-            for r in self.results
-        ]
-
-    def chosen(self, registers: Sequence[Any]) -> dict[int, torch.Tensor]:
-        """Tokens that sites refreshed."""
-        return {int(site): registers[register] for site, register in self.program.chosen}
-
-    def contents(self, registers: list[Any], old: Sequence[torch.Tensor | None]) -> list[torch.Tensor | None]:
-        """Slots after the step: fresh tensors are the new entries, and what no later step reads is dropped."""
-        for register in self.stored_copies:
-            registers[register] = registers[register].clone()
-        return [None if source is None else registers[~source] if source < 0 else old[source] for source in self.moves]
-
-
-@dataclass(frozen=True)
-class GatedStep:
-    """A step of which a gate decides in the middle what it does; both ways go on with the same registers.
-
-    Attributes:
-        program: what runs before the gate decides.
-        recalled: how it goes on where the probe has drifted little.
-        full: how it goes on otherwise.
-        probe: number of the slot of the probe, and the register of its value; None where none is watched.
-        trace: numbers of the slots of a trace, newest first, and the register of its value, where values are recalled
-            by it.
-        aligned: how.
-    """
-
-    program: Program
-    recalled: Step
-    full: Step
-    probe: tuple[int, int] | None
-    trace: tuple[tuple[int, ...], int] = ((), 0)
-    aligned: Aligned | None = None
-
-    @classmethod
-    def of(cls, plan: Plan, index: int, programs: GatedProgram) -> GatedStep:
-        """Work out everything that does not depend on values."""
-        planned, watched = plan.steps[index], programs.watched
-        recalled = Step.of(plan, index, programs.recalled, verification=programs.verification)
-        full = Step.of(plan, index, programs.full, planned.full)
-        number = {slot: i for i, slot in enumerate(plan.slots)}
-        probe = next(((number[slot], register) for slot, register in watched[:1]), None)
-        trace = next(
-            ((tuple(number[read] for read in planned.sites[slot.site].reads), value) for slot, value in watched[1:]),
-            ((), 0),
-        )
-        aligned = next((recall for recall in plan.recalls.values() if isinstance(recall, Aligned)), None)
-        return cls(programs.before, recalled, full, probe, trace, aligned)
-
-
-@dataclass(frozen=True)
-class Split:
-    """A step of which some rows do something else than others.
-
-    Attributes:
-        step: as it is for all rows.
-        groups: rows that do the same; a guidance half that leads before the one that follows it.
-        hoisted: what is computed outside of the steps, for all rows, by name.
-        is_paired: both guidance halves have the same latents, where one call has both.
-    """
-
-    step: GatedStep
-    groups: tuple[Group, ...]
-    hoisted: Mapping[str, Any]
-    is_paired: bool
-
-
-@dataclass(frozen=True)
-class Ran:
-    """What some rows have left.
-
-    Attributes:
-        group: which rows.
-        step: what they did, as it is planned for all rows.
-        results: of the model.
-        contents: by the number of a slot, what was stored.
-        left: what a guidance half that follows reads, where this one leads.
-        fetched: bytes of weights that were brought for it.
-    """
-
-    group: Group
-    step: Step
-    results: list[Any]
-    contents: Mapping[int, torch.Tensor]
-    left: torch.Tensor | None
-    fetched: int
-
-
-class StepSource(Protocol):
-    """Plans and steps by schedule; made on demand."""
-
-    def plan(self, schedule: TimestepSchedule) -> Plan:
-        """The plan for a schedule."""
-        ...
-
-    def step(self, schedule: TimestepSchedule, index: int) -> Step | GatedStep:
-        """What to run at a step."""
-        ...
-
-    def planned_for_others(self, plan: Plan, index: int) -> Step | GatedStep:
-        """What to run at a step that was planned for the same model with other sizes."""
-        ...
-
-    @property
-    def trials(self) -> Mapping[str, Step]:
-        """What is tried beside every step that is watched, by kind of reuse."""
-        ...
-
-
-class Warmup(Protocol):
-    """What runs while steps are compiled."""
-
-    @property
-    def uncached(self) -> Step:
-        """A step that computes everything and stores nothing."""
-        ...
-
-    def is_ready(self, schedule: TimestepSchedule) -> bool:
-        """True if every step of a run is compiled; asks for it otherwise."""
-        ...
 
 
 class Executor:
@@ -420,7 +144,7 @@ class Executor:
         registers: list[Any] = [*inputs, *[None] * (step.program.registers - len(inputs))]
         try:
             supply = _supply_of(registers, step)
-            if batch is not None and context is not None and (gate := _gate_of(step)) is not None:
+            if batch is not None and context is not None and (gate := gate_of(step)) is not None:
                 context.split(batch.rows, batch.rows if gate.leads else gate.unit)
             partner, call = self._partner(state, place, step), (owner, state, place)
             is_paired = partner is not None or self._has_both(place, step)
@@ -466,7 +190,7 @@ class Executor:
     @staticmethod
     def _partner(state: ModelState, place: Place, step: Step | GatedStep) -> torch.Tensor | None:
         """What the guidance partner after whom this call may recall has returned at this step, if it was there."""
-        gate = _gate_of(step)
+        gate = gate_of(step)
         if gate is None or not gate.leads or gate.halves or place.context is None or place.call.latent is None:
             return None
         latent, found = Given.of(place.call.latent), []
@@ -499,7 +223,7 @@ class Executor:
             assert place.batch is not None
             lead, other = map(tuple, gate.leading(place.batch.rows))
             return Group(context.samples, recalls=False, rows=lead), Group(context.samples, recalls=True, rows=other)
-        return _groups(context.samples, [decision.recalls for decision in decisions], step, gate)
+        return grouped(context.samples, [decision.recalls for decision in decisions], step, gate)
 
     def _run_to_probe(
         self,
@@ -534,7 +258,7 @@ class Executor:
 
         def rows(value: torch.Tensor | None, slot: int, sample: Sample) -> torch.Tensor:
             if value is None:
-                raise _not_written(step.full.slots[slot])
+                raise not_written(step.full.slots[slot])
             return value if batch is None else batch.picked(value, sample.rows)
 
         known = state.decided_at(place.step) if gate.partners == "first" else None
@@ -558,7 +282,7 @@ class Executor:
     @staticmethod
     def _has_both(place: Place, step: Step | GatedStep) -> bool:
         """True if the call has both guidance halves, of the same latents; waits for the device where it may have."""
-        gate, latent = _gate_of(step), place.call.latent
+        gate, latent = gate_of(step), place.call.latent
         if gate is None or not (gate.leads and gate.halves) or latent is None or place.context is None:
             return False
         return bool(torch.equal(*latent.chunk(2)))
@@ -597,7 +321,7 @@ class Executor:
             self._keep(state, place, context, ended, is_paired=split.is_paired)
         else:
             ended = [(sample, one.step) for one in ran for sample in one.group.samples]
-            context.store, copied = _stored(ran, context.store, batch)
+            context.store, copied = slots_after(ran, context.store, batch)
             self._keep(state, place, context, ended, copied=copied)
         is_mixed = not step.full.is_led and len({one.group.recalls for one in ran}) > 1
         state.report.count(MIXED if is_mixed else RECALLED, state.cache_bytes, sum(one.fetched for one in ran))
@@ -823,7 +547,7 @@ class Executor:
         for number, register, stays in reads:
             content = missing[number] if number in missing else store[number] if store else None
             if content is None:
-                raise _not_written(step.slots[number])
+                raise not_written(step.slots[number])
             found.append((number, register, content, stays))
         return found
 
@@ -956,26 +680,6 @@ def _end(state: ModelState, policy: str) -> None:
         log.warning("nothing was reused in a whole run: %s", state.report)
 
 
-def _gate_of(step: Step | GatedStep) -> Gate | None:
-    return (step.full if isinstance(step, GatedStep) else step).plan.gate
-
-
-def _groups(samples: Sequence[Sample], recalls: Sequence[bool], step: GatedStep, gate: Gate) -> tuple[Group, ...]:
-    """Samples that do the same: that compute, or recall with the same weights, and are verified or not."""
-    found: dict[Hashable, list[Sample]] = {}
-    for sample, is_recall in zip(samples, recalls, strict=True):
-        key: Hashable = None
-        if is_recall:
-            drift = sample.drift
-            weights = id(sample) if step.aligned is not None else drift.full if step.recalled.program.weights else ()
-            key = weights, gate.is_verified(drift.run, drift.recalled)
-        found.setdefault((is_recall, key), []).append(sample)
-    return tuple(
-        Group(tuple(alike), is_recall, tuple(sorted(row for sample in alike for row in sample.rows or ())) or None)
-        for (is_recall, _), alike in cast("dict[tuple[bool, object], list[Sample]]", found).items()
-    )
-
-
 def _take_difference(step: Step, store: list[torch.Tensor | None], output: torch.Tensor) -> None:
     """Store what one guidance half of an output differs by from the other, in the place of the whole output.
 
@@ -984,36 +688,6 @@ def _take_difference(step: Step, store: list[torch.Tensor | None], output: torch
     for number, slot in enumerate(step.slots):
         if slot.kind is SlotKind.VALUE and step.planned.sites[slot.site].action.what is What.DIFFERENCE:
             store[number] = None if store[number] is None else output - output.roll(len(output) // 2, 0)
-
-
-def _stored(
-    ran: Sequence[Ran], before: Sequence[torch.Tensor | None], batch: Batch
-) -> tuple[list[torch.Tensor | None], set[int]]:
-    """Slots after a step of which some rows did something else than others, and those that are put together anew."""
-    store, copied = list[torch.Tensor | None](), set[int]()
-    for number, sources in enumerate(zip(*(one.step.moves for one in ran), strict=True)):
-        source = sources[0]
-        if source is None or (source >= 0 and set(sources) == {source}):
-            store.append(None if source is None else before[source])
-            continue
-        values = [
-            one.contents[number] if source < 0 else _rows_of(before[source], one.group, batch)
-            for one, source in zip(ran, sources, strict=True)
-        ]
-        if all(value is None for value in values):
-            store.append(None)
-            continue
-        store.append(put_together([(one.group.rows or (), v) for one, v in zip(ran, values, strict=True)], batch.rows))
-        copied.add(number)
-    return store, copied
-
-
-def _rows_of(whole: torch.Tensor | None, group: Group, batch: Batch) -> torch.Tensor | None:
-    return None if whole is None else batch.picked(whole, group.rows)
-
-
-def _not_written(slot: Slot) -> StaleRead:
-    return StaleRead(f"slot {slot} was not written", where="runtime", fix="report this")
 
 
 @functools.lru_cache(maxsize=1024)
@@ -1040,14 +714,3 @@ def _supply_of(registers: Sequence[Any], step: Step | GatedStep) -> Supply | Non
     reads = (names_of([registers[i] for i in call]) for call in needed(step.program, registers))
     told = f"this rank: step {step.index + 1} of {len(step.plan.steps)} of policy {step.plan.policy}"
     return SharedSupply(home.sharding, "\n".join([kinds, *reads]), told)
-
-
-def _contents_after(planned: StepPlan, program: Program) -> dict[Slot, Slot | int]:
-    """For every slot that the plan keeps after a step: the slot that has its content before, or the register."""
-    contents: dict[Slot, Slot | int] = {slot: slot for slot in planned.live}
-    for slot, register in program.writes:
-        if slot.kind in HISTORIC:
-            for age in range(planned.sites[slot.site].history, 0, -1):
-                contents[Slot.of(slot.site, slot.kind, age)] = Slot.of(slot.site, slot.kind, age - 1)
-        contents[slot] = register
-    return {slot: source for slot, source in contents.items() if slot in planned.live}

@@ -31,7 +31,7 @@ from dicompile.runtime.storage import run_calls
 
 if TYPE_CHECKING:
     from dicompile.runtime.contexts import ContextState
-    from dicompile.runtime.execute import Step
+    from dicompile.runtime.steps import Step
 
 log = logging.getLogger("dicompile")
 

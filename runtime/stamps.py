@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 class Stepped(Protocol):
-    """What the check has to know of a step; see `dicompile.runtime.execute.Step`."""
+    """What the check has to know of a step; see `dicompile.runtime.steps.Step`."""
 
     @property
     def plan(self) -> Plan:
