@@ -1,0 +1,203 @@
+"""What two processes of a gloo group do with models whose layers tensor parallelism has divided, each case by name."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from diffusers import ContextParallelConfig, FlowMatchEulerDiscreteScheduler, TensorParallelConfig
+from diffusers.hooks import tensor_parallel
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Replicate, Shard
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, SequenceParallel, parallelize_module
+
+import dicompile
+from dicompile import FORA, ClusCa, FirstBlockCache, Policy, ToCaFlux
+from tests.parallel.ranks import RANKS, STEPS, begin, cached, counted, do
+from tests.pipelines.pipes import PIPELINES, Sampler, flux_transformer
+
+POLICY = FORA(interval=2)
+
+
+def divide(model: Any) -> None:
+    """As diffusers does it on other devices than a CPU."""
+    with mock.patch.object(tensor_parallel, "_SUPPORTED_TP_DEVICES", ("cpu",)):
+        model.enable_parallelism(config=TensorParallelConfig(tp_degree=RANKS))
+
+
+def divided(name: str) -> Sampler:
+    sampler = PIPELINES[name]()
+    divide(sampler.denoisers[0])
+    return sampler
+
+
+def of_layers(name: str, policy: Policy | str) -> Callable[[int], Any]:
+    """Latents of two runs, the exchanges of each step of the second, and what has been planned."""
+
+    def case(_: int) -> Any:
+        sampler = cached(divided(name), policy)
+        first = sampler(STEPS)
+        again, counts = counted(sampler)
+        return first, again, counts, str(dicompile.plan_of(sampler.denoisers[0]))
+
+    return case
+
+
+def given_back(_: int) -> Any:
+    """Latents without caching, by torch's own hooks, before and after; and with it, of edited weights, too."""
+    sampler = divided("flux")
+    model, plain = sampler.denoisers[0], sampler(STEPS)
+    weights = dict(model.named_parameters())
+    cached(sampler, POLICY)
+    found = sampler(STEPS)
+    dicompile.disable(sampler.pipe)
+    disabled = sampler(STEPS)
+    dicompile.enable(sampler.pipe)
+    layer = model.transformer_blocks[0].ff.net[2]
+    layer.weight.to_local().mul_(-1)
+    edited = sampler(STEPS)
+    layer.weight = nn.Parameter(-layer.weight)
+    replaced = sampler(STEPS)
+    layer.weight = weights["transformer_blocks.0.ff.net.2.weight"]
+    layer.weight.to_local().mul_(-1)
+    frames = len(sampler.denoisers[0].frames)
+    assert dicompile.restore(sampler.pipe).transformer is model
+    is_same = all(weight is weights[name] for name, weight in model.named_parameters())
+    return plain, disabled, sampler(STEPS), found, edited, replaced, frames, is_same
+
+
+def afterwards(_: int) -> Any:
+    """A model that is optimized already."""
+    sampler = cached(PIPELINES["flux"](), POLICY)
+    sampler(STEPS)
+    divide(sampler.denoisers[0])
+    return sampler(STEPS)
+
+
+def refused(make: Callable[[nn.Module], Any], policy: Policy | str = POLICY, **options: Any) -> Callable[[int], Any]:
+    def case(_: int) -> Any:
+        model = flux_transformer()
+        make(model)
+        return dicompile.optimize(model, policy, schedule=FlowMatchEulerDiscreteScheduler(), **options)
+
+    return case
+
+
+def laid_out(path: str, style: Any) -> Callable[[nn.Module], Any]:
+    return lambda model: parallelize_module(model, init_device_mesh("cpu", (RANKS,)), {path: style})
+
+
+def by_fsdp_as_well(model: nn.Module) -> None:
+    divide(model)
+    fully_shard(model.proj_out)
+
+
+def by_tokens_as_well(model: nn.Module) -> None:
+    for part, plan in tensor_parallel._resolve_tp_plan(model, model._tp_plan):  # type: ignore[arg-type]
+        parallelize_module(part, init_device_mesh("cpu", (RANKS,)), tensor_parallel._styles(plan))
+    model.enable_parallelism(config=ContextParallelConfig(ulysses_degree=RANKS))  # type: ignore[operator]
+
+
+def over_other_ranks(model: nn.Module) -> None:
+    laid_out("x_embedder", ColwiseParallel())(model)
+    parallelize_module(model, init_device_mesh("cpu", (RANKS, 1), mesh_dim_names=("a", "b"))["b"],
+                       {"context_embedder": ColwiseParallel()})  # fmt: skip
+
+
+def of_different_policies(rank: int) -> Any:
+    return cached(divided("flux"), FORA(interval=2 + rank))(STEPS)
+
+
+def calibrated(_: int) -> Any:
+    sampler = cached(divided("flux"), POLICY)
+    with dicompile.calibrate(sampler.pipe):
+        return sampler(STEPS)
+
+
+def bare(_: int) -> Any:
+    model = flux_transformer()
+    divide(model)
+    options = {"policy": POLICY, "steps": STEPS, "mode": "eager"}
+    ids = {"img_ids": torch.zeros(16, 3), "txt_ids": torch.zeros(6, 3), "guidance": torch.ones(1)}
+    with torch.no_grad():
+        return torch.compile(model, backend="dicache", options=options)(
+            torch.zeros(1, 16, 16), timestep=torch.ones(1), encoder_hidden_states=torch.zeros(1, 6, 24),
+            pooled_projections=torch.zeros(1, 40), return_dict=False, **ids,
+        )[0]  # fmt: skip
+
+
+def compiled(_: int) -> Any:
+    """Operator by operator, and compiled."""
+    sampler = cached(divided("flux"), POLICY)
+    wanted = sampler(STEPS)
+    sampler = divided("flux")
+    dicompile.optimize(sampler.pipe, POLICY)
+    first = sampler(STEPS)
+    return wanted, first, *counted(sampler)
+
+
+RUNS: dict[str, tuple[str, Policy | str]] = {
+    "flux, fora": ("flux", POLICY),
+    "flux, toca": ("flux", "toca"),
+}
+LATER_RUNS: dict[str, tuple[str, Policy | str]] = {
+    "qwen image, fora": ("qwen image", POLICY),
+    "flux, duca": ("flux", "duca"),
+    **{f"flux, {base}": ("flux", ToCaFlux(interval=3, score=base, ratio=0.4))
+       for base in ("value-norm", "key-norm", "norm", "similarity", "random")},
+}  # fmt: skip
+
+CASES: dict[str, Callable[[int], Any]] = {
+    **{name: of_layers(*run) for name, run in RUNS.items()},
+    "given back": given_back,
+    "different policies": of_different_policies,
+    "gathered": refused(laid_out("proj_out", ColwiseParallel(output_layouts=Replicate()))),
+    "scattered": refused(laid_out("proj_out", RowwiseParallel(output_layouts=Shard(1)))),
+    "normalised": refused(laid_out("norm_out.norm", SequenceParallel())),
+    "sharded": refused(by_fsdp_as_well),
+    "tokens": refused(by_tokens_as_well),
+    "other ranks": refused(over_other_ranks),
+}
+LATER: dict[str, Callable[[int], Any]] = {
+    **{name: of_layers(*run) for name, run in LATER_RUNS.items()},
+    "afterwards": afterwards,
+    "gate": lambda _: cached(divided("flux"), FirstBlockCache(threshold=0.1))(STEPS),
+    "clusters": lambda _: cached(divided("flux"), ClusCa(clusters=4))(STEPS),
+    "calibrated": calibrated,
+    "bare": bare,
+    "compiled": compiled,
+}
+
+
+def work(rank: int, folder: str, names: Sequence[str]) -> None:
+    """Run cases on one rank, and write what each returned, or the error that it raised."""
+    do(rank, folder, {name: {**CASES, **LATER}[name] for name in names})
+
+
+def die(rank: int, folder: str, names: Sequence[str]) -> None:
+    """Rank 1 dies in the middle of a run; rank 0 writes what it was told."""
+    begin(rank, folder)
+    sampler = cached(divided("flux"), POLICY)
+
+    def leave(pipe: Any, step: int, timestep: Any, values: dict[str, Any]) -> dict[str, Any]:
+        if rank == 1 and step == 1:
+            os._exit(0)
+        return values
+
+    try:
+        sampler(STEPS, callback_on_step_end=leave)
+    except RuntimeError as error:
+        (Path(folder) / "told").write_text(str(error))
+    os._exit(0)
+
+
+def one(run: tuple[str, Policy | str]) -> Tensor:
+    """The same run on one rank."""
+    name, policy = run
+    return cached(PIPELINES[name](), policy)(STEPS)
