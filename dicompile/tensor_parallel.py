@@ -23,7 +23,7 @@ from dicompile.compat import hook_of_layer, local_part
 from dicompile.ops.collectives import sum_over_ranks
 from dicompile.sharded import sharded_weights
 
-HOOKS = ("_forward_pre_hooks", "_forward_hooks")
+HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 """Where a module keeps what runs in front of its forward and behind it."""
 
 

@@ -336,10 +336,12 @@ class Pins:
     Attributes:
         tensors: of the module, as they were found.
         homes: number and home of those that are elsewhere.
+        divided: numbers of those that are what a rank has of a weight.
     """
 
     tensors: list[Tensor]
     homes: tuple[tuple[int, Home], ...]
+    divided: tuple[int, ...]
     _places: tuple[list[Any], list[Any], list[Any]]
     _numbers: tuple[list[Any], list[Any], list[Any]]
     _computed: list[tuple[Callable[[], Any], Any]]
@@ -362,10 +364,14 @@ class Pins:
     def hold(self) -> list[Tensor] | None:
         """The module's tensors, if everything lies where it lay, and they are as they were but for their values."""
         try:
-            tensors: list[Any] | None = list(map(getitem, self._tensors_in, self._tensor_keys)) if self._lie() else None
+            if not self._lie():
+                return None
+            tensors: list[Any] = list(map(getitem, self._tensors_in, self._tensor_keys))
+            for i in self.divided:
+                tensors[i] = local_part(tensors[i])
         except (KeyError, IndexError, AttributeError):
             return None
-        if tensors is None or any(tensors[i] is not tensors[j] for i, j in self._same):
+        if any(tensors[i] is not tensors[j] for i, j in self._same):
             return None
         unique = [tensors[i] for i in self._unique] if self._same else tensors
         return tensors if self._check(*unique) else None
@@ -525,10 +531,9 @@ class Walk:
         """Everything that was found on the way."""
         places, homes = [], self._homes
         for path in paths:
-            container, key = _place_of(self.value(path.parent), *path.links[-1])
-            self._places.pop((id(container), key), None)  # its value may differ, and so may the tensor itself
-            is_local = is_divided(container[key]) and id(container[key]) not in homes
-            places.append((_LocalParts(container) if is_local else container, key))
+            place = _place_of(self.value(path.parent), *path.links[-1])
+            places.append(place)
+            self._places.pop((id(place[0]), place[1]), None)  # its value may differ, and so may the tensor itself
         hooks = [vars(module)[name] for module in modules for name in HOOKS]
         for own in (vars(module) for module in modules if "forward" in vars(module)):
             self._at(own, "forward")  # where others bring its weights, somebody has to look anew
@@ -536,6 +541,7 @@ class Walk:
         return Pins(
             tensors=tensors,
             homes=tuple((i, homes[id(tensor)]) for i, tensor in enumerate(tensors) if id(tensor) in homes),
+            divided=tuple(i for i, (at, key) in enumerate(places) if tensors[i] is not at[key] and is_divided(at[key])),
             _places=_columns(place for place in self._places.values() if _is_equal_to_itself_alone(place[2])),
             _numbers=_columns(place for place in self._places.values() if not _is_equal_to_itself_alone(place[2])),
             _computed=[(find, value) for find, value in self._computed if not isinstance(value, Tensor)],
@@ -556,16 +562,6 @@ class _Attributes:
 
     def __getitem__(self, name: str) -> Any:
         return getattr(self.of, name)
-
-
-@dataclass(frozen=True, slots=True)
-class _LocalParts:
-    """What a rank has of the weights in a dictionary, as items."""
-
-    of: Any
-
-    def __getitem__(self, name: str) -> Tensor:
-        return local_part(self.of[name])
 
 
 def _place_of(parent: Any, by: By, key: Any) -> tuple[Any, Any]:

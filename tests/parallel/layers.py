@@ -6,12 +6,11 @@ import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
-from diffusers import ContextParallelConfig, FlowMatchEulerDiscreteScheduler, TensorParallelConfig
+from diffusers import ContextParallelConfig, FlowMatchEulerDiscreteScheduler
 from diffusers.hooks import tensor_parallel
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Replicate, Shard
@@ -19,34 +18,14 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 
 import dicompile
 from dicompile import FORA, ClusCa, FirstBlockCache, Policy, ToCaFlux
-from tests.parallel.ranks import RANKS, STEPS, begin, cached, counted, do
-from tests.pipelines.pipes import PIPELINES, Sampler, flux_transformer
+from tests.parallel.ranks import RANKS, STEPS, begin, cached, divide, divided, do, twice
+from tests.pipelines.pipes import flux_transformer
 
 POLICY = FORA(interval=2)
 
 
-def divide(model: Any) -> None:
-    """As diffusers does it on other devices than a CPU."""
-    with mock.patch.object(tensor_parallel, "_SUPPORTED_TP_DEVICES", ("cpu",)):
-        model.enable_parallelism(config=TensorParallelConfig(tp_degree=RANKS))
-
-
-def divided(name: str) -> Sampler:
-    sampler = PIPELINES[name]()
-    divide(sampler.denoisers[0])
-    return sampler
-
-
 def of_layers(name: str, policy: Policy | str) -> Callable[[int], Any]:
-    """Latents of two runs, the exchanges of each step of the second, and what has been planned."""
-
-    def case(_: int) -> Any:
-        sampler = cached(divided(name), policy)
-        first = sampler(STEPS)
-        again, counts = counted(sampler)
-        return first, again, counts, str(dicompile.plan_of(sampler.denoisers[0]))
-
-    return case
+    return lambda _: twice(cached(divided(name), policy))
 
 
 def given_back(_: int) -> Any:
@@ -60,24 +39,18 @@ def given_back(_: int) -> Any:
     disabled = sampler(STEPS)
     dicompile.enable(sampler.pipe)
     layer = model.transformer_blocks[0].ff.net[2]
-    layer.weight.to_local().mul_(-1)
+    with torch.no_grad():
+        layer.weight.mul_(-1)
     edited = sampler(STEPS)
     layer.weight = nn.Parameter(-layer.weight)
     replaced = sampler(STEPS)
     layer.weight = weights["transformer_blocks.0.ff.net.2.weight"]
-    layer.weight.to_local().mul_(-1)
+    with torch.no_grad():
+        layer.weight.mul_(-1)
     frames = len(sampler.denoisers[0].frames)
     assert dicompile.restore(sampler.pipe).transformer is model
     is_same = all(weight is weights[name] for name, weight in model.named_parameters())
     return plain, disabled, sampler(STEPS), found, edited, replaced, frames, is_same
-
-
-def afterwards(_: int) -> Any:
-    """A model that is optimized already."""
-    sampler = cached(PIPELINES["flux"](), POLICY)
-    sampler(STEPS)
-    divide(sampler.denoisers[0])
-    return sampler(STEPS)
 
 
 def refused(make: Callable[[nn.Module], Any], policy: Policy | str = POLICY, **options: Any) -> Callable[[int], Any]:
@@ -132,29 +105,33 @@ def bare(_: int) -> Any:
         )[0]  # fmt: skip
 
 
-def compiled(_: int) -> Any:
-    """Operator by operator, and compiled."""
-    sampler = cached(divided("flux"), POLICY)
-    wanted = sampler(STEPS)
-    sampler = divided("flux")
-    dicompile.optimize(sampler.pipe, POLICY)
-    first = sampler(STEPS)
-    return wanted, first, *counted(sampler)
-
-
 RUNS: dict[str, tuple[str, Policy | str]] = {
     "flux, fora": ("flux", POLICY),
     "flux, toca": ("flux", "toca"),
-}
-LATER_RUNS: dict[str, tuple[str, Policy | str]] = {
     "qwen image, fora": ("qwen image", POLICY),
     "flux, duca": ("flux", "duca"),
     **{f"flux, {base}": ("flux", ToCaFlux(interval=3, score=base, ratio=0.4))
        for base in ("value-norm", "key-norm", "norm", "similarity", "random")},
 }  # fmt: skip
+COMPILED = "flux, fora", "flux, toca"
+
+
+def compiled(name: str) -> Callable[[int], Any]:
+    """A run of a table, operator by operator and compiled."""
+    pipeline, policy = RUNS[name]
+
+    def case(_: int) -> Any:
+        wanted = twice(cached(divided(pipeline), policy))
+        sampler = divided(pipeline)
+        dicompile.optimize(sampler.pipe, policy)
+        return wanted, twice(sampler)
+
+    return case
+
 
 CASES: dict[str, Callable[[int], Any]] = {
     **{name: of_layers(*run) for name, run in RUNS.items()},
+    **{f"compiled {name}": compiled(name) for name in COMPILED},
     "given back": given_back,
     "different policies": of_different_policies,
     "gathered": refused(laid_out("proj_out", ColwiseParallel(output_layouts=Replicate()))),
@@ -163,21 +140,16 @@ CASES: dict[str, Callable[[int], Any]] = {
     "sharded": refused(by_fsdp_as_well),
     "tokens": refused(by_tokens_as_well),
     "other ranks": refused(over_other_ranks),
-}
-LATER: dict[str, Callable[[int], Any]] = {
-    **{name: of_layers(*run) for name, run in LATER_RUNS.items()},
-    "afterwards": afterwards,
     "gate": lambda _: cached(divided("flux"), FirstBlockCache(threshold=0.1))(STEPS),
     "clusters": lambda _: cached(divided("flux"), ClusCa(clusters=4))(STEPS),
     "calibrated": calibrated,
     "bare": bare,
-    "compiled": compiled,
 }
 
 
 def work(rank: int, folder: str, names: Sequence[str]) -> None:
     """Run cases on one rank, and write what each returned, or the error that it raised."""
-    do(rank, folder, {name: {**CASES, **LATER}[name] for name in names})
+    do(rank, folder, {name: CASES[name] for name in names})
 
 
 def die(rank: int, folder: str, names: Sequence[str]) -> None:
@@ -195,9 +167,3 @@ def die(rank: int, folder: str, names: Sequence[str]) -> None:
     except RuntimeError as error:
         (Path(folder) / "told").write_text(str(error))
     os._exit(0)
-
-
-def one(run: tuple[str, Policy | str]) -> Tensor:
-    """The same run on one rank."""
-    name, policy = run
-    return cached(PIPELINES[name](), policy)(STEPS)

@@ -105,7 +105,7 @@ def test_weights_of_all_kinds_are_put_together_in_one_exchange(folder: Path) -> 
     ("calibrated", UnsupportedParallelism, "every rank records its own samples"),
     ("different policies", PlansDiffer, "take different steps"),
     ("parts of tokens", UnsupportedModel, "model.enable_parallelism"),
-    ("split heads", UnsupportedModel, "sharded by tensor parallelism"),
+    ("split heads", UnsupportedModel, "divided by tensor parallelism, and its weights sharded by FSDP"),
     ("first", UnsupportedModel, "sharded by the first FSDP"),
     ("other ranks", UnsupportedModel, "are sharded over different ranks"),
     ("offloaded", UnsupportedModel, "some weights of FSDPPlainDiT are sharded by FSDP, and others offloaded"),
