@@ -85,7 +85,8 @@ def local_part(weight: Any) -> Tensor:
 def hook_of_layer(hook: Any) -> tuple[Any, Any] | None:
     """What a hook of ``distribute_module`` calls, and the mesh; None for any other hook.
 
-    The hook is a lambda, whose variables are looked at (torch 2.11 to 2.14).
+    The hook is a lambda, whose variables are looked at (torch 2.13 and 2.14.1). Of others nothing is known,
+    and its layer is refused by name.
     """
     if getattr(hook, "__module__", None) != "torch.distributed.tensor._api" or not isinstance(hook, types.FunctionType):
         return None

@@ -22,15 +22,18 @@ from torch.distributed.tensor.parallel import (
 )
 
 import dicompile
+from dicompile.analysis import analyse
 from dicompile.capture import members
 from dicompile.capture.arguments import Arguments
 from dicompile.capture.call import capture_functional
 from dicompile.capture.guards import Guards, Pins
 from dicompile.compat import local_part
 from dicompile.errors import UnsupportedModel
+from dicompile.offload import check_whole
 from dicompile.parked import seen_as, uncovered
 from dicompile.tensor_parallel import HOOKS, SumOverRanks, divided_layers
 from tests.models import redraw
+from tests.passes.segments import Attention, chain
 
 
 @pytest.fixture(autouse=True)
@@ -150,6 +153,27 @@ def test_blocks_of_one_kind_are_captured_once() -> None:
     ):
         capture_functional(model, Arguments.of((X,), {}))
     assert captured.call_count == 1
+
+
+def test_attention_in_front_of_a_sum_has_heads_on_every_rank() -> None:
+    model = chain(Attention()).model
+    parallelize_module(model.blocks[0], init_device_mesh("cpu", (1,)), {"proj": RowwiseParallel()})
+    with uncovered(model), mock.patch("torch.distributed.get_world_size", return_value=2):
+        capture = capture_functional(model, Arguments.of((), chain(Attention()).inputs))[1]
+        (site,) = analyse(capture).sites
+    assert site.ranks == 2
+
+
+def test_training_needs_whole_weights() -> None:
+    with pytest.raises(UnsupportedModel, match="layers of Mlp are divided by tensor parallelism"):
+        check_whole(divided(), "training")
+
+
+def test_torch_finds_no_layers_in_an_optimized_model_and_says_so() -> None:
+    model = dicompile.optimize(redraw(Mlp()), "none", schedule=4)
+    with pytest.warns(UserWarning, match="could not be resolved"):
+        parallelize_module(model, init_device_mesh("cpu", (1,)), {"up": ColwiseParallel()})
+    assert not any(isinstance(weight, DTensor) for weight in model.parameters())
 
 
 def divided_module(model: nn.Module) -> None:

@@ -77,6 +77,11 @@ def by_tokens_as_well(model: nn.Module) -> None:
     model.enable_parallelism(config=ContextParallelConfig(ulysses_degree=RANKS))  # type: ignore[operator]
 
 
+def unevenly(model: nn.Module) -> None:
+    model.proj_out = nn.Linear(32, 15)
+    laid_out("proj_out", ColwiseParallel())(model)
+
+
 def over_other_ranks(model: nn.Module) -> None:
     laid_out("x_embedder", ColwiseParallel())(model)
     parallelize_module(model, init_device_mesh("cpu", (RANKS, 1), mesh_dim_names=("a", "b"))["b"],
@@ -137,6 +142,7 @@ CASES: dict[str, Callable[[int], Any]] = {
     "gathered": refused(laid_out("proj_out", ColwiseParallel(output_layouts=Replicate()))),
     "scattered": refused(laid_out("proj_out", RowwiseParallel(output_layouts=Shard(1)))),
     "normalised": refused(laid_out("norm_out.norm", SequenceParallel())),
+    "unevenly": refused(unevenly),
     "sharded": refused(by_fsdp_as_well),
     "tokens": refused(by_tokens_as_well),
     "other ranks": refused(over_other_ranks),

@@ -49,6 +49,7 @@ def test_torch_runs_the_model_as_before_when_it_is_given_back(folder: Path) -> N
     ("gathered", UnsupportedModel, "where: proj_out"),
     ("scattered", UnsupportedModel, "where: proj_out"),
     ("normalised", UnsupportedModel, "it is a LayerNorm, and no linear layer"),
+    ("unevenly", UnsupportedModel, "15 rows or columns are not divided evenly among 2 ranks"),
     ("sharded", UnsupportedModel, "weights sharded by FSDP"),
     ("tokens", UnsupportedModel, "tokens split over ranks"),
     ("other ranks", UnsupportedModel, "divided among different ranks"),
