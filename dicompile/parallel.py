@@ -178,7 +178,7 @@ def check_ranks(kind: str, policy: Policy, *, in_background: bool, is_observed: 
          "choose tokens by scores, of which ranks take the mean, as dicompile.ToCa does"),
         (in_background, 'with warmup="background" a rank caches as soon as its own code is compiled',
          "leave out warmup, and call dicompile.prepare(model) on every rank"),
-        (is_observed, f"every rank records {own}, and would plan other steps",
+        (is_observed, f"a recording holds {own}, and every rank would plan other steps",
          "calibrate on one rank, without parallelism, and load the recording on all of them"),
     )  # fmt: skip
     for is_so, why, fix in reasons:

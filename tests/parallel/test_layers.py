@@ -55,7 +55,7 @@ def test_torch_runs_the_model_as_before_when_it_is_given_back(folder: Path) -> N
     ("other ranks", UnsupportedModel, "divided among different ranks"),
     ("gate", UnsupportedParallelism, "whose last bits may be others on other ranks"),
     ("clusters", UnsupportedParallelism, "clusters tokens by values"),
-    ("calibrated", UnsupportedParallelism, "every rank records values"),
+    ("calibrated", UnsupportedParallelism, "a recording holds values"),
     ("bare", UnsupportedModel, "dicompile.optimize"),
 ])  # fmt: skip
 def test_what_cannot_be_done_is_refused_on_every_rank(

@@ -102,7 +102,7 @@ def test_weights_of_all_kinds_are_put_together_in_one_exchange(folder: Path) -> 
 @pytest.mark.parametrize(("name", "error", "text"), [
     ("gate", UnsupportedParallelism, "decides by the samples of its rank"),
     ("background", UnsupportedParallelism, "as soon as its own code is compiled"),
-    ("calibrated", UnsupportedParallelism, "every rank records its own samples"),
+    ("calibrated", UnsupportedParallelism, "a recording holds the samples of its rank"),
     ("different policies", PlansDiffer, "take different steps"),
     ("parts of tokens", UnsupportedModel, "model.enable_parallelism"),
     ("split heads", UnsupportedModel, "divided by tensor parallelism, and its weights sharded by FSDP"),
