@@ -24,7 +24,7 @@ from dicompile.capture import (
     resized_inputs,
 )
 from dicompile.compiler import ONE_AT_A_TIME, Options, compile_capture
-from dicompile.errors import CannotCapture, InvalidSetting
+from dicompile.errors import CannotCapture, InvalidSetting, UnsupportedModel
 from dicompile.garbage import uncollected
 from dicompile.lower import Backend, Hoist, compile_plainly
 from dicompile.model import MOST_FRAMES
@@ -32,6 +32,7 @@ from dicompile.plan import CacheOptions
 from dicompile.policies import get_policy
 from dicompile.runtime import SchedulerLink
 from dicompile.same import Same
+from dicompile.tensor_parallel import is_divided
 
 log = logging.getLogger("dicompile")
 
@@ -184,6 +185,13 @@ class Specialiser:
 
     @uncollected()
     def _compile(self, key: tuple[object, ...], arguments: Sequence[Any]) -> Callable[..., Any]:
+        if any(map(is_divided, arguments)):
+            raise UnsupportedModel(
+                "layers of the model are divided by tensor parallelism",
+                where="torch.compile(backend='dicache')",
+                why="Dynamo's graph is one of DTensors, whose sums over ranks are no operators of it",
+                fix="dicompile.optimize(model, ...), which computes with what a rank has of every weight",
+            )
         try:
             with torch.no_grad():
                 capture = capture_graph(self.graph, self.names, arguments, self._said())

@@ -50,9 +50,8 @@ from dicompile.lower import (
     table_predictor,
 )
 from dicompile.nodes import results_of
-from dicompile.ops.collectives import groups_of
 from dicompile.ops.flash import check_fits
-from dicompile.parallel import CONTEXT_PARALLEL, check_ranks, check_same_plan
+from dicompile.parallel import check_ranks, check_same_plan, kind_of_ranks
 from dicompile.passes import UP
 from dicompile.plan import (
     UNLIMITED,
@@ -212,8 +211,9 @@ def compile_capture(
     if options.timing is not None:
         options.timing.check(**conditions._asdict())
     options.debug.write("captured", capture)
-    if groups_of(capture.graph):
-        options.check_ranks(CONTEXT_PARALLEL)
+    kind = kind_of_ranks(capture.graph)
+    if kind is not None:
+        options.check_ranks(kind)
     pieces = pieces_of(capture, hoist, options.policy.trunk)
     structure = pieces.structure
     options.debug.write("structure", structure)

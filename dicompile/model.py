@@ -255,11 +255,10 @@ class ModelCalls:
             with progress(f"looking at {type(self.module).__name__}"):
                 with self._looking, uncovered(self.module):
                     store, said = self.options.settings.store, self.options.said
-                    known, pins = known_capture(self.module, arguments, key, store, said, by_running=self._by_running)
+                    known, _ = known_capture(self.module, arguments, key, store, said, by_running=self._by_running)
                     self._require_timestep(known.capture, arguments)
                     resized = self._resized(key, arguments)
-                if homes:
-                    pins = known.captured.guards.found(self.module, homes)
+                pins = known.captured.guards.found(self.module, homes)
                 tensors = known.captured.tensors(pins.given(pins.tensors), arguments)
                 inputs = known.captured.pick(tensors)
                 way = Same((arguments.key, str(known.captured.guards)))

@@ -26,6 +26,7 @@ from dicompile.parked import (
     place_of,
     registry_of,
 )
+from dicompile.tensor_parallel import divided_layers
 
 HOOK_ATTRIBUTES = frozenset({"_hf_hook", "_old_forward", "_diffusers_hook"})
 """Where accelerate keeps the hook of a module, and the forward that it wraps, and diffusers its hooks."""
@@ -107,6 +108,13 @@ def check_whole(module: nn.Module, where: str) -> None:
     Raises:
         UnsupportedModel: some are.
     """
+    if next(divided_layers(module), None) is not None:
+        raise UnsupportedModel(
+            f"layers of {type(module).__name__} are divided by tensor parallelism",
+            where=where,
+            why="gradients would have to be summed over its ranks, too",
+            fix="train on whole weights, without parallelize_module",
+        )
     if homes_of(module):
         raise UnsupportedModel(
             f"the weights of {type(module).__name__} are brought part by part",
@@ -181,6 +189,13 @@ def _check_places(module: nn.Module, homes: Mapping[int, Home]) -> None:
     """Check that all weights are somewhere, and wanted on one device."""
     name = type(module).__name__
     kinds = {home.sharding is None for home in homes.values()}
+    if True in kinds and next(divided_layers(module), None) is not None:
+        raise UnsupportedModel(
+            f"layers of {name} are divided by tensor parallelism, and weights offloaded",
+            where=name,
+            why="what a rank has of a weight would be somewhere else, which nobody has tried",
+            fix="one of them: tensor parallelism leaves a rank a part of every weight",
+        )
     if len(kinds) > 1:
         raise UnsupportedModel(
             f"some weights of {name} are sharded by FSDP, and others offloaded",

@@ -16,11 +16,12 @@ from torch import Tensor, distributed, fx, nn
 
 from dicompile.compat import local_part, process_group
 from dicompile.errors import PlansDiffer, UnsupportedModel, UnsupportedParallelism
-from dicompile.ops.collectives import groups_of
-from dicompile.plan import Plan, Policy
+from dicompile.ops.collectives import find_sum, groups_of
+from dicompile.plan import Plan, Policy, Propagate
 from dicompile.sharded import shard_of, sharded_weights
+from dicompile.tensor_parallel import divided_layers
 
-CONTEXT_PARALLEL, SHARDED = "context-parallel", "sharded"
+CONTEXT_PARALLEL, SHARDED, TENSOR_PARALLEL = "context-parallel", "sharded", "tensor-parallel"
 """Kinds of model whose ranks need each other in every call."""
 
 
@@ -28,15 +29,16 @@ def check_parts(module: nn.Module) -> None:
     """Check that the weights of a module are whole on every rank, or can be gathered, and its attention be captured.
 
     Raises:
-        UnsupportedModel: FSDP has sharded it in a way that is not followed, or tensor parallelism has; or its keys go
-            around in a ring.
+        UnsupportedModel: FSDP or tensor parallelism has divided it in a way that is not followed, or both have; or its
+            keys go around in a ring.
     """
     if not (distributed.is_available() and distributed.is_initialized()):
         return
     _check_first_fsdp(module)
-    _check_shards(module)
     name = type(module).__name__
     config = getattr(getattr(module, "_parallel_config", None), "context_parallel_config", None)
+    _check_layers(module, splits_tokens=config is not None)
+    _check_shards(module)
     if config is not None and (config.ring_degree > 1 or config.ulysses_anything):
         raise UnsupportedModel(
             f"{name} splits tokens by {'ring attention' if config.ring_degree > 1 else 'ulysses_anything'}",
@@ -65,12 +67,14 @@ def _check_shards(module: nn.Module) -> None:
     name, groups = type(module).__name__, set()
     for path, weight, owner in sharded_weights(module):
         place = shard_of(weight)
-        if owner is None or place is None:
+        if owner is None:
+            continue
+        if place is None:
             raise UnsupportedModel(
-                f"the weights of {name} are sharded by tensor parallelism",
+                f"the weights of {name} are sharded by FSDP and divided by tensor parallelism",
                 where=path,
-                why=f"it is a DTensor ({weight.placements}), and the sums over ranks are no operators of the graph",
-                fix="model.enable_parallelism(config=ContextParallelConfig(ulysses_degree=...)) instead",
+                why=f"it is a DTensor that is cut twice ({weight.placements}), which nobody has tried",
+                fix="one of them: fully_shard, or parallelize_module",
             )
         part, kind = local_part(weight), weight.device_mesh.device_type
         if type(part) is not Tensor or part.device.type != kind:
@@ -91,6 +95,37 @@ def _check_shards(module: nn.Module) -> None:
         )
 
 
+def _check_layers(module: nn.Module, *, splits_tokens: bool) -> None:
+    """Check that layers which tensor parallelism has divided are those of `dicompile.tensor_parallel`."""
+    layers = list(divided_layers(module))
+    of_fsdp = any(owner is not None for _, _, owner in sharded_weights(module))
+    ranks = sorted({layer.ranks for layer in layers})
+    name, fix = type(module).__name__, "model.enable_parallelism(config=TensorParallelConfig(...)), or its plan, alone"
+    for layer in layers:
+        if layer.why_not:
+            raise UnsupportedModel(
+                f"a layer of {name} is divided by tensor parallelism in a way that is not followed",
+                where=layer.path or name,
+                why=layer.why_not,
+                fix="ColwiseParallel() and RowwiseParallel() of linear layers, as in model._tp_plan",
+            )
+    if layers and (of_fsdp or splits_tokens):
+        raise UnsupportedModel(
+            f"layers of {name} are divided by tensor parallelism, and its "
+            f"{'weights sharded by FSDP' if of_fsdp else 'tokens split over ranks'}",
+            where=layers[0].path,
+            why="nobody has tried that",
+            fix=fix,
+        )
+    if len(ranks) > 1:
+        raise UnsupportedModel(
+            f"layers of {name} are divided among different ranks",
+            where=" and ".join(f"ranks {', '.join(map(str, some))}" for some in ranks),
+            why="of sums over different ranks, nobody can tell which have equal values",
+            fix=fix,
+        )
+
+
 def settle_hooks(module: nn.Module) -> None:
     """Tell the hooks that split tokens the arguments of a forward now, which they look up when they first run.
 
@@ -105,12 +140,22 @@ def settle_hooks(module: nn.Module) -> None:
                 signature.cached_parameter_indices = {name: i for i, name in enumerate(names)}
 
 
+_ROUNDED = "values whose last bits may be others on other ranks"
+
+
+def kind_of_ranks(graph: fx.Graph) -> str | None:
+    """Why the ranks of a model need each other, as far as its graph tells; None if they do not."""
+    if not groups_of(graph):
+        return None
+    return CONTEXT_PARALLEL if find_sum(graph.nodes) is None else TENSOR_PARALLEL
+
+
 def check_ranks(kind: str, policy: Policy, *, in_background: bool, is_observed: bool) -> None:
     """Check that nothing decides on one rank alone what a step of a model does that needs all ranks.
 
     Args:
-        kind: of the model, "context-parallel", whose ranks have parts of the tokens, or "sharded", of which each has
-            samples of its own.
+        kind: of the model, "context-parallel", whose ranks have parts of the tokens, "sharded", of which each has
+            samples of its own, or "tensor-parallel", all of which compute the same, each with some of the features.
         policy: the caching policy.
         in_background: generations run uncached until this process has compiled its code.
         is_observed: values are recorded, from which a plan will be made.
@@ -118,16 +163,22 @@ def check_ranks(kind: str, policy: Policy, *, in_background: bool, is_observed: 
     Raises:
         UnsupportedParallelism: something does.
     """
-    own = "tokens" if kind == CONTEXT_PARALLEL else "samples"
-    why_not = "was trained for all tokens" if kind == CONTEXT_PARALLEL else "reads weights before the step"
+    own, why_not = {
+        CONTEXT_PARALLEL: ("the tokens of its rank", "was trained for all tokens"),
+        SHARDED: ("the samples of its rank", "reads weights before the step"),
+        TENSOR_PARALLEL: (_ROUNDED, f"chooses by {_ROUNDED}"),
+    }[kind]
+    clusters = kind == TENSOR_PARALLEL and any(isinstance(rule.do, Propagate) for rule in policy.rules)
     reasons = (
-        (policy.gate is not None, f"the gate of policy {policy.name!r} decides by the {own} of its rank",
+        (policy.gate is not None, f"the gate of policy {policy.name!r} decides by {own}",
          "use a policy that is planned ahead, such as dicompile.FORA(interval=3)"),
         (policy.predictor is not None, f"the predictor of policy {policy.name!r} {why_not}",
          "use a policy without one, such as dicompile.FORA(interval=3)"),
+        (clusters, f"policy {policy.name!r} clusters tokens by {own}",
+         "choose tokens by scores, of which ranks take the mean, as dicompile.ToCa does"),
         (in_background, 'with warmup="background" a rank caches as soon as its own code is compiled',
          "leave out warmup, and call dicompile.prepare(model) on every rank"),
-        (is_observed, f"every rank records its own {own}, and would plan other steps",
+        (is_observed, f"a recording holds {own}, and every rank would plan other steps",
          "calibrate on one rank, without parallelism, and load the recording on all of them"),
     )  # fmt: skip
     for is_so, why, fix in reasons:

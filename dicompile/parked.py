@@ -26,7 +26,8 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from dicompile.compat import local_part
-from dicompile.sharded import MARKS, Gathering, Sharding, seen_as, shardings_of
+from dicompile.sharded import MARKS, Gathering, Sharding, casts_of, shardings_of
+from dicompile.tensor_parallel import HOOKS, is_divided, of_one_rank
 
 GROUP = "group_offloading"
 OF_GROUPS = frozenset({GROUP, "lazy_prefetch_group_offloading", "layer_execution_tracker"})
@@ -40,9 +41,6 @@ _FORWARDS = ("forward", "_old_forward")
 
 HOOKED = frozenset({*_FORWARDS, "_hf_hook", "_diffusers_hook", *MARKS})
 """Attributes of a module that has hooks of accelerate, diffusers or FSDP."""
-
-HOOKS = ("_forward_hooks", "_forward_pre_hooks")
-"""Where a module keeps what runs around its forward; without gradients nothing else does."""
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -261,9 +259,10 @@ def uncovered(module: nn.Module) -> Iterator[None]:
     with contextlib.ExitStack() as undo:
         for part in module.modules():
             _show_forward(part, undo)
-            _hide_sharding(part, undo)
+            _hide_hooks(part, undo)
             for tensors in (part._parameters, part._buffers) if homes else ():
                 _show_tensors(tensors, homes, mode, fakes, undo)
+            _show_parts(part._parameters, homes, undo)
         yield
 
 
@@ -280,17 +279,32 @@ def _show_forward(part: nn.Module, undo: contextlib.ExitStack) -> None:
     undo.callback(own.update, kept)
 
 
-def _hide_sharding(part: nn.Module, undo: contextlib.ExitStack) -> None:
+def _hide_hooks(part: nn.Module, undo: contextlib.ExitStack) -> None:
     own = vars(part)
-    if not own.keys() >= MARKS:
-        return
-    undo.callback(own.update, {name: own.pop(name) for name in MARKS})
-    for hooks in (own[name] for name in HOOKS):
+    if own.keys() >= MARKS:
+        undo.callback(own.update, {name: own.pop(name) for name in MARKS})
+    for hooks in (own[name] for name in HOOKS if own[name]):
         kept = dict(hooks)
         undo.callback(hooks.update, kept)
         undo.callback(hooks.clear)
         hooks.clear()
         hooks.update({key: seen_as(hook) for key, hook in kept.items() if seen_as(hook) is not None})
+
+
+def seen_as(value: Any) -> Any:
+    """What a capture sees in the place of a hook, or weight, of FSDP or tensor parallelism; None if nothing is left.
+
+    Everything else is what it is.
+    """
+    return of_one_rank(casts_of(value))
+
+
+def _show_parts(weights: dict[str, Any], homes: Mapping[int, Home], undo: contextlib.ExitStack) -> None:
+    """What a rank has of weights that tensor parallelism has divided is the weight."""
+    for name, weight in list(weights.items()):
+        if is_divided(weight) and id(weight) not in homes:
+            weights[name] = local_part(weight)
+            undo.callback(_put_back, weights, name, weights[name], weight)
 
 
 def _show_tensors(
@@ -318,8 +332,8 @@ def _fake(tensor: Tensor, home: Home, mode: FakeTensorMode) -> Tensor:
     return nn.Parameter(made, requires_grad=tensor.requires_grad)
 
 
-def _put_back(tensors: dict[str, Any], name: str, fake: Tensor, tensor: Tensor) -> None:
-    if tensors.get(name) is fake:
+def _put_back(tensors: dict[str, Any], name: str, shown: Tensor, tensor: Tensor) -> None:
+    if tensors.get(name) is shown:
         tensors[name] = tensor
 
 

@@ -149,7 +149,7 @@ def is_hook(hook: object) -> bool:
     return str(getattr(hook, "__module__", "")).startswith("torch.distributed.fsdp.")
 
 
-def seen_as(hook: Any) -> Any:
+def casts_of(hook: Any) -> Any:
     """What a capture sees in the place of a hook of FSDP: what it casts; None if it does nothing but bring weights.
 
     Everything else is what it is.

@@ -57,7 +57,7 @@ from dicompile.passes.edit import Editor
 from dicompile.passes.narrow import Narrow
 from dicompile.passes.reuse_sites import recalled
 from dicompile.passes.rows import Rows
-from dicompile.passes.score_tokens import raw_score
+from dicompile.passes.score_tokens import over_ranks, raw_score
 from dicompile.plan import Context, Score, ScoreBase, SlotKind
 
 aten = torch.ops.aten
@@ -196,10 +196,10 @@ class SiteRefresh:
             given = self.editor.tensor_input(Predicted(self.position), (self.batch, self.tokens), torch.float32, stream)
             return self.editor.trace(scores.over_guidance_halves, given) if shared else given
         if self.score.base is ScoreBase.NORM:
-            return self.editor.trace(scores.stream_norm, stream)
+            return over_ranks(self.editor, self.editor.trace(scores.stream_norm, stream))
         if self.score.base is ScoreBase.SIMILARITY:
             value = recalled(self.editor, self.position, self.step, self.fresh)
-            return self.editor.trace(scores.dissimilarity, stream, value)
+            return over_ranks(self.editor, self.editor.trace(scores.dissimilarity, stream, value))
         source = self.step.source
         assert source is not None
         raw = self.segment.scores.get(source)

@@ -19,7 +19,12 @@ A score by attention or entropy is one call as well (`dicompile.ops.attention_sc
 
     %10: f32[2,64] = dicompile.attention_received.default(%6, %7, None, None, False)
 
-Attention itself is not touched: it stays one fused call.
+Attention itself is not touched: it stays one fused call. Under tensor parallelism a rank has some heads of it, and a
+score is the mean over ranks, which has the same bits on all of them::
+
+    %11: f32[2,64] = _c10d_functional.all_reduce.default(%10, 'sum', '0')
+    %12: f32[2,64] = _c10d_functional.wait_tensor.default(%11)
+    %13: f32[2,64] = aten.div.Tensor(%12, 2)
 """
 
 from __future__ import annotations
@@ -35,6 +40,7 @@ from dicompile.nodes import node_argument, tensor_of, walk
 from dicompile.ops import scores
 from dicompile.ops.attention import is_causal, mask_of
 from dicompile.ops.attention_scores import operator_for
+from dicompile.ops.collectives import find_sum, sum_over_ranks
 from dicompile.ops.kinds import NORMS, RESHAPES, VIEWS, is_heavy
 from dicompile.ops.ulysses import RECEIVED, ULYSSES
 from dicompile.passes.base import PassReport, Segment, SiteNodes, SlotRef
@@ -64,8 +70,8 @@ class ScoreTokens:
                 if base is ScoreBase.ENTROPY:
                     raw = raw_score(editor, attention, base, step.produces.share_guidance)
                 else:
-                    shared = base is ScoreBase.ATTENTION  # by the sites of a joint attention
-                    raw = received[attention] if shared and attention in received else _of_keys(editor, site, base)
+                    is_known = base is ScoreBase.ATTENTION and attention in received  # of another site of a joint one
+                    raw = received[attention] if is_known else over_ranks(editor, _of_keys(editor, site, base))
                     received[attention] = raw
             if base is not ScoreBase.ENTROPY:
                 raw = _of_own_tokens(editor, site, raw)
@@ -98,6 +104,18 @@ def raw_score(editor: Editor, attention: fx.Node, base: ScoreBase, shared: bool 
     if attention.target is ULYSSES:
         return editor.call(RECEIVED, query, key, mask, **attention.kwargs)
     return editor.call(operator_for(tensor_of(query), "attention_received"), *logits)
+
+
+def over_ranks(editor: Editor, score: fx.Node) -> fx.Node:
+    """The mean of a score over the ranks whose features are summed in a segment, in front of which the editor stands.
+
+    All of them have to choose the same tokens, so where their features have other bits, this has not.
+    """
+    among = find_sum(editor.graph.nodes)
+    if among is None:
+        return score
+    ranks, group = among
+    return editor.trace(lambda own: sum_over_ranks(own, group) / ranks, score)
 
 
 def _with_heads(editor: Editor, operand: fx.Node) -> fx.Node:

@@ -17,7 +17,7 @@ from dicompile.analysis.token_work import token_work
 from dicompile.analysis.transport import nearest_streams
 from dicompile.analysis.work import Work, work_of_branches
 from dicompile.nodes import node_argument
-from dicompile.ops.collectives import ranks_of
+from dicompile.ops.collectives import find_sum, ranks_of
 from dicompile.ops.cost import score_work
 from dicompile.text import module_path
 
@@ -84,8 +84,16 @@ def _site(
         keys=own_keys(flow, branch, streams),
         score_flops=score_flops,
         score_bytes=score_bytes,
-        ranks=max(map(ranks_of, branch.attention), default=1),
+        ranks=_ranks(branch, region),
     )
+
+
+def _ranks(branch: Branch, region: Sequence[fx.Node]) -> int:
+    """Number of ranks each of which has some heads of a branch's attention, or does their work."""
+    if not branch.attention:
+        return 1
+    summed = find_sum(region)
+    return max(map(ranks_of, branch.attention)) if summed is None else summed[0]
 
 
 def _at_hand(site: Site, *, elsewhere: bool) -> Site:

@@ -171,7 +171,7 @@ class Site:
         keys: first of the attention's keys that belong to the site's own tokens, and their number.
         score_flops: operations of a score of all tokens from the logits of its attention.
         score_bytes: memory traffic of that.
-        ranks: among whose tokens its attention is, each with some heads; 1 without context parallelism.
+        ranks: of which each has some heads of its attention, as under context or tensor parallelism; else 1.
     """
 
     id: SiteId

@@ -25,7 +25,7 @@ from torch.utils._pytree import tree_leaves
 from dicompile.capture.ambient import HOOKS_OF_ALL, entry_of
 from dicompile.capture.arguments import Arguments, TakenOut, Watched
 from dicompile.capture.captured import Captured, Changes, Unsettled, packer
-from dicompile.capture.guards import PARTS, By, Fact, Guards, Path, below, find_place, python_module
+from dicompile.capture.guards import PARTS, By, Fact, Guards, Path, below, find_place, key_of_hook, python_module
 from dicompile.capture.homes import Homes
 from dicompile.capture.numbers import open_numbers
 from dicompile.capture.wrapped import open_wrapped, take_apart
@@ -38,7 +38,8 @@ from dicompile.compat import (
     noting_writes,
 )
 from dicompile.errors import CannotCapture
-from dicompile.parked import HOOKS, is_own_method
+from dicompile.parked import is_own_method
+from dicompile.tensor_parallel import HOOKS
 
 _CONTAINERS = ("DICT_KEYS_MATCH", "SEQUENCE_LENGTH", "DICT_CONTAINS", "DICT_NOT_CONTAINS", "SET_CONTAINS",
                "SET_NOT_CONTAINS", "MAPPING_KEYS_CHECK", "DICT_VERSION")  # fmt: skip
@@ -344,7 +345,7 @@ class _Read:
         self._values[path] = value
         if isinstance(value, nn.Module) and path not in self.modules and path.root == "self":
             self.modules.append(path)
-        is_simple = by in (By.ATTRIBUTE, By.ITEM) and not isinstance(value, Tensor)
+        is_simple = by in (By.ATTRIBUTE, By.ITEM, By.HOOK) and not isinstance(value, Tensor)
         if is_simple and key not in PARTS:
             fact = Fact.of(path, value)
             # Of a container only the type counts, until a guard is about its keys.
@@ -356,6 +357,8 @@ class _Read:
             return vars(parent)
         if by is By.TYPE:
             return type(parent)
+        if by is By.HOOK:
+            by, key = By.ITEM, key_of_hook(parent, key)
         place = (parent, key) if by is By.ITEM else find_place(parent, key)
         own = getattr(parent, "__dict__", None)
         if isinstance(own, dict) and not isinstance(parent, types.ModuleType):
@@ -387,7 +390,8 @@ class _Read:
         if isinstance(source, sources.TypeSource):
             return base.via(By.TYPE)
         if isinstance(source, sources.ConstDictKeySource):
-            self.facts[base] = Fact.of(base, self._follow(base))
+            if base.links[-1:] not in _COUNTED:
+                self.facts[base] = Fact.of(base, self._follow(base))
             return None
         if isinstance(source, (sources.DictGetItemSource, sources.DictSubclassGetItemSource, sources.GetItemSource)):
             return self._item(base, source)
@@ -423,10 +427,14 @@ class _Read:
         return home.item(name) if name in names else Path(called).attribute(name)
 
     def _item(self, base: Path, source: Any) -> Path:
-        index = source.index
+        index, is_hook = source.index, base.links[-1:] in _COUNTED
         if isinstance(index, sources.ConstDictKeySource):
+            if is_hook:
+                return base.hook(index.index)
             self.facts[base] = Fact.of(base, self._follow(base))
             index = list(self._follow(base))[index.index]
+        if is_hook:
+            return base.hook(list(self._follow(base)).index(index))
         return base.item(index) if not getattr(source, "index_is_slice", False) else base
 
     def _root(self, name: str) -> Path | None:

@@ -27,10 +27,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dicompile.compat import tensor_check
+from dicompile.compat import local_part, tensor_check
 from dicompile.ops.wrapped import is_wrapped, wrapper_of
-from dicompile.parked import HOOKED, HOOKS, Home, Parked, forward_under_hooks, is_own_method, kind_of
-from dicompile.sharded import seen_as
+from dicompile.parked import HOOKED, Home, Parked, forward_under_hooks, is_own_method, kind_of, seen_as
+from dicompile.tensor_parallel import HOOKS, is_divided
 
 PLAIN = (bool, int, float, complex, str, bytes, type(None), type(Ellipsis), torch.dtype, torch.device, torch.layout,
          torch.memory_format, enum.Enum, slice, range)  # fmt: skip
@@ -52,6 +52,7 @@ class By(enum.Enum):
     DICT = "__dict__"
     TYPE = "type"
     CELL = "cell"
+    HOOK = "hook"
 
     __hash__ = object.__hash__  # there is one of each, and the hash of an enum is Python: a tenth of a deep capture
 
@@ -75,6 +76,10 @@ class Path:
     def item(self, key: Any) -> Path:
         """The path to an item of what lies at this one."""
         return Path(self.root, (*self.links, (By.ITEM, key)))
+
+    def hook(self, number: int) -> Path:
+        """The path to one of the hooks in the dictionary at this one: keys count all hooks of a process."""
+        return Path(self.root, (*self.links, (By.HOOK, number)))
 
     def via(self, by: By) -> Path:
         """The path to the type, or to the attributes, of what lies at this one."""
@@ -100,7 +105,7 @@ class Path:
         for by, key in self.links:
             if by in (By.ATTRIBUTE, By.CELL):
                 text += f".{key}"
-            elif by is By.ITEM:
+            elif by in (By.ITEM, By.HOOK):
                 text += f".{key}" if isinstance(key, str) and text.endswith("_modules") else f"[{key!r}]"
             else:
                 text = f"type({text})" if by is By.TYPE else f"{text}.__dict__"
@@ -273,7 +278,7 @@ class Guards:
         Returns:
             What was found, or the first fact that does not hold.
         """
-        walk = Walk(module)
+        walk = Walk(module, homes)
         try:
             wrong = next(filter(None, (walk.check(fact) for fact in self.facts)), None)
             if wrong is not None:
@@ -283,7 +288,7 @@ class Guards:
         except (KeyError, IndexError, AttributeError, TypeError) as error:
             return f"a path is gone: {error}"
         wrong = self._other_tensor(tensors, homes) or self._other_hook(hooked)
-        return wrong or walk.pins(self.tensors, tensors, hooked, homes)
+        return wrong or walk.pins(self.tensors, tensors, hooked)
 
     def found(self, module: nn.Module, homes: Mapping[int, Home] = MappingProxyType({})) -> Pins:
         """What lies in a module for which they hold, as that of which they were made; see `pin`."""
@@ -331,10 +336,12 @@ class Pins:
     Attributes:
         tensors: of the module, as they were found.
         homes: number and home of those that are elsewhere.
+        divided: numbers of those that are what a rank has of a weight.
     """
 
     tensors: list[Tensor]
     homes: tuple[tuple[int, Home], ...]
+    divided: tuple[int, ...]
     _places: tuple[list[Any], list[Any], list[Any]]
     _numbers: tuple[list[Any], list[Any], list[Any]]
     _computed: list[tuple[Callable[[], Any], Any]]
@@ -357,10 +364,14 @@ class Pins:
     def hold(self) -> list[Tensor] | None:
         """The module's tensors, if everything lies where it lay, and they are as they were but for their values."""
         try:
-            tensors: list[Any] | None = list(map(getitem, self._tensors_in, self._tensor_keys)) if self._lie() else None
+            if not self._lie():
+                return None
+            tensors: list[Any] = list(map(getitem, self._tensors_in, self._tensor_keys))
+            for i in self.divided:
+                tensors[i] = local_part(tensors[i])
         except (KeyError, IndexError, AttributeError):
             return None
-        if tensors is None or any(tensors[i] is not tensors[j] for i, j in self._same):
+        if any(tensors[i] is not tensors[j] for i, j in self._same):
             return None
         unique = [tensors[i] for i in self._unique] if self._same else tensors
         return tensors if self._check(*unique) else None
@@ -395,10 +406,11 @@ class Walk:
 
     Args:
         module: where they begin.
+        homes: of its weights that are elsewhere, by id; what a rank has of others is the weight.
     """
 
-    def __init__(self, module: nn.Module) -> None:
-        self._module = module
+    def __init__(self, module: nn.Module, homes: Mapping[int, Home] = MappingProxyType({})) -> None:
+        self._module, self._homes = module, homes
         self._found: dict[Path, Any] = {}
         self._places: dict[tuple[int, Any], tuple[Any, Any, Any]] = {}
         self._computed: list[tuple[Callable[[], Any], Any]] = []
@@ -476,6 +488,8 @@ class Walk:
             return type(value)
         if by is By.CELL:
             return self._compute(key.contents)
+        if by is By.HOOK:
+            return self._at(value, key_of_hook(value, key))
         return self._at(value, key) if by is By.ITEM else self._attribute(value, key)
 
     def _attribute(self, value: Any, name: str) -> Any:
@@ -492,7 +506,7 @@ class Walk:
             value = container[key]
             if key not in PARTS:
                 self._places[id(container), key] = container, key, value
-            return seen_as(value)
+            return value if id(value) in self._homes else seen_as(value)
         return self._compute(functools.partial(getitem, container, key))
 
     def _compute(self, find: Callable[[], Any]) -> Any:
@@ -513,11 +527,9 @@ class Walk:
                 listed.append(container)
         return listed, sized
 
-    def pins(
-        self, paths: Sequence[Path], tensors: list[Tensor], modules: list[nn.Module], homes: Mapping[int, Home]
-    ) -> Pins:
+    def pins(self, paths: Sequence[Path], tensors: list[Tensor], modules: list[nn.Module]) -> Pins:
         """Everything that was found on the way."""
-        places = []
+        places, homes = [], self._homes
         for path in paths:
             place = _place_of(self.value(path.parent), *path.links[-1])
             places.append(place)
@@ -529,6 +541,7 @@ class Walk:
         return Pins(
             tensors=tensors,
             homes=tuple((i, homes[id(tensor)]) for i, tensor in enumerate(tensors) if id(tensor) in homes),
+            divided=tuple(i for i, (at, key) in enumerate(places) if tensors[i] is not at[key] and is_divided(at[key])),
             _places=_columns(place for place in self._places.values() if _is_equal_to_itself_alone(place[2])),
             _numbers=_columns(place for place in self._places.values() if not _is_equal_to_itself_alone(place[2])),
             _computed=[(find, value) for find, value in self._computed if not isinstance(value, Tensor)],
@@ -593,6 +606,11 @@ def _columns(rows: Iterable[tuple[Any, Any, Any]]) -> tuple[list[Any], list[Any]
         second.append(b)
         third.append(c)
     return first, second, third
+
+
+def key_of_hook(hooks: Mapping[int, Any], number: int) -> int:
+    """Key of a hook, by its number among those that captures see."""
+    return [key for key, hook in hooks.items() if seen_as(hook) is not None][number]
 
 
 @functools.cache

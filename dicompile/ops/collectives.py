@@ -5,11 +5,13 @@ They are functional, so a pass that skips attention skips its collectives with i
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
-from torch import fx
+import torch
+from torch import Tensor, distributed, fx
 from torch._ops import OpOverload, OpOverloadPacket
 
+from dicompile.compat import process_group
 from dicompile.ops.ulysses import ULYSSES
 
 NAMESPACES = ("_c10d_functional", "c10d")
@@ -30,6 +32,22 @@ def is_collective(node: fx.Node) -> bool:
 def is_called(node: fx.Node, name: str) -> bool:
     """True for the functional collective of this name, "all_to_all_single", say; "wait_tensor" waits for its result."""
     return is_collective(node) and str(node.target) == f"_c10d_functional.{name}.default"
+
+
+def sum_over_ranks(value: Tensor, group: str) -> Tensor:
+    """The sum of what all ranks of a group have, which has the same bits on each of them."""
+    sent = torch.ops._c10d_functional.all_reduce(value, "sum", group)
+    summed: Tensor = torch.ops._c10d_functional.wait_tensor(sent)
+    return summed
+
+
+def find_sum(nodes: Iterable[fx.Node]) -> tuple[int, str] | None:
+    """Number of ranks, and name of their group, of the first sum over ranks; None if there is none.
+
+    Each of them has some heads of the attention in front of it then.
+    """
+    names = (str(node.args[2]) for node in nodes if is_called(node, "all_reduce"))
+    return next(((distributed.get_world_size(process_group(name)), name) for name in names), None)
 
 
 def ranks_of(attention: fx.Node) -> int:

@@ -54,10 +54,12 @@ LIBRARIES: Mapping[str, Registered] = {
     "bitsandbytes::gemm_4bit": Registered("rows", flops=shape_wrapper(_flops_of_linear)),
     "_c10d_functional::all_to_all_single": Registered("mixes"),
     "_c10d_functional::all_gather_into_tensor": Registered("mixes"),
+    "_c10d_functional::all_reduce": Registered("elementwise"),
     "_c10d_functional::wait_tensor": Registered("elementwise"),
 }
 """What is known of operators of other libraries without anybody saying it: linear maps with quantised weights, and the
-collectives of context parallelism, which bring together tokens or heads of other ranks."""
+collectives: of context parallelism, which bring together tokens or heads of other ranks, and of tensor parallelism,
+which sum up what all ranks have of the same tokens."""
 
 
 def said_of(target: object) -> Registered | None:

@@ -9,7 +9,8 @@ from typing import Any
 from unittest import mock
 
 import torch
-from diffusers import ContextParallelConfig, FlowMatchEulerDiscreteScheduler
+from diffusers import ContextParallelConfig, FlowMatchEulerDiscreteScheduler, TensorParallelConfig
+from diffusers.hooks import tensor_parallel
 from torch import Tensor, distributed, nn
 from torch.distributed._functional_collectives import all_reduce
 from torch.distributed.device_mesh import init_device_mesh
@@ -18,7 +19,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_modul
 from torch.nn.functional import scaled_dot_product_attention
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dicompile import FORA, FirstBlockCache, Policy, ToCa, cache_context, optimize, plan_of, structure_of
+from dicompile import FORA, FirstBlockCache, Policy, ToCa, ToCaFlux, cache_context, optimize, plan_of, structure_of
 from dicompile.capture import capture_functional
 from dicompile.ops.attention_scores import attention_received
 from dicompile.ops.ulysses import ulysses_attention, ulysses_received
@@ -36,6 +37,18 @@ def split(sampler: Sampler, **config: Any) -> Sampler:
     """Tokens of the denoiser are split over the ranks."""
     for denoiser in sampler.denoisers:
         denoiser.enable_parallelism(config=ContextParallelConfig(**config or {"ulysses_degree": RANKS}))
+    return sampler
+
+
+def divide(model: Any) -> None:
+    """Layers of a model are divided among the ranks, as diffusers does it on other devices than a CPU."""
+    with mock.patch.object(tensor_parallel, "_SUPPORTED_TP_DEVICES", ("cpu",)):
+        model.enable_parallelism(config=TensorParallelConfig(tp_degree=RANKS))
+
+
+def divided(name: str) -> Sampler:
+    sampler = PIPELINES[name]()
+    divide(sampler.denoisers[0])
     return sampler
 
 
@@ -143,11 +156,18 @@ def of_a_model(make: Callable[[nn.Module], Any]) -> Callable[[int], Any]:
     return case
 
 
-def sharded_afterwards(_: int) -> Any:
-    sampler = cached(PIPELINES["flux"](), "fora")
+def twice(sampler: Sampler) -> Any:
+    """Latents of two runs, the exchanges of each step of the second, and what was planned."""
+    first = sampler(STEPS)
+    again, counts = counted(sampler)
+    return first, again, counts, str(plan_of(sampler.denoisers[0]))
+
+
+def of_layers_afterwards(_: int) -> Any:
+    sampler = cached(PIPELINES["flux"](), FORA(interval=2))
     sampler(STEPS)
-    sharded_heads(sampler.denoisers[0])
-    return sampler(STEPS)
+    divide(sampler.denoisers[0])
+    return twice(sampler)
 
 
 def sharded_heads(model: nn.Module) -> None:
@@ -261,6 +281,7 @@ def dying(rank: int) -> Any:
         return str(error)
 
 
+CHOOSING = ToCaFlux(interval=3, ratio=0.4)
 LOCAL = ToCa(interval=2, score="random", grid_cell=0, ratio=0.5)
 CASES: dict[str, Callable[[int], Any]] = {
     "data": of_every_rank,
@@ -279,7 +300,17 @@ CASES: dict[str, Callable[[int], Any]] = {
     "two models": of_two_models,
     "ring": lambda _: cached(split(PIPELINES["flux"](), ring_degree=RANKS), "fora"),
     "another class": in_another_class,
-    "tensor parallel afterwards": sharded_afterwards,
-    "tensor parallel": of_a_model(sharded_heads),
+    "layers afterwards": of_layers_afterwards,
+    "layers": lambda _: twice(cached(divided("flux"), CHOOSING)),
     "dying": dying,
 }
+
+
+def check_layers(found: Sequence[Any], one: Sampler) -> list[int]:
+    """Check that ranks which divide layers did what one rank does, twice; returns the exchanges of each step."""
+    (first, again, counts, plan), other = found
+    torch.testing.assert_close(first, one(STEPS), atol=1e-5, rtol=1e-5)  # sums over features in another order
+    assert torch.equal(first, again)
+    assert all(map(torch.equal, (first, again), other))
+    assert (counts, plan) == other[2:]
+    return counts  # type: ignore[no-any-return]

@@ -8,7 +8,7 @@ import torch
 from dicompile import FORA
 from dicompile.errors import CannotBatch, PlansDiffer, UnsupportedModel, UnsupportedParallelism
 from tests.parallel.processes import Ranks, ranks_of
-from tests.parallel.ranks import LOCAL, STEPS, by_place, cached, guided, scores, two_prompts
+from tests.parallel.ranks import CHOOSING, LOCAL, STEPS, by_place, cached, check_layers, guided, scores, two_prompts
 from tests.pipelines.pipes import PIPELINES, flux_transformer
 
 NEAR: dict[str, Any] = {"atol": 1e-5, "rtol": 1e-5}
@@ -105,6 +105,16 @@ def test_published_settings_fit_and_partial_steps_need_no_other_rank(ranks: Rank
         assert counts[2:] == [10, 1]  # a score beside them; then nothing but the result
 
 
+def test_layers_may_be_divided_later_and_steps_that_reuse_need_no_other_rank(ranks: Ranks) -> None:
+    counts = check_layers(ranks("layers afterwards"), cached(PIPELINES["flux"](), FORA(interval=2)))
+    assert counts == [5, 5, 0, 5]  # two projections and two MLPs of one block, and the projection of the other
+
+
+def test_ranks_that_divide_layers_choose_the_same_tokens(ranks: Ranks) -> None:
+    counts = check_layers(ranks("layers"), cached(PIPELINES["flux"](), CHOOSING))
+    assert counts == [5, 5, 7, 5]  # scores of two attentions, and sums of fewer rows
+
+
 @pytest.mark.parametrize(("name", "error", "text"), [
     pytest.param("gate", UnsupportedParallelism, "decides by the tokens of its rank", marks=TOKENS),
     pytest.param("different policies", PlansDiffer, "2 different plans on 2 ranks", marks=TOKENS),
@@ -112,8 +122,6 @@ def test_published_settings_fit_and_partial_steps_need_no_other_rank(ranks: Rank
     pytest.param("served", CannotBatch, "exchanges values with other ranks", marks=TOKENS),
     ("ring", UnsupportedModel, "splits tokens by ring attention"),
     ("another class", UnsupportedModel, "cannot become a FSDP"),
-    ("tensor parallel afterwards", UnsupportedModel, "sharded by tensor parallelism"),
-    ("tensor parallel", UnsupportedModel, "sharded by tensor parallelism"),
 ])  # fmt: skip
 def test_what_cannot_be_done_is_refused_on_every_rank(
     ranks: Ranks, name: str, error: type[Exception], text: str

@@ -100,10 +100,10 @@ def test_weights_of_all_kinds_are_put_together_in_one_exchange(ranks: Ranks) -> 
 @pytest.mark.parametrize(("name", "error", "text"), [
     ("gate", UnsupportedParallelism, "decides by the samples of its rank"),
     ("background", UnsupportedParallelism, "as soon as its own code is compiled"),
-    ("calibrated", UnsupportedParallelism, "every rank records its own samples"),
+    ("calibrated", UnsupportedParallelism, "a recording holds the samples of its rank"),
     ("different policies", PlansDiffer, "take different steps"),
     ("parts of tokens", UnsupportedModel, "model.enable_parallelism"),
-    ("split heads", UnsupportedModel, "sharded by tensor parallelism"),
+    ("split heads", UnsupportedModel, "divided by tensor parallelism, and its weights sharded by FSDP"),
     ("first", UnsupportedModel, "sharded by the first FSDP"),
     ("other ranks", UnsupportedModel, "are sharded over different ranks"),
     ("offloaded", UnsupportedModel, "some weights of FSDPPlainDiT are sharded by FSDP, and others offloaded"),

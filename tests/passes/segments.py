@@ -83,7 +83,10 @@ class Attention(nn.Module):
         source = x if c is None else c
         query, key, value = self.split(self.query(x)), self.split(self.key(source)), self.split(self.value(source))
         attended = F.scaled_dot_product_attention(query, key, value)
-        return x + self.proj(attended.transpose(1, 2).reshape(x.shape))
+        return x + self.project(attended.transpose(1, 2).reshape(x.shape))
+
+    def project(self, attended: Tensor) -> Tensor:
+        return self.proj(attended)
 
 
 class Parallel(Attention):

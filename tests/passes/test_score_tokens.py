@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, distributed
 
+from dicompile.ops.collectives import sum_over_ranks
 from dicompile.passes import SlotRef, Value
 from dicompile.passes.score_tokens import ScoreTokens
 from dicompile.plan import ScoreBase, SlotKind
@@ -57,6 +60,31 @@ def test_the_score_leaves_the_segment_beside_attention() -> None:
     assert NORM in str(segment)
     assert str(segment).endswith("return score[0] = %22")
     assert report.changed == ("site 0: value-norm",)
+
+
+class Summed(Attention):
+    """Attention of which every rank has some heads."""
+
+    def project(self, attended: Tensor) -> Tensor:
+        return sum_over_ranks(super().project(attended), distributed.group.WORLD.group_name)  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("base", [ScoreBase.ATTENTION, ScoreBase.VALUE_NORM, ScoreBase.KEY_NORM])
+def test_a_score_of_some_heads_is_the_mean_over_ranks(base: ScoreBase, tmp_path: Path) -> None:
+    distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        block = cut(chain(Summed()))
+        segment = rewritten(block.segment, [produce(base)], ScoreTokens())
+        lines = str(segment).splitlines()
+        summed, waited, mean = lines[lines.index(next(line for line in lines if "all_reduce" in line)) :][:3]
+        own = summed.partition("default(")[2].partition(",")[0]
+        assert f": f32[2,16] = _c10d_functional.all_reduce.default({own}, sum, 0)" in summed
+        assert "_c10d_functional.wait_tensor.default" in waited
+        assert "aten.div.Tensor" in mean
+        assert lines[-1] == f"return score[0] = {mean.partition(':')[0]}"
+        assert torch.equal(run_segment(segment, block.arguments)[Value(0)], block.output())
+    finally:
+        distributed.destroy_process_group()
 
 
 @pytest.mark.parametrize("base", [ScoreBase.ATTENTION, ScoreBase.VALUE_NORM, ScoreBase.ENTROPY])

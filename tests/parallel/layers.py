@@ -1,0 +1,169 @@
+"""What two processes of a gloo group do with models whose layers tensor parallelism has divided, each case by name."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from diffusers import ContextParallelConfig, FlowMatchEulerDiscreteScheduler
+from diffusers.hooks import tensor_parallel
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Replicate, Shard
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, SequenceParallel, parallelize_module
+
+import dicompile
+from dicompile import FORA, ClusCa, FirstBlockCache, Policy, ToCaFlux
+from tests.parallel.processes import RANKS
+from tests.parallel.ranks import STEPS, cached, divide, divided, twice
+from tests.pipelines.pipes import flux_transformer
+
+POLICY = FORA(interval=2)
+
+
+def of_layers(name: str, policy: Policy | str) -> Callable[[int], Any]:
+    return lambda _: twice(cached(divided(name), policy))
+
+
+def given_back(_: int) -> Any:
+    """Latents without caching, by torch's own hooks, before and after; and with it, of edited weights, too."""
+    sampler = divided("flux")
+    model, plain = sampler.denoisers[0], sampler(STEPS)
+    weights = dict(model.named_parameters())
+    cached(sampler, POLICY)
+    found = sampler(STEPS)
+    dicompile.disable(sampler.pipe)
+    disabled = sampler(STEPS)
+    dicompile.enable(sampler.pipe)
+    layer = model.transformer_blocks[0].ff.net[2]
+    with torch.no_grad():
+        layer.weight.mul_(-1)
+    edited = sampler(STEPS)
+    layer.weight = nn.Parameter(-layer.weight)
+    replaced = sampler(STEPS)
+    layer.weight = weights["transformer_blocks.0.ff.net.2.weight"]
+    with torch.no_grad():
+        layer.weight.mul_(-1)
+    frames = len(sampler.denoisers[0].frames)
+    assert dicompile.restore(sampler.pipe).transformer is model
+    is_same = all(weight is weights[name] for name, weight in model.named_parameters())
+    return plain, disabled, sampler(STEPS), found, edited, replaced, frames, is_same
+
+
+def refused(make: Callable[[nn.Module], Any], policy: Policy | str = POLICY, **options: Any) -> Callable[[int], Any]:
+    def case(_: int) -> Any:
+        model = flux_transformer()
+        make(model)
+        return dicompile.optimize(model, policy, schedule=FlowMatchEulerDiscreteScheduler(), **options)
+
+    return case
+
+
+def laid_out(path: str, style: Any) -> Callable[[nn.Module], Any]:
+    return lambda model: parallelize_module(model, init_device_mesh("cpu", (RANKS,)), {path: style})
+
+
+def by_fsdp_as_well(model: nn.Module) -> None:
+    divide(model)
+    fully_shard(model.proj_out)
+
+
+def by_tokens_as_well(model: nn.Module) -> None:
+    for part, plan in tensor_parallel._resolve_tp_plan(model, model._tp_plan):  # type: ignore[arg-type]
+        parallelize_module(part, init_device_mesh("cpu", (RANKS,)), tensor_parallel._styles(plan))
+    model.enable_parallelism(config=ContextParallelConfig(ulysses_degree=RANKS))  # type: ignore[operator]
+
+
+def unevenly(model: nn.Module) -> None:
+    model.proj_out = nn.Linear(32, 15)
+    laid_out("proj_out", ColwiseParallel())(model)
+
+
+def over_other_ranks(model: nn.Module) -> None:
+    laid_out("x_embedder", ColwiseParallel())(model)
+    parallelize_module(model, init_device_mesh("cpu", (RANKS, 1), mesh_dim_names=("a", "b"))["b"],
+                       {"context_embedder": ColwiseParallel()})  # fmt: skip
+
+
+def of_different_policies(rank: int) -> Any:
+    return cached(divided("flux"), FORA(interval=2 + rank))(STEPS)
+
+
+def calibrated(_: int) -> Any:
+    sampler = cached(divided("flux"), POLICY)
+    with dicompile.calibrate(sampler.pipe):
+        return sampler(STEPS)
+
+
+def bare(_: int) -> Any:
+    model = flux_transformer()
+    divide(model)
+    options = {"policy": POLICY, "steps": STEPS, "mode": "eager"}
+    ids = {"img_ids": torch.zeros(16, 3), "txt_ids": torch.zeros(6, 3), "guidance": torch.ones(1)}
+    with torch.no_grad():
+        return torch.compile(model, backend="dicache", options=options)(
+            torch.zeros(1, 16, 16), timestep=torch.ones(1), encoder_hidden_states=torch.zeros(1, 6, 24),
+            pooled_projections=torch.zeros(1, 40), return_dict=False, **ids,
+        )[0]  # fmt: skip
+
+
+def dying(rank: int) -> Any:
+    """Rank 1 dies in the middle of a run; what rank 0 is told."""
+    sampler = cached(divided("flux"), POLICY)
+
+    def leave(pipe: Any, step: int, timestep: Any, values: dict[str, Any]) -> dict[str, Any]:
+        if rank == 1 and step == 1:
+            os._exit(0)
+        return values
+
+    try:
+        sampler(STEPS, callback_on_step_end=leave)
+    except RuntimeError as error:
+        return str(error)
+
+
+RUNS: dict[str, tuple[str, Policy | str]] = {
+    "flux, fora": ("flux", POLICY),
+    "flux, toca": ("flux", "toca"),
+    "qwen image, fora": ("qwen image", POLICY),
+    "flux, duca": ("flux", "duca"),
+    **{f"flux, {base}": ("flux", ToCaFlux(interval=3, score=base, ratio=0.4))
+       for base in ("value-norm", "key-norm", "norm", "similarity", "random")},
+}  # fmt: skip
+COMPILED = "flux, fora", "flux, toca"
+
+
+def compiled(name: str) -> Callable[[int], Any]:
+    """A run of a table, operator by operator and compiled."""
+    pipeline, policy = RUNS[name]
+
+    def case(_: int) -> Any:
+        wanted = twice(cached(divided(pipeline), policy))
+        sampler = divided(pipeline)
+        dicompile.optimize(sampler.pipe, policy)
+        return wanted, twice(sampler)
+
+    return case
+
+
+CASES: dict[str, Callable[[int], Any]] = {
+    **{name: of_layers(*run) for name, run in RUNS.items()},
+    **{f"compiled {name}": compiled(name) for name in COMPILED},
+    "given back": given_back,
+    "different policies": of_different_policies,
+    "gathered": refused(laid_out("proj_out", ColwiseParallel(output_layouts=Replicate()))),
+    "scattered": refused(laid_out("proj_out", RowwiseParallel(output_layouts=Shard(1)))),
+    "normalised": refused(laid_out("norm_out.norm", SequenceParallel())),
+    "unevenly": refused(unevenly),
+    "sharded": refused(by_fsdp_as_well),
+    "tokens": refused(by_tokens_as_well),
+    "other ranks": refused(over_other_ranks),
+    "gate": lambda _: cached(divided("flux"), FirstBlockCache(threshold=0.1))(STEPS),
+    "clusters": lambda _: cached(divided("flux"), ClusCa(clusters=4))(STEPS),
+    "calibrated": calibrated,
+    "bare": bare,
+    "dying": dying,
+}
