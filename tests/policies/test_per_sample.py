@@ -168,6 +168,26 @@ def test_rows_are_run_as_the_batch_is(plain: Sample, way: str) -> None:
     check(together, [run(alone, plain, [row], around) for row in (0, 1)], 1e-5 if way != "autocast" else 5e-2)
 
 
+@pytest.mark.nightly
+@pytest.mark.parametrize("policy", [
+    pytest.param(dicompile.FirstBlockCache(threshold=0.5).per_sample(), id="samples"),
+    pytest.param(dicompile.GuidanceReuse(interval=3, timesteps=(-1, 1001), halves="uncond-cond"), id="halves"),
+])  # fmt: skip
+def test_compiled_code_decides_and_gives_what_single_operators_do(plain: Sample, policy: Policy) -> None:
+    def sampled(mode: str) -> Run:
+        model, outputs = optimized(plain, policy, STEPS, mode), []
+        with dicompile.session(), torch.no_grad():
+            for time, latent in zip(TIMES, latents(plain.inputs["x"]), strict=True):
+                rows = latent if policy.name.startswith("first") else latent[[0, 0]]
+                outputs.append(model(rows, torch.full((2,), time), plain.inputs["y"]))
+            return Run(outputs, dicompile.report(model))
+
+    found, expected = sampled("inductor"), sampled("eager")
+    assert found.report.kinds == expected.report.kinds
+    assert len(found.report.kinds) > 1
+    torch.testing.assert_close(torch.stack(found.outputs), torch.stack(expected.outputs), atol=1e-5, rtol=1e-5)
+
+
 def test_one_timestep_for_all_rows_becomes_one_for_each(plain: Sample) -> None:
     gate = Gate(probe="embedding", reference="previous", threshold=0.9, accumulates=True)
     policy = Policy(name="x", cadence=Cadence(gate=gate), rules=(Rule(sites=("stack",), do=Reuse(what="update")),))
