@@ -170,8 +170,13 @@ class Options:
 
     def check_ranks(self, kind: str) -> None:
         """Check that ranks which need each other take the same steps; see `dicompile.parallel.check_ranks`."""
-        in_background, is_observed = self.backend.in_background, self.planner is not None
-        check_ranks(kind, self.policy, in_background=in_background, is_observed=is_observed)
+        check_ranks(
+            kind,
+            self.policy,
+            in_background=self.backend.in_background,
+            is_observed=self.planner is not None,
+            records_steps=self.backend.records_steps,
+        )
 
     @functools.cached_property
     def owners(self) -> Owners:

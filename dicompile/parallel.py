@@ -150,7 +150,7 @@ def kind_of_ranks(graph: fx.Graph) -> str | None:
     return CONTEXT_PARALLEL if find_sum(graph.nodes) is None else TENSOR_PARALLEL
 
 
-def check_ranks(kind: str, policy: Policy, *, in_background: bool, is_observed: bool) -> None:
+def check_ranks(kind: str, policy: Policy, *, in_background: bool, is_observed: bool, records_steps: bool) -> None:
     """Check that nothing decides on one rank alone what a step of a model does that needs all ranks.
 
     Args:
@@ -159,6 +159,7 @@ def check_ranks(kind: str, policy: Policy, *, in_background: bool, is_observed: 
         policy: the caching policy.
         in_background: generations run uncached until this process has compiled its code.
         is_observed: values are recorded, from which a plan will be made.
+        records_steps: whole steps are recorded as CUDA graphs.
 
     Raises:
         UnsupportedParallelism: something does.
@@ -180,6 +181,8 @@ def check_ranks(kind: str, policy: Policy, *, in_background: bool, is_observed: 
          "leave out warmup, and call dicompile.prepare(model) on every rank"),
         (is_observed, f"a recording holds {own}, and every rank would plan other steps",
          "calibrate on one rank, without parallelism, and load the recording on all of them"),
+        (records_steps, "a rank that records a CUDA graph of a step runs it several times, and one that has it, once",
+         'leave out compile_mode="reduce-overhead"'),
     )  # fmt: skip
     for is_so, why, fix in reasons:
         if is_so:

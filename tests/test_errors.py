@@ -21,7 +21,7 @@ from torch import Tensor, nn
 import dicompile
 from dicompile import errors
 from dicompile.learn.latents import Latents
-from dicompile.parallel import CONTEXT_PARALLEL, check_equal, check_ranks
+from dicompile.parallel import CONTEXT_PARALLEL, TENSOR_PARALLEL, check_equal, check_ranks
 from dicompile.passes import PASSES
 from dicompile.policies import POLICIES, load_predictor
 from dicompile.serve import Batcher
@@ -395,12 +395,26 @@ CASES: list[tuple[type[errors.DicompileError], Callable[[], Any], str]] = [
     (
         errors.UnsupportedParallelism,
         lambda: check_ranks(
-            CONTEXT_PARALLEL, dicompile.FirstBlockCache(threshold=0.1), in_background=False, is_observed=False
+            CONTEXT_PARALLEL,
+            dicompile.FirstBlockCache(threshold=0.1),
+            in_background=False,
+            is_observed=False,
+            records_steps=False,
         ),
         "the ranks of a context-parallel model could take different steps\n"
         "  where: compiler\n"
         "  why:   the gate of policy 'first-block-0.1' decides by the tokens of its rank\n"
         "  fix:   use a policy that is planned ahead, such as dicompile.FORA(interval=3)",
+    ),
+    (
+        errors.UnsupportedParallelism,
+        lambda: check_ranks(
+            TENSOR_PARALLEL, dicompile.FORA(interval=3), in_background=False, is_observed=False, records_steps=True
+        ),
+        "the ranks of a tensor-parallel model could take different steps\n"
+        "  where: compiler\n"
+        "  why:   a rank that records a CUDA graph of a step runs it several times, and one that has it, once\n"
+        '  fix:   leave out compile_mode="reduce-overhead"',
     ),
     (
         errors.PlansDiffer,
