@@ -49,6 +49,7 @@ from dicompile.parked import Home, homes_of, uncovered
 from dicompile.progress import progress
 from dicompile.runtime import Batch, Owner, current_session
 from dicompile.same import Same
+from dicompile.tensor_parallel import is_divided
 
 log = logging.getLogger("dicompile")
 
@@ -255,10 +256,11 @@ class ModelCalls:
             with progress(f"looking at {type(self.module).__name__}"):
                 with self._looking, uncovered(self.module):
                     store, said = self.options.settings.store, self.options.said
-                    known, _ = known_capture(self.module, arguments, key, store, said, by_running=self._by_running)
+                    known, pins = known_capture(self.module, arguments, key, store, said, by_running=self._by_running)
                     self._require_timestep(known.capture, arguments)
                     resized = self._resized(key, arguments)
-                pins = known.captured.guards.found(self.module, homes)
+                if homes or any(map(is_divided, self.module.parameters())):  # they were found while it was uncovered
+                    pins = known.captured.guards.found(self.module, homes)
                 tensors = known.captured.tensors(pins.given(pins.tensors), arguments)
                 inputs = known.captured.pick(tensors)
                 way = Same((arguments.key, str(known.captured.guards)))

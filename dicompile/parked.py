@@ -283,12 +283,14 @@ def _hide_hooks(part: nn.Module, undo: contextlib.ExitStack) -> None:
     own = vars(part)
     if own.keys() >= MARKS:
         undo.callback(own.update, {name: own.pop(name) for name in MARKS})
-    for hooks in (own[name] for name in HOOKS if own[name]):
-        kept = dict(hooks)
+    for hooks in (own[name] for name in HOOKS):
+        kept, seen = dict(hooks), {key: seen_as(hook) for key, hook in hooks.items()}
+        if all(seen[key] is hook for key, hook in kept.items()):
+            continue  # hooks of the user's own; somebody may be running the module
         undo.callback(hooks.update, kept)
         undo.callback(hooks.clear)
         hooks.clear()
-        hooks.update({key: seen_as(hook) for key, hook in kept.items() if seen_as(hook) is not None})
+        hooks.update({key: hook for key, hook in seen.items() if hook is not None})
 
 
 def seen_as(value: Any) -> Any:

@@ -144,9 +144,9 @@ def _cast(values: Any, dtype: torch.dtype) -> Any:
     return tree_map_only(Tensor, lambda value: value.to(dtype) if value.is_floating_point() else value, values)
 
 
-def is_hook(hook: object) -> bool:
-    """True for what FSDP runs around the forward of a part."""
-    return str(getattr(hook, "__module__", "")).startswith("torch.distributed.fsdp.")
+def is_hook_of(package: str, hook: object) -> bool:
+    """True for what a package of torch, such as "torch.distributed.fsdp", runs around the forward of a part."""
+    return str(getattr(hook, "__module__", "")).startswith(f"{package}.")
 
 
 def casts_of(hook: Any) -> Any:
@@ -154,7 +154,7 @@ def casts_of(hook: Any) -> Any:
 
     Everything else is what it is.
     """
-    if not (isinstance(hook, (types.FunctionType, types.MethodType)) and is_hook(hook)):
+    if not (isinstance(hook, (types.FunctionType, types.MethodType)) and is_hook_of("torch.distributed.fsdp", hook)):
         return hook
     policy = policy_of_hook(hook)
     if "pre" not in hook.__name__:

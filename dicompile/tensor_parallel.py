@@ -21,7 +21,7 @@ from torch.nn.functional import linear
 
 from dicompile.compat import hook_of_layer, local_part
 from dicompile.ops.collectives import sum_over_ranks
-from dicompile.sharded import sharded_weights
+from dicompile.sharded import is_hook_of, sharded_weights
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 """Where a module keeps what runs in front of its forward and behind it."""
@@ -119,13 +119,10 @@ def divided_layers(module: nn.Module) -> Iterator[Layer]:
     of_fsdp = {id(weight) for _, weight, owner in sharded_weights(module) if owner is not None}
     for path, part in module.named_modules():
         meshes = [w.device_mesh for w in part._parameters.values() if is_divided(w) and id(w) not in of_fsdp]
-        if meshes or any(_is_hook(hook) for name in HOOKS for hook in vars(part)[name].values()):
+        hooks = (hook for name in HOOKS for hook in vars(part)[name].values())
+        if meshes or any(is_hook_of("torch.distributed.tensor", hook) for hook in hooks):
             ranks = tuple(meshes[0].mesh.flatten().tolist()) if meshes else ()
             yield Layer(path, ranks, _why_not(part))
-
-
-def _is_hook(hook: object) -> bool:
-    return str(getattr(hook, "__module__", "")).startswith("torch.distributed.tensor.")
 
 
 def _why_not(part: nn.Module) -> str:

@@ -24,7 +24,7 @@ from dicompile.errors import UnsupportedModel
 from dicompile.model import ModelCalls
 from dicompile.offload import HOOK_ATTRIBUTES, check_hooks, move_groups, move_hook, take_hook_back
 from dicompile.runtime import Owner, cache_context
-from dicompile.sharded import is_hook
+from dicompile.sharded import is_hook_of
 
 log = logging.getLogger("dicompile")
 
@@ -146,7 +146,7 @@ class CachedModel(OptimizedModule):
         Raises:
             UnsupportedModel: it is FSDP's, which would gather all weights there; nothing has been sharded yet.
         """
-        if is_hook(hook):
+        if is_hook_of("torch.distributed.fsdp", hook):
             raise UnsupportedModel(
                 f"{type(self._orig_mod).__name__} is optimized, and cannot be sharded as a whole",
                 where="fully_shard",

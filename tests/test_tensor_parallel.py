@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -162,6 +163,33 @@ def test_attention_in_front_of_a_sum_has_heads_on_every_rank() -> None:
         capture = capture_functional(model, Arguments.of((), chain(Attention()).inputs))[1]
         (site,) = analyse(capture).sites
     assert site.ranks == 2
+
+
+def test_hooks_of_the_users_own_stay_where_they_are_while_it_is_uncovered() -> None:
+    """Another thread may be running the module, which nobody has divided."""
+
+    class Untouched(OrderedDict[int, Any]):
+        def clear(self) -> None:
+            raise AssertionError("hooks were taken away")
+
+    model = redraw(Mlp())
+    model.up._forward_hooks = Untouched({0: lambda *_: None})
+    with uncovered(model):
+        assert len(model.up._forward_hooks) == 1
+
+
+def test_guards_look_again_at_a_model_that_was_another_while_it_was_uncovered_and_at_no_other(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("DICOMPILE_CACHE_DIR", "off")
+
+    def looks(model: nn.Module) -> int:
+        dicompile.reset()
+        with mock.patch.object(Guards, "found", autospec=True, side_effect=Guards.found) as found:
+            dicompile.optimize(model, "none", mode="eager")(X)
+        return found.call_count
+
+    assert looks(divided()) == looks(redraw(Mlp())) + 1
 
 
 def test_training_needs_whole_weights() -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from diffusers import ContextParallelConfig
-from torch import Tensor
+from torch import Tensor, nn
 
 import dicompile
 from dicompile import FORA, FirstBlockCache, Policy
@@ -25,6 +25,10 @@ def shared(policy: Policy = POLICY) -> Any:
     """A model whose tokens are split over the ranks."""
     model = flux_transformer()
     model.enable_parallelism(config=ContextParallelConfig(ulysses_degree=RANKS))
+    return by_backend(model, policy)
+
+
+def by_backend(model: nn.Module, policy: Policy = POLICY) -> Any:
     torch._dynamo.reset()
     return torch.compile(model, backend="dicache", options={"policy": policy, "schedule": TIMES, "mode": "eager"})
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from typing import Any
 
@@ -17,11 +16,10 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 
 import dicompile
 from dicompile import FORA, ClusCa, FirstBlockCache, Policy, ToCaFlux
+from tests.parallel.bare import POLICY, by_backend, sampled
 from tests.parallel.processes import RANKS
-from tests.parallel.ranks import STEPS, cached, divide, divided, twice
+from tests.parallel.ranks import STEPS, cached, divide, divided, told_of_a_death, twice
 from tests.pipelines.pipes import flux_transformer
-
-POLICY = FORA(interval=2)
 
 
 def of_layers(name: str, policy: Policy | str) -> Callable[[int], Any]:
@@ -101,28 +99,7 @@ def calibrated(_: int) -> Any:
 def bare(_: int) -> Any:
     model = flux_transformer()
     divide(model)
-    options = {"policy": POLICY, "steps": STEPS, "mode": "eager"}
-    ids = {"img_ids": torch.zeros(16, 3), "txt_ids": torch.zeros(6, 3), "guidance": torch.ones(1)}
-    with torch.no_grad():
-        return torch.compile(model, backend="dicache", options=options)(
-            torch.zeros(1, 16, 16), timestep=torch.ones(1), encoder_hidden_states=torch.zeros(1, 6, 24),
-            pooled_projections=torch.zeros(1, 40), return_dict=False, **ids,
-        )[0]  # fmt: skip
-
-
-def dying(rank: int) -> Any:
-    """Rank 1 dies in the middle of a run; what rank 0 is told."""
-    sampler = cached(divided("flux"), POLICY)
-
-    def leave(pipe: Any, step: int, timestep: Any, values: dict[str, Any]) -> dict[str, Any]:
-        if rank == 1 and step == 1:
-            os._exit(0)
-        return values
-
-    try:
-        sampler(STEPS, callback_on_step_end=leave)
-    except RuntimeError as error:
-        return str(error)
+    return sampled(by_backend(model))
 
 
 RUNS: dict[str, tuple[str, Policy | str]] = {
@@ -165,5 +142,5 @@ CASES: dict[str, Callable[[int], Any]] = {
     "clusters": lambda _: cached(divided("flux"), ClusCa(clusters=4))(STEPS),
     "calibrated": calibrated,
     "bare": bare,
-    "dying": dying,
+    "dying": lambda rank: told_of_a_death(rank, cached(divided("flux"), POLICY)),
 }

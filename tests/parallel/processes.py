@@ -59,6 +59,12 @@ class Ranks:
             assert text in str(raised)
             assert raised.fix  # type: ignore[attr-defined]
 
+    def check_a_death_is_told(self) -> None:
+        """Check that of two ranks of which one dies the other one is told so, and not left waiting."""
+        told, none = self("dying")
+        assert told
+        assert none is None
+
     def stop(self) -> None:
         """Let the processes end."""
         for _, link in self._running:

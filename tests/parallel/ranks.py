@@ -266,9 +266,8 @@ def by_place(sampler: Sampler, context: str) -> tuple[Tensor, list[int]]:
         return counted(sampler)
 
 
-def dying(rank: int) -> Any:
+def told_of_a_death(rank: int, sampler: Sampler) -> Any:
     """Rank 1 dies in the middle of a run; what rank 0 is told."""
-    sampler = cached(split(PIPELINES["flux"]()), FORA(interval=2))
 
     def leave(pipe: Any, step: int, timestep: Any, values: dict[str, Any]) -> dict[str, Any]:
         if rank == 1 and step == 1:
@@ -302,7 +301,7 @@ CASES: dict[str, Callable[[int], Any]] = {
     "another class": in_another_class,
     "layers afterwards": of_layers_afterwards,
     "layers": lambda _: twice(cached(divided("flux"), CHOOSING)),
-    "dying": dying,
+    "dying": lambda rank: told_of_a_death(rank, cached(split(PIPELINES["flux"]()), FORA(interval=2))),
 }
 
 
