@@ -46,6 +46,7 @@ from dicompile.plan import Timing as Timing
 from dicompile.plan import TokenScore as TokenScore
 from dicompile.plan import TokenTable as TokenTable
 from dicompile.plan import Velocity as Velocity
+from dicompile.plan import WeightedBands as WeightedBands
 from dicompile.policies import FORA as FORA
 from dicompile.policies import L2P as L2P
 from dicompile.policies import PAB as PAB

@@ -114,7 +114,7 @@ class Predicted:
 
 @dataclass(frozen=True, slots=True)
 class Weights:
-    """Weights of the site at `position`, first that of the fresh value; float32, [k], or per token [k, b, n, 1]."""
+    """Weights of the site at `position`, `Action.factors`; float32, [k], or per token [k, b, n, 1]."""
 
     position: int
 
@@ -143,7 +143,8 @@ class LocalStep:
         source: position of the site whose score slot ranks the tokens, or None; clusters are of any site, as `Labels`.
         attention: position of the first site with the same attention, which keeps its output, or None.
         dtype: values are stored in this where they are wider; None stores them as they are.
-        low: what is taken of the newest stored value as it is, whatever the weights say.
+        low: what is taken of the newest stored value whatever the weights say.
+        weighs_low: whether that has a weight of its own, the last one.
     """
 
     weights: tuple[float, ...] = (1.0,)
@@ -159,6 +160,7 @@ class LocalStep:
     attention: int | None = None
     dtype: torch.dtype | None = None
     low: LowBand | None = None
+    weighs_low: bool = False
 
     @property
     def only_reuses(self) -> bool:
@@ -181,7 +183,8 @@ class LocalStep:
     ) -> LocalStep:
         """The plan's entry, with sites named by position; slots of scales come with those of values."""
         action: Action = step.action
-        variable = any(weight not in (0.0, 1.0) for weight in action.weights)
+        weighs_low = action.low_weight is not None
+        variable = weighs_low or any(weight not in (0.0, 1.0) for weight in action.weights)
         return cls(
             weights=tuple(float(weight != 0.0) for weight in action.weights),
             variable=variable,
@@ -195,6 +198,7 @@ class LocalStep:
             attention=None if attention is None else positions[attention],
             dtype=dtype,
             low=action.low,
+            weighs_low=weighs_low,
         )
 
 

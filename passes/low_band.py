@@ -1,4 +1,4 @@
-"""Low frequencies of a value over its tokens, as products with the few waves that they are made of.
+"""Low frequencies of a value over its tokens, or of a picture, as products with the few waves that they are made of.
 
 A transform, a mask and the transform back are a projection onto the waves below the cutoff. There are few of those, so
 that two small products do, without complex numbers: ``B (B^T x)``, where the columns of B are orthonormal.
@@ -19,14 +19,16 @@ def low_part(value: Tensor, low: LowBand, picture: tuple[int, int], grid: tuple[
     """What low frequencies contribute to a value; zero for tokens that belong to no picture.
 
     Args:
-        value: [b, n, d].
+        value: [b, n, d], or [..., h, w] for "fft2", which has no tokens.
         low: which frequencies.
         picture: first token of the picture, and their number.
         grid: rows and columns of the picture's tokens, for "dct" where `low` does not say.
 
     Returns:
-        float32, [b, n, d].
+        float32, of the shape of `value`.
     """
+    if low.basis == "fft2":
+        return _in_circle(value.float(), int(min(value.shape[-2:]) * low.cutoff * (1 + 1e-6)))
     first, count = picture
     rows = value[:, first : first + count].float()
     if low.basis == "fft":
@@ -57,6 +59,16 @@ def _fourier(count: int, pairs: int, *, has_highest: bool, device: torch.device)
     if has_highest:
         columns.append((1.0 - 2.0 * (token[:, None] % 2).float()) * math.sqrt(1 / count))
     return torch.cat(columns, dim=1)
+
+
+def _in_circle(picture: Tensor, radius: int) -> Tensor:
+    """The waves over the last two axes with ``i**2 + j**2 <= radius**2``; of each axis the lowest, and no highest."""
+    down, across = (_fourier(size, radius, has_highest=False, device=picture.device) for size in picture.shape[-2:])
+    wave = torch.arange(radius + 1, device=picture.device)
+    order = torch.cat([wave, wave[1:]]).square()
+    found = torch.matmul(torch.matmul(down.T, picture), across)
+    is_low = order[:, None] + order <= radius**2
+    return torch.matmul(torch.matmul(down, found * is_low.float()), across.T)
 
 
 def _over_grid(rows: Tensor, cutoff: float, grid: tuple[int, ...]) -> Tensor:

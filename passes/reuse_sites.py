@@ -75,7 +75,10 @@ def recalled(editor: Editor, position: int, step: LocalStep, like: fx.Node) -> f
     """What the stored values contribute to a site: ``w1 * h1 + w2 * h2 + ...``; None if nothing."""
     result = weighed(editor, position, step, lambda age: stored_value(editor, position, step, age, like))
     if step.low is not None and result is not None:
-        return _with_low_band(editor, position, step.low, result, stored_value(editor, position, step, 0, like))
+        newest = stored_value(editor, position, step, 0, like)
+        if step.weighs_low:
+            newest = editor.call(aten.mul.Tensor, newest, _weight(editor, position, step, len(step.weights)))
+        return _with_low_band(editor, position, step.low, result, newest)
     return result
 
 
@@ -111,7 +114,7 @@ def _with_low_band(editor: Editor, position: int, low: LowBand, result: fx.Node,
 def _weight(editor: Editor, position: int, step: LocalStep, index: int) -> fx.Node:
     """One weight of a site, a number or one per token."""
     site = editor.segment.sites[position]
-    shape: tuple[int, ...] = (len(step.weights),)
+    shape: tuple[int, ...] = (len(step.weights) + step.weighs_low,)
     if step.per_token:
         shape = (*shape, int(site.stream.meta["val"].shape[0]), site.tokens, 1)
     weights = editor.tensor_input(Weights(position), shape, torch.float32, site.stream)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -137,18 +137,19 @@ class Step:
         return RECALLED if self.is_recall else self.planned.kind
 
     def weights(self, site: int, number: int, full: Sequence[int]) -> tuple[float, ...]:
-        """Weights of a site; where a gate recalls, they follow from the steps that really were full; of others 0.
+        """Factors of a site's action; where a gate recalls, they follow from the steps that really were full.
 
         Args:
             site: its number.
             number: of this step in the whole schedule.
             full: numbers of the full steps before it, the latest first.
         """
-        planned = self.planned.sites[site].action.weights
+        planned = self.planned.sites[site].action
         if not self.is_recall:
-            return planned
-        weights = self.plan.recalls[site].action(full[: len(planned) - 1], number).weights
-        return (*weights, *(0.0,) * (len(planned) - len(weights)))
+            return planned.factors
+        action = self.plan.recalls[site].action(full[: len(planned.weights) - 1], number)
+        padded = (*action.weights, *(0.0,) * (len(planned.weights) - len(action.weights)))
+        return replace(action, weights=padded).factors
 
     @functools.cached_property
     def does(self) -> Hashable:

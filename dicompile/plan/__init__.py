@@ -44,7 +44,7 @@ from dicompile.plan.planner import (
     timing_plan,
 )
 from dicompile.plan.predictor import Adapter, Predictor, PredictorFacts, load_predictor
-from dicompile.plan.recall import Aligned, Bands, Fitted, Forecast, Reuse, Spectral, Velocity, WhatName
+from dicompile.plan.recall import Aligned, Bands, Fitted, Forecast, Reuse, Spectral, Velocity, WeightedBands, WhatName
 from dicompile.plan.rows import make_rows
 from dicompile.plan.schedule import Stint, TimestepSchedule, follow_each_other
 from dicompile.plan.schema import (
@@ -118,6 +118,7 @@ __all__ = [
     "TokenScore",
     "TokenTable",
     "Velocity",
+    "WeightedBands",
     "What",
     "WhatName",
     "Window",

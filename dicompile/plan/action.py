@@ -12,7 +12,7 @@ The same holds for spans, which are runs of sites on one stream: one block, or t
 from __future__ import annotations
 
 import enum
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from dicompile.analysis import SiteId
 
@@ -161,12 +161,13 @@ class Selection:
 
 @dataclass(frozen=True, slots=True)
 class LowBand:
-    """The low frequencies of a value over its tokens.
+    """The low frequencies of a value over its tokens, or over a picture.
 
     Attributes:
         basis: "dct": the cosine transform over rows and columns of the tokens. "fft": the Fourier transform over the
-            tokens as they follow each other.
-        cutoff: highest of them, as a share of the highest that there is.
+            tokens as they follow each other. "fft2": that over the last two axes, of frequencies in a circle.
+        cutoff: highest of them, as a share of the highest that there is; of "fft2" the radius, as a share of the
+            shorter axis, rounded down.
         grid: rows and columns of the tokens; None where the model's are known.
     """
 
@@ -184,7 +185,8 @@ class Action:
         what: which value is remembered.
         tokens: restricts the fresh value to some tokens; None means all.
         is_aligned: the weights are examples; the real ones follow, while sampling, from what a gate watches.
-        low: what is taken of the newest stored value as it is, whatever the weights say; None for nothing.
+        low: what is taken of the newest stored value whatever the weights say; None for nothing.
+        low_weight: weight of that; None takes it as it is.
     """
 
     weights: tuple[float, ...] = (1.0,)
@@ -192,6 +194,7 @@ class Action:
     tokens: Selection | None = None
     is_aligned: bool = False
     low: LowBand | None = None
+    low_weight: float | None = None
 
     def __post_init__(self) -> None:
         if not self.weights:
@@ -203,6 +206,16 @@ class Action:
     def refresh(cls, tokens: Selection, what: What = What.CORE) -> Action:
         """Compute the chosen tokens, keep the stored value of the others."""
         return cls((1.0, 1.0), what, tokens)
+
+    @property
+    def uncounted(self) -> Action:
+        """Equal for actions that differ in nothing but how many tokens they choose."""
+        return self if self.tokens is None else replace(self, tokens=replace(self.tokens, count=0))
+
+    @property
+    def factors(self) -> tuple[float, ...]:
+        """What code reads where the weights are not 0 and 1: they, then the weight of low frequencies that has one."""
+        return self.weights if self.low_weight is None else (*self.weights, self.low_weight)
 
     @property
     def computes(self) -> bool:

@@ -18,7 +18,7 @@ from dicompile.errors import CacheTooLarge, InvalidSetting, PolicyDoesNotFit
 from dicompile.plan.action import ScoreBase
 from dicompile.plan.frozen import Origin
 from dicompile.plan.plan import Plan
-from dicompile.plan.recall import Bands, Fitted, Recall, Velocity
+from dicompile.plan.recall import Bands, Fitted, Recall, Velocity, WeightedBands
 from dicompile.plan.schedule import TimestepSchedule
 from dicompile.plan.schema import Policy, Propagate, Refresh, Rule, Table, TokenScore, TokenTable
 from dicompile.text import size_text
@@ -160,10 +160,11 @@ def check_timesteps(policy: Policy, schedule: TimestepSchedule) -> None:
     """
     cadences = [policy.cadence, *(rule.cadence for rule in policy.rules if rule.cadence is not None)]
     windows = [cadence.timesteps for cadence in cadences if cadence.timesteps is not None]
-    if windows and not schedule.timesteps:
+    weighted = [rule.recall.low_between for rule in policy.rules if isinstance(rule.recall, WeightedBands)]
+    if (windows or weighted) and not schedule.timesteps:
+        does, (first, last) = ("reuses", windows[0]) if windows else ("weighs frequencies", weighted[0])
         raise PolicyDoesNotFit(
-            f"policy {policy.name!r} reuses between timesteps {windows[0][0]:g} and {windows[0][1]:g}, "
-            "and no timesteps are known",
+            f"policy {policy.name!r} {does} between timesteps {first:g} and {last:g}, and no timesteps are known",
             where="schedule",
             why=f"only the number of steps was given: {schedule.steps}",
             fix="optimize(..., schedule=scheduler), or a list of timesteps",
@@ -585,6 +586,14 @@ def _check_named(policy: Policy, structure: ModelStructure, rule: Rule) -> None:
     for site in named:
         if isinstance(rule.recall, Bands):
             _check_bands(policy, structure, site, rule.recall)
+        if isinstance(rule.recall, WeightedBands) and len(site.shape) < 4:
+            raise PolicyDoesNotFit(
+                f"policy {policy.name!r} tells low frequencies of a picture from high ones, which this "
+                f"{site.kind.value} does not allow",
+                where=_where(site),
+                why=f"its value is of shape {'x'.join(map(str, site.shape))}, which has no height and width",
+                fix="reuse all of them alike (Reuse)",
+            )
         has_none = ("core", "attention") if site.kind.is_span else ("stream",)
         if what in has_none or (what == "difference" and site.kind is not SiteKind.MODEL):
             raise PolicyDoesNotFit(

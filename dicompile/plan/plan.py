@@ -11,7 +11,7 @@ from dicompile.analysis import BlockId, ModelStructure
 from dicompile.plan.action import Action, Score, Slot
 from dicompile.plan.gate import Gate
 from dicompile.plan.memory import UNLIMITED, CacheOptions
-from dicompile.plan.recall import Aligned, Forecast, Reuse
+from dicompile.plan.recall import GatedRecall
 from dicompile.plan.schedule import TimestepSchedule
 from dicompile.text import ranges_text, size_text
 
@@ -86,17 +86,7 @@ class StepPlan:
     @property
     def signature(self) -> tuple[object, ...]:
         """Equal for steps that can run the same compiled program: everything but token counts and clocks."""
-        of_sites = (
-            (
-                site.action.weights,
-                site.action.what,
-                site.action.tokens and (site.action.tokens.score, site.action.tokens.context),
-                site.reads,
-                site.writes,
-                site.score,
-            )
-            for site in self.sites
-        )
+        of_sites = ((site.action.uncounted, site.reads, site.writes, site.score) for site in self.sites)
         return self.is_adapted, *of_sites
 
 
@@ -176,7 +166,7 @@ class Plan:
     gate: Gate | None = None
     probe: int | None = None
     trace: int | None = None
-    recalls: Mapping[int, Reuse | Forecast | Aligned] = field(repr=False, default_factory=dict)
+    recalls: Mapping[int, GatedRecall] = field(repr=False, default_factory=dict)
     clock: str = ROOFLINE
 
     @property

@@ -35,7 +35,7 @@ from dicompile.plan.fits import (
 from dicompile.plan.gate import Gate
 from dicompile.plan.memory import UNLIMITED, CacheOptions, slot_bytes, stored_value
 from dicompile.plan.plan import Plan, SiteStep, StepPlan, replaced, sites_by_block
-from dicompile.plan.recall import Aligned, Forecast, Reuse
+from dicompile.plan.recall import Aligned, DuringRun, Forecast, GatedRecall, Reuse, WeightedBands
 from dicompile.plan.rows import Gated, Row, make_rows
 from dicompile.plan.schedule import TimestepSchedule
 from dicompile.plan.schema import Policy
@@ -79,7 +79,7 @@ def make_plan(
             unmatched=unmatched,
             meant_for=meant_for,
             first_that_fits=note,
-            recalls=_recalls(structure, policy) if plan.gate is not None else {},
+            recalls=_recalls(structure, policy, schedule) if plan.gate is not None else {},
         )
 
     return fit_budget(structure, plan_without, cache)
@@ -233,12 +233,14 @@ def _ways(rows: Sequence[Row | Gated]) -> list[Row]:
     return [row.recalled if isinstance(row, Gated) else row for row in rows]
 
 
-def _recalls(structure: ModelStructure, policy: Policy) -> dict[int, Reuse | Forecast | Aligned]:
+def _recalls(structure: ModelStructure, policy: Policy, schedule: TimestepSchedule) -> dict[int, GatedRecall]:
     """What stands in for every site and span of a gated policy, whose weights follow from the steps that ran."""
-    recalls: dict[int, Reuse | Forecast | Aligned] = {}
+    recalls: dict[int, GatedRecall] = {}
+    timesteps, begin = schedule.timesteps, schedule.numbers.start
     for rule in reversed(policy.rules):
-        recalls |= {int(site.id): rule.do for site in structure.everything if rule.names(site)
-                    and isinstance(rule.do, (Reuse, Forecast, Aligned))}  # fmt: skip
+        do = rule.do.during(timesteps, begin) if isinstance(rule.do, WeightedBands) else rule.do
+        if isinstance(do, (Reuse, Forecast, Aligned, DuringRun)):
+            recalls |= {int(site.id): do for site in structure.everything if rule.names(site)}
     return recalls
 
 

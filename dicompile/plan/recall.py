@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Annotated, Literal, cast
 
 from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
@@ -150,6 +150,61 @@ class Bands(Frozen):
         return replace(forecast, low=LowBand(self.basis, self.cutoff, self.grid))
 
 
+class WeightedBands(Frozen):
+    """Reuse a picture with weights on its low and its high frequencies, each at steps between two timesteps.
+
+    For values with two last axes that are the picture's height and width, such as what most models return.
+
+    Attributes:
+        low: weight of the frequencies in a circle around the constant one, unitless.
+        high: weight of the others.
+        low_between: `low` holds between these timesteps, as the scheduler counts them; elsewhere it is 1.
+        high_between: the same for `high`.
+        compound: multiply the weights of all steps since the picture was stored, as diffusers does; else this step's
+            count alone.
+        radius: of the circle, as a share of the picture's shorter side, rounded down to whole frequencies.
+        what: which value is stored.
+
+    Reference:
+        Lv et al., FasterCache: Training-Free Video Diffusion Model Acceleration with High Quality, arXiv 2410.19355,
+        equations 10 and 11; the circle is that of the authors' code.
+    """
+
+    do: Literal["weighted-bands"] = "weighted-bands"
+    low: float = 1.1
+    high: float = 1.1
+    low_between: tuple[float, float] = (99, 901)
+    high_between: tuple[float, float] = (-1, 301)
+    compound: bool = True
+    radius: Annotated[float, Field(ge=0, lt=0.5)] = 0.2
+    what: WhatName = "difference"
+
+    def during(self, timesteps: Sequence[float], begin: int = 0) -> DuringRun:
+        """The same for a run whose timesteps are known, the first of which is step `begin` of the schedule."""
+        return DuringRun(self, tuple(timesteps), begin)
+
+
+@dataclass(frozen=True, slots=True)
+class DuringRun:
+    """`WeightedBands` of one run; see there."""
+
+    bands: WeightedBands
+    timesteps: tuple[float, ...]
+    begin: int
+
+    def action(self, stored: Sequence[int], step: int, place: int = 0) -> Action:
+        """Action at `step` for values stored at the steps `stored`, newest first."""
+        del place
+        bands = self.bands
+        first = stored[0] + 1 if bands.compound else step
+        times = self.timesteps[first - self.begin : step + 1 - self.begin]
+        low, high = (
+            weight ** sum(min(between) < time < max(between) for time in times)
+            for weight, between in ((bands.low, bands.low_between), (bands.high, bands.high_between))
+        )
+        return Action((0.0, high), What(bands.what), low=LowBand("fft2", bands.radius), low_weight=low)
+
+
 class Aligned(Frozen):
     """Go on from the last stored value but one in the direction of the last, as far as the first blocks have gone.
 
@@ -284,5 +339,9 @@ class Velocity(Frozen):
         return tuple(weights)
 
 
-Recall = Annotated[Reuse | Forecast | Spectral | Bands | Aligned | Fitted | Velocity, Field(discriminator="do")]
+AnyRecall = Reuse | Forecast | Spectral | Bands | WeightedBands | Aligned | Fitted | Velocity
+Recall = Annotated[AnyRecall, Field(discriminator="do")]
 """What stands in for a value that is not computed."""
+
+GatedRecall = Reuse | Forecast | Aligned | DuringRun
+"""What stands in where a gate decides while sampling: its weights follow from the steps that really were full."""

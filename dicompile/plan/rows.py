@@ -10,7 +10,7 @@ from dicompile.capture import Role
 from dicompile.plan.action import COMPUTE, SKIP, Action, Clusters, Context, Score, ScoreBase, Selection, What
 from dicompile.plan.cadence import Cadence, Moment
 from dicompile.plan.fits import check_stored, check_table, reused_whole
-from dicompile.plan.recall import Fitted, Forecast, Velocity
+from dicompile.plan.recall import Fitted, Forecast, Velocity, WeightedBands
 from dicompile.plan.schema import Policy, Propagate, Refresh, Rule, Table, TokenScore, TokenTable
 
 Row = tuple[Action, ...]
@@ -191,6 +191,8 @@ class _Rows:
         elif isinstance(recall, Velocity):
             recall = recall.fitted(stored, step, self.timesteps, self.begin)
         check_stored(self.policy, site, recall, stored, step, place)
+        if isinstance(recall, WeightedBands):
+            return recall.during(self.timesteps, self.begin).action(stored, step, place)
         return recall.action(self.possible[site.id] if isinstance(recall, Forecast) else stored, step, place)
 
     def moment(self, cadence: Cadence, step: int) -> Moment:

@@ -13,7 +13,7 @@ from dicompile.plan.cadence import Cadence, Moment
 from dicompile.plan.frozen import Frozen, Origin
 from dicompile.plan.gate import Gate
 from dicompile.plan.predictor import Predictor
-from dicompile.plan.recall import Aligned, Bands, Fitted, Forecast, Recall, Reuse, Spectral, Velocity, WhatName
+from dicompile.plan.recall import Aligned, AnyRecall, Forecast, Recall, Reuse, Velocity, WhatName
 from dicompile.plan.schedule import Stint, follow_each_other
 from dicompile.plan.yaml_json import YamlJson
 
@@ -186,10 +186,7 @@ class Rule(Frozen):
     sites: tuple[SiteName, ...] = ()
     when: Literal["always", "odd", "even"] = "always"
     cadence: Cadence | None = None
-    do: Annotated[
-        Reuse | Forecast | Spectral | Bands | Aligned | Fitted | Velocity | Refresh | Propagate | Table | TokenTable,
-        Field(discriminator="do"),
-    ]
+    do: Annotated[AnyRecall | Refresh | Propagate | Table | TokenTable, Field(discriminator="do")]
 
     def names(self, site: Site) -> bool:
         """True if the rule is for the kind of `site`."""
@@ -408,7 +405,10 @@ def check_gated(policy: Policy) -> None:
         reasons += [
             ("one of its rules has a cadence of its own", rule.cadence is not None),
             (f"one of its rules holds at {rule.when} steps only", rule.when != "always"),
-            (f"one of its rules does {rule.do.do!r}", rule.do.do not in ("reuse", "forecast", "align")),
+            (
+                f"one of its rules does {rule.do.do!r}",
+                rule.do.do not in ("reuse", "forecast", "align", "weighted-bands"),
+            ),
         ]
     if policy.gate is not None and policy.gate.verifies:
         spans = any(site in ("stack", "model") for rule in policy.rules for site in rule.sites)
@@ -422,7 +422,7 @@ def check_gated(policy: Policy) -> None:
                 f"policy {policy.name!r} has a gate, but {reason}",
                 where="cadence.gate",
                 why="a gate decides once for the whole step, and which steps are full is known only then",
-                fix="leave the gate out, or give it rules of Reuse, Forecast and Aligned alone",
+                fix="leave the gate out, or give it rules of Reuse, Forecast, Aligned and WeightedBands alone",
             )
 
 

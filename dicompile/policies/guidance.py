@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from dicompile.plan import Cadence, Gate, Policy, Reuse, Rule
+from dicompile.plan import Cadence, Gate, Policy, Reuse, Rule, WeightedBands
 
 
 def GuidanceReuse(
@@ -12,6 +12,8 @@ def GuidanceReuse(
     timesteps: tuple[float, float] = (-1, 641),
     leads: str = "cond",
     halves: Literal["", "uncond-cond", "cond-uncond"] = "",
+    low: float = 1.0,
+    high: float = 1.0,
 ) -> Policy:
     """Add to the output of the conditional half the difference that the other half had to it at the last full step.
 
@@ -20,8 +22,8 @@ def GuidanceReuse(
     as well. Where both are in one batch, say with `halves` in which order: steps between two full ones then run half of
     the batch, as long as both halves have the same latents. The last step is full.
 
-    In FasterCache the low and high frequencies of the difference have weights of their own, and attention is reused,
-    too; here both weights are 1, and attention is computed.
+    FasterCache gives low frequencies of the difference a little more weight in the middle of the run, and high ones at
+    its end; so do `low` and `high`, for models that return pictures. It reuses attention, too; here that is computed.
 
     Args:
         interval: steps from one full step of the other half to the next.
@@ -29,14 +31,18 @@ def GuidanceReuse(
         leads: name of the half that is computed at every step.
         halves: "uncond-cond" or "cond-uncond" where one call has both halves, in this order; pipelines of diffusers
             have "uncond-cond". Empty where every half has a call of its own.
+        low: weight of the low frequencies between the timesteps 99 and 901; published is 1.1. See `WeightedBands`.
+        high: weight of the high ones below timestep 301; published is 1.1.
 
     Reference:
         Lv et al., FasterCache: Training-Free Video Diffusion Model Acceleration with High Quality, arXiv 2410.19355,
-        section on CFG-Cache; defaults are those of diffusers.
+        section on CFG-Cache; interval and timesteps are those of diffusers.
     """
+    do = Reuse(what="difference") if low == high == 1 else WeightedBands(low=low, high=high)
+    weights = "" if low == high == 1 else f"-{low:g}-{high:g}"
     gate = Gate(probe="partner", leads=leads, halves=halves, last=1)
     return Policy(
-        name=f"guidance-reuse-{interval}",
+        name=f"guidance-reuse-{interval}{weights}",
         cadence=Cadence(interval=interval, counting="up", timesteps=timesteps, gate=gate),
-        rules=(Rule(sites=("model",), do=Reuse(what="difference")),),
+        rules=(Rule(sites=("model",), do=do),),
     )

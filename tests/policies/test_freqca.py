@@ -63,6 +63,19 @@ def test_a_few_waves_do_what_the_whole_transform_does(basis: Basis, cutoff: floa
     torch.testing.assert_close(low_part(value, LowBand(basis, cutoff), (3, count), grid), expected)
 
 
+@pytest.mark.parametrize("shape", [(2, 4, 16, 16), (2, 3, 5, 9, 20), (1, 4, 4, 30)])
+@pytest.mark.parametrize("radius", [0.0, 0.2, 0.4])
+def test_a_circle_of_frequencies_is_that_of_the_transform(shape: tuple[int, ...], radius: float) -> None:
+    value = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    height, width = shape[-2:]
+    count = min(height, width) * round(radius * 10) // 10
+    i, j = torch.arange(height) - height // 2, torch.arange(width) - width // 2
+    circle = i[:, None] ** 2 + j**2 <= count**2
+    moved = torch.fft.fftshift(torch.fft.fft2(value), dim=(-2, -1)) * circle
+    expected = torch.fft.ifft2(torch.fft.ifftshift(moved, dim=(-2, -1))).real
+    torch.testing.assert_close(low_part(value, LowBand("fft2", radius), (0, 0)), expected)
+
+
 def hermite(x: float, degree: int) -> float:
     before, value = 1.0, 2 * x
     for k in range(2, degree + 1):

@@ -17,7 +17,8 @@ from torch.utils.flop_counter import FlopCounterMode
 import dicompile
 from dicompile.backend import read_options
 from dicompile.errors import CannotBatch, InvalidPolicy, InvalidSetting, PolicyDoesNotFit
-from dicompile.plan import Cadence, Gate, Policy, Reuse, Rule
+from dicompile.passes.low_band import low_part
+from dicompile.plan import Cadence, Gate, LowBand, Policy, Reuse, Rule, WeightedBands
 from dicompile.serve import Batcher
 from tests import models
 from tests.models import Sample, optimized, timesteps
@@ -75,15 +76,17 @@ def kinds(model: nn.Module) -> list[str]:
 
 
 @pytest.mark.filterwarnings("ignore:torch.meshgrid")  # of theirs
+@pytest.mark.parametrize(("low", "high"), [(1.0, 1.0), (1.1, 1.1), (0.5, 1.5)])
 def test_it_reuses_what_the_hook_of_diffusers_reuses(
-    model: Any, sample: Sample, texts: dict[str, dict[str, Tensor]]
+    sample: Sample, texts: dict[str, dict[str, Tensor]], low: float, high: float
 ) -> None:
-    """Theirs has both halves in one batch, and runs half of it; with weights of 1 it is the same rule."""
+    """Theirs has both halves in one batch, and runs half of it."""
+    model = optimized(sample, dicompile.GuidanceReuse(low=low, high=high), STEPS)
     peer, now = copy.deepcopy(sample.model), [0]
     config = FasterCacheConfig(
         spatial_attention_block_skip_range=None,  # type: ignore[arg-type]
-        alpha_low_frequency=1.0,
-        alpha_high_frequency=1.0,
+        alpha_low_frequency=low,
+        alpha_high_frequency=high,
         tensor_format="BCHW",
         current_timestep_callback=lambda: TIMES[now[0]],
         attention_weight_callback=lambda _: 0.5,
@@ -160,6 +163,62 @@ def test_both_halves_in_one_batch_are_what_they_are_one_by_one(
     assert sum(flops) / flops[0] / STEPS == pytest.approx(plan.flops / plan.baseline_flops)
     assert (report.peak_cache_bytes, report.cache_bytes) == (plan.cache_bytes, 0)
     assert f"where a batch has the same latents in both halves ({'-'.join(order)})" in str(plan)
+
+
+WEIGHTED = {"low": 1.3, "high": 0.7}
+
+
+def test_weights_of_frequencies_are_those_of_every_step_since_the_last_full_one(
+    sample: Sample, texts: dict[str, dict[str, Tensor]]
+) -> None:
+    """Both halves in one batch, at all timesteps; at step 6 the latents differ, and the count begins anew."""
+    bands = WeightedBands(**WEIGHTED, low_between=(-1, 1001), high_between=(-1, 1001))
+    policy = dicompile.GuidanceReuse(timesteps=(-1, 1001), halves="cond-uncond", **WEIGHTED)
+    policy = policy.model_copy(update={"rules": (Rule(sites=("model",), do=bands),)})
+    model, difference, since = optimized(sample, policy, STEPS), torch.zeros(()), 0
+    for step, latent in enumerate(latents()):
+        text = {key: torch.cat([texts[name][key] for name in HALVES]) for key in texts["cond"]}
+        two = torch.cat([latent, latent + 1 if step == 6 else latent])
+        inputs = sample.inputs | text | {"hidden_states": two, "timestep": torch.full((2,), TIMES[step])}
+        with torch.no_grad():
+            cond, uncond = sample.model(**inputs)[0].chunk(2)
+            found = model(**inputs)[0].chunk(2)
+        torch.testing.assert_close(found[0], cond, rtol=1e-4, atol=1e-5)
+        if step in (0, 5, 6, 7, 10):  # at 6 there is no difference to store, and so none to recall at 7
+            difference, since = uncond - cond, 0
+        else:
+            since += 1
+            low = low_part(difference, LowBand("fft2", 0.2), (0, 0))
+            uncond = cond + WEIGHTED["low"] ** since * low + WEIGHTED["high"] ** since * (difference - low)
+        torch.testing.assert_close(found[1], uncond, rtol=1e-4, atol=1e-5, msg=f"step {step}")
+
+
+def test_weights_of_one_step_do_not_compound_if_told(sample: Sample, texts: dict[str, dict[str, Tensor]]) -> None:
+    bands = WeightedBands(low=2.0, high=2.0, low_between=(-1, 1001), high_between=(-1, 1001), compound=False)
+    policy = dicompile.GuidanceReuse(timesteps=(-1, 1001))
+    model = optimized(sample, policy.model_copy(update={"rules": (Rule(sites=("model",), do=bands),)}), STEPS)
+    found = run(model, sample, texts, [HALVES] * STEPS)
+    difference = found["uncond"][0][2] - found["cond"][0][2]
+    for step in (1, 2, 3, 4):
+        expected = found["cond"][step][2] + 2 * difference
+        torch.testing.assert_close(found["uncond"][step][2], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_frequencies_need_a_picture() -> None:
+    flux = models.flux(1)
+    model = optimized(flux, dicompile.GuidanceReuse(**WEIGHTED), STEPS)
+    with pytest.raises(PolicyDoesNotFit, match=r"which this model does not allow\n.*\n.*has no height and width"):
+        models.call(model, flux.inputs, TIMES[0], 1)
+
+
+def test_weights_of_frequencies_need_timesteps(sample: Sample) -> None:
+    gate = Gate(probe="partner", leads="cond")
+    policy = Policy(
+        name="x", cadence=Cadence(interval=2, gate=gate), rules=(Rule(sites=("model",), do=WeightedBands()),)
+    )
+    model = dicompile.optimize(sample.model, policy, schedule=4, backend="eager")
+    with pytest.raises(PolicyDoesNotFit, match="weighs frequencies between timesteps 99 and 901, and no timesteps"):
+        models.call(model, sample.inputs, TIMES[0], 1)
 
 
 def test_halves_of_different_latents_are_computed(
@@ -362,5 +421,9 @@ def test_a_name_is_for_gates_that_wait(options: dict[str, Any]) -> None:
 
 
 def test_it_goes_to_text_and_back() -> None:
-    for policy in (dicompile.GuidanceReuse(), dicompile.GuidanceReuse(halves="uncond-cond")):
+    for policy in (
+        dicompile.GuidanceReuse(),
+        dicompile.GuidanceReuse(halves="uncond-cond"),
+        dicompile.GuidanceReuse(**WEIGHTED),
+    ):
         assert Policy.from_yaml(policy.to_yaml()) == policy

@@ -59,6 +59,17 @@ def test_every_request_gets_what_it_gets_by_itself(
     assert (done.open, done.waiting, done.cache_bytes, done.reserved_bytes, done.finished) == (0, 0, 0, 0, 3)
 
 
+def test_cutoffs_of_low_frequencies_tell_requests_apart() -> None:
+    """All weights are the same, and what is made of them is not."""
+    sample = models.plain_dit(layers=2)
+    requests = [(dicompile.FreqCa(interval=3, cutoff=cutoff), 8, 1) for cutoff in (0.1, 0.6)]
+    found = served(batcher_of(sample, patience=0.2), sample, requests)
+    for request, outputs in zip(requests, found, strict=True):
+        for ours, theirs in zip(outputs, alone(sample, *request), strict=True):
+            torch.testing.assert_close(ours, theirs, **CLOSE)
+    assert not torch.allclose(found[0][4], found[1][4], atol=1e-3)
+
+
 def test_requests_at_different_steps_are_one_batch() -> None:
     sample = models.plain_dit(layers=2)
     batcher = batcher_of(sample)
