@@ -52,6 +52,7 @@ from dicompile.policies import L2P as L2P
 from dicompile.policies import PAB as PAB
 from dicompile.policies import ClusCa as ClusCa
 from dicompile.policies import DBCache as DBCache
+from dicompile.policies import DeltaDiT as DeltaDiT
 from dicompile.policies import DiCache as DiCache
 from dicompile.policies import DuCa as DuCa
 from dicompile.policies import DuCaFlux as DuCaFlux

@@ -68,7 +68,7 @@ class Replay:
         planned = dicompile.plan_of(self.model).steps[step]
         result = {}
         for site in structure.sites:
-            rule = next((r for r in self.policy.rules if r.names(site)), None)
+            rule = next((r for r in self.policy.rules if r.names(site, len(structure.blocks))), None)
             if rule and isinstance(rule.do, Refresh) and planned.sites[site.id].action.symbol in "t.":
                 empty = torch.empty(site.shape[0], 0, dtype=torch.long)
                 result[self._name(structure, site)] = chosen.get(int(site.id), empty)

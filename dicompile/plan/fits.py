@@ -87,10 +87,10 @@ def check_fits(policy: Policy, structure: ModelStructure) -> None:
     for rule in policy.rules:
         _check_named(policy, structure, rule)
     for site in structure.everything:
-        _check_one_value(policy, site)
+        _check_one_value(policy, structure, site)
     for site, do in refreshed(structure, policy):
         if isinstance(do, Propagate):
-            _check_clusters(policy, site, do)
+            _check_clusters(policy, structure, site, do)
         _check_tokens(policy, site, do)
         _check_placed(policy, site, do)
         if not isinstance(do, Propagate):
@@ -419,7 +419,7 @@ def unmatched_rules(structure: ModelStructure, policy: Policy) -> tuple[str, ...
     """Kinds of site that a rule is for, of every rule that is for no site of a model."""
     if not structure.sites:
         return ()
-    unmatched = (rule for rule in policy.rules if not any(map(rule.names, structure.everything)))
+    unmatched = (rule for rule in policy.rules if not named_by(rule, structure))
     return tuple(", ".join(rule.sites) or "any" for rule in unmatched)
 
 
@@ -565,7 +565,7 @@ def check_gate(policy: Policy, *, records_steps: bool, is_offloaded: bool, in_ba
 
 
 def _check_named(policy: Policy, structure: ModelStructure, rule: Rule) -> None:
-    named = [site for site in structure.everything if rule.names(site)]
+    named = named_by(rule, structure)
     spans = [name for name in rule.sites if name in ("block", "stack")]
     if spans and structure.sites and not any(site.kind.value in spans for site in named):
         raise PolicyDoesNotFit(
@@ -630,8 +630,8 @@ def _check_bands(policy: Policy, structure: ModelStructure, site: Site, bands: B
         )
 
 
-def _check_one_value(policy: Policy, site: Site) -> None:
-    whats = sorted({rule.recall.what for rule in policy.rules if rule.names(site)} - {"attention"})
+def _check_one_value(policy: Policy, structure: ModelStructure, site: Site) -> None:
+    whats = sorted({rule.recall.what for rule in _rules_for(policy, structure, site)} - {"attention"})
     if len(whats) > 1:
         raise PolicyDoesNotFit(
             f"policy {policy.name!r} stores two values of one {'span' if site.kind.is_span else 'branch'}",
@@ -668,9 +668,9 @@ def _check_placed(policy: Policy, site: Site, do: Refreshing) -> None:
     )
 
 
-def _check_clusters(policy: Policy, site: Site, do: Propagate) -> None:
+def _check_clusters(policy: Policy, structure: ModelStructure, site: Site, do: Propagate) -> None:
     """Clusters are of one stream, so all that propagates on it has the same ones, and each has several tokens."""
-    asked = [rule.do for rule in policy.rules if rule.names(site) and isinstance(rule.do, Propagate)]
+    asked = [rule.do for rule in _rules_for(policy, structure, site) if isinstance(rule.do, Propagate)]
     other = next((each for each in asked if (each.clusters, each.rounds) != (do.clusters, do.rounds)), None)
     if site.kind.is_span:
         why, fix = "it has no branch of its own to compute single tokens of", "name branches: Rule(sites=('mlp',), ...)"
@@ -785,14 +785,23 @@ def _first_that_fits(policy: Policy, refusals: Sequence[str]) -> str:
 
 
 def _asked_to_refresh(structure: ModelStructure, policy: Policy) -> Sequence[tuple[Site, Refreshing]]:
-    asked = ((site, _asked_of(policy, site)) for site in structure.everything)
+    asked = ((site, _asked_of(policy, structure, site)) for site in structure.everything)
     return [(site, do) for site, do in asked if do is not None]
 
 
-def _asked_of(policy: Policy, site: Site) -> Refreshing | None:
+def _asked_of(policy: Policy, structure: ModelStructure, site: Site) -> Refreshing | None:
     """How the first rule that refreshes single tokens of a site does so."""
-    actions = (rule.do for rule in policy.rules if rule.names(site))
+    actions = (rule.do for rule in _rules_for(policy, structure, site))
     return next((do for do in actions if isinstance(do, Refreshing)), None)
+
+
+def named_by(rule: Rule, structure: ModelStructure) -> list[Site]:
+    """Sites and spans that a rule is for, in order."""
+    return [site for site in structure.everything if rule.names(site, len(structure.blocks))]
+
+
+def _rules_for(policy: Policy, structure: ModelStructure, site: Site) -> list[Rule]:
+    return [rule for rule in policy.rules if rule.names(site, len(structure.blocks))]
 
 
 def _origin(rule: Rule) -> Origin | None:

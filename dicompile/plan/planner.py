@@ -28,6 +28,7 @@ from dicompile.plan.fits import (
     check_stint,
     check_timesteps,
     choose_setting,
+    named_by,
     reused_whole,
     score_source,
     unmatched_rules,
@@ -240,7 +241,7 @@ def _recalls(structure: ModelStructure, policy: Policy, schedule: TimestepSchedu
     for rule in reversed(policy.rules):
         do = rule.do.during(timesteps, begin) if isinstance(rule.do, WeightedBands) else rule.do
         if isinstance(do, (Reuse, Forecast, Aligned, DuringRun)):
-            recalls |= {int(site.id): do for site in structure.everything if rule.names(site)}
+            recalls |= {int(site.id): do for site in named_by(rule, structure)}
     return recalls
 
 

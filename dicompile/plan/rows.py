@@ -9,7 +9,7 @@ from dicompile.analysis import ModelStructure, Site, SiteKind, Span
 from dicompile.capture import Role
 from dicompile.plan.action import COMPUTE, SKIP, Action, Clusters, Context, Score, ScoreBase, Selection, What
 from dicompile.plan.cadence import Cadence, Moment
-from dicompile.plan.fits import check_stored, check_table, reused_whole
+from dicompile.plan.fits import check_stored, check_table, named_by, reused_whole
 from dicompile.plan.recall import Fitted, Forecast, Velocity, WeightedBands
 from dicompile.plan.schema import Policy, Propagate, Refresh, Rule, Table, TokenScore, TokenTable
 
@@ -75,7 +75,7 @@ class _Rows:
         self.stored: list[list[int]] = [[] for _ in structure.everything]
         self.possible: list[list[int]] = [[] for _ in structure.everything]
         self.moments: dict[Cadence, tuple[Moment, ...]] = {}
-        named = [[site for site in structure.everything if rule.names(site)] for rule in policy.rules]
+        named = [named_by(rule, structure) for rule in policy.rules]
         self.places = [{site.id: place for place, site in enumerate(sites)} for sites in named]
         self.mixed = reused_whole(structure, policy)
         for rule, sites in zip(policy.rules, named, strict=True):

@@ -167,6 +167,10 @@ class TokenTable(Frozen):
     origin: Origin | None = None
 
 
+Share = Annotated[float, Field(ge=0, le=1)]
+ALL = (0.0, 1.0)
+"""From the first to the last."""
+
 SiteName = Literal[
     "self-attention", "cross-attention", "joint-attention", "mlp", "parallel", "unknown", "block", "stack", "model"
 ]  # fmt: skip
@@ -179,18 +183,37 @@ class Rule(Frozen):
         sites: kinds of site; empty means all but spans. "block" is all that a block adds to a stream, "stack" all that
             the blocks add, "model" all that the model adds to its latent.
         when: only on steps whose index is odd, or even, within the current interval.
+        during: only in this part of the schedule, from one share of its steps to another, each rounded to a step.
+        blocks: only in this part of the model, from one share of its blocks to another, each rounded to a block.
         cadence: which steps are full for these sites, instead of the policy's.
         do: what happens instead of computing.
     """
 
     sites: tuple[SiteName, ...] = ()
     when: Literal["always", "odd", "even"] = "always"
+    during: tuple[Share, Share] = ALL
+    blocks: tuple[Share, Share] = ALL
     cadence: Cadence | None = None
     do: Annotated[AnyRecall | Refresh | Propagate | Table | TokenTable, Field(discriminator="do")]
 
-    def names(self, site: Site) -> bool:
-        """True if the rule is for the kind of `site`."""
-        return site.kind.value in self.sites if self.sites else not site.kind.is_span
+    def names(self, site: Site, blocks: int) -> bool:
+        """True if the rule is for `site`, of a model with so many blocks."""
+        if not (site.kind.value in self.sites if self.sites else not site.kind.is_span):
+            return False
+        first, end = (round(share * blocks) for share in self.blocks)
+        return self.blocks == ALL or first <= site.block < end
+
+    @model_validator(mode="after")
+    def _check_blocks(self) -> Rule:
+        whole = [name for name in self.sites if name in ("stack", "model")]
+        if whole and self.blocks != ALL:
+            raise InvalidPolicy(
+                f"a rule for the whole {whole[0]} is for some blocks only",
+                where="blocks",
+                why=f"what the {whole[0]} adds is what all of its blocks add",
+                fix="name blocks, Rule(sites=('block',), blocks=(0, 0.5), ...), or set 'outside' of the policy",
+            )
+        return self
 
     @property
     def recall(self) -> Recall | TokenTable:
@@ -199,7 +222,9 @@ class Rule(Frozen):
 
     def holds(self, moment: Moment) -> bool:
         """True if the rule is for this step."""
-        return self.when == "always" or (moment.residue % 2 == 1) == (self.when == "odd")
+        first, end = (round(share * moment.steps) for share in self.during)
+        is_its_turn = self.when == "always" or (moment.residue % 2 == 1) == (self.when == "odd")
+        return is_its_turn and first <= moment.step < end
 
 
 class Elsewhere(Frozen):
@@ -404,7 +429,7 @@ def check_gated(policy: Policy) -> None:
     for rule in policy.rules:
         reasons += [
             ("one of its rules has a cadence of its own", rule.cadence is not None),
-            (f"one of its rules holds at {rule.when} steps only", rule.when != "always"),
+            ("one of its rules holds at some steps only", rule.when != "always" or rule.during != ALL),
             (
                 f"one of its rules does {rule.do.do!r}",
                 rule.do.do not in ("reuse", "forecast", "align", "weighted-bands"),

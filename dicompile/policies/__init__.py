@@ -12,6 +12,7 @@ from dicompile.outside import read_text
 from dicompile.plan import Policy, Predictor, load_predictor
 from dicompile.policies.anywhere import duca_anywhere, toca_anywhere
 from dicompile.policies.clusca import ClusCa
+from dicompile.policies.delta_dit import DeltaDiT
 from dicompile.policies.dicache import DiCache
 from dicompile.policies.duca import DuCa, DuCaFlux, DuCaOpenSora, DuCaPixArt
 from dicompile.policies.easycache import EasyCache
@@ -44,6 +45,7 @@ __all__ = [
     "POLICIES",
     "ClusCa",
     "DBCache",
+    "DeltaDiT",
     "DiCache",
     "DuCa",
     "DuCaFlux",
@@ -109,6 +111,7 @@ POLICIES: dict[str, Callable[..., Policy]] = {
     "dicache": DiCache,
     "speca": SpeCa,
     "guidance-reuse": GuidanceReuse,
+    "delta-dit": DeltaDiT,
     "magcache": MagCache,
     "pab": PAB,
     "smoothcache": SmoothCache,

@@ -308,7 +308,8 @@ def test_policy_files_are_readable_text() -> None:
     data = yaml.safe_load(FORA(interval=4).to_yaml())
     assert list(data)[:4] == ["name", "cadence", "rules", "seed"]
     assert data["cadence"]["interval"] == 4
-    assert data["rules"] == [{"sites": [], "when": "always", "cadence": None, "do": {"do": "reuse", "what": "core"}}]
+    everywhere = {"sites": [], "when": "always", "during": [0.0, 1.0], "blocks": [0.0, 1.0], "cadence": None}
+    assert data["rules"] == [{**everywhere, "do": {"do": "reuse", "what": "core"}}]
 
 
 # Published settings ---------------------------------------------------------------------------------------------------
