@@ -127,17 +127,19 @@ def _check_layers(module: nn.Module, *, splits_tokens: bool) -> None:
 
 
 def settle_hooks(module: nn.Module) -> None:
-    """Tell the hooks that split tokens the arguments of a forward now, which they look up when they first run.
+    """Tell hooks of diffusers the arguments of a forward now, which they look up when they first run.
 
-    Dynamo cannot follow them there, and a model that needs other ranks cannot be run to let them settle.
+    Those that split tokens do, and those that skip blocks. Dynamo cannot follow them there, and a model that needs
+    other ranks cannot be run to let them settle.
     """
     for part in module.modules():
         registry = vars(part).get("_diffusers_hook")
         for hook in () if registry is None else registry.hooks.values():
-            signature = getattr(hook, "module_forward_metadata", None)
-            if signature is not None and signature.cached_parameter_indices is None:
-                names = [*inspect.signature(type(part).forward).parameters][1:]
-                signature.cached_parameter_indices = {name: i for i, name in enumerate(names)}
+            for holder in vars(hook).values():
+                for name in ("cached_parameter_indices", "_cached_parameter_indices"):
+                    if getattr(holder, name, 0) is None:
+                        names = [*inspect.signature(type(part).forward).parameters][1:]
+                        setattr(holder, name, {argument: i for i, argument in enumerate(names)})
 
 
 _ROUNDED = "values whose last bits may be others on other ranks"

@@ -79,7 +79,7 @@ class CachedModel(OptimizedModule):
 
     It is a ``torch._dynamo.OptimizedModule``, which diffusers, accelerate and peft know how to unwrap. Other than with
     ``torch.compile``, weights have the names of the original: in `state_dict`, `named_parameters` and `named_buffers`,
-    and in the `state_dict` of a module around it. Modules are walked as they are, the original as child ``_orig_mod``.
+    and in the `state_dict` of a module around it; so have modules, among which the original is ``_orig_mod``.
     """
 
     _dicompile: Record
@@ -178,6 +178,20 @@ class CachedModel(OptimizedModule):
         """Buffers by the original's names; all of them lie below the wrapper."""
         if recurse:
             yield from self._orig_mod.named_buffers(prefix, recurse, remove_duplicate)
+
+    def named_modules(
+        self, memo: set[nn.Module] | None = None, prefix: str = "", remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, nn.Module]]:
+        """Itself, the original, and what lies in that by the original's names: guiders of diffusers look for blocks."""
+        memo = set() if memo is None else memo
+        if self in memo:
+            return
+        if remove_duplicate:
+            memo.add(self)
+        yield prefix, self
+        child = CHILD.removesuffix(".")
+        for name, module in self._orig_mod.named_modules(memo, prefix, remove_duplicate):
+            yield (".".join(filter(None, (prefix, child))) if module is self._orig_mod else name), module
 
     def named_children(self) -> Iterator[tuple[str, nn.Module]]:
         """The original under no name: those who put names of weights together of these get the original's."""

@@ -27,6 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dicompile.capture.hooked import do_the_same
 from dicompile.compat import local_part, tensor_check
 from dicompile.ops.wrapped import is_wrapped, wrapper_of
 from dicompile.parked import HOOKED, Home, Parked, forward_under_hooks, is_own_method, kind_of, seen_as
@@ -167,7 +168,8 @@ class Fact:
         if self.kind == "value":
             return is_same_value(self.expected, value)
         if self.kind == "fixed":
-            return value is self.expected or (isinstance(value, types.MethodType) and value == self.expected)
+            is_equal = isinstance(value, types.MethodType) and value == self.expected
+            return value is self.expected or is_equal or do_the_same(self.expected, value)
         if self.kind == "wrapped":
             return is_wrapped(value) and wrapper_of(value) is self.expected
         if self.kind == "container":
