@@ -151,7 +151,7 @@ def dynamo_capture(function: Callable[..., Any], args: tuple[Any, ...]) -> Dynam
     Raises:
         TorchDynamoException: it cannot.
     """
-    with get_metrics_context(), dynamo_timed("dicompile"), _no_function_names():
+    with get_metrics_context(), dynamo_timed("dicompile"), _no_function_names(), code_on_demand():
         made = convert_frame.fullgraph_capture(function, args)
     output, backend = made.graph_capture_output, made.backend_input
     if backend is None:
@@ -278,6 +278,13 @@ def code_on_demand() -> contextlib.AbstractContextManager[None]:
 def lazy_graph_module(root: nn.Module, graph: fx.Graph) -> fx.GraphModule:
     """A graph module that writes its Python code when it runs, if ever: for a deep model that takes a second each."""
     return _lazy_graph_module._LazyGraphModule(root, graph)
+
+
+def function_of(graph_module: fx.GraphModule) -> Callable[..., Any]:
+    """The Python function of a graph, which is written now if it was not yet."""
+    _lazy_graph_module._LazyGraphModule.force_recompile(graph_module)
+    function: Callable[..., Any] = graph_module.forward
+    return function
 
 
 def _facts(guard: Any) -> tuple[Any, str, Any]:

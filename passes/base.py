@@ -14,6 +14,7 @@ import torch
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from dicompile.compat import lazy_graph_module
 from dicompile.nodes import results_of
 from dicompile.plan import Action, Context, LowBand, Score, SiteStep, SlotKind, What
 from dicompile.text import graph_text
@@ -222,6 +223,38 @@ class SiteNodes:
         return self.update if what.is_added else self.core
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Computed:
+    """What the value of a node was computed of.
+
+    Attributes:
+        args: arguments of the node.
+        kwargs: keyword arguments of the node.
+        given: values of the nodes among them.
+        value: what came out.
+    """
+
+    args: object
+    kwargs: object
+    given: tuple[object, ...]
+    value: object
+
+    @classmethod
+    def of(cls, node: fx.Node) -> Computed:
+        """What a node has now."""
+        given = tuple(parent.meta["val"] for parent in node.all_input_nodes)
+        return cls(node.args, node.kwargs, given, node.meta["val"])
+
+    def holds(self, node: fx.Node) -> bool:
+        """True if a node has these very arguments, and they and it have these very values."""
+        return (
+            node.args is self.args
+            and node.kwargs is self.kwargs
+            and node.meta["val"] is self.value
+            and all(p.meta["val"] is value for p, value in zip(node.all_input_nodes, self.given, strict=True))
+        )
+
+
 @dataclass
 class Segment:
     """A piece of the model's graph that runs as one compiled function.
@@ -237,6 +270,7 @@ class Segment:
         scores: node of the current raw score of a site, where this segment made one.
         layouts: strides in which the model's own values leave the segment, by number; 0 for axes of one element.
         owned: numbers of the values that are parameters and buffers, whose sizes are those of the model.
+        computed: what the value of a node was computed of, for as long as that is known.
     """
 
     graph_module: fx.GraphModule
@@ -249,6 +283,7 @@ class Segment:
     scores: dict[int, fx.Node] = field(default_factory=dict)
     layouts: dict[int, tuple[int, ...]] = field(default_factory=dict)
     owned: frozenset[int] = frozenset()
+    computed: dict[fx.Node, Computed] = field(default_factory=dict)
 
     @property
     def graph(self) -> fx.Graph:
@@ -282,15 +317,15 @@ class Segment:
             )
             for site in self.sites
         )
-        module = fx.GraphModule(self.graph_module, graph)
         return replace(
             self,
-            graph_module=module,
+            graph_module=lazy_graph_module(self.graph_module, graph),
             inputs=[*self.inputs],
             outputs=[*self.outputs],
             sites=sites,
             steps=tuple(steps),
             scores={},
+            computed={node: Computed.of(node) for node in graph.nodes if node.op == "call_function"},
         )
 
     def __str__(self) -> str:

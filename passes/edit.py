@@ -14,7 +14,8 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, StatelessSymbolicC
 
 from dicompile.nodes import node_argument, results_of
 from dicompile.ops.kinds import RESHAPES
-from dicompile.passes.base import InputRef, OutputRef, Segment
+from dicompile.passes.base import Computed, InputRef, OutputRef, Segment
+from dicompile.text import layout_text
 
 aten = torch.ops.aten
 
@@ -46,6 +47,7 @@ class Editor:
         values, keywords = fx.node.map_arg((args, kwargs), lambda parent: parent.meta["val"])
         with torch.no_grad(), self.segment.fake_mode, enable_python_dispatcher():  # torch 2.11: symbols in linear
             node.meta["val"] = target(*values, **keywords)
+        self.segment.computed[node] = Computed.of(node)
         if self._anchor is not None and "nn_module_stack" in self._anchor.meta:
             node.meta["nn_module_stack"] = self._anchor.meta["nn_module_stack"]
         return node
@@ -136,19 +138,22 @@ class Editor:
         return self.call(aten.permute.default, copied, [order.index(axis) for axis in range(len(order))])
 
     def propagate(self) -> None:
-        """Compute the values of all nodes anew: an edit upstream may have changed their layouts.
+        """Compute values anew where something upstream was edited, which may have changed their layouts.
 
         A view of a value that lies otherwise in memory now may be none any more, so it becomes a reshape.
         """
         before = {node: node.meta["val"] for node in self.graph.nodes if node.op != "output"}
         with torch.no_grad(), self.segment.fake_mode, enable_python_dispatcher():
             for node in self.graph.nodes:
-                if node.op != "call_function":
+                known = self.segment.computed.get(node)
+                if node.op != "call_function" or (known is not None and known.holds(node)):
                     continue
                 if node.target in RESHAPES and before[node.args[0]].stride() != node.args[0].meta["val"].stride():
                     node.target = aten.reshape.default
                 args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda parent: parent.meta["val"])
-                node.meta["val"] = node.target(*args, **kwargs)
+                value = node.target(*args, **kwargs)
+                if not isinstance(value, torch.Tensor) or layout_text(value) != layout_text(node.meta["val"]):
+                    node.meta["val"] = value  # else what follows need not be computed anew
 
     def output(self, reference: OutputRef, node: fx.Node) -> None:
         """Let `node` leave the segment as `reference`."""

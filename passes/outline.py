@@ -9,6 +9,7 @@ from torch import fx
 
 from dicompile.analysis import Dataflow, ModelStructure, Site, Span
 from dicompile.capture import Capture, Role
+from dicompile.compat import lazy_graph_module
 from dicompile.passes.base import Segment, SiteNodes, Value, is_dense, strides_of
 
 
@@ -59,7 +60,7 @@ def outline(capture: Capture, structure: ModelStructure, nodes: Sequence[fx.Node
         copies[node] = graph.node_copy(node, copies.__getitem__)
     graph.output([copies[named[name]] for name in leaving])
     segment = Segment(
-        graph_module=fx.GraphModule(capture.graph_module, graph),
+        graph_module=lazy_graph_module(capture.graph_module, graph),
         inputs=[Value(i) for i in range(len(entering))],
         outputs=[Value(i) for i in range(len(leaving))],
         sites=tuple(

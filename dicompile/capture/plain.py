@@ -13,6 +13,7 @@ from torch import Tensor, fx, nn
 from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
+from dicompile.compat import lazy_graph_module
 from dicompile.nodes import results_of
 from dicompile.ops.registry import is_of_torch_or_ours
 from dicompile.store import Unwritable
@@ -128,7 +129,7 @@ def graph_from_plain(lines: Sequence[Any], mode: FakeTensorMode) -> fx.GraphModu
                 node.meta["nn_module_stack"] = {path: (path, nn.Module)}
             nodes.append(node)
     graph.output(from_plain(lines[-1], nodes))
-    return fx.GraphModule(nn.Module(), graph)
+    return lazy_graph_module(nn.Module(), graph)
 
 
 def _target_to_plain(target: Any) -> str:

@@ -23,6 +23,7 @@ from torch.utils._pytree import tree_leaves
 
 from dicompile.analysis import ModelStructure, Site, SiteKind, analyse
 from dicompile.capture import Arguments, Capture, Role, ambient, capture_by_dynamo, known_capture, normalised, values_of
+from dicompile.compat import function_of
 from dicompile.compiler import ONE_AT_A_TIME
 from dicompile.config import DebugFolder, Settings
 from dicompile.errors import InvalidTrainingData, NoSitesFound
@@ -246,7 +247,7 @@ class _Rewritten:
 
     def bound_to(self, module: nn.Module, *, compiled: bool) -> _Graph:
         """Ready to run with the parameters of a module."""
-        function = torch.compile(self.graph_module, dynamic=False) if compiled else self.graph_module
+        function = torch.compile(self.graph_module, dynamic=False) if compiled else function_of(self.graph_module)
         return _Graph(self, function, module)
 
 

@@ -20,6 +20,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from dicompile.analysis import ModelStructure, Pace
 from dicompile.analysis.blocks import structure_key
 from dicompile.capture import Capture, Role
+from dicompile.compat import lazy_graph_module
 from dicompile.errors import InvalidSetting
 from dicompile.nodes import walk
 from dicompile.passes import boundary
@@ -136,7 +137,7 @@ class Invariants:
         for node in members:
             copies[node] = graph.node_copy(node, copies.__getitem__)
         graph.output(copies[members[-1]])
-        return fx.GraphModule(self._capture.graph_module, graph)
+        return lazy_graph_module(self._capture.graph_module, graph)
 
     def _mapped(
         self, module: fx.GraphModule, inputs: Sequence[fx.Node], timed: Sequence[bool]

@@ -15,6 +15,7 @@ from torch._inductor import list_mode_options, list_options, standalone_compile
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from dicompile.compat import function_of, lazy_graph_module
 from dicompile.errors import InvalidSetting
 from dicompile.lower.artifact import Compiled, PassOn, compiled_code, nothing
 from dicompile.lower.sizes import Compile, Sizes
@@ -269,8 +270,7 @@ def compile_segment(
         return nothing
     if backend.is_eager:
         # Not by nn.Module.__call__, which tracing in another thread replaces for a while.
-        function: Compiled = segment.graph_module.forward
-        return function
+        return function_of(segment.graph_module)
     places = _places(segment)
     if None not in places:
         return PassOn(nothing, tuple(places))
@@ -319,7 +319,7 @@ def _computed(segment: Segment, places: Sequence[int | None]) -> tuple[fx.GraphM
         made, copies = fx.Graph(), {}
         made.graph_copy(segment.graph, copies)
         made.output([copies[node] for node in segment.results if node.op != "placeholder"])
-        graph_module = fx.GraphModule(segment.graph_module, made)
+        graph_module = lazy_graph_module(segment.graph_module, made)
     given = zip(placeholders, segment.inputs, strict=True)
     return graph_module, {copies[n] for n, item in given if isinstance(item, Value) and item.index in segment.owned}
 

@@ -29,6 +29,7 @@ from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
+from dicompile.compat import lazy_graph_module
 from dicompile.latest import Latest
 from dicompile.lower.artifact import Bound
 from dicompile.nodes import results_of
@@ -419,7 +420,7 @@ class _Rewrite:
                 parts = list(filled.values())
                 args, kwargs = tuple(parts[: len(node.args)]), {name: filled[name] for name in node.kwargs}
                 self._copies[node] = self._graph.call_function(node.target, args, kwargs)
-        return fx.GraphModule(root, self._graph)
+        return lazy_graph_module(root, self._graph)
 
     def _input(self, node: fx.Node) -> Any:
         value = node.meta["val"]

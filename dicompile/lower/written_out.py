@@ -11,6 +11,7 @@ from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from dicompile.compat import lazy_graph_module
 from dicompile.errors import CannotCapture
 from dicompile.ops.wrapped import WRAPPED_LINEAR, class_of, linear_of
 
@@ -32,7 +33,7 @@ def written_out(graph_module: fx.GraphModule, arguments: Sequence[Any], mode: Fa
     graph.output(graph.graph_copy(graph_module.graph, {}))
     for node in graph.find_nodes(op="call_function", target=WRAPPED_LINEAR):
         node.target = linear_of
-    run = fx.Interpreter(fx.GraphModule(graph_module, graph)).run
+    run = fx.Interpreter(lazy_graph_module(graph_module, graph)).run
     try:
         with torch.no_grad(), torch._C._DisableAutocast(), mode, enable_python_dispatcher():
             made: fx.GraphModule = make_fx(run, pre_dispatch=True)(*arguments)
