@@ -429,7 +429,8 @@ def check_gated(policy: Policy) -> None:
     for rule in policy.rules:
         reasons += [
             ("one of its rules has a cadence of its own", rule.cadence is not None),
-            ("one of its rules holds at some steps only", rule.when != "always" or rule.during != ALL),
+            (f"one of its rules holds at {rule.when} steps only", rule.when != "always"),
+            ("one of its rules holds in a part of the run only", rule.during != ALL),
             (
                 f"one of its rules does {rule.do.do!r}",
                 rule.do.do not in ("reuse", "forecast", "align", "weighted-bands"),

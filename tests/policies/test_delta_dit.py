@@ -88,7 +88,7 @@ def test_a_part_of_the_blocks_is_no_matter_of_the_whole(name: Any) -> None:
 
 def test_a_gate_decides_about_the_whole_run() -> None:
     rule = Rule(sites=("block",), during=(0, 0.5), do=Reuse(what="update"))
-    with pytest.raises(InvalidPolicy, match="one of its rules holds at some steps only"):
+    with pytest.raises(InvalidPolicy, match="one of its rules holds in a part of the run only"):
         Policy(name="x", cadence=Cadence(gate=Gate(threshold=0.1)), outside=(1, 0), rules=(rule,))
 
 
