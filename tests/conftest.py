@@ -96,6 +96,7 @@ COUNTING = (
     "tests/runtime/test_release.py",
     "tests/test_api.py::test_a_second_policy_compiles_only_what_no_earlier_one_had",
     "tests/test_garbage.py",
+    "tests/test_progress.py",
     "tests/test_warmup.py",
 )
 """Where tests count captures or compilations, or look at what is said of them: they share neither, in no folder."""

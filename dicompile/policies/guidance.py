@@ -28,7 +28,8 @@ def GuidanceReuse(
     Args:
         interval: steps from one full step of the other half to the next.
         timesteps: where it is reused, as the scheduler counts them: the second half of the run.
-        leads: name of the half that is computed at every step.
+        leads: name of the half that is computed at every step; modular pipelines of diffusers, where they give names at
+            all (LTX-Video does, Wan does not), call it "pred_cond".
         halves: "uncond-cond" or "cond-uncond" where one call has both halves, in this order; pipelines of diffusers
             have "uncond-cond". Empty where every half has a call of its own.
         low: weight of the low frequencies between the timesteps 99 and 901; published is 1.1. See `WeightedBands`.
