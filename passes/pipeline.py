@@ -72,6 +72,7 @@ def rewrite(
         verify(result, item.name)
         if report.changed:
             debug.write(f"{name}-{item.name}", _Commented(report.changed, result))
+    result.computed.clear()  # of use to passes alone, and it holds all values that ever were
     result.graph_module.recompile()
     return result, tuple(runs)
 
