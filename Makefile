@@ -6,7 +6,7 @@ VENV := .venv$(TORCH:%=-%)
 BIN := $(VENV)/bin
 CONSTRAINTS := $(if $(TORCH),$(VENV)/)constraints.txt
 
-# Else every process, workers that compile among them, would compile the Python of torch anew: 11 s of CPU each.
+# Else every process, workers that compile among them, would compile the Python of torch anew: about 10 s of CPU each.
 unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: demo docs test nightly coverage lint ruff typecheck format bench clean

@@ -66,9 +66,7 @@ def _in_circle(picture: Tensor, radius: int) -> Tensor:
     down, across = (_fourier(size, radius, has_highest=False, device=picture.device) for size in picture.shape[-2:])
     wave = torch.arange(radius + 1, device=picture.device)
     order = torch.cat([wave, wave[1:]]).square()
-    found = torch.matmul(torch.matmul(down.T, picture), across)
-    is_low = order[:, None] + order <= radius**2
-    return torch.matmul(torch.matmul(down, found * is_low.float()), across.T)
+    return _projected(picture, down, across, order[:, None] + order <= radius**2)
 
 
 def _over_grid(rows: Tensor, cutoff: float, grid: tuple[int, ...]) -> Tensor:
@@ -78,11 +76,16 @@ def _over_grid(rows: Tensor, cutoff: float, grid: tuple[int, ...]) -> Tensor:
     down, across = (min(size, int(limit * (1 + 1e-6)) + 1) for size in grid)  # waves, the constant one included
     columns, lines = _cosines(height, down, rows.device), _cosines(width, across, rows.device)
     picture = rows.reshape(batch, height, width, channels).permute(0, 3, 1, 2)
-    found = torch.matmul(torch.matmul(columns.T, picture), lines)
     i, j = (torch.arange(size, device=rows.device, dtype=torch.float32) for size in (down, across))
     is_low = (i[:, None].square() + j.square()).sqrt() <= limit * (1 + 1e-6)
-    found = torch.matmul(torch.matmul(columns, found * is_low.float()), lines.T)
+    found = _projected(picture, columns, lines, is_low)
     return found.permute(0, 2, 3, 1).reshape(batch, height * width, channels)
+
+
+def _projected(picture: Tensor, down: Tensor, across: Tensor, is_low: Tensor) -> Tensor:
+    """What products of some waves over the last two axes, the columns of `down` and `across`, contribute."""
+    found = torch.matmul(torch.matmul(down.T, picture), across)
+    return torch.matmul(torch.matmul(down, found * is_low.float()), across.T)
 
 
 def _cosines(count: int, waves: int, device: torch.device) -> Tensor:

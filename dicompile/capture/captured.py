@@ -12,8 +12,9 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from dicompile.capture.arguments import Arguments, TakenOut
-from dicompile.capture.guards import PLAIN, Guards, is_same_value, meta_of
+from dicompile.capture.guards import PLAIN, Guards, meta_of
 from dicompile.errors import CannotCapture
+from dicompile.same import is_same_value
 
 
 @dataclass(frozen=True)

@@ -31,6 +31,7 @@ from dicompile.capture.hooked import do_the_same
 from dicompile.compat import local_part, tensor_check
 from dicompile.ops.wrapped import is_wrapped, wrapper_of
 from dicompile.parked import HOOKED, Home, Parked, forward_under_hooks, is_own_method, kind_of, seen_as
+from dicompile.same import is_same_value
 from dicompile.tensor_parallel import HOOKS, is_divided
 
 PLAIN = (bool, int, float, complex, str, bytes, type(None), type(Ellipsis), torch.dtype, torch.device, torch.layout,
@@ -168,8 +169,7 @@ class Fact:
         if self.kind == "value":
             return is_same_value(self.expected, value)
         if self.kind == "fixed":
-            is_equal = isinstance(value, types.MethodType) and value == self.expected
-            return value is self.expected or is_equal or do_the_same(self.expected, value)
+            return do_the_same(self.expected, value)
         if self.kind == "wrapped":
             return is_wrapped(value) and wrapper_of(value) is self.expected
         if self.kind == "container":
@@ -192,14 +192,6 @@ class Fact:
             return f"{self.path} is {name or self.expected.__class__.__name__}"
         kind = self.expected.kind if self.kind == "wrapped" else self.expected
         return f"{self.path} is a {kind.__qualname__}"
-
-
-def is_same_value(first: object, second: object) -> bool:
-    """True for equal values of one type: 1, 1.0 and True are three, and so are 0.0 and -0.0."""
-    if first is second:
-        return True
-    is_equal = type(first) is type(second) and (first == second or (first != first and second != second))  # noqa: PLR0124
-    return is_equal and repr(first) == repr(second)
 
 
 def keys_of(container: Any) -> Any:

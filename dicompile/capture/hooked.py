@@ -10,6 +10,8 @@ import functools
 import types
 from typing import Any
 
+from dicompile.same import is_same_value
+
 _MADE_BY = "diffusers.hooks."
 _CHAIN = "fn_ref"
 """What a hook knows of those below it, which are compared where they are called."""
@@ -27,10 +29,10 @@ def do_the_same(first: object, second: object) -> bool:
     if type(first) is not type(second):
         return False
     if isinstance(first, types.MethodType) and isinstance(second, types.MethodType):
-        return first.__func__ is second.__func__ and _are_alike(first.__self__, second.__self__)
+        return first.__func__ == second.__func__ and _are_alike(first.__self__, second.__self__)
     if isinstance(first, functools.partial) and isinstance(second, functools.partial):
-        given = [(call.args, call.keywords) for call in (first, second)]
-        return do_the_same(first.func, second.func) and _are_equal(*given)
+        ours, theirs = ((call.args, call.keywords) for call in (first, second))
+        return do_the_same(first.func, second.func) and _are_equal(ours, theirs)
     if isinstance(first, types.FunctionType) and isinstance(second, types.FunctionType):
         is_made = first.__module__.startswith(_MADE_BY) and first.__code__ is second.__code__
         return is_made and all(map(_hold_the_same, first.__closure__ or (), second.__closure__ or ()))
@@ -57,5 +59,5 @@ def _are_equal(first: Any, second: Any) -> bool:
     if isinstance(first, dict) and isinstance(second, dict):
         return first.keys() == second.keys() and all(_are_equal(first[key], second[key]) for key in first)
     if isinstance(first, (bool, int, float, str, type(None))):
-        return type(first) is type(second) and repr(first) == repr(second)
+        return is_same_value(first, second)
     return do_the_same(first, second) or _are_alike(first, second)

@@ -18,7 +18,7 @@ from dicompile.errors import CacheTooLarge, InvalidSetting, PolicyDoesNotFit
 from dicompile.plan.action import ScoreBase
 from dicompile.plan.frozen import Origin
 from dicompile.plan.plan import Plan
-from dicompile.plan.recall import Bands, Fitted, Recall, Velocity, WeightedBands
+from dicompile.plan.recall import Bands, DuringRun, Fitted, Recall, Velocity, WeightedBands
 from dicompile.plan.schedule import TimestepSchedule
 from dicompile.plan.schema import Policy, Propagate, Refresh, Rule, Table, TokenScore, TokenTable
 from dicompile.text import size_text
@@ -275,7 +275,7 @@ def _check_fitted(policy: Policy, fitted: Fitted, sites: Sequence[Site], steps: 
 def check_stored(
     policy: Policy,
     site: Site,
-    recall: Recall | TokenTable,
+    recall: Recall | DuringRun | TokenTable,
     stored: Sequence[int],
     step: int,
     place: int = 0,
@@ -567,7 +567,16 @@ def check_gate(policy: Policy, *, records_steps: bool, is_offloaded: bool, in_ba
 def _check_named(policy: Policy, structure: ModelStructure, rule: Rule) -> None:
     named = named_by(rule, structure)
     spans = [name for name in rule.sites if name in ("block", "stack")]
-    if spans and structure.sites and not any(site.kind.value in spans for site in named):
+    is_meant = any(site.kind.value in spans for site in named)
+    if spans and not is_meant and any(site.kind.value in spans for site in structure.everything):
+        first, end = rule.blocks
+        raise PolicyDoesNotFit(
+            f"policy {policy.name!r} has a rule for a part of the model in which there is no whole block",
+            where="blocks",
+            why=f"of {len(structure.blocks)} blocks those from {first:.0%} to {end:.0%}, each rounded, are none",
+            fix="give the rule a larger share of the blocks",
+        )
+    if spans and structure.sites and not is_meant:
         raise PolicyDoesNotFit(
             f"policy {policy.name!r} reuses a whole {spans[0]}, but the model has none",
             where="analysis",

@@ -167,7 +167,7 @@ class WeightedBands(Frozen):
 
     Reference:
         Lv et al., FasterCache: Training-Free Video Diffusion Model Acceleration with High Quality, arXiv 2410.19355,
-        equations 10 and 11; the circle is that of the authors' code.
+        equations 9 to 11, as diffusers has them; its circle is that of the authors' code.
     """
 
     do: Literal["weighted-bands"] = "weighted-bands"

@@ -10,7 +10,7 @@ from dicompile.capture import Role
 from dicompile.plan.action import COMPUTE, SKIP, Action, Clusters, Context, Score, ScoreBase, Selection, What
 from dicompile.plan.cadence import Cadence, Moment
 from dicompile.plan.fits import check_stored, check_table, named_by, reused_whole
-from dicompile.plan.recall import Fitted, Forecast, Velocity, WeightedBands
+from dicompile.plan.recall import AnyRecall, DuringRun, Fitted, Forecast, Velocity, WeightedBands
 from dicompile.plan.schema import Policy, Propagate, Refresh, Rule, Table, TokenScore, TokenTable
 
 Row = tuple[Action, ...]
@@ -184,15 +184,16 @@ class _Rows:
 
     def recall(self, rule: Rule, site: Site, step: int, place: int) -> Action:
         """Action that takes what is stored; `place` is that of the site among those that the rule names."""
-        recall, stored = rule.recall, self.stored[site.id]
-        assert not isinstance(recall, TokenTable)
+        asked, stored = rule.recall, self.stored[site.id]
+        assert not isinstance(asked, TokenTable)
+        recall: AnyRecall | DuringRun = asked
         if self.begin and isinstance(recall, Fitted):
             recall = recall.for_stored(stored, step, place)
         elif isinstance(recall, Velocity):
             recall = recall.fitted(stored, step, self.timesteps, self.begin)
+        elif isinstance(recall, WeightedBands):
+            recall = recall.during(self.timesteps, self.begin)
         check_stored(self.policy, site, recall, stored, step, place)
-        if isinstance(recall, WeightedBands):
-            return recall.during(self.timesteps, self.begin).action(stored, step, place)
         return recall.action(self.possible[site.id] if isinstance(recall, Forecast) else stored, step, place)
 
     def moment(self, cadence: Cadence, step: int) -> Moment:

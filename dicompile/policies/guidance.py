@@ -39,11 +39,13 @@ def GuidanceReuse(
         Lv et al., FasterCache: Training-Free Video Diffusion Model Acceleration with High Quality, arXiv 2410.19355,
         section on CFG-Cache; interval and timesteps are those of diffusers.
     """
-    do = Reuse(what="difference") if low == high == 1 else WeightedBands(low=low, high=high)
-    weights = "" if low == high == 1 else f"-{low:g}-{high:g}"
+    name = f"guidance-reuse-{interval}"
+    do: Reuse | WeightedBands = Reuse(what="difference")
+    if (low, high) != (1, 1):
+        name, do = f"{name}-{low:g}-{high:g}", WeightedBands(low=low, high=high)
     gate = Gate(probe="partner", leads=leads, halves=halves, last=1)
     return Policy(
-        name=f"guidance-reuse-{interval}{weights}",
+        name=name,
         cadence=Cadence(interval=interval, counting="up", timesteps=timesteps, gate=gate),
         rules=(Rule(sites=("model",), do=do),),
     )

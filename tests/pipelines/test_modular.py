@@ -10,11 +10,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import UniPCMultistepScheduler, WanTransformer3DModel
-from diffusers.guiders import (
-    AutoGuidance,
-    ClassifierFreeGuidance,
-    SkipLayerGuidance,
-)
+from diffusers.guiders import AutoGuidance, ClassifierFreeGuidance, SkipLayerGuidance
 from diffusers.hooks import HookRegistry, LayerSkipConfig, layer_skip
 from diffusers.modular_pipelines.wan.modular_blocks_wan import WanCoreDenoiseStep
 from diffusers.modular_pipelines.wan.modular_blocks_wan22 import Wan22CoreDenoiseStep

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import dicompile
-from dicompile.errors import InvalidPolicy
+from dicompile.errors import InvalidPolicy, PolicyDoesNotFit
 from dicompile.plan import Cadence, Gate, Policy, Reuse, Rule
 from tests import models
 from tests.models import Sample, optimized, timesteps
@@ -84,6 +84,12 @@ def test_by_default_it_computes_as_many_blocks_as_the_paper_reports() -> None:
 def test_a_part_of_the_blocks_is_no_matter_of_the_whole(name: Any) -> None:
     with pytest.raises(InvalidPolicy, match=f"a rule for the whole {name} is for some blocks only"):
         Rule(sites=(name,), blocks=(0, 0.5), do=Reuse(what="update"))
+
+
+def test_a_part_without_a_block_is_refused_by_that(sample: Sample) -> None:
+    model = optimized(sample, dicompile.DeltaDiT(share=0.1), 2)
+    with pytest.raises(PolicyDoesNotFit, match=r"no whole block\n.*\n.*of 4 blocks those from 90% to 100%"):
+        model(**calls(sample, 2)[0])
 
 
 def test_a_gate_decides_about_the_whole_run() -> None:
