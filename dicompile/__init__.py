@@ -45,6 +45,7 @@ from dicompile.plan import TimestepSchedule as TimestepSchedule
 from dicompile.plan import Timing as Timing
 from dicompile.plan import TokenScore as TokenScore
 from dicompile.plan import TokenTable as TokenTable
+from dicompile.plan import Trend as Trend
 from dicompile.plan import Velocity as Velocity
 from dicompile.plan import WeightedBands as WeightedBands
 from dicompile.policies import FORA as FORA
@@ -59,6 +60,7 @@ from dicompile.policies import DuCaFlux as DuCaFlux
 from dicompile.policies import DuCaOpenSora as DuCaOpenSora
 from dicompile.policies import DuCaPixArt as DuCaPixArt
 from dicompile.policies import EasyCache as EasyCache
+from dicompile.policies import FasterCache as FasterCache
 from dicompile.policies import FirstBlockCache as FirstBlockCache
 from dicompile.policies import FreqCa as FreqCa
 from dicompile.policies import GuidanceReuse as GuidanceReuse

@@ -44,7 +44,18 @@ from dicompile.plan.planner import (
     timing_plan,
 )
 from dicompile.plan.predictor import Adapter, Predictor, PredictorFacts, load_predictor
-from dicompile.plan.recall import Aligned, Bands, Fitted, Forecast, Reuse, Spectral, Velocity, WeightedBands, WhatName
+from dicompile.plan.recall import (
+    Aligned,
+    Bands,
+    Fitted,
+    Forecast,
+    Reuse,
+    Spectral,
+    Trend,
+    Velocity,
+    WeightedBands,
+    WhatName,
+)
 from dicompile.plan.rows import make_rows
 from dicompile.plan.schedule import Stint, TimestepSchedule, follow_each_other
 from dicompile.plan.schema import (
@@ -117,6 +128,7 @@ __all__ = [
     "TimingFacts",
     "TokenScore",
     "TokenTable",
+    "Trend",
     "Velocity",
     "WeightedBands",
     "What",

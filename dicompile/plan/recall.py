@@ -205,6 +205,34 @@ class DuringRun:
         return Action((0.0, high), What(bands.what), low=LowBand("fft2", bands.radius), low_weight=low)
 
 
+class Trend(Frozen):
+    """Go on from the last stored value by a share of how far it is from the one stored before it.
+
+    ``h1 + w (h1 - h2)``. Where a single value is stored, it is reused.
+
+    Attributes:
+        weight: w at step 0, unitless.
+        growth: what w grows by with every step of the schedule.
+        what: which value is stored.
+
+    Reference:
+        Lv et al., FasterCache: Training-Free Video Diffusion Model Acceleration with High Quality, arXiv 2410.19355,
+        section on dynamic feature reuse.
+    """
+
+    do: Literal["trend"] = "trend"
+    weight: float = 0.5
+    growth: float = 0.0
+    what: WhatName = "core"
+
+    def action(self, stored: Sequence[int], step: int, place: int = 0) -> Action:
+        """Action at `step` for values stored at the steps `stored`, newest first."""
+        del place
+        weight = self.weight + self.growth * step
+        weights = (0.0, 1.0 + weight, -weight) if len(stored) > 1 and weight else (0.0, 1.0)
+        return Action(weights, What(self.what))
+
+
 class Aligned(Frozen):
     """Go on from the last stored value but one in the direction of the last, as far as the first blocks have gone.
 
@@ -339,7 +367,7 @@ class Velocity(Frozen):
         return tuple(weights)
 
 
-AnyRecall = Reuse | Forecast | Spectral | Bands | WeightedBands | Aligned | Fitted | Velocity
+AnyRecall = Reuse | Forecast | Trend | Spectral | Bands | WeightedBands | Aligned | Fitted | Velocity
 Recall = Annotated[AnyRecall, Field(discriminator="do")]
 """What stands in for a value that is not computed."""
 

@@ -16,6 +16,7 @@ from dicompile.policies.delta_dit import DeltaDiT
 from dicompile.policies.dicache import DiCache
 from dicompile.policies.duca import DuCa, DuCaFlux, DuCaOpenSora, DuCaPixArt
 from dicompile.policies.easycache import EasyCache
+from dicompile.policies.fastercache import FasterCache
 from dicompile.policies.first_block import DBCache, FirstBlockCache
 from dicompile.policies.fora import FORA
 from dicompile.policies.freqca import FreqCa
@@ -52,6 +53,7 @@ __all__ = [
     "DuCaOpenSora",
     "DuCaPixArt",
     "EasyCache",
+    "FasterCache",
     "FirstBlockCache",
     "FreqCa",
     "GuidanceReuse",
@@ -114,6 +116,7 @@ POLICIES: dict[str, Callable[..., Policy]] = {
     "delta-dit": DeltaDiT,
     "magcache": MagCache,
     "pab": PAB,
+    "fastercache": FasterCache,
     "smoothcache": SmoothCache,
     "l2c": LearningToCache,
 }

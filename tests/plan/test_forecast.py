@@ -10,7 +10,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dicompile.errors import InvalidPolicy
-from dicompile.plan import Action, Forecast, Spectral, What, chebyshev_weights, polynomial_weights, taylor_weights
+from dicompile.plan import (
+    Action,
+    Forecast,
+    Spectral,
+    Trend,
+    What,
+    chebyshev_weights,
+    polynomial_weights,
+    taylor_weights,
+)
 from dicompile.policies import HiCache
 
 
@@ -207,3 +216,12 @@ def test_values_from_before_a_step_are_left_out_of_the_differences() -> None:
     assert late.action([6, 2, 1, 0], 7) == Forecast(order=2).action([6, 2, 1], 7)
     assert late.action([0], 1).weights == (0.0, 1.0)
     assert HiCache(warmup=3).rules[0].do == Forecast(order=2, hermite=0.5, since=1)
+
+
+@pytest.mark.parametrize(
+    ("stored", "step", "weights"),
+    [((4,), 5, (0.0, 1.0)), ((4, 3), 5, (0.0, 1.75, -0.75)), ((0, 0), 0, (0.0, 1.5, -0.5)), ((9, 8), 50, (0.0, 4, -3))],
+)
+def test_a_trend_goes_on_by_a_weight_that_grows(stored: tuple[int, ...], step: int, weights: tuple[float, ...]) -> None:
+    assert Trend(weight=0.5, growth=0.05).action(stored, step).weights == pytest.approx(weights)
+    assert Trend(weight=0.0).action(stored, step).weights == (0.0, 1.0)

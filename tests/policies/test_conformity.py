@@ -15,17 +15,20 @@ import pytest
 import torch
 from diffusers import (
     CogVideoXTransformer3DModel,
+    FasterCacheConfig,
     FirstBlockCacheConfig,
     MagCacheConfig,
     PyramidAttentionBroadcastConfig,
     TaylorSeerCacheConfig,
 )
 from diffusers.hooks import (
+    apply_faster_cache,
     apply_first_block_cache,
     apply_mag_cache,
     apply_pyramid_attention_broadcast,
     apply_taylorseer_cache,
 )
+from diffusers.hooks.faster_cache import FasterCacheBlockHook
 from diffusers.hooks.mag_cache import FLUX_MAG_RATIOS
 from diffusers.models.cache_utils import CacheMixin
 from torch import Tensor, nn
@@ -172,6 +175,48 @@ def test_pab_reuses_the_attention_that_diffusers_reuses(build: Callable[[], Samp
     assert is_full(plan) == computed
     assert 0 < sum(computed) < STEPS
     assert distance(ours, theirs) < SAME
+    assert distance(ours, outputs(sample.model, sample)) > 10 * SAME
+
+
+@pytest.mark.parametrize("build", [models.flux, cogvideox])
+@pytest.mark.parametrize("growth", [0.0, 0.06])
+def test_fastercache_goes_on_from_the_attention_that_diffusers_goes_on_from(
+    build: Callable[[], Sample], growth: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Theirs takes its own guess for the attention two steps ago; the paper takes what was computed, and so do we."""
+    sample, step, now = build(), iter(range(STEPS)), [0]
+    theirs_anyhow = FasterCacheBlockHook.new_forward
+
+    def keeps_what_is_computed(hook: Any, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        computed = hook.state.cache
+        found = theirs_anyhow(hook, module, *args, **kwargs)
+        if TIMES[now[0]] < 600 and now[0] % 2:
+            hook.state.cache = computed
+        return found
+
+    def enable(model: nn.Module) -> None:
+        config = FasterCacheConfig(
+            spatial_attention_timestep_skip_range=(-1, 600),
+            is_guidance_distilled=True,
+            attention_weight_callback=lambda _: 0.3 + growth * now[0],
+            current_timestep_callback=lambda: TIMES[now[0]],
+        )
+        apply_faster_cache(model, config)
+        model.register_forward_pre_hook(lambda *_: now.__setitem__(0, next(step)))
+
+    def last(model: nn.Module) -> nn.Module:
+        return model.transformer_blocks[0].attn1.to_q if build is cogvideox else model.transformer_blocks[0].attn.to_q
+
+    as_it_is, _ = by_peer(sample, enable, last)
+    step = iter(range(STEPS))
+    monkeypatch.setattr(FasterCacheBlockHook, "new_forward", keeps_what_is_computed)
+    theirs, computed = by_peer(sample, enable, last)
+    ours, plan = by_dicompile(sample, dicompile.FasterCache(2, (-1, 600), 0.3, growth))
+    assert is_full(plan) == computed
+    assert 0 < sum(computed) < STEPS
+    assert distance(ours, theirs) < SAME
+    second = [number for number, ran in enumerate(computed) if not ran][1]
+    assert distance(ours[:second], as_it_is[:second]) < SAME < distance(ours[second:], as_it_is[second:])
     assert distance(ours, outputs(sample.model, sample)) > 10 * SAME
 
 
