@@ -15,8 +15,8 @@ from torch import Tensor
 import dicompile
 from dicompile.lower import Call, Program
 from dicompile.parked import Home, Parked
-from dicompile.runtime.execute import _lane_of
 from dicompile.runtime.storage import AHEAD, BlockingLane, Copy, Supply, lane_for, run_calls
+from dicompile.runtime.work import lane_of
 from dicompile.text import size_text
 from tests import models
 from tests.models import optimized, run, state_of, timesteps
@@ -87,7 +87,7 @@ def lanes(monkeypatch: pytest.MonkeyPatch) -> list[LateLane]:
         made.append(LateLane(device))
         return made[-1]
 
-    monkeypatch.setattr("dicompile.runtime.execute._lane_of", functools.cache(late_lane))
+    monkeypatch.setattr("dicompile.runtime.work.lane_of", functools.cache(late_lane))
     return made
 
 
@@ -307,4 +307,4 @@ def test_executors_of_a_device_share_its_lane(lanes: list[LateLane]) -> None:
         assert same(runner.run(), wanted)
         assert same(runner.run(), wanted)
     assert len(lanes) == 1
-    assert _lane_of(torch.device("cpu")) is None
+    assert lane_of(torch.device("cpu")) is None
