@@ -27,7 +27,7 @@ nightly: $(VENV)/.compiled
 docs: $(VENV)/.installed-docs
 	$(BIN)/python -m mkdocs build --strict
 
-# The table of what works on which class of model. `make test` checks every third class, `make nightly` every line.
+# The table of what works on which class of model. `make test` checks every fifth class, `make nightly` every line.
 coverage: $(VENV)/.compiled
 	$(BIN)/python -m tests.zoo.coverage > docs/coverage.md
 

@@ -9,6 +9,7 @@ Numbers count nodes in order, inputs print under the name they were given, the c
 
 from __future__ import annotations
 
+import difflib
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -51,6 +52,12 @@ def operations_text(count: float) -> str:
     units = ((1e15, "PFLOP"), (1e12, "TFLOP"), (1e9, "GFLOP"))
     unit, name = next(((u, n) for u, n in units if count >= u), (1e6, "MFLOP"))
     return f"{count / unit:.2f} {name}"
+
+
+def near_names(name: str, known: Iterable[str]) -> str:
+    """Up to three known names that somebody may have meant, ``fora or toca``, the nearest first; empty for none."""
+    plain = name.lower().replace("_", "-").replace(" ", "-")
+    return " or ".join(difflib.get_close_matches(plain, list(known), 3))
 
 
 def plain_text(shown: RenderableType, width: int | None = None) -> str:

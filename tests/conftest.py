@@ -84,7 +84,7 @@ THINNED = {
     "tests/test_programs.py::test_a_timestep_may_be_a_number",
     "tests/zoo/test_published.py::test_what_makes_it_up_is_found",
 }
-"""Tests with several parameters that take long: `make test` runs every third one, `make nightly` the others."""
+"""Tests with several parameters that take long: `make test` runs every fifth one, `make nightly` the others."""
 
 COUNTING = (
     "tests/capture/",
@@ -134,7 +134,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     seen = Counter[str]()
     for item in items:
         family = item.nodeid.partition("[")[0]
-        if family in THINNED and seen[family] % 3:
+        if family in THINNED and seen[family] % 5:
             item.add_marker(pytest.mark.nightly)
         seen[family] += 1
     if "nightly" not in config.getoption("markexpr"):

@@ -148,7 +148,7 @@ CASES: list[tuple[type[errors.DicompileError], Callable[[], Any], str]] = [
         lambda: dicompile.optimize(plain_dit(), "forra", schedule=4),
         "no policy is called 'forra'\n"
         "  why:   it is neither a published name nor an existing .yaml or .json file\n"
-        f"  fix:   use one of: {', '.join(POLICIES)}",
+        f"  fix:   did you mean fora? use one of: {', '.join(POLICIES)}",
     ),
     (
         errors.InvalidPolicy,

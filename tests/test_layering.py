@@ -32,7 +32,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "policies": (*FLOOR, "plan", "policies"),
     **dict.fromkeys(FRONT, (*FLOOR, *STAGES, "policies", *FRONT)),
     **dict.fromkeys(USERS, (*FLOOR, *STAGES, "policies", *FRONT, PUBLIC)),
-    "zoo": ("errors", "zoo"),
+    "zoo": ("errors", "text", "zoo"),
     "__main__": ("cli",),
     PUBLIC: (*FLOOR, *STAGES, "policies", *FRONT),
 }

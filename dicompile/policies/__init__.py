@@ -38,6 +38,7 @@ from dicompile.policies.taylorseer import TaylorSeer, TaylorSeerLite
 from dicompile.policies.teacache import TeaCache
 from dicompile.policies.toca import ToCa, ToCaFlux, ToCaOpenSora, ToCaPixArt
 from dicompile.policies.tokencache import TokenCache
+from dicompile.text import near_names
 
 __all__ = [
     "FORA",
@@ -150,10 +151,11 @@ def get_policy(source: Policy | str | dict[str, Any], **options: Any) -> Policy:
     if path.suffix in (".yaml", ".yml", ".json") and path.is_file():
         read = Policy.from_json if path.suffix == ".json" else Policy.from_yaml
         return read(read_text(path, InvalidPolicy), source)
+    near = near_names(path.stem, POLICIES)
     raise UnknownPolicy(
         f"no policy is called {source!r}",
         why="it is neither a published name nor an existing .yaml or .json file",
-        fix=f"use one of: {', '.join(POLICIES)}",
+        fix=(f"did you mean {near}? " if near else "") + f"use one of: {', '.join(POLICIES)}",
     )
 
 

@@ -5,12 +5,12 @@ What a pipeline passes on is written down once per family; sizes are those that 
 
 from __future__ import annotations
 
-import difflib
 from typing import Any
 
 import torch
 
 from dicompile.errors import DicompileError
+from dicompile.text import near_names
 from dicompile.zoo.published import Config, Published, Size, positions
 
 
@@ -151,10 +151,10 @@ def get_model(name: str, *, where: str = "MODEL", why: str = "") -> Published:
     plain = name.lower().replace("_", "-").replace(" ", "-")
     if plain in MODELS:
         return MODELS[plain]
-    near = difflib.get_close_matches(plain, MODELS, 3, 0.5)
+    near = near_names(name, MODELS)
     raise DicompileError(
         f"no well-known model is called {name!r}",
         where=where,
         why=why,
-        fix=f"did you mean {' or '.join(near)}?" if near else f"use one of: {', '.join(MODELS)}",
+        fix=f"did you mean {near}?" if near else f"use one of: {', '.join(MODELS)}",
     )

@@ -274,15 +274,21 @@ def test_a_file_that_is_no_text_is_an_invalid_policy(tmp_path: Path, ending: str
     assert error.value.where == str(file)
 
 
-@pytest.mark.parametrize("name", ["forra", "missing.yaml", ""])
-def test_an_unknown_name_lists_the_published_ones(name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "near"),
+    [("forra", "did you mean fora? "), ("Tea_Cache", "did you mean teacache or "), ("42.yaml", ""), ("", "")],
+)
+def test_an_unknown_name_lists_the_published_ones(name: str, near: str) -> None:
     with pytest.raises(UnknownPolicy) as error:
         get_policy(name)
-    assert str(error.value) == (
+    told = str(error.value)
+    assert told.startswith(
         f"no policy is called {name!r}\n"
         "  why:   it is neither a published name nor an existing .yaml or .json file\n"
-        f"  fix:   use one of: {', '.join(POLICIES)}"
+        f"  fix:   {near}"
     )
+    assert told.endswith(f"use one of: {', '.join(POLICIES)}")
+    assert ("did you mean" in told) == bool(near)
     assert {"none", "fora", "toca", "toca-pixart"} <= set(POLICIES)
 
 
