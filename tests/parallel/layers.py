@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,6 +17,8 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 
 import dicompile
 from dicompile import FORA, ClusCa, FirstBlockCache, Policy, ToCaFlux
+from dicompile.plan.predictor import Predictor, PredictorFacts
+from dicompile.serve import Batcher
 from tests.parallel.bare import POLICY, by_backend, sampled
 from tests.parallel.processes import RANKS
 from tests.parallel.ranks import STEPS, cached, divide, divided, told_of_a_death, twice
@@ -96,6 +99,25 @@ def calibrated(_: int) -> Any:
         return sampler(STEPS)
 
 
+def in_background(_: int) -> Any:
+    sampler = divided("flux")
+    dicompile.optimize(sampler.pipe, POLICY, warmup="background")
+    return sampler(STEPS)
+
+
+def served(_: int) -> Any:
+    sampler = divided("flux")
+    with Batcher(sampler.denoisers[0], backend="eager").pipeline(sampler.pipe, POLICY) as pipe:
+        return replace(sampler, pipe=pipe)(STEPS)
+
+
+def predicted(_: int) -> Any:
+    times = tuple(float(STEPS - step) for step in range(STEPS))
+    facts = PredictorFacts(kind="table", blocks=("0", "1"), timesteps=times, penalty=0.1, seed=0, iterations=1)
+    predictor = Predictor(torch.rand(STEPS, 2, 16), facts)
+    return cached(divided("flux"), dicompile.TokenCache(predictor))(STEPS)
+
+
 def bare(_: int) -> Any:
     model = flux_transformer()
     divide(model)
@@ -141,6 +163,9 @@ CASES: dict[str, Callable[[int], Any]] = {
     "gate": lambda _: cached(divided("flux"), FirstBlockCache(threshold=0.1))(STEPS),
     "clusters": lambda _: cached(divided("flux"), ClusCa(clusters=4))(STEPS),
     "calibrated": calibrated,
+    "background": in_background,
+    "served": served,
+    "predicted": predicted,
     "bare": bare,
     "dying": lambda rank: told_of_a_death(rank, cached(divided("flux"), POLICY)),
 }
