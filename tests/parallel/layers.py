@@ -16,9 +16,10 @@ from torch.distributed.tensor import Replicate, Shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, SequenceParallel, parallelize_module
 
 import dicompile
-from dicompile import FORA, ClusCa, FirstBlockCache, Policy, ToCaFlux
+from dicompile import FORA, Cadence, ClusCa, FirstBlockCache, Policy, Refresh, Rule, ToCaFlux, TokenScore
 from dicompile.plan.predictor import Predictor, PredictorFacts
 from dicompile.serve import Batcher
+from tests import models
 from tests.parallel.bare import POLICY, by_backend, sampled
 from tests.parallel.processes import RANKS
 from tests.parallel.ranks import STEPS, cached, divide, divided, told_of_a_death, twice
@@ -118,6 +119,19 @@ def predicted(_: int) -> Any:
     return cached(divided("flux"), dicompile.TokenCache(predictor))(STEPS)
 
 
+def by_entropy(_: int) -> Any:
+    """A policy that ranks tokens by maps of attention, of which every rank has some heads."""
+    model, inputs = models.pixart()
+    names = {f"transformer_blocks.*.attn2.{name}": ColwiseParallel() for name in ("to_q", "to_k", "to_v")}
+    for block in model.transformer_blocks:  # type: ignore[union-attr]
+        block.attn2.heads //= RANKS  # type: ignore[union-attr, operator]
+    plan = {**names, "transformer_blocks.*.attn2.to_out.0": RowwiseParallel()}
+    parallelize_module(model, init_device_mesh("cpu", (RANKS,)), plan)
+    rule = Rule(sites=("mlp",), do=Refresh(ratio=0.5, score=TokenScore(base="entropy")))
+    policy = Policy(name="by entropy", cadence=Cadence(interval=2), rules=(rule,))
+    return models.call(models.optimized(models.Sample(model, inputs), policy, STEPS), inputs, 999, 0)
+
+
 def bare(_: int) -> Any:
     model = flux_transformer()
     divide(model)
@@ -166,6 +180,7 @@ CASES: dict[str, Callable[[int], Any]] = {
     "background": in_background,
     "served": served,
     "predicted": predicted,
+    "entropy": by_entropy,
     "bare": bare,
     "dying": lambda rank: told_of_a_death(rank, cached(divided("flux"), POLICY)),
 }

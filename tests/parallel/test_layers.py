@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dicompile.errors import CannotBatch, PlansDiffer, UnsupportedModel, UnsupportedParallelism
+from dicompile.errors import CannotBatch, PlansDiffer, PolicyDoesNotFit, UnsupportedModel, UnsupportedParallelism
 from tests.parallel.layers import COMPILED, RUNS
 from tests.parallel.processes import Ranks, ranks_of
 from tests.parallel.ranks import cached, check_layers
@@ -58,6 +58,7 @@ def test_torch_runs_the_model_as_before_when_it_is_given_back(ranks: Ranks) -> N
     ("background", UnsupportedParallelism, "as soon as its own code is compiled"),
     ("served", CannotBatch, "exchanges values with other ranks"),
     ("predicted", UnsupportedParallelism, "chooses by values whose last bits"),
+    ("entropy", PolicyDoesNotFit, "every rank has other heads of the attention"),
     ("bare", UnsupportedModel, "dicompile.optimize"),
 ])  # fmt: skip
 def test_what_cannot_be_done_is_refused_on_every_rank(
