@@ -76,7 +76,8 @@ class Ranks:
 
     def _start(self) -> None:
         self._starts += 1
-        context = multiprocessing.get_context("spawn")
+        context = multiprocessing.get_context("forkserver")  # what all ranks import is imported once
+        context.set_forkserver_preload([self._module])
         for rank in range(RANKS):
             ours, theirs = context.Pipe()
             given = rank, str(self._folder / f"store {self._starts}"), self._module, theirs
