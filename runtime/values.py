@@ -30,8 +30,8 @@ def load_values(work: Work, step: Step, drift: Drift | None) -> None:
     latent = code.signature.tensor(work.inputs, code.signature.latent)
     device = torch.device("cpu") if latent is None else latent.device
     for noise in program.noise:
-        seed = hash((code.seed, number, int(noise.site))) & 0x7FFFFFFF
-        registers[noise.register] = _drawn(noise.shape, seed, device, is_shared=noise.share_guidance)
+        seed = code.seed, number, int(noise.site)
+        registers[noise.register] = drawn(noise.shape, seed, device, is_shared=noise.share_guidance)
     for weights in program.weights:
         if sites[weights.site].action.is_aligned:
             assert drift is not None
@@ -73,12 +73,19 @@ def load_tables(
     return doubt
 
 
-def _drawn(shape: tuple[int, int], seed: int, device: torch.device, *, is_shared: bool) -> torch.Tensor:
-    """Uniform random numbers; the same ones for both guidance halves if they share theirs."""
-    generator = torch.Generator(device).manual_seed(seed)
+def drawn(shape: tuple[int, int], seed: tuple[int, int, int], device: torch.device, *, is_shared: bool) -> torch.Tensor:
+    """Uniform random numbers.
+
+    Args:
+        shape: [b, n].
+        seed: of the policy; number of the step, and of the site.
+        device: of the numbers.
+        is_shared: both guidance halves of the batch get the same.
+    """
+    generator = torch.Generator(device).manual_seed(hash(seed) & 0x7FFFFFFF)
     batch, tokens = shape
-    drawn = torch.rand(batch // 2 if is_shared else batch, tokens, generator=generator, device=device)
-    return torch.cat([drawn, drawn]) if is_shared else drawn
+    numbers = torch.rand(batch // 2 if is_shared else batch, tokens, generator=generator, device=device)
+    return torch.cat([numbers, numbers]) if is_shared else numbers
 
 
 @functools.lru_cache(maxsize=1024)

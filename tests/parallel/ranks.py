@@ -250,7 +250,7 @@ PLACES = {3: [*range(3)], 8: [*range(8)], 6: [*range(3)] * 2, 16: [*range(8)] * 
 def by_place(sampler: Sampler, context: str) -> tuple[Tensor, list[int]]:
     """A run that refreshes the first tokens of every rank, with the collectives of each step; on one rank, the same."""
 
-    def noise(_: object, shape: tuple[int, int], *others: object) -> Tensor:
+    def noise(shape: tuple[int, int], *_: object, **__: object) -> Tensor:
         text, picture = (6, 16) if shape[1] in (6, 16, 22) else (3, 8)
         joined = [*PLACES[text], *(place + 3 for place in PLACES[picture])]
         return -torch.tensor(PLACES.get(shape[1], joined), dtype=torch.float32).expand(shape)
@@ -261,7 +261,7 @@ def by_place(sampler: Sampler, context: str) -> tuple[Tensor, list[int]]:
 
     rules = Rule(sites=("joint-attention",), do=Reuse(what="attention")), refresh("mlp", "stored")
     policy = Policy(name="by-place", cadence=Cadence(interval=2), rules=(*rules, refresh("parallel", context)))
-    with mock.patch("dicompile.runtime.execute.Executor._noise", noise):
+    with mock.patch("dicompile.runtime.values.drawn", noise):
         cached(sampler, policy)(STEPS)  # what is traced counts, too
         return counted(sampler)
 

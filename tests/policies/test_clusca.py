@@ -18,7 +18,7 @@ from dicompile.analysis import ModelStructure, Site, SiteKind
 from dicompile.errors import InvalidPolicy, PolicyDoesNotFit
 from dicompile.ops.clusters import cluster_flops
 from dicompile.plan import CacheOptions, Cadence, Policy, Propagate, Reuse, Rule, SlotKind, TimestepSchedule, make_plan
-from dicompile.runtime import Executor, current_session
+from dicompile.runtime import current_session
 from tests import models
 from tests.models import PlainDiT, Sample, optimized, timesteps
 from tests.plan.toys import TOKENS, toy
@@ -249,11 +249,11 @@ def test_the_computed_tokens_correct_forecasts_and_others_follow_them() -> None:
 
 
 def test_a_picture_depends_on_the_others_of_its_batch_by_what_is_drawn_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    def same(self: Any, shape: tuple[int, int], share: bool, step: int, site: int, device: torch.device) -> Tensor:
-        generator = torch.Generator(device).manual_seed(step * 100 + site)
+    def same(shape: tuple[int, int], seed: tuple[int, int, int], device: torch.device, **_: bool) -> Tensor:
+        generator = torch.Generator(device).manual_seed(seed[1] * 100 + seed[2])
         return torch.rand(1, shape[1], generator=generator).expand(shape).contiguous()
 
-    monkeypatch.setattr(Executor, "_noise", same)
+    monkeypatch.setattr("dicompile.runtime.values.drawn", same)
     sample = plain(12)
     policy = dicompile.ClusCa(3, 1, clusters=6, share=0.2)
     model = optimized(sample, policy, STEPS)
