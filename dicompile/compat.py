@@ -227,18 +227,22 @@ def _no_function_names() -> Iterator[None]:
         yield
 
 
-def noting_writes(noted: list[bool]) -> Callable[[Any], None]:
-    """What to hand to `comptime` in a function that Dynamo traces.
+def noting_writes(noted: list[tuple[Any, Any]]) -> Callable[[Any], None]:
+    """What to hand to `comptime` in a function that Dynamo traces (torch 2.11 to 2.14).
 
     Args:
-        noted: gets whether the trace wrote, up to there, to an object that was there before.
+        noted: gets the objects that were there before and that the trace wrote to, up to there, with their sources.
     """
     new = (AttributeMutationNew, ValueMutationNew)
 
     def note(context: Any) -> None:
         effects = context._i_will_not_complain_if_bc_breaks_InstructionTranslator().output.side_effects
-        changed = filter(effects.is_modified, effects.id_to_variable.values())
-        noted.append(any(not isinstance(item.mutation_type, new) for item in changed))
+        objects = {id(item): item for item in effects.keepalive}
+        noted.extend(
+            (variable.source, objects[key])
+            for key, variable in effects.id_to_variable.items()
+            if effects.is_modified(variable) and not isinstance(variable.mutation_type, new)
+        )
 
     return note
 

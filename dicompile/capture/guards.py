@@ -98,8 +98,9 @@ class Path:
 
     @property
     def name(self) -> str:
-        """Dotted name of a tensor below the module, as in a state dict."""
-        keys = [str(key) for by, key in self.links if by in (By.ATTRIBUTE, By.ITEM)]
+        """Dotted name of a tensor below the module, as in a state dict, or of one in a variable."""
+        named = (key.name if by is By.CELL else key for by, key in self.links if by in (By.ATTRIBUTE, By.ITEM, By.CELL))
+        keys = map(str, named)
         return ".".join(key for key in keys if key not in ("_parameters", "_buffers", "_modules"))
 
     def __str__(self) -> str:

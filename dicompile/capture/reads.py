@@ -24,12 +24,13 @@ from unittest import mock
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
-from dicompile.capture.captured import Changes, is_equal_to
+from dicompile.capture.captured import Changes, holds_tensor, is_equal_to
 from dicompile.capture.guards import FIXED, PARTS, PLAIN, By, Cell, Fact, Path, Walk, find_place
 from dicompile.capture.homes import Homes
 from dicompile.errors import CannotCapture
+from dicompile.parked import seen_as
+from dicompile.tensor_parallel import HOOKS
 
 _TORCH = str(File(torch.__file__).parent)
 _PYTHON = str(File(dis.__file__).parent)
@@ -87,7 +88,7 @@ class Reads:
         for changes in self._changes.values():
             changes.put_back_equals()
         found = (change for changes in self._changes.values() for change in changes.found())
-        return [text for text, value in found if any(isinstance(leaf, Tensor) for leaf in tree_leaves(value))]
+        return [text for text, value in found if holds_tensor(value)]
 
     def replaced(self) -> list[str]:
         """Tensors that were read and are others now; one of the same memory is put back (``self.f = self.f.to()``)."""
@@ -218,18 +219,23 @@ class Reads:
                 self._note(parent.attribute(name), value)
 
     def _note_parts(self, parent: Path, name: str, parts: Any) -> None:
-        """Children, parameters and buffers that are asked for all together."""
+        """Children, parameters and buffers that are asked for all together, or hooks."""
         if name in ("_parameters", "_buffers", "_modules"):
             path = parent.attribute(name)
             self.facts.setdefault(path, Fact.of(path, parts))
             for key, part in parts.items():
                 if part is not None:
                     self._note(parent.attribute(key), part)
+        elif name in HOOKS:
+            for number, hook in enumerate(hook for hook in parts.values() if seen_as(hook) is not None):
+                self._note(parent.attribute(name).hook(number), hook)
 
     def _watch(self, path: Path, obj: Any) -> None:
+        """Remember what lies in an object: its attributes, or else its entries."""
         own = getattr(obj, "__dict__", None)
-        if isinstance(own, dict) and id(own) not in self._changes:
-            self._changes[id(own)] = Changes(str(path), own)
+        holder = own if isinstance(own, dict) else obj
+        if id(holder) not in self._changes:
+            self._changes[id(holder)] = Changes(str(path), holder)
 
     def _note(self, path: Path, value: Any, depth: int = 0) -> None:
         if path in self.facts or path in self.tensors:
@@ -245,11 +251,16 @@ class Reads:
             self.facts[path] = Fact(path, "same", self._path_of[id(value)])  # what is read of it is noted there
             return
         self.facts[path] = Fact.of(path, value)
-        if isinstance(value, (*PLAIN, *FIXED)):
-            return
-        if value is sys.modules:  # every import adds to it; libraries ask it which frameworks are there (einops)
+        if isinstance(value, types.MethodType):
+            self._note(path.attribute("__self__"), value.__self__, depth + 1)
+        elif isinstance(value, type) and not value.__module__.startswith(("torch", "builtins")):
+            self._watch(path, value)
+        elif value is sys.modules:  # every import adds to it; libraries ask it which frameworks are there (einops)
             self.facts[path] = Fact(path, "fixed", value)
-            return
+        elif not isinstance(value, (*PLAIN, *FIXED)):
+            self._note_inside(path, value, depth)
+
+    def _note_inside(self, path: Path, value: Any, depth: int) -> None:
         self._alive.append(value)
         self._path_of.setdefault(id(value), path)
         if isinstance(value, nn.Module):
@@ -267,7 +278,7 @@ class Reads:
                 why=f"{len(value)} entries, or nested too deep",
                 fix="keep numbers in a tensor that is registered as a buffer",
             )
-        if isinstance(value, (dict, list)):
+        if isinstance(value, (dict, list, set)):
             self._changes.setdefault(id(value), Changes(str(path), value))
         if isinstance(value, (Mapping, list, tuple)):
             for key, item in value.items() if isinstance(value, Mapping) else enumerate(value):
@@ -277,6 +288,7 @@ class Reads:
 
     def _note_object(self, path: Path, value: Any, depth: int) -> None:
         own = getattr(value, "__dict__", None)
+        self._watch(path, value)
         if self._patch_class_of(value):
             return
         is_foreign = type(value).__module__.startswith(("torch", "functools"))
@@ -345,6 +357,8 @@ class Reads:
 
     def _note_names(self, code: types.CodeType, root: Path, names: dict[str, Any]) -> None:
         instructions = list(dis.get_instructions(code))
+        if any(instruction.opname == "STORE_GLOBAL" for instruction in instructions):
+            self._changes.setdefault(id(names), Changes(str(root), names))
         for number, instruction in enumerate(instructions):
             if instruction.opname not in ("LOAD_GLOBAL", "LOAD_NAME") or instruction.argval not in names:
                 continue
@@ -368,6 +382,7 @@ class Reads:
             if held.keys() == values.keys() and all(held[name] is value for name, value in values.items()):
                 for name, cell in cells.items():
                     path = Path(function.__module__, ((By.CELL, Cell(function.__qualname__, name, cell)),))
+                    self._watch(path, cell)
                     self._note(path, values[name])
                 return
 

@@ -6,7 +6,9 @@ import functools
 import gc
 import sys
 import types
+from collections import deque
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -192,6 +194,116 @@ def test_what_a_forward_computes_and_keeps_is_refused(way: str) -> None:
     module, inputs = Keeps(way), given()
     with pytest.raises(CannotCapture, match="last"):
         optimized(module)(**inputs)
+
+
+@dataclass(slots=True)
+class Record:
+    last: Tensor | None = None
+
+
+class Recorder:
+    last: Tensor | None = None
+
+
+RECORDED: dict[str, Tensor] = {}
+LAST: Tensor | None = None
+
+
+def into_global_dictionary(result: Tensor) -> None:
+    RECORDED["last"] = result
+
+
+def into_global(result: Tensor) -> None:
+    global LAST  # noqa: PLW0603
+    LAST = result
+
+
+def into_class(result: Tensor) -> None:
+    Recorder.last = result
+
+
+def into(holder: Any, put: Callable[[Any, Tensor], object]) -> Callable[[Tensor], None]:
+    """What puts a result into something that it finds in the function around it."""
+
+    def record(result: Tensor) -> None:
+        put(holder, result)
+
+    return record
+
+
+def into_variable() -> Callable[[Tensor], None]:
+    last: Tensor | None = None
+
+    def record(result: Tensor) -> None:
+        nonlocal last
+        last = result
+
+    assert last is None
+    return record
+
+
+RECORDS: dict[str, Callable[[], Callable[[Tensor], None]]] = {
+    "dictionary": lambda: into({}, lambda held, result: held.update(last=result)),
+    "copy": lambda: into({}, lambda held, result: held.update(last=result.detach().cpu())),
+    "list item": lambda: into([None], lambda held, result: held.__setitem__(0, result)),
+    "set": lambda: into(set(), lambda held, result: held.add(result)),
+    "deque": lambda: into(deque([0], maxlen=1), lambda held, result: held.append(result)),
+    "attribute": lambda: into(Recorder(), lambda held, result: setattr(held, "last", result)),
+    "slot": lambda: into(Record(), lambda held, result: setattr(held, "last", result)),
+    "object": lambda: into({}, lambda held, result: held.update(last=Record(result))),
+    "class": lambda: into_class,
+    "variable": into_variable,
+    "global": lambda: into_global,
+    "global dictionary": lambda: into_global_dictionary,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("where", RECORDS)
+def test_a_hook_that_keeps_what_it_sees_is_refused(where: str, way: str) -> None:
+    module, record = Model(way), RECORDS[where]()
+    module.linear.register_forward_hook(lambda _module, _args, result: record(result))
+    with pytest.raises(CannotCapture, match="Model changes what it keeps at every call"):
+        optimized(module)(**given())
+
+
+def test_what_is_kept_is_never_a_stand_in() -> None:
+    module, kept = Model("dynamo"), {"last": torch.zeros(())}
+    module.linear.register_forward_hook(lambda _module, _args, result: kept.update(last=result))
+    with pytest.raises(CannotCapture, match="last"):
+        optimized(module)(**given())
+    assert kept["last"].device.type == "cpu" and torch.isfinite(kept["last"]).all()
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_table_beside_the_module_that_is_filled_at_the_first_call_settles(way: str) -> None:
+    tables: dict[int, Tensor] = {}
+
+    class Fills(Model):
+        def extra(self, x: Tensor) -> Tensor:
+            if x.shape[1] not in tables:
+                tables[x.shape[1]] = torch.arange(x.shape[1], dtype=x.dtype)[:, None]
+            return x * tables[x.shape[1]]
+
+    module = Fills(way)
+    model = optimized(module)
+    for seed in range(3):
+        same(model, module, **given(seed))
+    assert tables[4].device.type == "cpu"
+
+
+def test_a_result_that_python_looks_into_is_refused_and_nothing_is_kept() -> None:
+    module, kept = Model("dynamo"), [None]
+    module.linear.register_forward_hook(lambda _module, _args, result: kept.__setitem__(0, result.numpy()))
+    with pytest.raises(CannotCapture, match="Model"):
+        optimized(module)(**given())
+
+
+def test_a_tensor_of_an_enclosing_function_that_is_written_to_is_named() -> None:
+    module, seen = Model("dynamo"), torch.zeros(2, 4, WIDTH)
+    module.linear.register_forward_hook(lambda _module, _args, result: seen.copy_(result) is None)
+    with pytest.raises(CannotCapture, match=r"writes to its inputs: .*seen"):
+        optimized(module)(**given())
 
 
 @pytest.mark.parametrize("way", WAYS)
