@@ -28,11 +28,13 @@ from torch._functorch._aot_autograd.functional_utils import (
     has_metadata_mutation,
     to_fun,
 )
-from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch._subclasses.functional_tensor import FunctionalTensorMode
+from torch.autograd import forward_ad
 from torch.fx import _lazy_graph_module
-from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.proxy_tensor import ProxyTorchDispatchMode, make_fx
 from torch.fx.experimental.symbolic_shapes import PropagateUnbackedSymInts
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from dicompile.nodes import results_of
 
@@ -299,6 +301,21 @@ def _facts(guard: Any) -> tuple[Any, str, Any]:
     if kind == "HASATTR" and named is None:  # torch 2.11: the attribute is part of the source
         return source.base, kind, source.member
     return source, kind, named
+
+
+def transform_around() -> str | None:
+    """Who traces or transforms what this thread runs, by name, if anybody does (torch 2.11 to 2.14)."""
+    interpreter: Any = torch._C._functorch.peek_interpreter_stack()
+    if interpreter is not None:
+        return f"torch.func ({interpreter.key().name.lower()})"
+    if forward_ad._current_level >= 0:
+        return "torch.autograd.forward_ad"
+    if torch.jit.is_tracing():
+        return "torch.jit.trace"
+    if torch.compiler.is_exporting():
+        return "torch.export"
+    tracers = (ProxyTorchDispatchMode, FakeTensorMode)
+    return next((type(m).__name__ for m in _get_current_dispatch_mode_stack() if isinstance(m, tracers)), None)
 
 
 @contextlib.contextmanager
