@@ -310,7 +310,7 @@ def transform_around() -> str | None:
         return f"torch.func ({interpreter.key().name.lower()})"
     if forward_ad._current_level >= 0:
         return "torch.autograd.forward_ad"
-    if torch.jit.is_tracing():
+    if torch._C._get_tracing_state() is not None:
         return "torch.jit.trace"
     if torch.compiler.is_exporting():
         return "torch.export"
