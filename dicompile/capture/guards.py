@@ -137,6 +137,22 @@ class Cell:
         return f"{self.function}({self.name})"
 
 
+@dataclass(frozen=True, eq=False, slots=True)
+class Content:
+    """What an object that is no Python holds (an array, a context variable), equal to itself alone.
+
+    Attributes:
+        name: what it is.
+        contents: finds it.
+    """
+
+    name: str
+    contents: Callable[[], Any]
+
+    def __str__(self) -> str:
+        return self.name
+
+
 @dataclass(frozen=True, slots=True)
 class Fact:
     """Something that was read.

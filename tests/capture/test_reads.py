@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import array
 import functools
 import gc
+import random
 import sys
 import types
 from collections import deque
 from collections.abc import Callable
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -450,6 +454,91 @@ def test_random_numbers_are_drawn_at_every_call_or_refused(way: str) -> None:
     model = optimized(Draws(way))
     first, second = model(**given()), model(**given())
     assert not torch.equal(first, second)
+
+
+SCALES = np.ones(2, dtype=np.float32)
+SCALE: ContextVar[float] = ContextVar("SCALE", default=1.0)
+BESIDE: dict[str, tuple[Callable[[], Any], Callable[[Any], float], Callable[[Any], object]]] = {
+    "numpy": (lambda: np.ones(2, dtype=np.float32), lambda held: float(held[0]), lambda held: held.fill(3)),
+    "numpy global": (lambda: SCALES.fill(1), lambda _: float(SCALES[0]), lambda _: SCALES.fill(3)),
+    "array": (lambda: array.array("f", [1.0]), lambda held: held[0], lambda held: held.__setitem__(0, 3.0)),
+    "bytearray": (lambda: bytearray([1]), lambda held: held[0], lambda held: held.__setitem__(0, 3)),
+    "deque": (lambda: deque([1.0]), lambda held: held[0], lambda held: held.__setitem__(0, 3.0)),
+    "context variable": (lambda: SCALE.set(1.0), lambda _: SCALE.get(), lambda _: SCALE.set(3.0)),
+}
+"""What makes something that is no plain Python object, what reads it, and what changes it."""
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("kind", BESIDE)
+def test_what_libraries_and_c_keep_is_followed(kind: str, way: str) -> None:
+    make, read, change = BESIDE[kind]
+
+    class Scaled(Model):
+        def __init__(self, way: str) -> None:
+            super().__init__(way)
+            self.held = make()
+
+        def extra(self, x: Tensor) -> Tensor:
+            return x * read(self.held)
+
+    module = Scaled(way).eval()
+    model = optimized(module)
+    for seed in range(2):
+        same(model, module, **given(seed))
+    change(module.held)
+    for seed in range(2):
+        same(model, module, **given(seed))
+
+
+def test_an_array_that_is_too_large_to_be_compared_is_refused() -> None:
+    class Scaled(Model):
+        def __init__(self) -> None:
+            super().__init__("running")
+            self.held = np.ones(1 << 19)
+
+        def extra(self, x: Tensor) -> Tensor:
+            return x * float(self.held[0])
+
+    with pytest.raises(CannotCapture, match=r"self\.held is too large"):
+        optimized(Scaled())(**given())
+
+
+OWN_SOURCE = np.random.default_rng(0)
+DRAWS: dict[str, Callable[[], float]] = {
+    "random.random": random.random,
+    "random.uniform": lambda: random.uniform(0, 1),
+    "np.random": np.random.rand,
+    "own": lambda: float(OWN_SOURCE.random()),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Dynamo does not know how to trace:UserWarning")
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("kind", DRAWS)
+def test_random_numbers_of_others_are_refused_where_they_are_drawn(kind: str, way: str) -> None:
+    class Draws(Model):
+        def extra(self, x: Tensor) -> Tensor:
+            return x * DRAWS[kind]() if self.is_drawing else x
+
+    module = Draws(way)
+    module.is_drawing = True
+    with pytest.raises(CannotCapture, match="Draws changes what it keeps at every call"):
+        optimized(module)(**given())
+    module.is_drawing = False
+    same(optimized(module), module, **given())
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_random_numbers_of_a_generator_of_its_own_are_refused(way: str) -> None:
+    class Draws(Model):
+        def extra(self, x: Tensor) -> Tensor:
+            return x + torch.randn(x.shape, generator=self.generator)
+
+    module = Draws(way)
+    module.generator = torch.Generator()
+    with pytest.raises(CannotCapture, match="computes with a Generator of its own"):
+        optimized(module)(**given())
 
 
 def test_nothing_stays_behind_after_a_run() -> None:
