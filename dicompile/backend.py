@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from dicompile.capture import (
     NO_TIMESTEP,
@@ -26,6 +26,7 @@ from dicompile.capture import (
 from dicompile.compiler import ONE_AT_A_TIME, Options, compile_capture
 from dicompile.errors import CannotCapture, InvalidSetting, UnsupportedModel
 from dicompile.garbage import uncollected
+from dicompile.gradients import without_gradients
 from dicompile.lower import Backend, Hoist, compile_plainly
 from dicompile.model import MOST_FRAMES
 from dicompile.plan import CacheOptions
@@ -151,7 +152,11 @@ class Specialiser:
         self._own = [i for i, (_, owned) in enumerate(self.names) if owned]
 
     def __call__(self, *arguments: Any) -> Any:
-        """Run the frame for the shapes of `arguments`."""
+        """Run the frame for the shapes of `arguments`.
+
+        Raises:
+            UnsupportedCall: it is differentiated, later.
+        """
         sizes = [value for value in arguments if isinstance(value, int)]
         key = (ambient(), *sizes, *(arguments[i].item() for i in self._read))
         frame = self._frames.get(key)
@@ -160,7 +165,8 @@ class Specialiser:
                 frame = self._frames.get(key) or self._compile(key, arguments)
                 latest = list(self._frames.items())[1 - MOST_FRAMES :]
                 self._frames = {**dict(latest), key: frame}
-        return frame(*arguments)
+        given = (a for a, (_, owned) in zip(arguments, self.names, strict=True) if isinstance(a, Tensor) and not owned)
+        return without_gradients("the model", frame(*arguments), given)
 
     def _said(self) -> Said:
         """What the user says of the inputs of this graph; behind a graph break they may not be there."""

@@ -28,11 +28,13 @@ from torch._functorch._aot_autograd.functional_utils import (
     has_metadata_mutation,
     to_fun,
 )
-from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch._subclasses.functional_tensor import FunctionalTensorMode
+from torch.autograd import forward_ad
 from torch.fx import _lazy_graph_module
-from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.proxy_tensor import ProxyTorchDispatchMode, make_fx
 from torch.fx.experimental.symbolic_shapes import PropagateUnbackedSymInts
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from dicompile.nodes import results_of
 
@@ -227,18 +229,22 @@ def _no_function_names() -> Iterator[None]:
         yield
 
 
-def noting_writes(noted: list[bool]) -> Callable[[Any], None]:
-    """What to hand to `comptime` in a function that Dynamo traces.
+def noting_writes(noted: list[tuple[Any, Any]]) -> Callable[[Any], None]:
+    """What to hand to `comptime` in a function that Dynamo traces (torch 2.11 to 2.14).
 
     Args:
-        noted: gets whether the trace wrote, up to there, to an object that was there before.
+        noted: gets the objects that were there before and that the trace wrote to, up to there, with their sources.
     """
     new = (AttributeMutationNew, ValueMutationNew)
 
     def note(context: Any) -> None:
         effects = context._i_will_not_complain_if_bc_breaks_InstructionTranslator().output.side_effects
-        changed = filter(effects.is_modified, effects.id_to_variable.values())
-        noted.append(any(not isinstance(item.mutation_type, new) for item in changed))
+        objects = {id(item): item for item in effects.keepalive}
+        noted.extend(
+            (variable.source, objects[key])
+            for key, variable in effects.id_to_variable.items()
+            if effects.is_modified(variable) and not isinstance(variable.mutation_type, new)
+        )
 
     return note
 
@@ -295,6 +301,21 @@ def _facts(guard: Any) -> tuple[Any, str, Any]:
     if kind == "HASATTR" and named is None:  # torch 2.11: the attribute is part of the source
         return source.base, kind, source.member
     return source, kind, named
+
+
+def transform_around() -> str | None:
+    """Who traces or transforms what this thread runs, by name, if anybody does (torch 2.11 to 2.14)."""
+    interpreter: Any = torch._C._functorch.peek_interpreter_stack()
+    if interpreter is not None:
+        return f"torch.func ({interpreter.key().name.lower()})"
+    if forward_ad._current_level >= 0:
+        return "torch.autograd.forward_ad"
+    if torch._C._get_tracing_state() is not None:
+        return "torch.jit.trace"
+    if torch.compiler.is_exporting():
+        return "torch.export"
+    tracers = (ProxyTorchDispatchMode, FakeTensorMode)
+    return next((type(m).__name__ for m in _get_current_dispatch_mode_stack() if isinstance(m, tracers)), None)
 
 
 @contextlib.contextmanager

@@ -87,6 +87,10 @@ class CannotCapture(DicompileError, RuntimeError):
     """The model's graph cannot be turned into functional ATen."""
 
 
+class UnsupportedCall(DicompileError, RuntimeError):
+    """An optimized model was differentiated, transformed or traced."""
+
+
 class CannotBatch(DicompileError, ValueError):
     """Calls of several requests cannot be one call of the model, or rows of one call be told apart."""
 

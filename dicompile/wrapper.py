@@ -17,10 +17,12 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 from torch._dynamo.eval_frame import OptimizedModule
+from torch.utils import _pytree as pytree
 
 from dicompile.compat import never_traced, without_dynamo
 from dicompile.compiler import CompiledFrame, Options
 from dicompile.errors import UnsupportedModel
+from dicompile.gradients import check_no_transform, without_gradients
 from dicompile.model import ModelCalls
 from dicompile.offload import HOOK_ATTRIBUTES, check_hooks, move_groups, move_hook, take_hook_back
 from dicompile.runtime import Owner, cache_context
@@ -204,13 +206,26 @@ class CachedModel(OptimizedModule):
 
     @never_traced("it is optimized by dicompile, and compiled already: torch.compile has nothing to add")
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Call the model; it samples, so no gradients are recorded while it is enabled."""
+        """Call the model; it samples, so no gradients are recorded while it is enabled.
+
+        Raises:
+            UnsupportedCall: it is traced or transformed; or, later, differentiated.
+        """
         if "_diffusers_hook" in vars(self):
             move_groups(self, self._dicompile.module)
         if not self._dicompile.is_enabled:
             return nn.Module.__call__(self, *args, **kwargs)
+        name = type(self._orig_mod).__name__
+        check_no_transform(name)
         with without_dynamo(), torch.no_grad():
-            return nn.Module.__call__(self, *args, **kwargs)
+            result = nn.Module.__call__(self, *args, **kwargs)
+        return without_gradients(name, result, self._differentiated(args, kwargs))
+
+    def _differentiated(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Iterator[Tensor]:
+        """What gradients may be meant for: arguments, and weights of a model in training."""
+        yield from (leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor))
+        if self._orig_mod.training:
+            yield from self._orig_mod.parameters()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the original's forward returns, by compiled code; hooks of the wrapper run around it."""

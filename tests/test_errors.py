@@ -76,6 +76,18 @@ def call_module(module: nn.Module, policy: Any) -> None:
     dicompile.optimize(module, policy, schedule=2, mode="eager")(torch.randn(2, 8), torch.ones(2, 1))
 
 
+def differentiate() -> None:
+    sample = models.plain_dit(1)
+    model = dicompile.optimize(sample.model, "none", mode="eager")
+    model(**sample.inputs | {"x": sample.inputs["x"].requires_grad_()}).sum().backward()
+
+
+def transform() -> None:
+    sample = models.plain_dit(1)
+    model = dicompile.optimize(sample.model, "none", mode="eager")
+    torch.func.grad(lambda x: model(**sample.inputs | {"x": x}).sum())(sample.inputs["x"])
+
+
 def call_with_disabled_passes(value: str) -> None:
     with mock.patch.dict(os.environ, {"DICOMPILE_PASSES": value}):
         call_plain_dit("none", [999], 1)
@@ -304,6 +316,23 @@ CASES: list[tuple[type[errors.DicompileError], Callable[[], Any], str]] = [
         "  fix:   copy the tensor inside the model before writing to it",
     ),
     (
+        errors.UnsupportedCall,
+        differentiate,
+        "PlainDiT is optimized, and was asked for gradients\n"
+        "  where: backward\n"
+        "  why:   caching is for sampling: a step that reuses has no gradient, and compiled code records none\n"
+        "  fix:   differentiate through the model as it is (dicompile.disable(model), then dicompile.enable(model)), "
+        "or call it under torch.no_grad()",
+    ),
+    (
+        errors.UnsupportedCall,
+        transform,
+        "PlainDiT is optimized, and was called within torch.func (grad)\n"
+        "  where: a call of the model\n"
+        "  why:   compiled code reads and stores what it remembers, which no transform sees\n"
+        "  fix:   dicompile.disable(model) around it, or dicompile.restore(model)",
+    ),
+    (
         errors.NotOptimized,
         lambda: dicompile.restore(plain_dit()),
         "this PlainDiT was not optimized\n  fix:   dicompile.optimize(model, policy)",
@@ -523,7 +552,7 @@ def test_an_error_is_caught_as_what_python_calls_it() -> None:
     states = {
         errors.CallOutsideSchedule, errors.CannotCapture, errors.NotOptimized, errors.AlreadyOptimized,
         errors.NotYetRun, errors.IllegalGraph, errors.StaleRead, errors.PlansDiffer, errors.RequestEnded,
-        errors.RequestTimedOut,
+        errors.RequestTimedOut, errors.UnsupportedCall,
     }  # fmt: skip
     assert {kind for kind in CATALOGUE if issubclass(kind, RuntimeError)} == states
     assert {kind for kind in CATALOGUE if issubclass(kind, ValueError)} == set(CATALOGUE) - states

@@ -129,7 +129,8 @@ def _settled(capture: Callable[[nn.Module, Arguments], Captured], module: nn.Mod
         f"{type(module).__name__} changes what it keeps at every call",
         where="capture, forward",
         why="; ".join(changed),
-        fix="keep counters and records of calls outside of its forward",
+        fix="keep counters and records of calls outside of its forward and its hooks; dicompile.disable(model) runs it "
+        "as it is",
     )
 
 

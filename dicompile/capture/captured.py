@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import types
-from collections.abc import Callable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from operator import itemgetter
 from typing import Any
 
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from dicompile.capture.arguments import Arguments, TakenOut
-from dicompile.capture.guards import PLAIN, Guards, meta_of
+from dicompile.capture.guards import FIXED, PLAIN, Guards, meta_of
 from dicompile.errors import CannotCapture
 from dicompile.same import is_same_value
+
+_OF_THEIR_OWN = (*PLAIN, *FIXED, nn.Module, types.MethodType)
+"""Objects whose tensors are no result of whoever puts them somewhere."""
 
 
 @dataclass(frozen=True)
@@ -130,38 +134,66 @@ def packer(result: Any, results: Sequence[Tensor], tensors: Sequence[Tensor]) ->
 
 
 class Changes:
-    """A shallow copy of a dictionary or list, to tell which of its entries changed.
+    """A shallow copy of what lies in an object, to tell which of it changed.
 
     Args:
-        path: of the container, as text.
-        container: the container.
+        path: of the object, as text.
+        holder: a container, a variable of an enclosing function, or an object with attributes.
     """
 
-    def __init__(self, path: str, container: dict[Any, Any] | list[Any]) -> None:
-        self._path, self._container, self._before = path, container, _items(container)
+    def __init__(self, path: str, holder: Any) -> None:
+        self._path, self._holder, self._before = path, holder, _items(holder)
 
     def found(self) -> Iterator[tuple[str, Any]]:
         """Path and value of every entry that is another object now."""
-        now = _items(self._container)
-        for key in {**self._before, **now}:
-            if self._before.get(key, self) is not now.get(key, self):
-                yield f"{self._path}.{key}", now.get(key)
+        now = _items(self._holder)
+        has_keys = not isinstance(self._holder, (set, types.CellType))
+        for key in self._changed(now):
+            yield f"{self._path}.{key}" if has_keys else self._path, now.get(key)
 
     def put_back_equals(self) -> None:
         """Put back entries in whose place the same lies in another container (``self.f = [t.to() for t in f]``)."""
-        now = _items(self._container)
+        now = _items(self._holder)
         for key in self._before.keys() & now.keys():
             if now[key] is not self._before[key] and is_equal_to(now[key], self._before[key]):
-                self._container[key] = self._before[key]
+                self._put_back(key)
 
     def undo(self) -> None:
         """Put back what was there."""
-        if any(self.found()):
-            self._container.clear()
-            if isinstance(self._container, dict):
-                self._container.update(self._before)
-            else:
-                self._container.extend(self._before.values())
+        changed = self._changed(_items(self._holder))
+        if not changed:
+            return
+        if isinstance(self._holder, (dict, set)):
+            self._holder.clear()
+            self._holder.update(self._before)
+        elif isinstance(self._holder, (list, deque)):
+            self._holder.clear()
+            self._holder.extend(self._before.values())
+        else:
+            for key in changed:
+                self._put_back(key)
+
+    def _changed(self, now: Mapping[Any, Any]) -> list[Any]:
+        return [key for key in {**self._before, **now} if self._before.get(key, self) is not now.get(key, self)]
+
+    def _put_back(self, key: Any) -> None:
+        if isinstance(self._holder, (dict, list, deque)):
+            self._holder[key] = self._before[key]
+            return
+        cls = type if isinstance(self._holder, type) else object  # modules do not put tensors where they were
+        if key in self._before:
+            cls.__setattr__(self._holder, key, self._before[key])
+        else:
+            cls.__delattr__(self._holder, key)
+
+
+def holds_tensor(value: object, depth: int = 3) -> bool:
+    """True for a tensor, for containers with one, and for objects with one; a module has its own."""
+    return any(
+        isinstance(leaf, Tensor)
+        or (depth > 0 and not isinstance(leaf, _OF_THEIR_OWN) and holds_tensor(list(_items(leaf).values()), depth - 1))
+        for leaf in pytree.tree_leaves(value)
+    )
 
 
 def is_equal_to(first: Any, second: Any) -> bool:
@@ -179,5 +211,15 @@ def _are_equal(first: Any, second: Any) -> bool:
     return first is second or (meta_of(first) == meta_of(second) and first.data_ptr() == second.data_ptr() != 0)
 
 
-def _items(container: dict[Any, Any] | list[Any]) -> dict[Any, Any]:
-    return dict(container) if isinstance(container, dict) else dict(enumerate(container))
+def _items(holder: Any) -> dict[Any, Any]:
+    """What lies in an object: entries, the value of a variable, or attributes."""
+    if isinstance(holder, dict):
+        return dict(holder)
+    if isinstance(holder, (list, deque)):
+        return dict(enumerate(holder))
+    if isinstance(holder, set):
+        return {item: item for item in holder}
+    if isinstance(holder, types.CellType):
+        return {} if holder == types.CellType() else {"cell_contents": holder.cell_contents}
+    slots = (name for cls in type(holder).__mro__ for name in getattr(cls, "__slots__", ()) if hasattr(holder, name))
+    return {name: getattr(holder, name) for name in slots} | dict(getattr(holder, "__dict__", {}))

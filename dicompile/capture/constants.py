@@ -59,6 +59,13 @@ def lift_constants(graph_module: fx.GraphModule, mode: FakeTensorMode) -> tuple[
             value = getattr(graph_module, node.target)
             if isinstance(value, FakeTensor):
                 raise _not_seen(node)
+            if not isinstance(value, torch.Tensor):
+                raise CannotCapture(
+                    f"{_where(node)} computes with a {type(value).__name__} of its own",
+                    where="capture",
+                    why="what it is at the next call cannot be told",
+                    fix="draw random numbers without a generator, or outside of the model, and pass them",
+                )
             lifted[node.target].meta["val"] = mode.from_tensor(value, static_shapes=True)
         _replace(node, lifted[node.target])
     values = tuple(getattr(graph_module, name) for name in lifted)
@@ -68,10 +75,13 @@ def lift_constants(graph_module: fx.GraphModule, mode: FakeTensorMode) -> tuple[
     return values
 
 
+def _where(node: fx.Node) -> str:
+    return module_path(next(iter(node.users), node)) or "the model"
+
+
 def _not_seen(node: fx.Node) -> CannotCapture:
-    where = module_path(next(iter(node.users), node)) or "the model"
     return CannotCapture(
-        f"how {where} makes a tensor of shape {list(node.meta['val'].shape)} leaves no trace",
+        f"how {_where(node)} makes a tensor of shape {list(node.meta['val'].shape)} leaves no trace",
         where="capture",
         why="it is computed beside torch's operators, and would stay as it was at the first call",
         fix="compute it by operators of torch",

@@ -20,11 +20,10 @@ from torch._dynamo import source as sources
 from torch._dynamo.comptime import comptime
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
-from torch.utils._pytree import tree_leaves
 
 from dicompile.capture.ambient import HOOKS_OF_ALL, entry_of
 from dicompile.capture.arguments import Arguments, TakenOut, Watched
-from dicompile.capture.captured import Captured, Changes, Unsettled, packer
+from dicompile.capture.captured import Captured, Changes, Unsettled, holds_tensor, packer
 from dicompile.capture.guards import PARTS, By, Fact, Guards, Path, below, find_place, key_of_hook, python_module
 from dicompile.capture.homes import Homes
 from dicompile.capture.numbers import open_numbers
@@ -77,7 +76,7 @@ class Traced:
         inputs: values of the graph's placeholders.
         result: what the module returned.
         results: what the graph returned, as they lie in it.
-        changes: what may have been changed around the graph.
+        kept: where Python put tensors that were not there, or are of the graph; it is as it was before.
         taken_out: what the forward takes out of lists and dictionaries of its caller.
         writes: whether Python wrote to an object that was there before.
         codes: Python code that was traced.
@@ -89,7 +88,7 @@ class Traced:
     inputs: list[Any]
     result: Any
     results: list[Tensor]
-    changes: list[Changes]
+    kept: tuple[str, ...]
     taken_out: tuple[TakenOut, ...]
     writes: bool
     codes: frozenset[types.CodeType]
@@ -105,7 +104,7 @@ class Traced:
             CannotCapture: it computes with a tensor of somebody else.
             Unsettled: the forward changes what it keeps.
         """
-        _check_settled(module, self.guards, self.changes)
+        _check_settled(module, self.guards, self.kept)
         tensors = [*self.own, *arguments.tensors]
         place = {id(tensor): i for i, tensor in reversed(list(enumerate(tensors)))}
         pack = packer(self.result, self.results, tensors)
@@ -156,7 +155,7 @@ def trace(module: nn.Module, arguments: Arguments, stand_in: nn.Module | None = 
     numbers = dict(zip(arguments.numbers, arguments.tensors[len(arguments.given) :], strict=True))
     args, kwargs = arguments.filled(arguments.given)  # lists and dictionaries of our own: the caller's stay as they are
     watched = Watched(args, kwargs)
-    writes: list[bool] = []
+    writes: list[tuple[Any, Any]] = []
     traced = _traced(entry_of(module), arguments.numbers, noting_writes(writes))
     with _clean_dynamo(capture_scalar_outputs=bool(numbers)), _errors_of(module):
         made = dynamo_capture(traced, (stand_in or module, args, kwargs, numbers))
@@ -174,11 +173,12 @@ def trace(module: nn.Module, arguments: Arguments, stand_in: nn.Module | None = 
     own, wrapped = take_apart({path: read.value(path) for path in read.tensors})
     guards = Guards.of(module, {**read.facts, **wrapped}, list(own), read.modules)
     changes = [Changes(path, container) for path, container in read.containers.items()]
-    inputs, result = made.run(results)
+    changes += [Changes(path, holder) for path, holder in read.written(writes)]
+    (inputs, result), kept = _run(module, made, results, changes)
     taken_out = watched.taken_out(type(module).__name__)
     inputs = open_wrapped(made.graph, inputs, {id(read.value(path)) for path in read.tensors})
     own_tensors = list(own.values())
-    return Traced(made.graph, guards, own_tensors, inputs, result, results, changes, taken_out, any(writes), made.codes)
+    return Traced(made.graph, guards, own_tensors, inputs, result, results, kept, taken_out, bool(writes), made.codes)
 
 
 def _traced(entry: str, numbers: Sequence[str], at_the_end: Callable[[Any], None]) -> Callable[..., Any]:
@@ -245,24 +245,45 @@ def _refuse_reads(module: nn.Module, graph: fx.GraphModule) -> None:
             )
 
 
-def _check_settled(module: nn.Module, guards: Guards, changes: Sequence[Changes]) -> None:
+def _run(
+    module: nn.Module, made: DynamoCapture, results: Sequence[Tensor], changes: Sequence[Changes]
+) -> tuple[tuple[list[Any], Any], tuple[str, ...]]:
+    """Run what Python does around a graph, with stand-ins for results of the graph, and let nobody keep one of these.
+
+    Returns:
+        The graph's inputs, and what the module returned; and where tensors were put.
+
+    Raises:
+        CannotCapture: Python looks into a result of the graph.
+    """
+    try:
+        ran = made.run(results)
+    except Exception as error:
+        for change in changes:
+            change.undo()
+        raise CannotCapture(
+            f"{type(module).__name__} reads what it computes in Python",
+            where="capture",
+            why=next(iter(str(error).splitlines()), type(error).__name__),
+            fix="move data-dependent Python out of its forward",
+        ) from error
+    kept = dict.fromkeys(text for change in changes for text, value in change.found() if holds_tensor(value))
+    if kept:
+        for change in changes:
+            change.undo()
+    return ran, tuple(kept)
+
+
+def _check_settled(module: nn.Module, guards: Guards, kept: Sequence[str]) -> None:
     """Check that what Python did around the graph left what it reads as it was, and kept no tensor.
 
     Raises:
         Unsettled: it did not.
     """
-    kept = [text for change in changes for text, value in change.found() if _holds_tensor(value)]
     pins = guards.pin(module)
     changed = [*kept, *([pins] if isinstance(pins, str) else [])]
-    if kept:  # tensors of the graph, which nobody computed
-        for change in changes:
-            change.undo()
     if changed:
         raise Unsettled(changed)
-
-
-def _holds_tensor(value: object) -> bool:
-    return any(isinstance(leaf, Tensor) for leaf in tree_leaves(value))
 
 
 class _Read:
@@ -295,6 +316,11 @@ class _Read:
     def value(self, path: Path) -> Any:
         """What lies at a path."""
         return self._values[path]
+
+    def written(self, noted: Sequence[tuple[Any, Any]]) -> list[tuple[str, Any]]:
+        """Objects of others than the caller that Python wrote to, with their places as text."""
+        found = [(self._path(source), holder) for source, holder in noted if not isinstance(holder, Tensor)]
+        return [(str(path), holder) for path, holder in found if path is not None]
 
     def _read(self, source: Any, kind: str, operand: Any) -> None:
         path = self._path(source)

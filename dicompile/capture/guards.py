@@ -98,8 +98,9 @@ class Path:
 
     @property
     def name(self) -> str:
-        """Dotted name of a tensor below the module, as in a state dict."""
-        keys = [str(key) for by, key in self.links if by in (By.ATTRIBUTE, By.ITEM)]
+        """Dotted name of a tensor below the module, as in a state dict, or of one in a variable."""
+        named = (key.name if by is By.CELL else key for by, key in self.links if by in (By.ATTRIBUTE, By.ITEM, By.CELL))
+        keys = map(str, named)
         return ".".join(key for key in keys if key not in ("_parameters", "_buffers", "_modules"))
 
     def __str__(self) -> str:
@@ -134,6 +135,22 @@ class Cell:
 
     def __str__(self) -> str:
         return f"{self.function}({self.name})"
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Content:
+    """What an object that is no Python holds (an array, a context variable), equal to itself alone.
+
+    Attributes:
+        name: what it is.
+        contents: finds it.
+    """
+
+    name: str
+    contents: Callable[[], Any]
+
+    def __str__(self) -> str:
+        return self.name
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,23 +13,28 @@ import contextlib
 import dis
 import functools
 import gc
+import pickle
+import random
 import sys
 import threading
 import types
 import weakref
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
+from contextvars import ContextVar
 from pathlib import Path as File
 from typing import Any
 from unittest import mock
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
-from dicompile.capture.captured import Changes, is_equal_to
-from dicompile.capture.guards import FIXED, PARTS, PLAIN, By, Cell, Fact, Path, Walk, find_place
+from dicompile.capture.captured import Changes, holds_tensor, is_equal_to
+from dicompile.capture.guards import FIXED, PARTS, PLAIN, By, Cell, Content, Fact, Path, Walk, find_place
 from dicompile.capture.homes import Homes
 from dicompile.errors import CannotCapture
+from dicompile.parked import seen_as
+from dicompile.tensor_parallel import HOOKS
 
 _TORCH = str(File(torch.__file__).parent)
 _PYTHON = str(File(dis.__file__).parent)
@@ -46,6 +51,8 @@ _ACCESS = frozenset(
 _FINALIZERS = frozenset({weakref.finalize.__call__.__code__})
 _MOST = 4096
 """Entries of a container that are compared; a larger one is refused."""
+_LARGEST = 1 << 20
+"""Bytes of an array that are compared."""
 
 
 class Reads:
@@ -81,13 +88,19 @@ class Reads:
         self._was_busy = False
         self._stands_for: dict[int, Any] = {}
         self._finalizer: types.FrameType | None = None
+        self._variables: dict[ContextVar[Any], Content] = {}
+        self._sources: dict[int, tuple[Path, Any, bytes]] = {}
+
+    def drawn(self) -> list[str]:
+        """Sources of random numbers, other than torch's, that were drawn from."""
+        return [str(path) for path, source, state in self._sources.values() if pickle.dumps(source) != state]
 
     def kept(self) -> list[str]:
         """Where the forward put tensors that were not there."""
         for changes in self._changes.values():
             changes.put_back_equals()
         found = (change for changes in self._changes.values() for change in changes.found())
-        return [text for text, value in found if any(isinstance(leaf, Tensor) for leaf in tree_leaves(value))]
+        return [text for text, value in found if holds_tensor(value)]
 
     def replaced(self) -> list[str]:
         """Tensors that were read and are others now; one of the same memory is put back (``self.f = self.f.to()``)."""
@@ -218,18 +231,23 @@ class Reads:
                 self._note(parent.attribute(name), value)
 
     def _note_parts(self, parent: Path, name: str, parts: Any) -> None:
-        """Children, parameters and buffers that are asked for all together."""
+        """Children, parameters and buffers that are asked for all together, or hooks."""
         if name in ("_parameters", "_buffers", "_modules"):
             path = parent.attribute(name)
             self.facts.setdefault(path, Fact.of(path, parts))
             for key, part in parts.items():
                 if part is not None:
                     self._note(parent.attribute(key), part)
+        elif name in HOOKS:
+            for number, hook in enumerate(hook for hook in parts.values() if seen_as(hook) is not None):
+                self._note(parent.attribute(name).hook(number), hook)
 
     def _watch(self, path: Path, obj: Any) -> None:
+        """Remember what lies in an object: its attributes, or else its entries."""
         own = getattr(obj, "__dict__", None)
-        if isinstance(own, dict) and id(own) not in self._changes:
-            self._changes[id(own)] = Changes(str(path), own)
+        holder = own if isinstance(own, dict) else obj
+        if id(holder) not in self._changes:
+            self._changes[id(holder)] = Changes(str(path), holder)
 
     def _note(self, path: Path, value: Any, depth: int = 0) -> None:
         if path in self.facts or path in self.tensors:
@@ -245,16 +263,29 @@ class Reads:
             self.facts[path] = Fact(path, "same", self._path_of[id(value)])  # what is read of it is noted there
             return
         self.facts[path] = Fact.of(path, value)
-        if isinstance(value, (*PLAIN, *FIXED)):
-            return
-        if value is sys.modules:  # every import adds to it; libraries ask it which frameworks are there (einops)
+        self._note_source(path, value)
+        if isinstance(value, types.MethodType):
+            self._note(path.attribute("__self__"), value.__self__, depth + 1)
+        elif isinstance(value, type) and not value.__module__.startswith(("torch", "builtins")):
+            self._watch(path, value)
+        elif value is sys.modules:  # every import adds to it; libraries ask it which frameworks are there (einops)
             self.facts[path] = Fact(path, "fixed", value)
-            return
+        elif not isinstance(value, (*PLAIN, *FIXED)):
+            self._note_inside(path, value, depth)
+
+    def _note_source(self, path: Path, value: Any) -> None:
+        """Remember the state of what random numbers are drawn from, if a value is that, or a function of it."""
+        source = getattr(value, "__self__", None) if isinstance(value, types.BuiltinFunctionType) else value
+        is_source = isinstance(source, random.Random) or type(source).__module__.startswith("numpy.random")
+        if is_source and id(source) not in self._sources:
+            self._sources[id(source)] = path, source, pickle.dumps(source)
+
+    def _note_inside(self, path: Path, value: Any, depth: int) -> None:
         self._alive.append(value)
         self._path_of.setdefault(id(value), path)
         if isinstance(value, nn.Module):
             self.modules.append(path)
-        elif isinstance(value, (Mapping, list, tuple, set, frozenset)):
+        elif isinstance(value, (Mapping, list, tuple, set, frozenset, deque)):
             self._note_container(path, value, depth)
         else:
             self._note_object(path, value, depth)
@@ -267,9 +298,9 @@ class Reads:
                 why=f"{len(value)} entries, or nested too deep",
                 fix="keep numbers in a tensor that is registered as a buffer",
             )
-        if isinstance(value, (dict, list)):
+        if isinstance(value, (dict, list, set, deque)):
             self._changes.setdefault(id(value), Changes(str(path), value))
-        if isinstance(value, (Mapping, list, tuple)):
+        if isinstance(value, (Mapping, list, tuple, deque)):
             for key, item in value.items() if isinstance(value, Mapping) else enumerate(value):
                 self._note(path.item(key), item, depth + 1)
         if hasattr(value, "__dict__"):
@@ -277,16 +308,31 @@ class Reads:
 
     def _note_object(self, path: Path, value: Any, depth: int) -> None:
         own = getattr(value, "__dict__", None)
+        self._watch(path, value)
         if self._patch_class_of(value):
             return
         is_foreign = type(value).__module__.startswith(("torch", "functools"))
         holds_tensors = own is not None and any(isinstance(item, Tensor) for item in own.values())  # masks of blocks
         if own is None or depth > 6 or (is_foreign and not holds_tensors):
-            self.facts[path] = Fact(path, "fixed", value)  # what it holds cannot be seen
+            self.facts[path] = Fact(path, "fixed", value)  # what it holds cannot be seen, but for memory
+            with contextlib.suppress(TypeError, ValueError):
+                self._note_memory(path, memoryview(value))
             return
         self.facts[path.via(By.DICT)] = Fact.of(path.via(By.DICT), own)
         for name, item in list(own.items()):  # its class is not ours to watch, so all of it is compared
             self._note(path.attribute(name), item, depth + 1)
+
+    def _note_memory(self, path: Path, memory: memoryview) -> None:
+        """Values of an array of another library, or of Python."""
+        if memory.nbytes > _LARGEST:
+            raise CannotCapture(
+                f"{path} is too large to be compared at every call",
+                where="capture",
+                why=f"{memory.nbytes} bytes of values, which Python may read",
+                fix="keep numbers in a tensor that is registered as a buffer",
+            )
+        content = Path(path.root, (*path.links, (By.CELL, Content("values", memory.tobytes))))
+        self._note(content, memory.tobytes())
 
     def _patch_class_of(self, value: Any) -> bool:
         """Note reads of objects of this class, if it can be done: one written in Python, outside of torch."""
@@ -308,7 +354,7 @@ class Reads:
         if phase == "stop" and threading.get_ident() == self._thread:
             self._is_busy = self._was_busy
 
-    def _profile(self, frame: types.FrameType, event: str, _: Any) -> None:
+    def _profile(self, frame: types.FrameType, event: str, called: Any) -> None:
         if frame is self._finalizer and event == "return":
             self._finalizer, self._is_busy = None, False
         elif event == "call" and not self._is_busy:
@@ -316,6 +362,17 @@ class Reads:
                 self._finalizer, self._is_busy = frame, True
             else:
                 self._note_code(frame)
+        elif event == "c_call" and not self._is_busy and not _is_of_others(frame.f_code.co_filename):
+            self._note_variable(getattr(called, "__self__", None))
+
+    def _note_variable(self, variable: Any) -> None:
+        """A context variable, of which a method was called."""
+        if isinstance(variable, ContextVar):
+            find = functools.partial(_value_of, variable)
+            self._note(
+                Path("contextvars", ((By.CELL, self._variables.setdefault(variable, Content(variable.name, find))),)),
+                find(),
+            )
 
     def _note_code(self, frame: types.FrameType) -> None:
         code, home = frame.f_code, self._homes.find(frame.f_globals)
@@ -345,6 +402,8 @@ class Reads:
 
     def _note_names(self, code: types.CodeType, root: Path, names: dict[str, Any]) -> None:
         instructions = list(dis.get_instructions(code))
+        if any(instruction.opname == "STORE_GLOBAL" for instruction in instructions):
+            self._changes.setdefault(id(names), Changes(str(root), names))
         for number, instruction in enumerate(instructions):
             if instruction.opname not in ("LOAD_GLOBAL", "LOAD_NAME") or instruction.argval not in names:
                 continue
@@ -368,8 +427,17 @@ class Reads:
             if held.keys() == values.keys() and all(held[name] is value for name, value in values.items()):
                 for name, cell in cells.items():
                     path = Path(function.__module__, ((By.CELL, Cell(function.__qualname__, name, cell)),))
+                    self._watch(path, cell)
                     self._note(path, values[name])
                 return
+
+
+def _value_of(variable: ContextVar[Any]) -> Any:
+    """What lies in a context variable; its default, or None, where nothing does."""
+    try:
+        return variable.get()
+    except LookupError:
+        return None
 
 
 def _is_of_others(file: str) -> bool:

@@ -85,7 +85,12 @@ def capture_by_running(module: nn.Module, arguments: Arguments) -> Captured:
         try:
             with fx.traceback.preserve_node_meta(), _module_paths(module):
                 graph = make_fx(run, tracing_mode="real", pre_dispatch=True)(*own.values(), *copied.tensors)
-            changed = [*reads.kept(), *reads.replaced(), *(f"{p}.data" for p, t in own.items() if data.is_changed(t))]
+            changed = [
+                *reads.kept(),
+                *reads.replaced(),
+                *reads.drawn(),
+                *(f"{p}.data" for p, t in own.items() if data.is_changed(t)),
+            ]
         except DicompileError:
             data.undo()
             raise

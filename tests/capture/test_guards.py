@@ -374,6 +374,59 @@ def test_hooks_that_come_and_go_are_followed(way: str, place: str, is_before: bo
     assert captured[0] == 1 and captured[-1] == 0
 
 
+class Scaled:
+    """A hook that is an object, or has a method that is one."""
+
+    def __init__(self, scale: float) -> None:
+        self.scale = scale
+
+    def __call__(self, _module: nn.Module, _args: Any, result: Tensor) -> Tensor:
+        return result * self.scale
+
+    def scaled(self, _module: nn.Module, _args: Any, result: Tensor) -> Tensor:
+        return result * self.scale
+
+
+def scaled(scale: float) -> Callable[..., Tensor]:
+    return lambda _module, _args, result: result * scale
+
+
+HOOKS: dict[str, Callable[[float], Any]] = {
+    "function": scaled,
+    "object": Scaled,
+    "method": lambda scale: Scaled(scale).scaled,
+    "partial": lambda scale: functools.partial(Scaled.__call__, Scaled(scale)),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("kind", HOOKS)
+def test_a_hook_in_the_place_of_another_is_followed(kind: str, way: str) -> None:
+    module = reading(way, blocks)
+    handles = [module.get_submodule("blocks.0").register_forward_hook(HOOKS[kind](2.0))]
+
+    def replace() -> None:
+        handles.pop().remove()
+        handles.append(module.get_submodule("blocks.0").register_forward_hook(HOOKS[kind](3.0)))
+
+    follow(module, replace)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_setting_of_a_hook_is_followed(way: str) -> None:
+    module, hook = reading(way, blocks), Scaled(2.0)
+    module.get_submodule("blocks.0").register_forward_hook(hook)
+    follow(module, lambda: setattr(hook, "scale", 3.0))
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_model_with_another_hook_takes_no_capture_of_the_first(way: str) -> None:
+    for scale in (2.0, 3.0):
+        module = reading(way, blocks)
+        module.get_submodule("blocks.0").register_forward_hook(scaled(scale))
+        follow(module)
+
+
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("is_before", [False, True])
 def test_hooks_of_all_modules_that_come_and_go_are_followed(way: str, is_before: bool) -> None:

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import array
 import functools
 import gc
+import random
 import sys
 import types
+from collections import deque
 from collections.abc import Callable
+from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -194,6 +200,116 @@ def test_what_a_forward_computes_and_keeps_is_refused(way: str) -> None:
         optimized(module)(**inputs)
 
 
+@dataclass(slots=True)
+class Record:
+    last: Tensor | None = None
+
+
+class Recorder:
+    last: Tensor | None = None
+
+
+RECORDED: dict[str, Tensor] = {}
+LAST: Tensor | None = None
+
+
+def into_global_dictionary(result: Tensor) -> None:
+    RECORDED["last"] = result
+
+
+def into_global(result: Tensor) -> None:
+    global LAST  # noqa: PLW0603
+    LAST = result
+
+
+def into_class(result: Tensor) -> None:
+    Recorder.last = result
+
+
+def into(holder: Any, put: Callable[[Any, Tensor], object]) -> Callable[[Tensor], None]:
+    """What puts a result into something that it finds in the function around it."""
+
+    def record(result: Tensor) -> None:
+        put(holder, result)
+
+    return record
+
+
+def into_variable() -> Callable[[Tensor], None]:
+    last: Tensor | None = None
+
+    def record(result: Tensor) -> None:
+        nonlocal last
+        last = result
+
+    assert last is None
+    return record
+
+
+RECORDS: dict[str, Callable[[], Callable[[Tensor], None]]] = {
+    "dictionary": lambda: into({}, lambda held, result: held.update(last=result)),
+    "copy": lambda: into({}, lambda held, result: held.update(last=result.detach().cpu())),
+    "list item": lambda: into([None], lambda held, result: held.__setitem__(0, result)),
+    "set": lambda: into(set(), lambda held, result: held.add(result)),
+    "deque": lambda: into(deque([0], maxlen=1), lambda held, result: held.append(result)),
+    "attribute": lambda: into(Recorder(), lambda held, result: setattr(held, "last", result)),
+    "slot": lambda: into(Record(), lambda held, result: setattr(held, "last", result)),
+    "object": lambda: into({}, lambda held, result: held.update(last=Record(result))),
+    "class": lambda: into_class,
+    "variable": into_variable,
+    "global": lambda: into_global,
+    "global dictionary": lambda: into_global_dictionary,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("where", RECORDS)
+def test_a_hook_that_keeps_what_it_sees_is_refused(where: str, way: str) -> None:
+    module, record = Model(way), RECORDS[where]()
+    module.linear.register_forward_hook(lambda _module, _args, result: record(result))
+    with pytest.raises(CannotCapture, match="Model changes what it keeps at every call"):
+        optimized(module)(**given())
+
+
+def test_what_is_kept_is_never_a_stand_in() -> None:
+    module, kept = Model("dynamo"), {"last": torch.zeros(())}
+    module.linear.register_forward_hook(lambda _module, _args, result: kept.update(last=result))
+    with pytest.raises(CannotCapture, match="last"):
+        optimized(module)(**given())
+    assert kept["last"].device.type == "cpu" and torch.isfinite(kept["last"]).all()
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_table_beside_the_module_that_is_filled_at_the_first_call_settles(way: str) -> None:
+    tables: dict[int, Tensor] = {}
+
+    class Fills(Model):
+        def extra(self, x: Tensor) -> Tensor:
+            if x.shape[1] not in tables:
+                tables[x.shape[1]] = torch.arange(x.shape[1], dtype=x.dtype)[:, None]
+            return x * tables[x.shape[1]]
+
+    module = Fills(way)
+    model = optimized(module)
+    for seed in range(3):
+        same(model, module, **given(seed))
+    assert tables[4].device.type == "cpu"
+
+
+def test_a_result_that_python_looks_into_is_refused_and_nothing_is_kept() -> None:
+    module, kept = Model("dynamo"), [None]
+    module.linear.register_forward_hook(lambda _module, _args, result: kept.__setitem__(0, result.numpy()))
+    with pytest.raises(CannotCapture, match="Model"):
+        optimized(module)(**given())
+
+
+def test_a_tensor_of_an_enclosing_function_that_is_written_to_is_named() -> None:
+    module, seen = Model("dynamo"), torch.zeros(2, 4, WIDTH)
+    module.linear.register_forward_hook(lambda _module, _args, result: seen.copy_(result) is None)
+    with pytest.raises(CannotCapture, match=r"writes to its inputs: .*seen"):
+        optimized(module)(**given())
+
+
 @pytest.mark.parametrize("way", WAYS)
 def test_a_buffer_that_a_forward_replaces_is_refused_if_it_was_read_before(way: str) -> None:
     class Keeps(Model):
@@ -338,6 +454,91 @@ def test_random_numbers_are_drawn_at_every_call_or_refused(way: str) -> None:
     model = optimized(Draws(way))
     first, second = model(**given()), model(**given())
     assert not torch.equal(first, second)
+
+
+SCALES = np.ones(2, dtype=np.float32)
+SCALE: ContextVar[float] = ContextVar("SCALE", default=1.0)
+BESIDE: dict[str, tuple[Callable[[], Any], Callable[[Any], float], Callable[[Any], object]]] = {
+    "numpy": (lambda: np.ones(2, dtype=np.float32), lambda held: float(held[0]), lambda held: held.fill(3)),
+    "numpy global": (lambda: SCALES.fill(1), lambda _: float(SCALES[0]), lambda _: SCALES.fill(3)),
+    "array": (lambda: array.array("f", [1.0]), lambda held: held[0], lambda held: held.__setitem__(0, 3.0)),
+    "bytearray": (lambda: bytearray([1]), lambda held: held[0], lambda held: held.__setitem__(0, 3)),
+    "deque": (lambda: deque([1.0]), lambda held: held[0], lambda held: held.__setitem__(0, 3.0)),
+    "context variable": (lambda: SCALE.set(1.0), lambda _: SCALE.get(), lambda _: SCALE.set(3.0)),
+}
+"""What makes something that is no plain Python object, what reads it, and what changes it."""
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("kind", BESIDE)
+def test_what_libraries_and_c_keep_is_followed(kind: str, way: str) -> None:
+    make, read, change = BESIDE[kind]
+
+    class Scaled(Model):
+        def __init__(self, way: str) -> None:
+            super().__init__(way)
+            self.held = make()
+
+        def extra(self, x: Tensor) -> Tensor:
+            return x * read(self.held)
+
+    module = Scaled(way).eval()
+    model = optimized(module)
+    for seed in range(2):
+        same(model, module, **given(seed))
+    change(module.held)
+    for seed in range(2):
+        same(model, module, **given(seed))
+
+
+def test_an_array_that_is_too_large_to_be_compared_is_refused() -> None:
+    class Scaled(Model):
+        def __init__(self) -> None:
+            super().__init__("running")
+            self.held = np.ones(1 << 19)
+
+        def extra(self, x: Tensor) -> Tensor:
+            return x * float(self.held[0])
+
+    with pytest.raises(CannotCapture, match=r"self\.held is too large"):
+        optimized(Scaled())(**given())
+
+
+OWN_SOURCE = np.random.default_rng(0)
+DRAWS: dict[str, Callable[[], float]] = {
+    "random.random": random.random,
+    "random.uniform": lambda: random.uniform(0, 1),
+    "np.random": np.random.rand,
+    "own": lambda: float(OWN_SOURCE.random()),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Dynamo does not know how to trace:UserWarning")
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("kind", DRAWS)
+def test_random_numbers_of_others_are_refused_where_they_are_drawn(kind: str, way: str) -> None:
+    class Draws(Model):
+        def extra(self, x: Tensor) -> Tensor:
+            return x * DRAWS[kind]() if self.is_drawing else x
+
+    module = Draws(way)
+    module.is_drawing = True
+    with pytest.raises(CannotCapture, match="Draws changes what it keeps at every call"):
+        optimized(module)(**given())
+    module.is_drawing = False
+    same(optimized(module), module, **given())
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_random_numbers_of_a_generator_of_its_own_are_refused(way: str) -> None:
+    class Draws(Model):
+        def extra(self, x: Tensor) -> Tensor:
+            return x + torch.randn(x.shape, generator=self.generator)
+
+    module = Draws(way)
+    module.generator = torch.Generator()
+    with pytest.raises(CannotCapture, match="computes with a Generator of its own"):
+        optimized(module)(**given())
 
 
 def test_nothing_stays_behind_after_a_run() -> None:

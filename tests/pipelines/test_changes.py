@@ -12,7 +12,13 @@ import accelerate
 import pytest
 import torch
 from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
-from diffusers import DiTTransformer2DModel, FlowMatchEulerDiscreteScheduler, FluxImg2ImgPipeline, FluxPipeline
+from diffusers import (
+    AutoPipelineForText2Image,
+    DiTTransformer2DModel,
+    FlowMatchEulerDiscreteScheduler,
+    FluxImg2ImgPipeline,
+    FluxPipeline,
+)
 
 import dicompile
 from dicompile.errors import AlreadyOptimized, CallOutsideSchedule, InvalidSchedule, NotOptimized
@@ -132,6 +138,25 @@ def test_a_pipeline_made_of_an_optimized_one_follows_its_own_scheduler() -> None
     report = dicompile.report(pipe)
     assert (report.began, report.cold_starts) == (1, [])
     assert report.kinds == kinds(dicompile.plan_of(pipe))
+
+
+@pytest.mark.parametrize(
+    "made",
+    [
+        lambda pipe: FluxPipeline.from_pipe(pipe, transformer=pipe.transformer),
+        AutoPipelineForText2Image.from_pipe,
+    ],
+)
+def test_pipelines_made_by_diffusers_of_an_optimized_one_take_turns_with_it(made: Callable[[Any], Any]) -> None:
+    sampler = optimized(pipes.flux_img2img())
+    wanted = sampler(STEPS)
+    other = Sampler(made(sampler.pipe), {**pipes.FLUX_PROMPTS[1], "height": 32, "width": 32})
+    assert other.pipe.transformer is sampler.pipe.transformer
+    other.pipe.set_progress_bar_config(disable=True)
+    first = other(STEPS, seed=3)
+    assert torch.equal(sampler(STEPS), wanted)
+    assert torch.equal(other(STEPS, seed=3), first)
+    assert dicompile.report(other.pipe).kinds == kinds(dicompile.plan_of(other.pipe))
 
 
 def beside(sampler: Sampler) -> Sampler:
