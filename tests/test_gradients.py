@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -17,6 +17,13 @@ STEPS = 6
 T = timesteps(STEPS)
 LABELS = torch.tensor([1, 2])
 Caller = Callable[[Tensor], Tensor]
+
+
+@pytest.fixture(autouse=True)
+def own_session() -> Iterator[None]:
+    """Runs that are left at their first step remember nothing after the test."""
+    with dicompile.session():
+        yield
 
 
 def noise() -> Tensor:
