@@ -362,17 +362,16 @@ class Reads:
                 self._finalizer, self._is_busy = frame, True
             else:
                 self._note_code(frame)
-        elif event == "c_call" and not self._is_busy and not _is_of_others(frame.f_code.co_filename):
-            self._note_variable(getattr(called, "__self__", None))
+        elif event == "c_call" and not self._is_busy:
+            variable = getattr(called, "__self__", None)
+            if isinstance(variable, ContextVar) and not _is_of_others(frame.f_code.co_filename):
+                self._note_variable(variable)
 
-    def _note_variable(self, variable: Any) -> None:
-        """A context variable, of which a method was called."""
-        if isinstance(variable, ContextVar):
-            find = functools.partial(_value_of, variable)
-            self._note(
-                Path("contextvars", ((By.CELL, self._variables.setdefault(variable, Content(variable.name, find))),)),
-                find(),
-            )
+    def _note_variable(self, variable: ContextVar[Any]) -> None:
+        """What lies in a context variable, of which a method was called."""
+        content = Content(variable.name, functools.partial(_value_of, variable))
+        path = Path("contextvars", ((By.CELL, self._variables.setdefault(variable, content)),))
+        self._note(path, _value_of(variable))
 
     def _note_code(self, frame: types.FrameType) -> None:
         code, home = frame.f_code, self._homes.find(frame.f_globals)
