@@ -59,7 +59,6 @@ THINNED = {
     "tests/pipelines/test_changes.py::test_weights_cast_layer_by_layer_compute_as_they_do_untouched",
     "tests/pipelines/test_every_pipeline.py::test_a_pipeline_follows_its_plan_and_is_restored",
     "tests/pipelines/test_guidance.py::test_perturbed_attention_compiles_and_caches",
-    "tests/pipelines/test_offload.py::test_casts_under_the_hooks_are_followed_where_the_weights_are_there",
     "tests/pipelines/test_offload.py::test_the_same_plan_and_bits_in_either_order",
     "tests/pipelines/test_offload.py::test_weights_that_change_between_runs_are_those_that_are_brought",
     "tests/pipelines/test_order.py::test_the_order_of_two_changes_nothing",

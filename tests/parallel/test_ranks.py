@@ -59,6 +59,7 @@ def test_a_capture_that_names_a_group_of_ranks_is_for_one_model(ranks: Ranks) ->
     assert [int(count) for count in ranks("two models")] == [2, 2]
 
 
+@NIGHTLY
 @TOKENS
 def test_ranks_choose_among_their_own_tokens(ranks: Ranks) -> None:
     (first, counts), (second, _) = ranks("chosen tokens")

@@ -55,6 +55,7 @@ def test_the_bare_backend_gives_the_bits_of_the_whole_model(ranks: Ranks, name: 
         assert is_plain == [True, True, False, True]
 
 
+@pytest.mark.nightly
 def test_weights_come_in_the_dtype_of_the_mixed_precision_policy(ranks: Ranks) -> None:
     for results, wanted, brought, weights in ranks("half precision"):
         assert results.dtype == torch.bfloat16

@@ -29,6 +29,8 @@ from tests.ops.test_attention_scores import attention_map, entropy, operands
 Shape = tuple[int, int, int, int, int]
 SHAPES: tuple[Shape, ...] = ((2, 2, 16, 32, 16), (2, 3, 21, 37, 24), (1, 2, 1, 40, 8), (1, 1, 33, 1, 20))
 """b, h, n, m, d: whole tiles, and none of them whole."""
+FEW: Shape = (2, 2, 21, 37, 24)
+"""Of what is special otherwise: two of everything."""
 
 
 class Case(NamedTuple):
@@ -52,20 +54,20 @@ def cases() -> Iterator[Case]:
         yield Case(f"{shape}", *operands(*shape))
     for dtype in (torch.bfloat16, torch.float16):
         yield Case(f"{dtype}", *operands(*SHAPES[1], dtype))
-    query, key = operands(*SHAPES[1])
+    query, key = operands(*FEW)
     lse = (query.double() @ key.double().mT * 24**-0.5).logsumexp(-1).float()
     yield Case("log-sum-exp of attention", query, key, {"lse": lse.mT.contiguous().mT})
     yield Case("scale", query, key, {"scale": 0.7})
     yield Case("heads first in memory", query.contiguous(), key.contiguous())
     yield Case("rows apart in memory", query.mT.contiguous().mT, key.mT.contiguous().mT)
     yield Case("rows that begin anywhere", query[..., 1:], key[..., 1:])
-    yield Case("keys for groups of heads", *operands(2, 6, 21, 37, 24, groups=3))
+    yield Case("keys for groups of heads", *operands(1, 4, 21, 37, 24, groups=2))
     yield Case("causal", query, key, {"is_causal": True})
     seen = torch.rand(2, 1, 21, 37) < 0.6
     seen[:, :, 3] = False
     yield Case("mask, and a query that sees nothing", query, key, {"mask": seen})
     yield Case("mask per key", query, key, {"mask": seen[:, :, :1]})
-    yield Case("bias per head", query, key, {"mask": torch.randn(2, 3, 21, 37)})
+    yield Case("bias per head", query, key, {"mask": torch.randn(2, 2, 21, 37)})
     yield Case("bias of -inf in half precision", query, key, {"mask": torch.where(seen, 0.0, -torch.inf).bfloat16()})
 
 
