@@ -288,6 +288,22 @@ def test_a_step_runs_again_where_another_timestep_came_than_was_foretold(
     assert tables(model) == []
 
 
+def test_a_gate_watches_what_the_timestep_that_came_leads_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another one was foretold, and what is watched had been computed with that."""
+    watch, results, drifts = Watch(monkeypatch), [], []
+    sample, policy = plain_dit(layers=3), dicompile.FirstBlockCache(threshold=0.5)
+    for hoist in ("off", "all"):
+        model = optimized(sample, policy, STEPS, hoist=hoist)
+        with torch.no_grad():
+            for step, t in enumerate(SCHEDULE):
+                time = torch.full((4,), t + 0.3 * (step in (2, 5)))
+                results.append(model(**{**sample.inputs, "t": time}))
+        drifts.append([decision.drift for decision in dicompile.report(model).decisions])
+    assert watch.doubts > 0
+    assert close(results[:STEPS], results[STEPS:])
+    assert drifts[0] == pytest.approx(drifts[1], rel=1e-4)
+
+
 def test_conditioning_that_is_never_the_same_is_not_computed_ahead_on_an_accelerator(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
