@@ -537,7 +537,7 @@ def test_random_numbers_of_a_generator_of_its_own_are_refused(way: str) -> None:
 
     module = Draws(way)
     module.generator = torch.Generator()
-    with pytest.raises(CannotCapture, match="computes with a Generator of its own|cannot be traced"):
+    with pytest.raises(CannotCapture, match=r"computes with a Generator of its own|cannot be traced"):
         optimized(module)(**given())
 
 
