@@ -54,10 +54,19 @@ def operations_text(count: float) -> str:
     return f"{count / unit:.2f} {name}"
 
 
+def plain_name(name: str) -> str:
+    """A name as ours are written: in lower case, with hyphens."""
+    return name.lower().replace("_", "-").replace(" ", "-")
+
+
 def near_names(name: str, known: Iterable[str]) -> str:
     """Up to three known names that somebody may have meant, ``fora or toca``, the nearest first; empty for none."""
-    plain = name.lower().replace("_", "-").replace(" ", "-")
-    return " or ".join(difflib.get_close_matches(plain, list(known), 3))
+    return " or ".join(difflib.get_close_matches(plain_name(name), list(known), 3))
+
+
+def first_line(error: BaseException) -> str:
+    """First line of what an error says; its class where it says nothing."""
+    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 def plain_text(shown: RenderableType, width: int | None = None) -> str:

@@ -181,7 +181,7 @@ class Executor:
         outcome = Outcome(results, chosen, [] if context is None else step.contents(registers, context.store))
         if context is not None:
             context.store = outcome.store
-            leave_output(work, step, context.store)
+            leave_output(work, step)
         return outcome
 
     def _replay(self, work: Work, step: Step, make: Callable[[], Graphs]) -> Outcome:
@@ -206,7 +206,7 @@ class Executor:
         stored, found = dict(zip(step.slots, context.store, strict=True)), {}
         for kind, trial in self.steps.trials.items():
             program = trial.program
-            registers: list[Any] = [*work.inputs, *[None] * (program.registers - len(work.inputs))]
+            registers = work.registers_for(program)
             for slot, register in program.reads:
                 registers[register] = stored[slot]
             load_values(replace(work, registers=registers), trial, context.drift)

@@ -57,14 +57,14 @@ def _hoisted(work: Work, step: GatedStep) -> dict[str, Any]:
 
 def _decided(work: Work, step: GatedStep, *, is_paired: bool) -> tuple[Group, ...]:
     """How the rows of a step go on, as its gate decides. This is the one place that waits for the device."""
-    context, place = work.context, work.place
+    context = work.context
     assert context is not None
     gate, drifts = step.full.plan.gate, [sample.drift for sample in context.samples]
     assert gate is not None
+    share = (work.place.step + 1) / step.full.plan.schedule.whole
     if step.probe is not None:
-        decisions = _compared(work, step)
+        decisions = _compared(work, step, share)
     elif gate.verifies:
-        share = (place.step + 1) / step.full.plan.schedule.whole
         decisions = decide(gate, drifts, [drift.missed(gate) for drift in drifts], share)
     else:
         decisions = [drift.wait(gate, is_there=is_paired) for drift in drifts]
@@ -78,8 +78,8 @@ def _decided(work: Work, step: GatedStep, *, is_paired: bool) -> tuple[Group, ..
     return grouped(context.samples, [decision.recalls for decision in decisions], step, gate)
 
 
-def _compared(work: Work, step: GatedStep) -> list[Decision]:
-    """What a gate decides by what it watches."""
+def _compared(work: Work, step: GatedStep, share: float) -> list[Decision]:
+    """What a gate decides by what it watches; `share` of the run is over with this step."""
     context, state, number_of_step, gate = work.context, work.state, work.place.step, step.full.plan.gate
     assert context is not None
     assert gate is not None
@@ -100,7 +100,6 @@ def _compared(work: Work, step: GatedStep) -> list[Decision]:
             sample.stamps.check([number, *step.trace[0]], store, step.full, state.generation)
         reference = rows(store[number] if store else None, number, sample)
         moved.append(sample.drift.moved(gate, rows(registers[register], number, sample), reference, one))
-    share = (number_of_step + 1) / step.full.plan.schedule.whole
     decisions = decide(gate, [sample.drift for sample in samples], moved, share)
     state.decided = number_of_step, known or tuple(decisions)
     for sample, decision in zip(samples, decisions, strict=True):
@@ -173,18 +172,19 @@ def measure(work: Work, step: Step, group: Group) -> None:
         sample.drift.measure(Anchors(*own), Anchors(*old) if old else None)
 
 
-def leave_output(work: Work, step: Step, store: list[torch.Tensor | None]) -> None:
+def leave_output(work: Work, step: Step) -> None:
     """Leave what the model returns to the guidance half that follows: in this call, or in one after it.
 
+    Where one call has both halves, a difference takes the place of the whole output in their slots; rows of the half
+    that leads have one as well, which nobody reads.
+
     Args:
-        work: the call.
+        work: the call, whose slots hold what they do after it.
         step: what it did.
-        store: its slots after it. Where one call has both halves, a difference takes the place of the whole output;
-            rows of the half that leads have one as well, which nobody reads.
     """
     if not step.anchors or not step.is_led or work.context is None:
         return
-    output = work.registers[step.anchors[0][1]]
+    output, store = work.registers[step.anchors[0][1]], work.context.store
     if not step.has_both:
         if work.latent is not None:
             work.context.drift.result = output, Given.of(work.latent)

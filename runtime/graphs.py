@@ -28,6 +28,7 @@ from torch import Tensor
 from dicompile.errors import InvalidSetting
 from dicompile.latest import Latest
 from dicompile.runtime.storage import run_calls
+from dicompile.text import first_line
 
 if TYPE_CHECKING:
     from dicompile.runtime.contexts import ContextState
@@ -170,7 +171,7 @@ class CudaRecorder:
             raise InvalidSetting(
                 "a step of this model cannot be recorded as a CUDA graph",
                 where="compile_mode",
-                why=str(error).splitlines()[0] if str(error) else type(error).__name__,
+                why=first_line(error),
                 fix="leave out compile_mode='reduce-overhead'",
             ) from error
         return CudaRecording(graph, outcome)

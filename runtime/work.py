@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from dicompile.lower import Program
 from dicompile.parked import Parked
 from dicompile.runtime.contexts import ContextState
 from dicompile.runtime.identify import Place
@@ -73,8 +74,12 @@ class Work:
 
     def begin(self, step: Step | GatedStep) -> None:
         """Make room for what a step computes."""
-        self.registers[:] = [*self.inputs, *[None] * (step.program.registers - len(self.inputs))]
+        self.registers = self.registers_for(step.program)
         self.supply = _supply_of(self.registers, step)
+
+    def registers_for(self, program: Program) -> list[Any]:
+        """What a program begins with: the inputs, and room for what it computes."""
+        return [*self.inputs, *[None] * (program.registers - len(self.inputs))]
 
     def end(self) -> None:
         """Let go of all values: the traceback of an error may hold on to frames that know this call."""

@@ -163,6 +163,13 @@ def seed() -> None:
     torch.manual_seed(0)
 
 
+@pytest.fixture
+def own_session() -> Iterator[None]:
+    """What a test leaves in the middle of a run is remembered by no other one."""
+    with dicompile.session():
+        yield
+
+
 @pytest.fixture(scope="module", autouse=True)
 def modules_are_like_processes(request: pytest.FixtureRequest) -> None:
     """Tests of one module share captures and compiled code, as everything in a user's process does.

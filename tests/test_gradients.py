@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -13,17 +13,12 @@ import dicompile
 from dicompile.errors import UnsupportedCall
 from tests.models import PlainDiT, frames_of, plain_dit, redraw, timesteps
 
+pytestmark = pytest.mark.usefixtures("own_session")
+
 STEPS = 6
 T = timesteps(STEPS)
 LABELS = torch.tensor([1, 2])
 Caller = Callable[[Tensor], Tensor]
-
-
-@pytest.fixture(autouse=True)
-def own_session() -> Iterator[None]:
-    """Runs that are left at their first step remember nothing after the test."""
-    with dicompile.session():
-        yield
 
 
 def noise() -> Tensor:

@@ -39,6 +39,7 @@ from dicompile.compat import (
 from dicompile.errors import CannotCapture
 from dicompile.parked import is_own_method
 from dicompile.tensor_parallel import HOOKS
+from dicompile.text import first_line
 
 _CONTAINERS = ("DICT_KEYS_MATCH", "SEQUENCE_LENGTH", "DICT_CONTAINS", "DICT_NOT_CONTAINS", "SET_CONTAINS",
                "SET_NOT_CONTAINS", "MAPPING_KEYS_CHECK", "DICT_VERSION")  # fmt: skip
@@ -227,7 +228,7 @@ def _errors_of(module: nn.Module) -> Iterator[None]:
         raise CannotCapture(
             f"{type(module).__name__} does not fit into one graph",
             where="capture",
-            why=next(iter(str(error).splitlines()), type(error).__name__),
+            why=first_line(error),
             fix="move data-dependent Python out of its forward",
         ) from error
 
@@ -264,7 +265,7 @@ def _run(
         raise CannotCapture(
             f"{type(module).__name__} reads what it computes in Python",
             where="capture",
-            why=next(iter(str(error).splitlines()), type(error).__name__),
+            why=first_line(error),
             fix="move data-dependent Python out of its forward",
         ) from error
     kept = dict.fromkeys(text for change in changes for text, value in change.found() if holds_tensor(value))

@@ -23,7 +23,7 @@ from dicompile.capture.parts import inline_regions, write_out_calls
 from dicompile.capture.roles import NOTHING_SAID, Input, Role, Said, assign_roles
 from dicompile.compat import code_on_demand, transforms_undone
 from dicompile.errors import CannotCapture, DicompileError
-from dicompile.text import graph_text, module_path, operator_text
+from dicompile.text import first_line, graph_text, module_path, operator_text
 
 aten = torch.ops.aten
 
@@ -131,7 +131,7 @@ def _not_functional(graph: fx.Graph, error: Exception) -> CannotCapture:
     return CannotCapture(
         f"{what} cannot be made functional",
         where="capture",
-        why=str(error).splitlines()[0] if str(error) else type(error).__name__,
+        why=first_line(error),
         fix="see DICOMPILE_DEBUG=folder for the graph, and report it",
     )
 

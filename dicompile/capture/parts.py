@@ -28,7 +28,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from dicompile.errors import CannotCapture
 from dicompile.nodes import results_of
-from dicompile.text import module_path, operator_text
+from dicompile.text import first_line, module_path, operator_text
 
 aten = torch.ops.aten
 
@@ -183,6 +183,6 @@ def _parts(node: fx.Node) -> fx.GraphModule:
         raise CannotCapture(
             f"{operator_text(target)} cannot be written out",
             where="capture",
-            why=next(iter(str(error).splitlines()), type(error).__name__),
+            why=first_line(error),
             fix="write it as torch.matmul",
         ) from error

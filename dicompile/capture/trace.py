@@ -35,6 +35,7 @@ from dicompile.compat import transforms_undone
 from dicompile.errors import CannotCapture, DicompileError
 from dicompile.nodes import walk
 from dicompile.ops.collectives import is_collective_operator
+from dicompile.text import first_line
 
 # Functions that return Python values, and those whose result has as many elements as the values say.
 _READS = frozenset({
@@ -101,7 +102,7 @@ def capture_by_running(module: nn.Module, arguments: Arguments) -> Captured:
             raise CannotCapture(
                 f"{type(module).__name__} cannot be traced",
                 where=f"capture, {where or 'forward'}",
-                why=next(iter(str(error).splitlines()), type(error).__name__),
+                why=first_line(error),
                 fix="move data-dependent Python out of its forward",
             ) from error
     drop_switches(graph.graph)

@@ -33,7 +33,7 @@ from dicompile.compat import lazy_graph_module
 from dicompile.latest import Latest
 from dicompile.lower.artifact import Bound
 from dicompile.nodes import results_of
-from dicompile.text import layout_text
+from dicompile.text import first_line, layout_text
 
 log = logging.getLogger("dicompile")
 
@@ -343,7 +343,7 @@ class Sizes:
         try:
             symbolic = _compiled(pattern, form, graph_module, compile_, fixed)
         except Exception as error:  # torch refuses symbols in many ways; code for just these sizes it must take
-            log.info("no code for other sizes, too: %s", next(iter(str(error).splitlines()), type(error).__name__))
+            log.info("no code for other sizes, too: %s", first_line(error))
             return None
         family.symbolic.append(symbolic)
         return symbolic.bound(form.numbers)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from dicompile.errors import DicompileError
-from dicompile.text import near_names
+from dicompile.text import near_names, plain_name
 from dicompile.zoo.published import Config, Published, Size, positions
 
 
@@ -148,7 +148,7 @@ def get_model(name: str, *, where: str = "MODEL", why: str = "") -> Published:
     Raises:
         DicompileError: there is no such model.
     """
-    plain = name.lower().replace("_", "-").replace(" ", "-")
+    plain = plain_name(name)
     if plain in MODELS:
         return MODELS[plain]
     near = near_names(name, MODELS)

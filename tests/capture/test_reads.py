@@ -537,7 +537,8 @@ def test_random_numbers_of_a_generator_of_its_own_are_refused(way: str) -> None:
 
     module = Draws(way)
     module.generator = torch.Generator()
-    with pytest.raises(CannotCapture, match=r"computes with a Generator of its own|cannot be traced"):
+    told = "cannot be traced" if torch.__version__ < "2.12" else "computes with a Generator of its own"
+    with pytest.raises(CannotCapture, match=told):
         optimized(module)(**given())
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -22,7 +21,7 @@ from dicompile.serve import Batcher
 from tests import models
 from tests.parallel.bare import POLICY, by_backend, sampled
 from tests.parallel.processes import RANKS
-from tests.parallel.ranks import STEPS, cached, divide, divided, told_of_a_death, twice
+from tests.parallel.ranks import STEPS, cached, divide, divided, in_background, served, told_of_a_death, twice
 from tests.pipelines.pipes import flux_transformer
 
 
@@ -100,16 +99,9 @@ def calibrated(_: int) -> Any:
         return sampler(STEPS)
 
 
-def in_background(_: int) -> Any:
+def served_by_all(_: int) -> Any:
     sampler = divided("flux")
-    dicompile.optimize(sampler.pipe, POLICY, warmup="background")
-    return sampler(STEPS)
-
-
-def served(_: int) -> Any:
-    sampler = divided("flux")
-    with Batcher(sampler.denoisers[0], backend="eager").pipeline(sampler.pipe, POLICY) as pipe:
-        return replace(sampler, pipe=pipe)(STEPS)
+    return served(sampler, Batcher(sampler.denoisers[0], backend="eager"))
 
 
 def predicted(_: int) -> Any:
@@ -177,8 +169,8 @@ CASES: dict[str, Callable[[int], Any]] = {
     "gate": lambda _: cached(divided("flux"), FirstBlockCache(threshold=0.1))(STEPS),
     "clusters": lambda _: cached(divided("flux"), ClusCa(clusters=4))(STEPS),
     "calibrated": calibrated,
-    "background": in_background,
-    "served": served,
+    "background": lambda _: in_background(divided("flux")),
+    "served": served_by_all,
     "predicted": predicted,
     "entropy": by_entropy,
     "bare": bare,

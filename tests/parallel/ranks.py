@@ -175,18 +175,20 @@ def sharded_heads(model: nn.Module) -> None:
     parallelize_module(block, init_device_mesh("cpu", (RANKS,)), {"attn.to_q": ColwiseParallel()})
 
 
-def in_background(_: int) -> Any:
-    sampler = split(PIPELINES["flux"]())
+def in_background(sampler: Sampler) -> Any:
     optimize(sampler.pipe, "fora", warmup="background")
     return sampler(STEPS)
 
 
-def served(_: int) -> Any:
-    sampler = PIPELINES["flux"]()
-    batcher = Batcher(sampler.denoisers[0], backend="eager")
-    split(sampler)
+def served(sampler: Sampler, batcher: Batcher) -> Any:
     with batcher.pipeline(sampler.pipe, FORA(interval=2)) as pipe:
         return replace(sampler, pipe=pipe)(STEPS)
+
+
+def split_when_served(_: int) -> Any:
+    sampler = PIPELINES["flux"]()
+    batcher = Batcher(sampler.denoisers[0], backend="eager")
+    return served(split(sampler), batcher)
 
 
 def in_another_class(_: int) -> Any:
@@ -294,8 +296,8 @@ CASES: dict[str, Callable[[int], Any]] = {
     "published": published,
     "gate": of_tokens("flux", FirstBlockCache(threshold=0.1)),
     "different policies": of_different_policies,
-    "background": in_background,
-    "served": served,
+    "background": lambda _: in_background(split(PIPELINES["flux"]())),
+    "served": split_when_served,
     "two models": of_two_models,
     "ring": lambda _: cached(split(PIPELINES["flux"](), ring_degree=RANKS), "fora"),
     "another class": in_another_class,
