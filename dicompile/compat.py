@@ -42,6 +42,8 @@ METHODS_ARE_GUARDED = torch.__version__ >= "2.13"
 """Whether Dynamo has a guard on a bound method that lies in an object; torch 2.11 has none."""
 LOGGING_IS_LEFT_OUT = torch.__version__ >= "2.13"
 """Whether Dynamo can leave out methods of loggers: that of 2.11 then fails to make JSON of its own settings."""
+CONTEXT_VARIABLES: tuple[type, ...] = tuple(filter(None, [getattr(torch._dynamo.source, "ContextVarGetSource", None)]))
+"""Sources of Dynamo's that are values of context variables; before torch 2.14 it does not look into these."""
 UNNAMED_SCOPE = re.compile(r"___unnamed_scope_(\d+)_")
 """What Dynamo of torch 2.14 calls global names that are those of no Python module, with the id of their dictionary."""
 _CallableT = TypeVar("_CallableT", bound=Callable[..., Any])

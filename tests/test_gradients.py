@@ -137,7 +137,7 @@ TRANSFORMS: dict[str, Callable[[Caller], Any]] = {
 }
 
 
-@pytest.mark.filterwarnings("ignore:.torch.jit.*is deprecated:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.torch.jit.*is deprecated")  # a DeprecationWarning up to torch 2.13
 @pytest.mark.parametrize("name", TRANSFORMS)
 def test_a_call_that_is_transformed_or_traced_is_refused_by_name_and_changes_nothing(name: str) -> None:
     sample = plain_dit(1)

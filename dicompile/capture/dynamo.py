@@ -24,11 +24,23 @@ from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from dicompile.capture.ambient import HOOKS_OF_ALL, entry_of
 from dicompile.capture.arguments import Arguments, TakenOut, Watched
 from dicompile.capture.captured import Captured, Changes, Unsettled, holds_tensor, packer
-from dicompile.capture.guards import PARTS, By, Fact, Guards, Path, below, find_place, key_of_hook, python_module
+from dicompile.capture.guards import (
+    PARTS,
+    By,
+    Fact,
+    Guards,
+    Path,
+    Variable,
+    below,
+    find_place,
+    key_of_hook,
+    python_module,
+)
 from dicompile.capture.homes import Homes
 from dicompile.capture.numbers import open_numbers
 from dicompile.capture.wrapped import open_wrapped, take_apart
 from dicompile.compat import (
+    CONTEXT_VARIABLES,
     LOGGING_IS_LEFT_OUT,
     METHODS_ARE_GUARDED,
     UNNAMED_SCOPE,
@@ -372,7 +384,7 @@ class _Read:
         self._values[path] = value
         if isinstance(value, nn.Module) and path not in self.modules and path.root == "self":
             self.modules.append(path)
-        is_simple = by in (By.ATTRIBUTE, By.ITEM, By.HOOK) and not isinstance(value, Tensor)
+        is_simple = by in (By.ATTRIBUTE, By.ITEM, By.HOOK, By.CELL) and not isinstance(value, Tensor)
         if is_simple and key not in PARTS:
             fact = Fact.of(path, value)
             # Of a container only the type counts, until a guard is about its keys.
@@ -384,6 +396,8 @@ class _Read:
             return vars(parent)
         if by is By.TYPE:
             return type(parent)
+        if by is By.CELL:
+            return key.contents()
         if by is By.HOOK:
             by, key = By.ITEM, key_of_hook(parent, key)
         place = (parent, key) if by is By.ITEM else find_place(parent, key)
@@ -409,6 +423,8 @@ class _Read:
         base = self._path(source.base.base if of_class else source.base)
         if base is None:
             return None
+        if isinstance(source, CONTEXT_VARIABLES):
+            return self._variable(base, source)
         return base.attribute(source.index) if of_class else self._link(base, source)
 
     def _link(self, base: Path, source: Any) -> Path | None:
@@ -427,6 +443,10 @@ class _Read:
         named = {sources.TypeMROSource: "__mro__", sources.CodeSource: "__code__", sources.ClosureSource: "__closure__"}
         name = named.get(type(source))
         return base if name is None else base.attribute(name)
+
+    def _variable(self, base: Path, source: Any) -> Path:
+        """What lies in the context variable at a path."""
+        return Variable(self._follow(base), (source.default_value,) if source.has_default else ()).path
 
     def _attribute(self, base: Path, name: str) -> Path:
         if name == "__dict__":

@@ -19,8 +19,9 @@ import sys
 import types
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
+from contextvars import ContextVar
 from dataclasses import dataclass, replace
-from operator import getitem, is_
+from operator import getitem, is_, methodcaller
 from types import MappingProxyType
 from typing import Any
 
@@ -139,7 +140,7 @@ class Cell:
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Content:
-    """What an object that is no Python holds (an array, a context variable), equal to itself alone.
+    """What an object that is no Python holds (an array), equal to itself alone.
 
     Attributes:
         name: what it is.
@@ -148,6 +149,39 @@ class Content:
 
     name: str
     contents: Callable[[], Any]
+
+    def __str__(self) -> str:
+        return self.name
+
+
+@dataclass(frozen=True, slots=True)
+class Variable:
+    """What lies in a context variable.
+
+    Attributes:
+        variable: it.
+        default: what somebody gets who asks while nothing lies there, if he said so.
+    """
+
+    variable: ContextVar[Any]
+    default: tuple[Any, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """Of the variable."""
+        return self.variable.name
+
+    @property
+    def path(self) -> Path:
+        """Where it is found: by itself, wherever the variable lies."""
+        return Path("contextvars", ((By.CELL, self),))
+
+    def contents(self) -> Any:
+        """Its value, or the default; None where there is neither."""
+        try:
+            return self.variable.get(*self.default)
+        except LookupError:
+            return None
 
     def __str__(self) -> str:
         return self.name
@@ -566,21 +600,21 @@ class Walk:
 
 
 @dataclass(frozen=True, slots=True)
-class _Attributes:
+class _Computed:
     """What Python computes when it is looked up, as items: the content of a cell, a property."""
 
-    of: object
+    find: Callable[[Any], Any]
 
-    def __getitem__(self, name: str) -> Any:
-        return getattr(self.of, name)
+    def __getitem__(self, key: Any) -> Any:
+        return self.find(key)
 
 
 def _place_of(parent: Any, by: By, key: Any) -> tuple[Any, Any]:
     """Container and key of what lies at the end of a path."""
     if by is By.CELL:
-        return _Attributes(key.cell), "cell_contents"
+        return _Computed(methodcaller("contents")), key
     if by is By.ATTRIBUTE:
-        return find_place(parent, key) or (_Attributes(parent), key)
+        return find_place(parent, key) or (_Computed(functools.partial(getattr, parent)), key)
     return parent, key
 
 

@@ -30,7 +30,7 @@ import torch
 from torch import Tensor, nn
 
 from dicompile.capture.captured import Changes, holds_tensor, is_equal_to
-from dicompile.capture.guards import FIXED, PARTS, PLAIN, By, Cell, Content, Fact, Path, Walk, find_place
+from dicompile.capture.guards import FIXED, PARTS, PLAIN, By, Cell, Content, Fact, Path, Variable, Walk, find_place
 from dicompile.capture.homes import Homes
 from dicompile.errors import CannotCapture
 from dicompile.parked import seen_as
@@ -88,7 +88,6 @@ class Reads:
         self._was_busy = False
         self._stands_for: dict[int, Any] = {}
         self._finalizer: types.FrameType | None = None
-        self._variables: dict[ContextVar[Any], Content] = {}
         self._sources: dict[int, tuple[Path, Any, bytes]] = {}
 
     def drawn(self) -> list[str]:
@@ -369,9 +368,8 @@ class Reads:
 
     def _note_variable(self, variable: ContextVar[Any]) -> None:
         """What lies in a context variable, of which a method was called."""
-        content = Content(variable.name, functools.partial(_value_of, variable))
-        path = Path("contextvars", ((By.CELL, self._variables.setdefault(variable, content)),))
-        self._note(path, _value_of(variable))
+        found = Variable(variable)
+        self._note(found.path, found.contents())
 
     def _note_code(self, frame: types.FrameType) -> None:
         code, home = frame.f_code, self._homes.find(frame.f_globals)
@@ -429,14 +427,6 @@ class Reads:
                     self._watch(path, cell)
                     self._note(path, values[name])
                 return
-
-
-def _value_of(variable: ContextVar[Any]) -> Any:
-    """What lies in a context variable; its default, or None, where nothing does."""
-    try:
-        return variable.get()
-    except LookupError:
-        return None
 
 
 def _is_of_others(file: str) -> bool:

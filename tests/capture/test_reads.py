@@ -491,6 +491,43 @@ def test_what_libraries_and_c_keep_is_followed(kind: str, way: str) -> None:
         same(model, module, **given(seed))
 
 
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("given_default", [(), (1.0,)])
+def test_a_context_variable_in_which_nothing_lay_is_followed(given_default: tuple[float, ...], way: str) -> None:
+    unset: ContextVar[float] = ContextVar("unset") if given_default else ContextVar("unset", default=1.0)
+
+    class Scaled(Model):
+        def extra(self, x: Tensor) -> Tensor:
+            return x * unset.get(*given_default)
+
+    module = Scaled(way).eval()
+    model = optimized(module)
+    for value in (None, 3.0, 2.0):
+        token = None if value is None else unset.set(value)
+        for seed in range(2):
+            same(model, module, **given(seed))
+        if token is not None:
+            unset.reset(token)
+    same(model, module, **given())
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_tensor_in_a_context_variable_is_followed(way: str) -> None:
+    held: ContextVar[Tensor] = ContextVar("held")
+    held.set(torch.tensor(2.0))
+
+    class Scaled(Model):
+        def extra(self, x: Tensor) -> Tensor:
+            return x * held.get()
+
+    module = Scaled(way).eval()
+    model = optimized(module)
+    same(model, module, **given())
+    held.set(torch.tensor(3.0))
+    for seed in range(2):
+        same(model, module, **given(seed))
+
+
 def test_an_array_that_is_too_large_to_be_compared_is_refused() -> None:
     class Scaled(Model):
         def __init__(self) -> None:
