@@ -251,6 +251,31 @@ def noting_writes(noted: list[tuple[Any, Any]]) -> Callable[[Any], None]:
     return note
 
 
+@contextlib.contextmanager
+def noting_misses(noted: list[tuple[type[Exception], tuple[Any, ...]]]) -> Iterator[None]:
+    """While open, look-ups that fail in what Dynamo traces are noted: it has no guard on what is not there.
+
+    Torch 2.11 to 2.14: an entry of a dictionary or a list, an attribute of an object, for which code has an ``except``.
+
+    Args:
+        noted: gets the kind of each exception, and what it says, as far as these are constants.
+    """
+    original = torch._dynamo.exc.get_dynamo_observed_exception
+
+    def get_observed(kind: type[Exception]) -> Any:
+        found: Any = original(kind)
+
+        class Noting(found):  # type: ignore[misc]
+            def __init__(self, *said: Any, **kept: Any) -> None:
+                super().__init__(*said, **kept)
+                noted.append((kind, tuple(item.value for item in said if hasattr(item, "value"))))
+
+        return Noting if issubclass(kind, (LookupError, AttributeError)) else found
+
+    with mock.patch.object(torch._dynamo.exc, "get_dynamo_observed_exception", get_observed):
+        yield
+
+
 def tracer_settings() -> tuple[tuple[str, str], ...]:
     """Flags and numbers that decide how Dynamo and AOTAutograd trace; ``get_hash`` is another one in every process."""
     settings = {

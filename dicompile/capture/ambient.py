@@ -28,12 +28,13 @@ HOOKS_OF_ALL = (
 
 
 def ambient() -> tuple[object, ...]:
-    """Autocast, inference mode, determinism, default dtype and device, modes; gradients are off in whatever we run."""
+    """Autocast, inference mode, determinism, defaults, precision, modes; gradients are off in whatever we run."""
     return (
         *(torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None for kind in DEVICES),
         torch.is_inference_mode_enabled(),
         torch.are_deterministic_algorithms_enabled(),
         torch.get_default_dtype(),
+        torch.get_float32_matmul_precision(),
         _device.CURRENT_DEVICE,
         torch._C._len_torch_function_stack(),
         *hooks_of_all(),

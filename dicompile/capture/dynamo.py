@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import re
 import sys
 import types
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,7 +26,9 @@ from dicompile.capture.ambient import HOOKS_OF_ALL, entry_of
 from dicompile.capture.arguments import Arguments, TakenOut, Watched
 from dicompile.capture.captured import Captured, Changes, Unsettled, holds_tensor, packer
 from dicompile.capture.guards import (
+    ENVIRONMENT,
     PARTS,
+    READING_ENVIRONMENT,
     By,
     Fact,
     Guards,
@@ -46,6 +49,7 @@ from dicompile.compat import (
     UNNAMED_SCOPE,
     DynamoCapture,
     dynamo_capture,
+    noting_misses,
     noting_writes,
 )
 from dicompile.errors import CannotCapture
@@ -61,6 +65,12 @@ _AMBIENT = frozenset(Path("torch.nn.modules.module").attribute(name) for name in
 """What is compared at every call as global state."""
 _COUNTED = [((By.ATTRIBUTE, name),) for name in HOOKS]
 """Containers whose items `Guards` counts, without those that are uncovered; guards on them came with torch 2.14."""
+_NAMED: dict[type, str] = {
+    sources.TypeMROSource: "__mro__",
+    sources.CodeSource: "__code__",
+    sources.ClosureSource: "__closure__",
+}
+_NO_ATTRIBUTE = re.compile(r"'(\w+)' object has no attribute '(\w+)'")
 _WHOLE = ("CONSTANT_MATCH", "EQUALS_MATCH", "ID_MATCH")
 
 
@@ -169,8 +179,9 @@ def trace(module: nn.Module, arguments: Arguments, stand_in: nn.Module | None = 
     args, kwargs = arguments.filled(arguments.given)  # lists and dictionaries of our own: the caller's stay as they are
     watched = Watched(args, kwargs)
     writes: list[tuple[Any, Any]] = []
+    misses: list[tuple[type[Exception], tuple[Any, ...]]] = []
     traced = _traced(entry_of(module), arguments.numbers, noting_writes(writes))
-    with _clean_dynamo(capture_scalar_outputs=bool(numbers)), _errors_of(module):
+    with _clean_dynamo(capture_scalar_outputs=bool(numbers)), _errors_of(module), noting_misses(misses):
         made = dynamo_capture(traced, (stand_in or module, args, kwargs, numbers))
     if numbers and made.decided:
         raise CannotCapture(
@@ -182,6 +193,7 @@ def trace(module: nn.Module, arguments: Arguments, stand_in: nn.Module | None = 
     open_numbers(made.graph)
     _refuse_reads(module, made.graph)
     read = _Read(module, made, homes)
+    read.add_misses(misses)
     results = [torch.empty((), device="meta") for _ in range(made.results)]
     own, wrapped = take_apart({path: read.value(path) for path in read.tensors})
     guards = Guards.of(module, {**read.facts, **wrapped}, list(own), read.modules)
@@ -324,6 +336,10 @@ class _Read:
             self._read(source, kind, operand)
         if not METHODS_ARE_GUARDED:
             self._read_methods()
+        if (
+            READING_ENVIRONMENT & made.codes
+        ):  # Dynamo has no guard for `os.getenv`, and none for a variable that is not there
+            self._follow(ENVIRONMENT)
         self._values[Path("builtins")] = python_module("builtins")
 
     def value(self, path: Path) -> Any:
@@ -334,6 +350,19 @@ class _Read:
         """Objects of others than the caller that Python wrote to, with their places as text."""
         found = [(self._path(source), holder) for source, holder in noted if not isinstance(holder, Tensor)]
         return [(str(path), holder) for path, holder in found if path is not None]
+
+    def add_misses(self, misses: Sequence[tuple[type[Exception], tuple[Any, ...]]]) -> None:
+        """Facts about what code looked for, and did not find; see `noting_misses`.
+
+        Which dictionary or list it was is not said, so all of them have to be as long, and have the keys, as then.
+        """
+        for kind, said in misses:
+            named = _NO_ATTRIBUTE.match(str(said[0])) if said and issubclass(kind, AttributeError) else None
+            for path, value in list(self._values.items()):
+                if issubclass(kind, LookupError) and isinstance(value, (Mapping, list)):
+                    self.facts[path] = Fact.of(path, value)
+                elif named and type(value).__name__ == named[1] and find_place(value, named[2]) is None:
+                    self.facts[path.attribute(named[2])] = Fact(path.attribute(named[2]), "absent")
 
     def _read(self, source: Any, kind: str, operand: Any) -> None:
         path = self._path(source)
@@ -430,8 +459,6 @@ class _Read:
     def _link(self, base: Path, source: Any) -> Path | None:
         if isinstance(source, (sources.AttrSource, sources.GenericAttrSource)):
             return self._attribute(base, source.member)
-        if isinstance(source, sources.TypeSource):
-            return base.via(By.TYPE)
         if isinstance(source, sources.ConstDictKeySource):
             if base.links[-1:] not in _COUNTED:
                 self.facts[base] = Fact.of(base, self._follow(base))
@@ -440,9 +467,16 @@ class _Read:
             return self._item(base, source)
         if isinstance(source, sources.DefaultsSource):
             return base.attribute(source.field).item(source.idx_key)
-        named = {sources.TypeMROSource: "__mro__", sources.CodeSource: "__code__", sources.ClosureSource: "__closure__"}
-        name = named.get(type(source))
-        return base if name is None else base.attribute(name)
+        if isinstance(source, (sources.TypeSource, *_NAMED)):
+            return base.via(By.TYPE) if isinstance(source, sources.TypeSource) else base.attribute(_NAMED[type(source)])
+        if isinstance(source, (sources.NNModuleSource, sources.TypeDictSource)):
+            return base
+        raise CannotCapture(
+            f"what the forward reads of {base} cannot be told",
+            where="capture",
+            why=f"Dynamo calls it a {type(source).__name__}, which dicompile does not know",
+            fix="keep it in an attribute of the module, as a number, a text, a list or a dictionary",
+        )
 
     def _variable(self, base: Path, source: Any) -> Path:
         """What lies in the context variable at a path."""

@@ -15,7 +15,9 @@ from __future__ import annotations
 import enum
 import functools
 import logging
+import os
 import sys
+import threading
 import types
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
@@ -30,6 +32,7 @@ from torch import Tensor, nn
 
 from dicompile.capture.hooked import do_the_same
 from dicompile.compat import local_part, tensor_check
+from dicompile.errors import CannotCapture
 from dicompile.ops.wrapped import is_wrapped, wrapper_of
 from dicompile.parked import HOOKED, Home, Parked, forward_under_hooks, is_own_method, kind_of, seen_as
 from dicompile.same import is_same_value
@@ -187,6 +190,20 @@ class Variable:
         return self.name
 
 
+_SET_BY_TORCH = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")
+
+
+def _environment() -> int:
+    """Of all environment variables but those that torch sets when it first compiles; values are nobody's to keep."""
+    return hash(frozenset(item for item in os.environ.items() if item[0] not in _SET_BY_TORCH))
+
+
+ENVIRONMENT = Path("os", ((By.ATTRIBUTE, "environ"), (By.CELL, Content("values", _environment))))
+"""What environment variables hold, all together: which one a forward asks for cannot always be told."""
+READING_ENVIRONMENT = frozenset({os.environ.encodekey.__code__, os.environ.decodevalue.__code__})
+"""Code that runs whenever one of them is looked up, wherever the look-up begins."""
+
+
 @dataclass(frozen=True, slots=True)
 class Fact:
     """Something that was read.
@@ -198,21 +215,34 @@ class Fact:
             "same" (it is the object at the path `expected`), "wrapped" (a tensor of a class of its own, put together as
             `expected` says), or "absent" (there is no such attribute).
         expected: see `kind`.
+        code: of a function, which tools that reload edited files exchange (IPython's ``%autoreload``).
     """
 
     path: Path
     kind: str
     expected: Any = None
+    code: types.CodeType | None = None
 
     @classmethod
     def of(cls, path: Path, value: object) -> Fact:
-        """What can be said of a value at a path."""
+        """What can be said of a value at a path.
+
+        Raises:
+            CannotCapture: it gives something else whenever it is asked.
+        """
         if isinstance(value, PLAIN):
             return cls(path, "value", value)
         if isinstance(value, (*FIXED, types.MethodType)):
-            return cls(path, "fixed", value)
+            return cls(path, "fixed", value, code_of(value))
         if isinstance(value, (Mapping, Sequence, AbstractSet)):
             return cls(path, "container", (type(value), keys_of(value)))
+        if isinstance(value, Iterator) and not hasattr(value, "__dict__"):  # one written in Python is looked into
+            raise CannotCapture(
+                f"{path} is a {type(value).__name__}, of which the forward takes the next value",
+                where="capture",
+                why="another value at every call, and where it stands cannot be told without taking one",
+                fix="keep the values in a list, and count, or pass them to the model",
+            )
         return cls(path, "object", type(value))
 
     def holds(self, value: object) -> bool:
@@ -220,7 +250,7 @@ class Fact:
         if self.kind == "value":
             return is_same_value(self.expected, value)
         if self.kind == "fixed":
-            return do_the_same(self.expected, value)
+            return do_the_same(self.expected, value) and (self.code is None or self.code == code_of(value))
         if self.kind == "wrapped":
             return is_wrapped(value) and wrapper_of(value) is self.expected
         if self.kind == "container":
@@ -243,6 +273,11 @@ class Fact:
             return f"{self.path} is {name or self.expected.__class__.__name__}"
         kind = self.expected.kind if self.kind == "wrapped" else self.expected
         return f"{self.path} is a {kind.__qualname__}"
+
+
+def code_of(value: object) -> types.CodeType | None:
+    """What a function, or a method, runs; None of anything else."""
+    return value.__code__ if isinstance(value, (types.FunctionType, types.MethodType)) else None
 
 
 def keys_of(container: Any) -> Any:
@@ -304,7 +339,7 @@ class Guards:
 
         def moved(fact: Fact) -> Fact:
             expected = fact.expected.below(path) if fact.kind == "same" else fact.expected
-            return Fact(fact.path.below(path), fact.kind, expected)
+            return replace(fact, path=fact.path.below(path), expected=expected)
 
         return replace(
             self,
@@ -394,6 +429,7 @@ class Pins:
     _sized: list[Any]
     _empty: list[Any]
     _typed: list[Any]
+    _functions: list[Any]
     _tensors_in: list[Any]
     _tensor_keys: list[Any]
 
@@ -401,6 +437,7 @@ class Pins:
         self._sizes = list(map(len, self._sized))
         self._lists = list(map(keys_of, self._listed))
         self._types = list(map(type, self._typed))
+        self._codes = list(map(code_of, self._functions))
         first = {id(tensor): i for i, tensor in reversed(list(enumerate(self.tensors)))}
         self._same = [(first[id(tensor)], i) for i, tensor in enumerate(self.tensors) if first[id(tensor)] != i]
         self._unique = sorted(first.values())  # the check refuses a tensor that comes twice
@@ -443,6 +480,8 @@ class Pins:
             return False
         if list(map(type, self._typed)) != self._types or list(map(keys_of, self._listed)) != self._lists:
             return False
+        if list(map(code_of, self._functions)) != self._codes:
+            return False
         return all(is_same_value(find(), value) for find, value in self._computed)
 
 
@@ -461,6 +500,7 @@ class Walk:
         self._computed: list[tuple[Callable[[], Any], Any]] = []
         self._sized: dict[int, Any] = {}
         self._watched: dict[int, Any] = {}
+        self._functions: dict[int, Any] = {}
         self._classes: dict[type, Any] = {}
 
     def find(self, path: Path) -> Any:
@@ -503,11 +543,13 @@ class Walk:
             return f"{fact}: it is {_shown(value)} now"
         if fact.kind == "container":
             self.watch(value)
+        if fact.code is not None:
+            self._functions[id(value)] = value
         return None
 
     def _is_absent(self, path: Path) -> bool:
         value, name = self.value(path.parent), path.links[-1][1]
-        own = getattr(value, "__dict__", None)
+        own = self._own(value)
         if isinstance(own, dict):
             self._sized[id(own)] = own
             for part in ("_parameters", "_buffers", "_modules") if isinstance(value, nn.Module) else ():
@@ -526,9 +568,16 @@ class Walk:
             self._sized[id(held)] = held
         return place
 
+    def _own(self, value: Any) -> Any:
+        """The attributes of an object; every thread has its own ones of a ``threading.local``."""
+        own = getattr(value, "__dict__", None)
+        if isinstance(value, threading.local):
+            self._places[id(value), By.DICT] = _Computed(vars), value, own
+        return own
+
     def _follow(self, value: Any, by: By, key: Any) -> Any:
         if by is By.DICT:
-            return vars(value)
+            return self._own(value)
         if by is By.TYPE:
             return type(value)
         if by is By.CELL:
@@ -538,7 +587,7 @@ class Walk:
         return self._at(value, key) if by is By.ITEM else self._attribute(value, key)
 
     def _attribute(self, value: Any, name: str) -> Any:
-        own = getattr(value, "__dict__", None)
+        own = self._own(value)
         if own is not None and not isinstance(value, (type, types.ModuleType)):
             self._sized[id(own)] = own
         place = self._place(value, name)
@@ -594,6 +643,7 @@ class Walk:
             _sized=[*sized, *(hook for hook in hooks if hook)],
             _empty=[hook for hook in hooks if not hook],
             _typed=list({id(module): module for module in modules}.values()),
+            _functions=list(self._functions.values()),
             _tensors_in=[container for container, _ in places],
             _tensor_keys=[key for _, key in places],
         )

@@ -13,6 +13,7 @@ import contextlib
 import dis
 import functools
 import gc
+import importlib.util
 import pickle
 import random
 import sys
@@ -30,7 +31,21 @@ import torch
 from torch import Tensor, nn
 
 from dicompile.capture.captured import Changes, holds_tensor, is_equal_to
-from dicompile.capture.guards import FIXED, PARTS, PLAIN, By, Cell, Content, Fact, Path, Variable, Walk, find_place
+from dicompile.capture.guards import (
+    ENVIRONMENT,
+    FIXED,
+    PARTS,
+    PLAIN,
+    READING_ENVIRONMENT,
+    By,
+    Cell,
+    Content,
+    Fact,
+    Path,
+    Variable,
+    Walk,
+    find_place,
+)
 from dicompile.capture.homes import Homes
 from dicompile.errors import CannotCapture
 from dicompile.parked import seen_as
@@ -81,6 +96,8 @@ class Reads:
         self._changes: dict[int, Changes] = {}
         self._patched: list[type] = []
         self._codes: set[types.CodeType] = set()
+        self._namespaces: dict[int, tuple[Path, Any]] = {}
+        self._note_namespace(Path().via(By.TYPE), type(module))
         self._called: set[tuple[object, ...]] = set()
         self._functions: dict[types.CodeType, list[types.FunctionType]] = {}
         self._thread = threading.get_ident()
@@ -138,6 +155,7 @@ class Reads:
         sys.setprofile(self._profile)
         try:
             yield
+            self._note_mentioned()
         finally:
             sys.setprofile(profile)
             gc.callbacks.remove(self._begin_collection)
@@ -153,8 +171,13 @@ class Reads:
         original: Callable[[Any, str], Any] = cls.__getattribute__  # type: ignore[assignment]
 
         def look_up(obj: Any, name: str) -> Any:
-            value = original(obj, name)
             is_ours = threading.get_ident() == self._thread and not self._is_busy
+            try:
+                value = original(obj, name)
+            except AttributeError:
+                if is_ours and not isinstance(obj, nn.Module):  # which looks further
+                    self._note_absent(obj, name)
+                raise
             if is_ours and sys._getframe(1).f_code not in _ACCESS:
                 self._note_attribute(obj, name, value)
             return value
@@ -204,7 +227,7 @@ class Reads:
         self._watch(path.parent, obj)
         lies_there = value if place is None else place[0][place[1]]
         lies_there = self._stands_for.get(id(lies_there), lies_there)
-        if lies_there is not value or isinstance(value, types.MethodType):  # a method of any kind
+        if lies_there is not value:  # a method of any kind
             self.facts[path] = Fact.of(path, lies_there)
             return
         self._note(path, value)
@@ -263,14 +286,23 @@ class Reads:
             return
         self.facts[path] = Fact.of(path, value)
         self._note_source(path, value)
-        if isinstance(value, types.MethodType):
-            self._note(path.attribute("__self__"), value.__self__, depth + 1)
-        elif isinstance(value, type) and not value.__module__.startswith(("torch", "builtins")):
-            self._watch(path, value)
+        if isinstance(value, (*FIXED, types.MethodType)):
+            self._note_fixed(path, value, depth)
         elif value is sys.modules:  # every import adds to it; libraries ask it which frameworks are there (einops)
             self.facts[path] = Fact(path, "fixed", value)
-        elif not isinstance(value, (*PLAIN, *FIXED)):
+        elif not isinstance(value, PLAIN):
             self._note_inside(path, value, depth)
+
+    def _note_fixed(self, path: Path, value: Any, depth: int) -> None:
+        """What a method is bound to, what functions have as attributes, and what classes change."""
+        if isinstance(value, types.MethodType):
+            self._note(path.attribute("__self__"), value.__self__, depth + 1)
+        elif isinstance(value, type) and not _is_of_torch(value):
+            self._watch(path, value)
+            self._note_namespace(path, value)
+        elif isinstance(value, types.FunctionType) and not _is_of_others(value.__code__.co_filename):
+            for name, item in list(vars(value).items()):
+                self._note(path.attribute(name), item, depth + 1)
 
     def _note_source(self, path: Path, value: Any) -> None:
         """Remember the state of what random numbers are drawn from, if a value is that, or a function of it."""
@@ -282,6 +314,7 @@ class Reads:
     def _note_inside(self, path: Path, value: Any, depth: int) -> None:
         self._alive.append(value)
         self._path_of.setdefault(id(value), path)
+        self._note_namespace(path.via(By.TYPE), type(value))
         if isinstance(value, nn.Module):
             self.modules.append(path)
         elif isinstance(value, (Mapping, list, tuple, set, frozenset, deque)):
@@ -306,6 +339,14 @@ class Reads:
             self._patch_class_of(value)
 
     def _note_object(self, path: Path, value: Any, depth: int) -> None:
+        if isinstance(value, weakref.ref):
+            self.facts[path] = Fact(path, "fixed", value)
+            self._note(_inside(path, "referent", value), value(), depth + 1)
+            return
+        if isinstance(value, functools.partial):
+            for name in ("func", "args", "keywords"):
+                self._note(path.attribute(name), getattr(value, name), depth + 1)
+            return
         own = getattr(value, "__dict__", None)
         self._watch(path, value)
         if self._patch_class_of(value):
@@ -330,8 +371,7 @@ class Reads:
                 why=f"{memory.nbytes} bytes of values, which Python may read",
                 fix="keep numbers in a tensor that is registered as a buffer",
             )
-        content = Path(path.root, (*path.links, (By.CELL, Content("values", memory.tobytes))))
-        self._note(content, memory.tobytes())
+        self._note(_inside(path, "values", memory.tobytes), memory.tobytes())
 
     def _patch_class_of(self, value: Any) -> bool:
         """Note reads of objects of this class, if it can be done: one written in Python, outside of torch."""
@@ -359,12 +399,25 @@ class Reads:
         elif event == "call" and not self._is_busy:
             if frame.f_code.co_name == "__del__" or frame.f_code in _FINALIZERS:
                 self._finalizer, self._is_busy = frame, True
+            elif frame.f_code in READING_ENVIRONMENT:
+                self._note_environment(frame)
             else:
                 self._note_code(frame)
         elif event == "c_call" and not self._is_busy:
-            variable = getattr(called, "__self__", None)
-            if isinstance(variable, ContextVar) and not _is_of_others(frame.f_code.co_filename):
-                self._note_variable(variable)
+            holder = getattr(called, "__self__", None)
+            if isinstance(holder, ContextVar) and not _is_of_others(frame.f_code.co_filename):
+                self._note_variable(holder)
+            elif id(holder) in self._path_of and called.__name__ in ("__reduce_ex__", "__reduce__"):  # a copy of it
+                self._note_attribute(holder, "__dict__", getattr(holder, "__dict__", {}))
+
+    def _note_environment(self, frame: types.FrameType | None) -> None:
+        """What environment variables hold, if it is not for torch or for Python itself that one is looked up."""
+        while frame is not None and frame.f_globals.get("__name__") in ("os", "collections.abc", "_collections_abc"):
+            frame = frame.f_back
+        if frame is not None and not _is_of_others(frame.f_code.co_filename):
+            self._is_busy = True
+            self._note(ENVIRONMENT, Walk(self._module).value(ENVIRONMENT))
+            self._is_busy = False
 
     def _note_variable(self, variable: ContextVar[Any]) -> None:
         """What lies in a context variable, of which a method was called."""
@@ -388,6 +441,8 @@ class Reads:
                     home = Path(module)
                 if home is not None:
                     self._note_names(code, home, names)
+                for called in (module, *_imported(code, names.get("__package__"))):
+                    self._note_namespace(Path(called), sys.modules.get(called))
             free = {name: frame.f_locals[name] for name in code.co_freevars if name in frame.f_locals}
             free.pop("__class__", None)
             called = (code, *map(id, free.values()))
@@ -408,13 +463,31 @@ class Reads:
             path, value = root.item(name) if root.links else root.attribute(name), names[name]
             for following in instructions[number + 1 :]:
                 self._note(path, value)
-                is_namespace = isinstance(value, (types.ModuleType, type))
+                is_namespace = isinstance(value, (types.ModuleType, type, types.FunctionType))
                 if following.opname not in ("LOAD_ATTR", "LOAD_METHOD") or not is_namespace:
                     break
                 place = find_place(value, following.argval)
                 if place is None:
                     break
                 path, value = path.attribute(following.argval), place[0][place[1]]
+
+    def _note_namespace(self, path: Path, namespace: Any) -> None:
+        """Remember a class or a Python module, of which code may read by way of a variable, or of ``type()``."""
+        if namespace is not None and not _is_of_torch(namespace):
+            self._namespaces.setdefault(id(namespace), (path, namespace))
+
+    def _note_mentioned(self) -> None:
+        """What classes and Python modules hold under a name that code mentions, but for methods and the like."""
+        self._is_busy = True
+        mentioned = {name for code in self._codes for name in (*code.co_names, *code.co_consts) if type(name) is str}
+        for path, namespace in list(self._namespaces.values()):
+            is_class = isinstance(namespace, type)
+            for holder in namespace.__mro__ if is_class else (namespace,):
+                held: Mapping[str, Any] = {} if _is_of_torch(holder) else vars(holder)
+                for name in sorted(mentioned & held.keys()):
+                    if not (name.startswith("__") or (is_class and hasattr(type(held[name]), "__get__"))):
+                        self._note(path.attribute(name), held[name])
+        self._is_busy = False
 
     def _note_cells(self, code: types.CodeType, values: Mapping[str, Any]) -> None:
         """Variables of enclosing functions, of a function that is called with these."""
@@ -429,11 +502,31 @@ class Reads:
                 return
 
 
+def _inside(path: Path, name: str, contents: Callable[[], Any]) -> Path:
+    """The path to what an object that is no Python holds."""
+    return Path(path.root, (*path.links, (By.CELL, Content(name, contents))))
+
+
 def _is_of_others(file: str) -> bool:
     """True for code of torch, of Python itself, and of ours, and for what was generated."""
     if file.startswith((_TORCH, _OWN, "<")):
         return True
     return file.startswith(_PYTHON) and "site-packages" not in file and "dist-packages" not in file
+
+
+def _is_of_torch(namespace: Any) -> bool:
+    name = namespace.__module__ if isinstance(namespace, type) else namespace.__name__
+    return name.startswith(("torch", "builtins"))
+
+
+def _imported(code: types.CodeType, package: str | None) -> Iterator[str]:
+    """Names of Python modules that code imports whenever it runs."""
+    instructions = [instruction for instruction in dis.get_instructions(code) if instruction.opname != "EXTENDED_ARG"]
+    for i, instruction in enumerate(instructions):
+        if instruction.opname == "IMPORT_NAME":
+            level, names = instructions[i - 2].argval, instructions[i - 1].argval
+            found = importlib.util.resolve_name("." * level + instruction.argval, package)
+            yield from (found, *(f"{found}.{name}" for name in names or ()))
 
 
 def _check_is_of_a_module(code: types.CodeType, names: dict[str, Any]) -> None:

@@ -22,7 +22,7 @@ from torch.utils import _pytree as pytree
 
 from dicompile.capture.arguments import Like, TakenOut
 from dicompile.capture.captured import Captured, Pack
-from dicompile.capture.guards import By, Fact, Guards, Path, Walk, keys_of, meta_of
+from dicompile.capture.guards import By, Fact, Guards, Path, Walk, code_of, keys_of, meta_of
 from dicompile.capture.normalise import Capture
 from dicompile.capture.plain import from_plain, graph_from_plain, graph_to_plain, to_plain
 from dicompile.capture.roles import Input, Role
@@ -205,7 +205,7 @@ def _fact_of(item: Sequence[Any], walk: Walk, sources: Sources) -> Fact:
     _require(_text_of(kind, value, sources) == item[2])
     if kind == "container":
         return Fact(path, kind, (type(value), keys_of(value)))
-    return Fact(path, kind, type(value) if kind == "object" else value)
+    return Fact(path, kind, type(value) if kind == "object" else value, code_of(value))
 
 
 def _require(holds: bool) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import array
 import functools
 import gc
 import random
@@ -10,7 +9,6 @@ import sys
 import types
 from collections import deque
 from collections.abc import Callable
-from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -454,78 +452,6 @@ def test_random_numbers_are_drawn_at_every_call_or_refused(way: str) -> None:
     model = optimized(Draws(way))
     first, second = model(**given()), model(**given())
     assert not torch.equal(first, second)
-
-
-SCALES = np.ones(2, dtype=np.float32)
-SCALE: ContextVar[float] = ContextVar("SCALE", default=1.0)
-BESIDE: dict[str, tuple[Callable[[], Any], Callable[[Any], float], Callable[[Any], object]]] = {
-    "numpy": (lambda: np.ones(2, dtype=np.float32), lambda held: float(held[0]), lambda held: held.fill(3)),
-    "numpy global": (lambda: SCALES.fill(1), lambda _: float(SCALES[0]), lambda _: SCALES.fill(3)),
-    "array": (lambda: array.array("f", [1.0]), lambda held: held[0], lambda held: held.__setitem__(0, 3.0)),
-    "bytearray": (lambda: bytearray([1]), lambda held: held[0], lambda held: held.__setitem__(0, 3)),
-    "deque": (lambda: deque([1.0]), lambda held: held[0], lambda held: held.__setitem__(0, 3.0)),
-    "context variable": (lambda: SCALE.set(1.0), lambda _: SCALE.get(), lambda _: SCALE.set(3.0)),
-}
-"""What makes something that is no plain Python object, what reads it, and what changes it."""
-
-
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("kind", BESIDE)
-def test_what_libraries_and_c_keep_is_followed(kind: str, way: str) -> None:
-    make, read, change = BESIDE[kind]
-
-    class Scaled(Model):
-        def __init__(self, way: str) -> None:
-            super().__init__(way)
-            self.held = make()
-
-        def extra(self, x: Tensor) -> Tensor:
-            return x * read(self.held)
-
-    module = Scaled(way).eval()
-    model = optimized(module)
-    for seed in range(2):
-        same(model, module, **given(seed))
-    change(module.held)
-    for seed in range(2):
-        same(model, module, **given(seed))
-
-
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("given_default", [(), (1.0,)])
-def test_a_context_variable_in_which_nothing_lay_is_followed(given_default: tuple[float, ...], way: str) -> None:
-    unset: ContextVar[float] = ContextVar("unset") if given_default else ContextVar("unset", default=1.0)
-
-    class Scaled(Model):
-        def extra(self, x: Tensor) -> Tensor:
-            return x * unset.get(*given_default)
-
-    module = Scaled(way).eval()
-    model = optimized(module)
-    for value in (None, 3.0, 2.0):
-        token = None if value is None else unset.set(value)
-        for seed in range(2):
-            same(model, module, **given(seed))
-        if token is not None:
-            unset.reset(token)
-    same(model, module, **given())
-
-
-@pytest.mark.parametrize("way", WAYS)
-def test_a_tensor_in_a_context_variable_is_followed(way: str) -> None:
-    held: ContextVar[Tensor] = ContextVar("held")
-    held.set(torch.tensor(2.0))
-
-    class Scaled(Model):
-        def extra(self, x: Tensor) -> Tensor:
-            return x * held.get()
-
-    module = Scaled(way).eval()
-    model = optimized(module)
-    same(model, module, **given())
-    held.set(torch.tensor(3.0))
-    for seed in range(2):
-        same(model, module, **given(seed))
 
 
 def test_an_array_that_is_too_large_to_be_compared_is_refused() -> None:
