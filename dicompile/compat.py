@@ -252,27 +252,23 @@ def noting_writes(noted: list[tuple[Any, Any]]) -> Callable[[Any], None]:
 
 
 @contextlib.contextmanager
-def noting_misses(noted: list[tuple[type[Exception], tuple[Any, ...]]]) -> Iterator[None]:
+def noting_misses(noted: list[tuple[type, str]]) -> Iterator[None]:
     """While open, look-ups that fail in what Dynamo traces are noted: it has no guard on what is not there.
 
     Torch 2.11 to 2.14: an entry of a dictionary or a list, an attribute of an object, for which code has an ``except``.
 
     Args:
-        noted: gets the kind of each exception, and what it says, as far as these are constants.
+        noted: gets the kind of each exception (``KeyError``), and what it says.
     """
-    original = torch._dynamo.exc.get_dynamo_observed_exception
+    exc = torch._dynamo.exc
+    original = exc.ObservedException.__init__
 
-    def get_observed(kind: type[Exception]) -> Any:
-        found: Any = original(kind)
+    def note(self: Any, *said: Any, **kept: Any) -> None:
+        original(self, *said, **kept)
+        kinds = [kind for kind, observed in exc.observed_exception_map.items() if observed is type(self)]
+        noted.extend((kind, " ".join(str(getattr(item, "value", item)) for item in said)) for kind in kinds)
 
-        class Noting(found):  # type: ignore[misc]
-            def __init__(self, *said: Any, **kept: Any) -> None:
-                super().__init__(*said, **kept)
-                noted.append((kind, tuple(item.value for item in said if hasattr(item, "value"))))
-
-        return Noting if issubclass(kind, (LookupError, AttributeError)) else found
-
-    with mock.patch.object(torch._dynamo.exc, "get_dynamo_observed_exception", get_observed):
+    with mock.patch.object(exc.ObservedException, "__init__", note):
         yield
 
 

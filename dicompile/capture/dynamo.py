@@ -179,7 +179,7 @@ def trace(module: nn.Module, arguments: Arguments, stand_in: nn.Module | None = 
     args, kwargs = arguments.filled(arguments.given)  # lists and dictionaries of our own: the caller's stay as they are
     watched = Watched(args, kwargs)
     writes: list[tuple[Any, Any]] = []
-    misses: list[tuple[type[Exception], tuple[Any, ...]]] = []
+    misses: list[tuple[type, str]] = []
     traced = _traced(entry_of(module), arguments.numbers, noting_writes(writes))
     with _clean_dynamo(capture_scalar_outputs=bool(numbers)), _errors_of(module), noting_misses(misses):
         made = dynamo_capture(traced, (stand_in or module, args, kwargs, numbers))
@@ -351,13 +351,13 @@ class _Read:
         found = [(self._path(source), holder) for source, holder in noted if not isinstance(holder, Tensor)]
         return [(str(path), holder) for path, holder in found if path is not None]
 
-    def add_misses(self, misses: Sequence[tuple[type[Exception], tuple[Any, ...]]]) -> None:
+    def add_misses(self, misses: Sequence[tuple[type, str]]) -> None:
         """Facts about what code looked for, and did not find; see `noting_misses`.
 
         Which dictionary or list it was is not said, so all of them have to be as long, and have the keys, as then.
         """
         for kind, said in misses:
-            named = _NO_ATTRIBUTE.match(str(said[0])) if said and issubclass(kind, AttributeError) else None
+            named = _NO_ATTRIBUTE.search(said) if issubclass(kind, AttributeError) else None
             for path, value in list(self._values.items()):
                 if issubclass(kind, LookupError) and isinstance(value, (Mapping, list)):
                     self.facts[path] = Fact.of(path, value)
