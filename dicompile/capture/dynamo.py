@@ -11,7 +11,7 @@ import logging
 import re
 import sys
 import types
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,9 +40,11 @@ from dicompile.capture.guards import (
     python_module,
 )
 from dicompile.capture.homes import Homes
+from dicompile.capture.names import Namespaces, is_of_others
 from dicompile.capture.numbers import open_numbers
 from dicompile.capture.wrapped import open_wrapped, take_apart
 from dicompile.compat import (
+    CLASSES_ARE_GUARDED,
     CONTEXT_VARIABLES,
     LOGGING_IS_LEFT_OUT,
     METHODS_ARE_GUARDED,
@@ -336,9 +338,9 @@ class _Read:
             self._read(source, kind, operand)
         if not METHODS_ARE_GUARDED:
             self._read_methods()
-        if (
-            READING_ENVIRONMENT & made.codes
-        ):  # Dynamo has no guard for `os.getenv`, and none for a variable that is not there
+        if not CLASSES_ARE_GUARDED:
+            self._read_classes(made.codes)
+        if READING_ENVIRONMENT & made.codes:  # there is no guard for `os.getenv`, nor for a variable that is not there
             self._follow(ENVIRONMENT)
         self._values[Path("builtins")] = python_module("builtins")
 
@@ -399,6 +401,15 @@ class _Read:
             for name, value in vars(module).items():
                 if isinstance(value, types.MethodType) and not is_own_method(module, value):
                     self.facts[path.attribute(name)] = Fact.of(path.attribute(name), value)
+
+    def _read_classes(self, codes: Collection[types.CodeType]) -> None:
+        """What classes of what was read have under a name that code mentions."""
+        namespaces = Namespaces()
+        for path, value in self._values.items():
+            is_class = isinstance(value, type)
+            namespaces.add(path if is_class else path.via(By.TYPE), value if is_class else type(value))
+        for path, value in namespaces.mentioned(code for code in codes if not is_of_others(code.co_filename)):
+            self.facts |= {at: Fact.of(at, item) for at, item in below(path, value) if not isinstance(item, Tensor)}
 
     def _follow(self, path: Path) -> Any:
         """The value at a path, a fact for every link of it."""

@@ -13,7 +13,6 @@ import contextlib
 import dis
 import functools
 import gc
-import importlib.util
 import pickle
 import random
 import sys
@@ -23,11 +22,9 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
-from pathlib import Path as File
 from typing import Any
 from unittest import mock
 
-import torch
 from torch import Tensor, nn
 
 from dicompile.capture.captured import Changes, holds_tensor, is_equal_to
@@ -47,13 +44,11 @@ from dicompile.capture.guards import (
     find_place,
 )
 from dicompile.capture.homes import Homes
+from dicompile.capture.names import OWN, Namespaces, imported, is_of_others, is_of_torch
 from dicompile.errors import CannotCapture
 from dicompile.parked import seen_as
 from dicompile.tensor_parallel import HOOKS
 
-_TORCH = str(File(torch.__file__).parent)
-_PYTHON = str(File(dis.__file__).parent)
-_OWN = str(File(__file__).parent.parent)
 _CACHED = functools._lru_cache_wrapper
 _ACCESS = frozenset(
     method.__code__
@@ -96,8 +91,8 @@ class Reads:
         self._changes: dict[int, Changes] = {}
         self._patched: list[type] = []
         self._codes: set[types.CodeType] = set()
-        self._namespaces: dict[int, tuple[Path, Any]] = {}
-        self._note_namespace(Path().via(By.TYPE), type(module))
+        self._namespaces = Namespaces()
+        self._namespaces.add(Path().via(By.TYPE), type(module))
         self._called: set[tuple[object, ...]] = set()
         self._functions: dict[types.CodeType, list[types.FunctionType]] = {}
         self._thread = threading.get_ident()
@@ -279,7 +274,7 @@ class Reads:
                 self.tensors[path] = value
             return
         value = self._stands_for.get(id(value), value)
-        if isinstance(value, types.FunctionType) and value.__code__.co_filename.startswith(_OWN):
+        if isinstance(value, types.FunctionType) and value.__code__.co_filename.startswith(OWN):
             return  # it stands for another one while the module is run
         if not isinstance(value, (*PLAIN, *FIXED)) and self._path_of.get(id(value), path) != path:
             self.facts[path] = Fact(path, "same", self._path_of[id(value)])  # what is read of it is noted there
@@ -297,10 +292,10 @@ class Reads:
         """What a method is bound to, what functions have as attributes, and what classes change."""
         if isinstance(value, types.MethodType):
             self._note(path.attribute("__self__"), value.__self__, depth + 1)
-        elif isinstance(value, type) and not _is_of_torch(value):
+        elif isinstance(value, type) and not is_of_torch(value):
             self._watch(path, value)
-            self._note_namespace(path, value)
-        elif isinstance(value, types.FunctionType) and not _is_of_others(value.__code__.co_filename):
+            self._namespaces.add(path, value)
+        elif isinstance(value, types.FunctionType) and not is_of_others(value.__code__.co_filename):
             for name, item in list(vars(value).items()):
                 self._note(path.attribute(name), item, depth + 1)
 
@@ -314,7 +309,7 @@ class Reads:
     def _note_inside(self, path: Path, value: Any, depth: int) -> None:
         self._alive.append(value)
         self._path_of.setdefault(id(value), path)
-        self._note_namespace(path.via(By.TYPE), type(value))
+        self._namespaces.add(path.via(By.TYPE), type(value))
         if isinstance(value, nn.Module):
             self.modules.append(path)
         elif isinstance(value, (Mapping, list, tuple, set, frozenset, deque)):
@@ -405,7 +400,7 @@ class Reads:
                 self._note_code(frame)
         elif event == "c_call" and not self._is_busy:
             holder = getattr(called, "__self__", None)
-            if isinstance(holder, ContextVar) and not _is_of_others(frame.f_code.co_filename):
+            if isinstance(holder, ContextVar) and not is_of_others(frame.f_code.co_filename):
                 self._note_variable(holder)
             elif id(holder) in self._path_of and called.__name__ in ("__reduce_ex__", "__reduce__"):  # a copy of it
                 self._note_attribute(holder, "__dict__", getattr(holder, "__dict__", {}))
@@ -414,7 +409,7 @@ class Reads:
         """What environment variables hold, if it is not for torch or for Python itself that one is looked up."""
         while frame is not None and frame.f_globals.get("__name__") in ("os", "collections.abc", "_collections_abc"):
             frame = frame.f_back
-        if frame is not None and not _is_of_others(frame.f_code.co_filename):
+        if frame is not None and not is_of_others(frame.f_code.co_filename):
             self._is_busy = True
             self._note(ENVIRONMENT, Walk(self._module).value(ENVIRONMENT))
             self._is_busy = False
@@ -429,7 +424,7 @@ class Reads:
         has_no_file = code.co_filename.startswith("<") and not code.co_filename.startswith("<frozen ")
         if has_no_file and home is None:
             _check_is_of_a_module(code, frame.f_globals)
-        if _is_of_others(code.co_filename) and not (has_no_file and home is not None):
+        if is_of_others(code.co_filename) and not (has_no_file and home is not None):
             return  # what has no file was generated, or typed into the session that classes are of
         is_busy, self._is_busy = self._is_busy, True
         try:
@@ -441,8 +436,8 @@ class Reads:
                     home = Path(module)
                 if home is not None:
                     self._note_names(code, home, names)
-                for called in (module, *_imported(code, names.get("__package__"))):
-                    self._note_namespace(Path(called), sys.modules.get(called))
+                for called in (module, *imported(code, names.get("__package__"))):
+                    self._namespaces.add(Path(called), sys.modules.get(called))
             free = {name: frame.f_locals[name] for name in code.co_freevars if name in frame.f_locals}
             free.pop("__class__", None)
             called = (code, *map(id, free.values()))
@@ -471,22 +466,10 @@ class Reads:
                     break
                 path, value = path.attribute(following.argval), place[0][place[1]]
 
-    def _note_namespace(self, path: Path, namespace: Any) -> None:
-        """Remember a class or a Python module, of which code may read by way of a variable, or of ``type()``."""
-        if namespace is not None and not _is_of_torch(namespace):
-            self._namespaces.setdefault(id(namespace), (path, namespace))
-
     def _note_mentioned(self) -> None:
-        """What classes and Python modules hold under a name that code mentions, but for methods and the like."""
         self._is_busy = True
-        mentioned = {name for code in self._codes for name in (*code.co_names, *code.co_consts) if type(name) is str}
-        for path, namespace in list(self._namespaces.values()):
-            is_class = isinstance(namespace, type)
-            for holder in namespace.__mro__ if is_class else (namespace,):
-                held: Mapping[str, Any] = {} if _is_of_torch(holder) else vars(holder)
-                for name in sorted(mentioned & held.keys()):
-                    if not (name.startswith("__") or (is_class and hasattr(type(held[name]), "__get__"))):
-                        self._note(path.attribute(name), held[name])
+        for path, value in self._namespaces.mentioned(self._codes):
+            self._note(path, value)
         self._is_busy = False
 
     def _note_cells(self, code: types.CodeType, values: Mapping[str, Any]) -> None:
@@ -505,28 +488,6 @@ class Reads:
 def _inside(path: Path, name: str, contents: Callable[[], Any]) -> Path:
     """The path to what an object that is no Python holds."""
     return Path(path.root, (*path.links, (By.CELL, Content(name, contents))))
-
-
-def _is_of_others(file: str) -> bool:
-    """True for code of torch, of Python itself, and of ours, and for what was generated."""
-    if file.startswith((_TORCH, _OWN, "<")):
-        return True
-    return file.startswith(_PYTHON) and "site-packages" not in file and "dist-packages" not in file
-
-
-def _is_of_torch(namespace: Any) -> bool:
-    name = namespace.__module__ if isinstance(namespace, type) else namespace.__name__
-    return name.startswith(("torch", "builtins"))
-
-
-def _imported(code: types.CodeType, package: str | None) -> Iterator[str]:
-    """Names of Python modules that code imports whenever it runs."""
-    instructions = [instruction for instruction in dis.get_instructions(code) if instruction.opname != "EXTENDED_ARG"]
-    for i, instruction in enumerate(instructions):
-        if instruction.opname == "IMPORT_NAME":
-            level, names = instructions[i - 2].argval, instructions[i - 1].argval
-            found = importlib.util.resolve_name("." * level + instruction.argval, package)
-            yield from (found, *(f"{found}.{name}" for name in names or ()))
 
 
 def _check_is_of_a_module(code: types.CodeType, names: dict[str, Any]) -> None:
