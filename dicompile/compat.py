@@ -41,7 +41,7 @@ from dicompile.nodes import results_of
 METHODS_ARE_GUARDED = torch.__version__ >= "2.13"
 """Whether Dynamo has a guard on a bound method that lies in an object; torch 2.11 has none."""
 CLASSES_ARE_GUARDED = torch.__version__ >= "2.13"
-"""Whether Dynamo has guards on what it reads of a class; torch 2.11 has none."""
+"""Whether Dynamo has guards on what it reads of a class, and sees what a thread puts in its place; not torch 2.11."""
 LOGGING_IS_LEFT_OUT = torch.__version__ >= "2.13"
 """Whether Dynamo can leave out methods of loggers: that of 2.11 then fails to make JSON of its own settings."""
 CONTEXT_VARIABLES: tuple[type, ...] = tuple(filter(None, [getattr(torch._dynamo.source, "ContextVarGetSource", None)]))

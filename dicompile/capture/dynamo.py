@@ -10,6 +10,7 @@ import contextlib
 import logging
 import re
 import sys
+import threading
 import types
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -421,6 +422,8 @@ class _Read:
         parent = self._follow(path.parent)
         by, key = path.links[-1]
         value = self._step(path.parent, parent, by, key)
+        if isinstance(value, threading.local) and not CLASSES_ARE_GUARDED:
+            raise _unknown(path, "a threading.local, of which this torch reads the class")
         self._values[path] = value
         if isinstance(value, nn.Module) and path not in self.modules and path.root == "self":
             self.modules.append(path)
@@ -482,12 +485,7 @@ class _Read:
             return base.via(By.TYPE) if isinstance(source, sources.TypeSource) else base.attribute(_NAMED[type(source)])
         if isinstance(source, (sources.NNModuleSource, sources.TypeDictSource)):
             return base
-        raise CannotCapture(
-            f"what the forward reads of {base} cannot be told",
-            where="capture",
-            why=f"Dynamo calls it a {type(source).__name__}, which dicompile does not know",
-            fix="keep it in an attribute of the module, as a number, a text, a list or a dictionary",
-        )
+        raise _unknown(base, f"Dynamo calls it a {type(source).__name__}, which dicompile does not know")
 
     def _variable(self, base: Path, source: Any) -> Path:
         """What lies in the context variable at a path."""
@@ -538,6 +536,15 @@ class _Read:
             return None
         called = self._aliases[name]
         return next((path for path, other in self._foreign.items() if other == called), Path(called))
+
+
+def _unknown(path: Path, why: str) -> CannotCapture:
+    return CannotCapture(
+        f"what the forward reads of {path} cannot be told",
+        where="capture",
+        why=why,
+        fix="keep it in an attribute of the module, as a number, a text, a list or a dictionary",
+    )
 
 
 def _attribute_of(parent: Any, name: str) -> Any:

@@ -137,6 +137,7 @@ BESIDE: dict[str, tuple[Callable[[], Any], Callable[[Any], float], Callable[[Any
     "class": (lambda: Box, lambda held: held.scale, lambda held: setattr(held, "scale", 3.0)),
     "class by type": (Box, lambda held: type(held).scale, lambda _: setattr(Box, "scale", 3.0)),
     "class by name": (Box, lambda held: held.__class__.scale, lambda _: setattr(Box, "scale", 3.0)),
+    "in the place of that of the class": (Box, lambda held: held.scale, lambda held: setattr(held, "scale", 3.0)),
     "import": (lambda: None, imported, lambda _: setattr(follow, "SCALE_OF_TESTS", 3.0)),
     "imported module": (lambda: None, imported_module, lambda _: setattr(follow, "SCALE_OF_TESTS", 3.0)),
     "sys.modules": (lambda: None, lambda _: sys.modules[__name__].COUNT, lambda _: setattr(HERE, "COUNT", 3.0)),
