@@ -102,6 +102,7 @@ def test_a_plan_that_computes_everything_equals_no_caching_bit_by_bit() -> None:
     assert dicompile.report(always).kinds == {"full": steps}
 
 
+@pytest.mark.sampled
 def test_caching_changes_the_steps_that_reuse_and_no_others(cached: Cached) -> None:
     kinds = [step.kind for step in dicompile.plan_of(cached.model).steps]
     assert "full" in kinds
@@ -114,12 +115,14 @@ def test_caching_changes_the_steps_that_reuse_and_no_others(cached: Cached) -> N
             assert same_bits == (kind == "full"), f"step {step} is {kind}"
 
 
+@pytest.mark.sampled
 def test_a_run_follows_its_plan(cached: Cached) -> None:
     kinds = [step.kind for step in dicompile.plan_of(cached.model).steps]
     assert dicompile.report(cached.model).kinds == {kind: kinds.count(kind) for kind in set(kinds)}
     assert dicompile.report(cached.model).cold_starts == []
 
 
+@pytest.mark.sampled
 def test_two_runs_with_one_seed_are_equal_bit_by_bit(cached: Cached) -> None:
     sample, model = cached.sample, cached.model
     assert not same(run(model, sample.inputs, timesteps(STEPS), seed=4), cached.outputs)
@@ -135,11 +138,13 @@ def compiled(cached: Cached) -> Cached:
 
 
 @only_plain_dit
+@pytest.mark.sampled
 def test_compiled_runs_are_close_to_the_rewritten_graphs(cached: Cached, compiled: Cached) -> None:
     assert error(compiled.outputs, cached.outputs) < INDUCTOR_TOLERANCE
 
 
 @only_plain_dit
+@pytest.mark.sampled
 def test_two_compiled_runs_with_one_seed_are_equal_bit_by_bit(compiled: Cached) -> None:
     inputs = compiled.sample.inputs
     assert not same(run(compiled.model, inputs, timesteps(STEPS), seed=4), compiled.outputs)

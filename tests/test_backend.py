@@ -40,6 +40,7 @@ def same(first: list[torch.Tensor], second: list[torch.Tensor]) -> bool:
 
 
 @pytest.mark.parametrize(("name", "policy"), CASES, ids=[f"{name}-{policy.name}" for name, policy in CASES])
+@pytest.mark.sampled
 def test_it_does_what_optimize_does(name: str, policy: Policy) -> None:
     sample = MODELS[name](2)
     wanted = run(
@@ -144,6 +145,7 @@ def test_a_model_without_residual_branches_compiles_and_one_line_says_so(caplog:
 @pytest.mark.parametrize(
     ("name", "dynamic"), [("plain_dit", None), ("plain_dit", True), ("plain_dit", False), ("dit", None)]
 )
+@pytest.mark.sampled
 def test_every_batch_size_gets_what_it_gets_alone(name: str, dynamic: bool | None) -> None:
     sample = MODELS[name](1)
     model = torch.compile(

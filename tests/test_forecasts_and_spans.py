@@ -120,6 +120,7 @@ def ran(request: pytest.FixtureRequest) -> Ran:
     return Ran(sample, policy, model, run(model, sample.inputs, timesteps(STEPS), seed=3))
 
 
+@pytest.mark.sampled
 def test_full_steps_equal_the_model_and_others_do_not(ran: Ran) -> None:
     uncached = run(ran.sample.model, ran.sample.inputs, timesteps(STEPS), seed=3)
     kinds = [step.kind for step in ran.plan.steps]
@@ -130,6 +131,7 @@ def test_full_steps_equal_the_model_and_others_do_not(ran: Ran) -> None:
         assert torch.allclose(output, expected, rtol=REUSED, atol=REUSED) == (kind == "full")
 
 
+@pytest.mark.sampled
 def test_a_second_run_is_equal_bit_by_bit(ran: Ran) -> None:
     again = run(ran.model, ran.sample.inputs, timesteps(STEPS), seed=3)
     assert all(torch.equal(a, b) for a, b in zip(again, ran.outputs, strict=True))
@@ -146,6 +148,7 @@ def executed(ran: Ran, step: int) -> list[fx.Node]:
     return [node for item in ran.program(step).calls for node in graphs[id(item.function)].nodes]
 
 
+@pytest.mark.sampled
 def test_steps_execute_what_the_plan_says_and_a_skip_leaves_no_block(ran: Ran) -> None:
     found = dicompile.structure_of(ran.model)
     outside = found.flops - sum(span.flops for span in found.spans if span.kind.value == "stack")
@@ -165,6 +168,7 @@ def test_steps_execute_what_the_plan_says_and_a_skip_leaves_no_block(ran: Ran) -
             assert -0.05 <= (flops - step.flops) / found.flops <= 0.1
 
 
+@pytest.mark.sampled
 def test_what_is_held_is_what_the_plan_says(ran: Ran) -> None:
     """The largest number of bytes between two steps, reached and not exceeded."""
     state = state_of(ran.model)

@@ -94,6 +94,7 @@ def test_without_any_memory_every_step_is_that_of_a_plan_that_computes_everythin
 
 @pytest.mark.parametrize("policy", ["toca", "duca", "taylorseer", "taylorseer-lite"])
 @pytest.mark.parametrize("share", [0.8, 0.3])
+@pytest.mark.sampled
 def test_every_method_runs_when_degraded(policy: str, share: float) -> None:
     free = make_plan(captured(models.pixart, 2).structure, get_policy(policy), TimestepSchedule.of(timesteps(8)))
     budget, sample = int(free.cache_bytes * share), models.pixart(2)

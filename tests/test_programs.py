@@ -135,6 +135,7 @@ class TakesNumbers(PlainDiT):
 
 @pytest.mark.parametrize("kind", NUMBERS)
 @pytest.mark.parametrize("by_name", [False, True])
+@pytest.mark.sampled
 def test_a_timestep_may_be_a_number(kind: str, by_name: bool) -> None:
     module, labels = redraw(TakesNumbers(2)), torch.tensor([1, 2])
     model = dicompile.optimize(module, FORA, schedule=T, mode="eager")

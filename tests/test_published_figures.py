@@ -106,6 +106,7 @@ RATIOS = [
     TERA + [pytest.param(*row, marks=pytest.mark.nightly) for row in TERA_NIGHTLY],
     ids=lambda v: getattr(v, "name", getattr(v, "__name__", v)),
 )
+@pytest.mark.sampled
 def test_operations(structure_of: Any, build: Any, steps: int, policy: Policy, published: float) -> None:
     plan = make_plan(structure_of(build), policy, TimestepSchedule(steps))
     computed = (plan.flops - plan.score_flops) / 1e12  # the papers do not count what scores cost
@@ -118,6 +119,7 @@ def test_operations(structure_of: Any, build: Any, steps: int, policy: Policy, p
 @pytest.mark.parametrize(
     ("build", "steps", "policy", "published"), RATIOS, ids=lambda v: getattr(v, "name", getattr(v, "__name__", v))
 )
+@pytest.mark.sampled
 def test_ratios(structure_of: Any, build: Any, steps: int, policy: Policy, published: float) -> None:
     plan = make_plan(structure_of(build), policy, TimestepSchedule(steps))
     computed = plan.baseline_flops / (plan.flops - plan.score_flops)

@@ -28,6 +28,7 @@ def paces(found: ModelStructure) -> Counter[Pace]:
         (plain_dit, 2 + 3 + 1),
     ],
 )
+@pytest.mark.sampled
 def test_modulation_depends_on_the_step(sample: Callable[[], Sample], timed: int) -> None:
     assert paces(structure(sample()))[STEP] == timed
 

@@ -76,6 +76,7 @@ def test_samples_that_stay_apart(function: Callable[[Tensor, Tensor], Tensor]) -
         (lambda x, _: attended(x.transpose(0, 1)).transpose(0, 1), "attends over samples"),
     ],
 )  # fmt: skip
+@pytest.mark.sampled
 def test_what_mixes_them_is_named(function: Callable[[Tensor, Tensor], Tensor], why: str) -> None:
     assert why in said_of(function)
 

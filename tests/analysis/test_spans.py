@@ -33,6 +33,7 @@ def runs(found: ModelStructure, kind: SiteKind) -> list[tuple[int, ...]]:
 
 
 @pytest.mark.parametrize("name", BLOCKS)
+@pytest.mark.sampled
 def test_spans_are_runs_of_sites_on_one_stream(name: str) -> None:
     found = structure(name)
     assert runs(found, SiteKind.BLOCK) == BLOCKS[name]

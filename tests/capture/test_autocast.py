@@ -226,6 +226,7 @@ def around(dtype: torch.dtype | None) -> contextlib.AbstractContextManager[objec
         pytest.param({"dtype": F16, "cache_enabled": False}, BF16, by_dynamo, id="another inside, Dynamo"),
     ],
 )
+@pytest.mark.sampled
 def test_every_operator_gives_bitwise_what_it_gives_under_autocast(
     settings: dict[str, Any], ambient: torch.dtype | None, front_end: Callable[..., Any]
 ) -> None:
@@ -302,6 +303,7 @@ def test_both_front_ends_make_the_same_of_regions(ambient: torch.dtype | None) -
 
 @pytest.mark.parametrize("reads", [False, True])
 @pytest.mark.parametrize("mode", ["eager", "inductor"])
+@pytest.mark.sampled
 def test_an_optimized_model_follows_autocast_from_call_to_call(reads: bool, mode: str) -> None:
     module, inputs = nested(reads)
     model = dicompile.optimize(module, "none", mode=mode)
@@ -357,6 +359,7 @@ def partly_cast(layers: int = 2) -> Sample:
 
 @pytest.mark.parametrize("ambient", [None, torch.bfloat16])
 @pytest.mark.parametrize("mode", ["eager", "inductor"])
+@pytest.mark.sampled
 def test_a_model_with_attention_under_autocast_computes_the_same(mode: str, ambient: torch.dtype | None) -> None:
     sample = partly_cast()
     model = dicompile.optimize(sample.model, "none", schedule=timesteps(2), mode=mode)

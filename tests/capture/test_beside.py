@@ -167,6 +167,7 @@ def as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("kind", BESIDE)
+@pytest.mark.sampled
 def test_it_is_followed(kind: str, way: str) -> None:
     make, read, change = BESIDE[kind]
 

@@ -33,6 +33,7 @@ RESULTS: dict[str, Callable[[Tensor, Tensor], Any]] = {
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("kind", RESULTS)
+@pytest.mark.sampled
 def test_a_result_is_packed_as_the_model_packs_it(kind: str, way: str) -> None:
     class Packs(Model):
         def forward(self, x: Tensor, t: Tensor, mask: Tensor) -> Any:

@@ -226,6 +226,7 @@ def reading(way: str, read: Callable[[Any, Tensor], Tensor]) -> Held:
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("name", CHANGES)
+@pytest.mark.sampled
 def test_what_changes_is_followed(name: str, way: str) -> None:
     read, change = CHANGES[name]
     module = reading(way, read)
@@ -248,6 +249,7 @@ EQUAL: dict[str, tuple[Callable[[Any, Tensor], Tensor], Callable[[Any], Any]]] =
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("name", EQUAL)
+@pytest.mark.sampled
 def test_an_equal_object_in_the_place_of_another_captures_nothing(name: str, way: str) -> None:
     read, change = EQUAL[name]
     module = reading(way, read)
@@ -284,6 +286,7 @@ def global_changes() -> dict[str, tuple[Any, str, Any]]:
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("name", global_changes())
+@pytest.mark.sampled
 def test_a_global_that_changes_is_followed(name: str, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     owner, attribute, value = global_changes()[name]
     module = Globals(way)
@@ -352,6 +355,7 @@ def test_a_property_is_followed(way: str) -> None:
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("place", ["blocks.0", ""])
 @pytest.mark.parametrize("is_before", [False, True])
+@pytest.mark.sampled
 def test_hooks_that_come_and_go_are_followed(way: str, place: str, is_before: bool) -> None:
     module = reading(way, blocks)
     handles: list[Any] = []
@@ -401,6 +405,7 @@ HOOKS: dict[str, Callable[[float], Any]] = {
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("kind", HOOKS)
+@pytest.mark.sampled
 def test_a_hook_in_the_place_of_another_is_followed(kind: str, way: str) -> None:
     module = reading(way, blocks)
     handles = [module.get_submodule("blocks.0").register_forward_hook(HOOKS[kind](2.0))]
@@ -429,6 +434,7 @@ def test_a_model_with_another_hook_takes_no_capture_of_the_first(way: str) -> No
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("is_before", [False, True])
+@pytest.mark.sampled
 def test_hooks_of_all_modules_that_come_and_go_are_followed(way: str, is_before: bool) -> None:
     handles: list[Any] = []
 
@@ -666,6 +672,7 @@ def test_frames_that_were_not_used_for_longest_are_dropped(
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("inputs", [{}, {"y": 1}, {"x": torch.ones(2, 4, 3)}, {"x": "text"}])
+@pytest.mark.sampled
 def test_a_mistake_of_the_caller_raises_what_it_raises_anyway(way: str, inputs: dict[str, Any]) -> None:
     module = Model(way)
     model = optimized(module)
@@ -726,6 +733,7 @@ class Runs(nn.Module):
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("make", [dit, pixart, flux])
+@pytest.mark.sampled
 def test_no_path_is_walked_at_an_ordinary_call(make: Any, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     sample = make(layers=1)
     module, inputs = sample.model, sample.inputs

@@ -209,6 +209,7 @@ def traces(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 @pytest.mark.parametrize("name", NETS)
+@pytest.mark.sampled
 def test_it_computes_what_the_model_computes(name: str) -> None:
     torch.manual_seed(0)
     net, given = NETS[name](), inputs()
@@ -220,6 +221,7 @@ def test_it_computes_what_the_model_computes(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", MODELS)
+@pytest.mark.sampled
 def test_it_is_the_graph_of_the_whole_forward(name: str) -> None:
     model, given = MODELS[name]()
     arguments = Arguments.of((), given)
@@ -344,6 +346,7 @@ def test_where_python_writes_the_forward_is_traced_as_a_whole(net: nn.Module) ->
     ],
     ids=["scale", "activation", "removed", "added", "hook", "forward", "method", "tied", "replaced"],
 )
+@pytest.mark.sampled
 def test_an_edit_of_any_block_is_seen(edit: Callable[[Any], Any]) -> None:
     torch.manual_seed(0)
     net, given = Net(), inputs()

@@ -21,6 +21,7 @@ def first(output: Tensor | tuple[Tensor, ...]) -> Tensor:
 
 
 @pytest.mark.parametrize("name", MODELS)
+@pytest.mark.sampled
 def test_the_graph_computes_bitwise_what_the_model_computes(name: str) -> None:
     model, inputs = sample(name)
     with torch.no_grad():

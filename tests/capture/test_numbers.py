@@ -70,6 +70,7 @@ class Uses(nn.Module):
 
 @pytest.mark.parametrize("how", USES)
 @pytest.mark.parametrize("numbers", [(1.0, 2.5, 3.0), (1, 2, 3), (1, 1.0, 2)])
+@pytest.mark.sampled
 def test_every_number_gives_what_the_module_gives(how: str, numbers: tuple[Any, ...]) -> None:
     module = Uses(how)
     model = optimized(module)

@@ -67,6 +67,7 @@ class ByCheckpoint(PlainDiT):
 
 @pytest.mark.parametrize("cls", [ByRegion, ByCheckpoint])
 @pytest.mark.parametrize("way", ["optimize", "bare"])
+@pytest.mark.sampled
 def test_regions_are_what_is_in_them(cls: type[PlainDiT], way: str) -> None:
     torch._dynamo.reset()
     model, inputs = redraw(cls(2)), plain_dit(2).inputs

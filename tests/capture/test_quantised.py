@@ -185,6 +185,7 @@ CASES = [
 
 
 @pytest.mark.parametrize(("name", "kind"), CASES)
+@pytest.mark.sampled
 def test_sites_plans_and_steps_are_those_of_the_model_without(name: str, kind: str) -> None:
     structure, planned = of_plain(name)
     sample = in_half(name, 1)

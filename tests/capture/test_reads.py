@@ -77,6 +77,7 @@ COUNTERS: dict[str, Callable[[Counts], float]] = {
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("name", COUNTERS)
+@pytest.mark.sampled
 def test_a_counter_is_refused_by_its_name(name: str, way: str) -> None:
     class Counting(Counts):
         def extra(self, x: Tensor) -> Tensor:
@@ -155,6 +156,7 @@ FILLS: dict[str, Callable[[Any, int, Tensor], Any]] = {
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("kind", FILLS)
+@pytest.mark.sampled
 def test_a_table_that_is_filled_at_the_first_call_settles(kind: str, way: str) -> None:
     class Fills(Model):
         def __init__(self, way: str) -> None:
@@ -262,6 +264,7 @@ RECORDS: dict[str, Callable[[], Callable[[Tensor], None]]] = {
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("where", RECORDS)
+@pytest.mark.sampled
 def test_a_hook_that_keeps_what_it_sees_is_refused(where: str, way: str) -> None:
     module, record = Model(way), RECORDS[where]()
     module.linear.register_forward_hook(lambda _module, _args, result: record(result))
@@ -479,6 +482,7 @@ DRAWS: dict[str, Callable[[], float]] = {
 @pytest.mark.filterwarnings("ignore:Dynamo does not know how to trace:UserWarning")
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("kind", DRAWS)
+@pytest.mark.sampled
 def test_random_numbers_of_others_are_refused_where_they_are_drawn(kind: str, way: str) -> None:
     class Draws(Model):
         def extra(self, x: Tensor) -> Tensor:

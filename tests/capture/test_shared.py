@@ -79,6 +79,7 @@ def check(module: nn.Module, policy: str = "none", **more: Any) -> None:
 
 
 @pytest.mark.parametrize("make", [plain_dit, pixart, flux])
+@pytest.mark.sampled
 def test_a_second_policy_and_a_second_model_capture_nothing(
     make: Callable[[], Sample], captures: list[nn.Module]
 ) -> None:

@@ -168,6 +168,7 @@ def test_another_process_captures_nothing(code: Callable[..., types.ModuleType],
     ],
     ids=lambda edit: edit[1][:30].partition("\n")[0],
 )
+@pytest.mark.sampled
 def test_edited_code_is_captured_anew(
     edit: tuple[str, str], code: Callable[..., types.ModuleType], captured: list[str]
 ) -> None:

@@ -69,6 +69,7 @@ def result(captured: Captured, graph: Any, values: Sequence[Tensor]) -> Any:
 
 
 @pytest.mark.parametrize("how", WAYS)
+@pytest.mark.sampled
 def test_the_graph_does_what_the_model_did_and_the_read_input_is_known(how: str) -> None:
     module, inputs = Reads(how).eval(), given(4)
     captured, values = run(module, **inputs)
@@ -80,6 +81,7 @@ def test_the_graph_does_what_the_model_did_and_the_read_input_is_known(how: str)
 
 
 @pytest.mark.parametrize("how", WAYS)
+@pytest.mark.sampled
 def test_other_values_of_what_was_read_are_captured_anew_and_equal_ones_are_not(how: str) -> None:
     module = Reads(how).eval()
     model = dicompile.optimize(module, "none", mode="eager")

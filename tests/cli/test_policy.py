@@ -28,6 +28,7 @@ def test_every_policy_has_a_line_and_a_publication() -> None:
 
 
 @pytest.mark.parametrize("name", MADE)
+@pytest.mark.sampled
 def test_an_explained_policy_is_a_file_of_that_policy(name: str, tmp_path: Path) -> None:
     for options in ((), ("--plain",)):
         file = tmp_path / "policy.yaml"

@@ -174,7 +174,7 @@ def run_both(kind: NetKind, policy: Policy | str) -> None:
 BASE = settings(deadline=None, database=None, suppress_health_check=list(HealthCheck), print_blob=False)
 
 
-@settings(BASE, max_examples=8, derandomize=True)
+@settings(BASE, max_examples=5, derandomize=True)
 @given(programs)
 @example(
     (NetKind(), Policy(name="blocks", cadence=EVERY_THIRD, rules=(Rule(sites=("block",), do=Reuse(what="update")),)))

@@ -34,6 +34,7 @@ def moved(sample: Sample) -> dict[str, object]:
 
 
 @pytest.mark.parametrize("name", EVERY)
+@pytest.mark.sampled
 def test_all_fresh_is_the_model_itself(name: str) -> None:
     sample = EVERY[name]()
     model, expected = learnable(sample.model, sample.inputs), output_of(sample)
@@ -46,6 +47,7 @@ def test_all_fresh_is_the_model_itself(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", EVERY)
+@pytest.mark.sampled
 def test_all_stored_gives_the_recorded_output_back(name: str) -> None:
     """With every value of the very same inputs stored, what is fresh does not matter."""
     sample = EVERY[name]()

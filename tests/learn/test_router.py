@@ -85,6 +85,7 @@ OBJECTIVES = {
 
 @pytest.mark.parametrize("kind", ["plain_dit", "uvit"])
 @pytest.mark.parametrize("name", OBJECTIVES)
+@pytest.mark.sampled
 def test_an_iteration_equals_the_one_written_by_hand(kind: str, name: str) -> None:
     sample, forward, objective = *SUBJECTS[kind](), OBJECTIVES[name]
     model = learnable(sample.model, sample.inputs)

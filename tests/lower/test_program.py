@@ -43,6 +43,7 @@ def kinds(made: Programs) -> list[str]:
 
 
 @pytest.mark.parametrize("policy", ["none", "fora", "toca"])
+@pytest.mark.sampled
 def test_the_number_of_variants_does_not_grow_with_depth(policy: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("dicompile.lower.pieces.RUNS", (2, 1))  # first run, runs between, shorter last one
     assert kinds(programs(plain_dit, 7, policy=policy)) == kinds(programs(plain_dit, 5, policy=policy))
@@ -56,6 +57,7 @@ def test_blocks_that_compute_share_their_variants_at_any_depth() -> None:
 
 
 @pytest.mark.parametrize("policy", ["none", "fora", "toca"])
+@pytest.mark.sampled
 def test_the_number_of_variants_does_not_grow_with_steps(policy: str) -> None:
     made = programs(plain_dit, 2, policy=policy)
     all_programs(made, TimestepSchedule.of(tuple(timesteps(40))))
@@ -250,6 +252,7 @@ def same_layout(fake: torch.Tensor, real: torch.Tensor) -> bool:
 
 
 @pytest.mark.parametrize("model", LAYOUTS)
+@pytest.mark.sampled
 def test_every_variant_gets_and_gives_values_of_the_layout_it_was_compiled_for(
     model: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

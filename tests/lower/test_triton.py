@@ -89,6 +89,7 @@ def lowered(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("name", FIGURES)
+@pytest.mark.sampled
 def test_a_variant_is_so_many_triton_kernels_around_library_products(lowered: dict[str, Any], name: str) -> None:
     variant = lowered["variants"][name]
     assert variant["calls"] | {"copies": variant["copies"]} == {

@@ -7,16 +7,16 @@ for the better one hopes. They hold for narrow models (width 384, 256 tokens of 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from _pytest.mark.structures import ParameterSet
 
 from dicompile.bench.deviceless import Row
 from tests.lower.test_triton import from_process
 from tests.lower.whole_steps import TORCH
+
+pytestmark = pytest.mark.nightly  # minutes; by day `test_triton` counts single blocks
 
 
 class Figures(NamedTuple):
@@ -67,20 +67,9 @@ FIGURES: dict[Step, Figures] = {
 }
 
 
-def is_daily(step: Step) -> bool:
-    """True for what `make test` counts; the rest takes minutes."""
-    return step[:3] == ("dit", "fora", "all")
-
-
-def marked(steps: Iterable[Step]) -> list[ParameterSet]:
-    return [
-        pytest.param(step, id="-".join(step), marks=() if is_daily(step) else pytest.mark.nightly) for step in steps
-    ]
-
-
 def counted(folder: Path, step: Step) -> Figures:
     """What comes out for a step; what is asked of a model is counted in one process."""
-    together = [other for other in FIGURES if other[0] == step[0] and is_daily(other) == is_daily(step)]
+    together = [other for other in FIGURES if other[0] == step[0]]
     wanted = dict.fromkeys(policy if policy == TORCH else f"{policy}/{hoist}" for _, policy, hoist, _ in together)
     return rows(folder, step[0], *wanted)[step]
 
@@ -99,23 +88,22 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("inductor")
 
 
-@pytest.mark.parametrize("step", marked(FIGURES))
+@pytest.mark.parametrize("step", FIGURES, ids="-".join)
 def test_a_step_launches_and_moves_so_much(folder: Path, step: Step) -> None:
     assert counted(folder, step) == FIGURES[step]
 
 
-@pytest.mark.parametrize("step", marked(FIGURES))
+@pytest.mark.parametrize("step", FIGURES, ids="-".join)
 def test_a_step_moves_at_most_a_third_more_than_it_must(folder: Path, step: Step) -> None:
     found = counted(folder, step)
     assert found.least <= found.bytes <= 1.3 * found.least
 
 
-@pytest.mark.parametrize("step", marked((model, "fora", "all", "reuse") for model in MOST))
+@pytest.mark.parametrize("step", [(model, "fora", "all", "reuse") for model in MOST], ids="-".join)
 def test_a_reuse_step_is_a_handful_of_launches(folder: Path, step: Step) -> None:
     assert counted(folder, step).launches <= MOST[step[0]]
 
 
-@pytest.mark.nightly
 @pytest.mark.parametrize("model", MOST)
 def test_a_full_step_is_fewer_launches_than_torch_compile_makes_of_the_model(folder: Path, model: str) -> None:
     full, uncached = (model, "fora", "all", "full"), (model, TORCH, "off", "full")

@@ -96,6 +96,7 @@ def test_a_rule_for_attention_that_matches_nothing_says_so() -> None:
     [(Flash, flash, "bnhd"), (Heads, heads, "bhnd"), (Heads, torch.ops.dicompile_tests.heads.default, "bhnd")],
 )
 @pytest.mark.parametrize("policy", ["fora", "toca", "duca"])
+@pytest.mark.sampled
 def test_registered_attention_is_attention(block: type[PlainBlock], operator: object, layout: str, policy: str) -> None:
     dicompile.register_attention(operator, layout=layout)
     own, plain = sample(block), plain_dit(2)
@@ -108,6 +109,7 @@ def test_registered_attention_is_attention(block: type[PlainBlock], operator: ob
 
 
 @pytest.mark.parametrize("tokens", ["elementwise", "rows", "mixes"])
+@pytest.mark.sampled
 def test_an_operator_is_what_was_said_of_it(tokens: str) -> None:
     dicompile.register_operator(scaled, tokens=tokens, flops=lambda x, factor, out_shape: 7 * x[0])
     found = structure(sample(Scaled))

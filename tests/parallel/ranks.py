@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -21,11 +23,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from dicompile import FORA, FirstBlockCache, Policy, ToCa, ToCaFlux, cache_context, optimize, plan_of, structure_of
 from dicompile.capture import capture_functional
+from dicompile.learn.processes import share
 from dicompile.ops.attention_scores import attention_received
 from dicompile.ops.ulysses import ulysses_attention, ulysses_received
 from dicompile.plan import Cadence, Refresh, Reuse, Rule, SlotKind, TokenScore
 from dicompile.serve import Batcher
 from tests import models
+from tests.learn.flows import trained
 from tests.models import PlainDiT, Sample, optimized, plain_dit, redraw, state_of, timesteps
 from tests.parallel.processes import RANKS
 from tests.pipelines.pipes import FLUX_PROMPTS, PIPELINES, Sampler, flux_transformer
@@ -268,6 +272,17 @@ def by_place(sampler: Sampler, context: str) -> tuple[Tensor, list[int]]:
         return counted(sampler)
 
 
+def trained_together(_: int) -> Any:
+    """What training ends with, and how many iterations its logs tell of."""
+    folder: list[Any] = [tempfile.mkdtemp()]
+    distributed.broadcast_object_list(folder)
+    found = trained(Path(folder[0]))
+    distributed.barrier()  # what rank 0 writes is there
+    return found, *(
+        len((Path(folder[0]) / f"{name}.jsonl").read_text().splitlines()) for name in ("router", "predictor")
+    )
+
+
 def told_of_a_death(rank: int, sampler: Sampler) -> Any:
     """Rank 1 dies in the middle of a run; what rank 0 is told."""
 
@@ -299,6 +314,8 @@ CASES: dict[str, Callable[[int], Any]] = {
     "background": lambda _: in_background(split(PIPELINES["flux"]())),
     "served": split_when_served,
     "two models": of_two_models,
+    "training": trained_together,
+    "a batch of one": lambda _: share([0]),
     "ring": lambda _: cached(split(PIPELINES["flux"](), ring_degree=RANKS), "fora"),
     "another class": in_another_class,
     "layers afterwards": of_layers_afterwards,

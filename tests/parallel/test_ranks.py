@@ -1,12 +1,14 @@
 """Two ranks give what one rank gives, skip the collectives of what they skip, and never wait for each other in vain."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from dicompile import FORA
-from dicompile.errors import CannotBatch, PlansDiffer, UnsupportedModel, UnsupportedParallelism
+from dicompile.errors import CannotBatch, InvalidSetting, PlansDiffer, UnsupportedModel, UnsupportedParallelism
+from tests.learn.flows import trained
 from tests.parallel.processes import Ranks, ranks_of
 from tests.parallel.ranks import CHOOSING, LOCAL, STEPS, by_place, cached, check_layers, guided, scores, two_prompts
 from tests.pipelines.pipes import PIPELINES, flux_transformer
@@ -116,7 +118,17 @@ def test_ranks_that_divide_layers_choose_the_same_tokens(ranks: Ranks) -> None:
     assert counts == [5, 5, 7, 5]  # scores of two attentions, and sums of fewer rows
 
 
+def test_ranks_end_a_training_with_what_one_ends_with(ranks: Ranks, tmp_path: Path) -> None:
+    alone = trained(tmp_path)
+    (first, *iterations), (second, *_) = ranks("training")
+    assert iterations == [4, 4]
+    for name, expected in alone.items():
+        assert torch.equal(first[name], second[name])
+        torch.testing.assert_close(first[name], expected, rtol=1e-3, atol=1e-4)
+
+
 @pytest.mark.parametrize(("name", "error", "text"), [
+    ("a batch of one", InvalidSetting, "2 processes cannot share a batch of 1"),
     pytest.param("gate", UnsupportedParallelism, "decides by the tokens of its rank", marks=TOKENS),
     pytest.param("different policies", PlansDiffer, "2 different plans on 2 ranks", marks=TOKENS),
     pytest.param("background", UnsupportedParallelism, "as soon as its own code is compiled", marks=TOKENS),

@@ -20,6 +20,7 @@ SAME = [name for name in CASES if name.startswith(("dit", "given back", "flux"))
 
 
 @pytest.mark.parametrize("name", [*SAME, "later", "changed", "other shapes", "threads"])
+@pytest.mark.sampled
 def test_every_rank_gets_the_bits_of_the_whole_model(ranks: Ranks, name: str) -> None:
     first, second = ranks(name)
     for results, wanted, *_ in (first, second):

@@ -94,6 +94,7 @@ def test_only_layers_that_the_latent_reaches_can_be_adapted() -> None:
 
 
 @pytest.mark.parametrize("count", [0, 1, 2])
+@pytest.mark.sampled
 def test_of_the_last_blocks_every_layer_on_the_way_of_text_and_picture(count: int) -> None:
     captured = capture(flux(layers=2))
     structure = analyse(captured)

@@ -169,6 +169,7 @@ TEXT = torch.randn(BATCH, 3, WIDTH)
         (masked_pairs, (KEYS, torch.rand(TOKENS, 5) > 0.3)),
     ],
 )  # fmt: skip
+@pytest.mark.sampled
 def test_chosen_tokens_come_out_as_if_all_were_computed(function: Function, others: tuple[Tensor, ...]) -> None:
     torch.manual_seed(0)
     check(function, *others)
@@ -218,6 +219,7 @@ def test_streams_of_other_ranks(shape: tuple[int, ...]) -> None:
         (lambda x, w: F.linear(x.view(-1, WIDTH), w).view(BATCH, TOKENS, 3), (torch.randn(3, WIDTH),)),
     ],
 )
+@pytest.mark.sampled
 def test_inductor_takes_sizes_that_are_sums_and_products(function: Function, others: tuple[Tensor, ...]) -> None:
     check(function, *others, mode="inductor")
 

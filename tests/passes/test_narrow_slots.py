@@ -176,6 +176,7 @@ def refreshing(name: str, **others: Any) -> LocalStep:
 
 @every_dtype
 @pytest.mark.parametrize("count", [1, 5, TOKENS])
+@pytest.mark.sampled
 def test_refreshed_tokens_are_used_unrounded_and_the_others_keep_every_bit(name: str, count: int) -> None:
     block, kept = mlp_block(), stored(name)
     other = {**kept, VALUE: kept[VALUE].flip(1)}
@@ -208,6 +209,7 @@ def test_tokens_that_are_refreshed_again_and_again_do_not_wear_out_the_others(na
 
 
 @every_dtype
+@pytest.mark.sampled
 def test_stored_attention_is_narrowed_with_a_scale_per_head_and_token(name: str) -> None:
     block = cut(chain(Parallel()))
     storing_both = LocalStep(writes=(SlotKind.VALUE, SlotKind.ATTENTION), attention=0, dtype=DTYPES[name])

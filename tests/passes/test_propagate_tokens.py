@@ -89,6 +89,7 @@ def moved(values: dict[Any, Any], chosen: Tensor, core: Tensor, share: float) ->
 
 @pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
 @pytest.mark.parametrize("stored", [1, 2, 3])
+@pytest.mark.sampled
 def test_the_history_moves_with_the_computed_tokens(stored: int, share: float) -> None:
     block = mlp_block()
     segment, (report, _) = reported(block.segment, [step(stored, share)], PropagateTokens(), DropDead())

@@ -258,6 +258,7 @@ def _(score: Tensor, stamp: Tensor | None, count: int, *_: object) -> tuple[Tens
 @pytest.mark.parametrize("count", [1, 5, TOKENS])
 @pytest.mark.parametrize("grid_cell", [0, 2])
 @pytest.mark.parametrize("age_weight", [0.0, 0.25])
+@pytest.mark.sampled
 def test_a_kernel_that_selects_is_one_operator_and_chooses_what_sorting_does(
     count: int, grid_cell: int, age_weight: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -307,6 +308,7 @@ def put(values: Tensor, chosen: Tensor, rows: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("count", [1, 5, TOKENS])
 @pytest.mark.parametrize("context", CONTEXTS)
+@pytest.mark.sampled
 def test_a_parallel_branch_sees_the_attention_that_its_context_names(context: Context, count: int) -> None:
     sample = chain(Parallel())
     block, module = cut(sample), sample.model.blocks[0]
@@ -339,6 +341,7 @@ def test_stored_attention_runs_none() -> None:
 
 @pytest.mark.parametrize("count", [1, 5, TOKENS])
 @pytest.mark.parametrize("context", [Context.ALL, Context.KEPT])
+@pytest.mark.sampled
 def test_a_whole_block_runs_on_chosen_tokens(context: Context, count: int) -> None:
     sample = chain(Both())
     block, module = cut(sample, with_span=True), sample.model.blocks[0]

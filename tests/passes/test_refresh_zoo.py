@@ -54,6 +54,7 @@ def rows_beside(graph: fx.Graph) -> Iterator[fx.Node]:
 
 
 @pytest.mark.parametrize("name", [*NAMES, *(pytest.param(name, marks=pytest.mark.nightly) for name in MORE)])
+@pytest.mark.sampled
 def test_chosen_tokens_of_a_real_branch_come_out_as_if_all_were_computed(name: str) -> None:
     case = next(case for case in CASES if case.name == name)
     torch._dynamo.reset()

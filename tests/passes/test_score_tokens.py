@@ -214,6 +214,7 @@ def joint(name: str) -> tuple[Sample, Cut]:
 
 @pytest.mark.parametrize(("name", "image", "text"), [("flux", (6, 22), (0, 6)), ("sd3", (0, 64), (64, 72))])
 @pytest.mark.parametrize("base", [ScoreBase.ATTENTION, ScoreBase.VALUE_NORM, ScoreBase.LARGE_VALUE_NORM])
+@pytest.mark.sampled
 def test_each_stream_gets_the_score_of_its_own_tokens(
     name: str, image: tuple[int, int], text: tuple[int, int], base: ScoreBase
 ) -> None:

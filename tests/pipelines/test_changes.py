@@ -359,6 +359,7 @@ def test_whole_models_may_be_offloaded(first: str) -> None:
 
 
 @pytest.mark.parametrize("when", ["before optimize", "after optimize", "after a run"])
+@pytest.mark.sampled
 def test_weights_cast_layer_by_layer_compute_as_they_do_untouched(when: str) -> None:
     sample = pixart(1)
     untouched = sample.model.bfloat16()

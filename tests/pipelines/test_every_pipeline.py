@@ -53,6 +53,7 @@ def planned_calls(sampler: Sampler) -> Counter[str]:
         ),
     ],
 )
+@pytest.mark.sampled
 def test_a_pipeline_follows_its_plan_and_is_restored(name: str, policies: tuple[Any, ...]) -> None:
     sampler = EVERY[name]()
     originals, config = sampler.denoisers, dict(sampler.pipe.config)

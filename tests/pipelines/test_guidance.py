@@ -60,6 +60,7 @@ PERTURBED: dict[str, Callable[[], Sampler]] = {
 
 
 @pytest.mark.parametrize("name", PERTURBED)
+@pytest.mark.sampled
 def test_perturbed_attention_compiles_and_caches(name: str) -> None:
     untouched, compiled, cached = (PERTURBED[name]() for _ in range(3))
     dicompile.optimize(compiled.pipe, "none", mode="eager")

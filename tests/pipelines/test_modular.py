@@ -67,6 +67,7 @@ def latents(pipe: Any) -> Tensor:
 
 
 @pytest.mark.parametrize("name", GUIDERS)
+@pytest.mark.sampled
 def test_a_pipeline_follows_its_plan_and_is_restored(name: str) -> None:
     make, branches = GUIDERS[name]
     pipe = pipeline(make())

@@ -102,6 +102,7 @@ OFTEN = {("flux", how) for how in HOW} | {("wan", "sequential")}  # which has we
     ("pipe", "how"),
     [pytest.param(*pair, marks=() if pair in OFTEN else pytest.mark.nightly) for pair in itertools.product(PIPES, HOW)],
 )
+@pytest.mark.sampled
 def test_the_same_plan_and_bits_in_either_order(pipe: str, how: str, when: str, tmp_path: Path) -> None:
     sampler = PIPES[pipe]()
     original = sampler.pipe.transformer
@@ -130,6 +131,7 @@ def test_the_same_plan_and_bits_in_either_order(pipe: str, how: str, when: str, 
 
 @pytest.mark.parametrize("pipe", PIPES)
 @pytest.mark.parametrize("first", ["optimize", "offload"])
+@pytest.mark.sampled
 def test_hooks_that_are_removed_are_gone(first: str, pipe: str, tmp_path: Path) -> None:
     sampler = PIPES[pipe]()
     for action in ("optimize", "offload") if first == "optimize" else ("offload", "optimize"):
@@ -247,6 +249,7 @@ CHANGES: dict[str, Callable[[Any], Any]] = {
 
 
 @pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.sampled
 def test_weights_that_change_between_runs_are_those_that_are_brought(change: str, tmp_path: Path) -> None:
     plain, sampler = optimized(pipes.flux(), hoist="all"), optimized(pipes.flux(), hoist="all")
     plain(STEPS)
@@ -313,6 +316,7 @@ def test_weights_in_the_map_of_accelerate_may_be_edited_within_a_run() -> None:
 @pytest.mark.parametrize(
     "policy", [dicompile.FirstBlockCache(threshold=0.5), dicompile.SpeCa(), dicompile.ToCaFlux(), dicompile.DiCache()]
 )
+@pytest.mark.sampled
 def test_gates_verifications_and_scores_find_their_weights(policy: Any, tmp_path: Path) -> None:
     wanted = optimized(pipes.flux(), policy)(8)
     sampler = pipes.flux()

@@ -160,6 +160,7 @@ def outcome(actions: Sequence[str]) -> tuple[Tensor, str]:
 
 
 @pytest.mark.parametrize("change", [n if n in OFTEN else pytest.param(n, marks=pytest.mark.nightly) for n in CHANGES])
+@pytest.mark.sampled
 def test_the_order_of_two_changes_nothing(change: str) -> None:
     torch._dynamo.reset()
     wanted, plan = outcome([change, OPTIMIZE])

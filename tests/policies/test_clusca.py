@@ -210,6 +210,7 @@ def call(model: nn.Module, sample: Sample, step: int) -> Tensor:
 
 
 @pytest.mark.parametrize(("name", "options"), CASES)
+@pytest.mark.sampled
 def test_clusters_tokens_and_outputs_are_those_of_the_published_rule(name: str, options: dict[str, Any]) -> None:
     sample = SAMPLES[name]()
     model = optimized(sample, dicompile.ClusCa(**options), STEPS)

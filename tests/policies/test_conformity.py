@@ -227,6 +227,7 @@ def recalls(model: nn.Module) -> list[bool]:
 @pytest.mark.parametrize(
     ("build", "threshold"), [(models.flux, 0.5), (models.flux, 0.6), (models.pixart, 0.2), (models.pixart, 0.25)]
 )
+@pytest.mark.sampled
 def test_first_block_cache_decides_as_diffusers_does(build: Callable[[], Sample], threshold: float) -> None:
     sample = build()
     flux = build is models.flux

@@ -106,6 +106,7 @@ class Reference:
 
 
 @pytest.mark.parametrize(("depth", "threshold", "warmup"), [(1, 0.3, 3), (2, 0.4, 2), (1, 0.3, 1)])
+@pytest.mark.sampled
 def test_it_decides_and_computes_as_published(sample: Sample, depth: int, threshold: float, warmup: int) -> None:
     """With one full step for sure, what that stored is reused: theirs aligns from the second one on."""
     rule = Reference(sample.model, depth, threshold, warmup)

@@ -149,6 +149,7 @@ def run(sample: Sample, options: dict[str, Any], grid: tuple[int, int], last: st
 
 
 @pytest.mark.parametrize(("basis", "cutoff"), [("dct", 0.1), ("dct", 0.5), ("fft", 0.1), ("fft", 0.4)])
+@pytest.mark.sampled
 def test_it_computes_as_published(basis: Basis, cutoff: float) -> None:
     torch.manual_seed(0)
     options = {"interval": 4, "basis": basis, "cutoff": cutoff, "order": 2, "scale": 0.71, "warmup": 3}

@@ -50,6 +50,7 @@ def rerun(sample: Sample, last: int) -> list[Tensor]:
 
 @pytest.mark.parametrize("kind", ["stack", "block"])
 @pytest.mark.parametrize("last", [1, 2])
+@pytest.mark.sampled
 def test_the_last_blocks_run_on_the_stored_stream(sample: Sample, kind: Any, last: int) -> None:
     policy = Policy(
         name="last-block",

@@ -96,6 +96,7 @@ class ByHand:
     ],
     ids=["toca-entropy", "toca-value-norm", "duca"],
 )  # fmt: skip
+@pytest.mark.sampled
 def test_published_rules_on_spatial_and_temporal_blocks(policy: Policy, score: str, aggressive: bool) -> None:
     torch.manual_seed(0)
     sample = stdit()

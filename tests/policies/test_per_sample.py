@@ -119,6 +119,7 @@ def check(together: Run, alone: Sequence[Run], atol: float = 1e-5) -> None:
 
 
 @pytest.mark.parametrize("name", CASES)
+@pytest.mark.sampled
 def test_a_batch_gives_what_single_runs_give(name: str, request: pytest.FixtureRequest) -> None:
     fixture, policy = CASES[name]
     sample = request.getfixturevalue(fixture)

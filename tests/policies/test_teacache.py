@@ -140,6 +140,7 @@ RESCALE, THRESHOLD = (0.5, 0.1, 0.2), 1.4
 
 @pytest.mark.parametrize("hoist", ["off", "all"])
 @pytest.mark.parametrize("name", CASES)
+@pytest.mark.sampled
 def test_it_decides_and_computes_as_the_rule_on_the_models_own_modules(name: str, hoist: str) -> None:
     torch.manual_seed(0)
     build, watched, blocks, fit = CASES[name]

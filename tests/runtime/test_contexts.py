@@ -46,6 +46,7 @@ def by_order(runner: Runner) -> Partners:
 
 @pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("guided", [in_named_contexts, by_order])
+@pytest.mark.sampled
 def test_guidance_partners_give_what_each_gives_alone(policy: str, guided: Callable[[Runner], Partners]) -> None:
     runner = Runner(policy)
     for _ in range(2):

@@ -182,6 +182,7 @@ GATES = {
 
 
 @pytest.mark.parametrize("name", GATES)
+@pytest.mark.sampled
 def test_it_decides_and_computes_as_the_rule_written_out(sample: Sample, name: str) -> None:
     chosen = GATES[name]
     outputs, reference = expected(sample, chosen)
@@ -319,6 +320,7 @@ def test_branches_may_be_recalled_one_by_one(sample: Sample) -> None:
 
 
 @pytest.mark.parametrize("name", ["first block", "modulated", "modulation", "by the output"])
+@pytest.mark.sampled
 def test_a_step_with_another_timestep_than_was_foretold_is_decided_anew(
     sample: Sample, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -61,6 +61,7 @@ def counts(runner: Runner) -> tuple[int, int]:
 
 
 @pytest.mark.parametrize("policy", [*POLICIES, "none"])
+@pytest.mark.sampled
 def test_recorded_runs_give_the_same_bits_and_later_ones_record_nothing(policy: str) -> None:
     wanted, runner = plain(policy), recording(policy)
     seen = []

@@ -53,6 +53,7 @@ def tables(model: Any) -> list[Any]:
 
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("policy", ["none", "fora", "toca"])
+@pytest.mark.sampled
 def test_results_are_those_of_steps_that_compute_everything(name: str, policy: str) -> None:
     sample = MODELS[name]()
     expected = run(optimized(sample, policy, STEPS), sample.inputs, SCHEDULE)
@@ -161,6 +162,7 @@ def swap_text(_: nn.Module, inputs: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("change", [edit, edit_data, swap_data, swap, edit_text, edit_a_number, swap_text])
 @pytest.mark.parametrize("policy", ["none", "fora"])
+@pytest.mark.sampled
 def test_what_changes_in_the_middle_of_a_generation_counts_from_then_on(policy: str, change: Change) -> None:
     results = []
     for hoist in ("off", "all"):

@@ -90,6 +90,7 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, in
     return program("handwritten", TRITON_DUMP_PTXAS_LOG="1", TRITON_CACHE_DIR=folder)
 
 
+@pytest.mark.nightly
 def test_no_kernel_spills_registers_on_sm_80_or_sm_90(compiled: dict[str, dict[str, int]]) -> None:
     import triton
 
@@ -97,6 +98,7 @@ def test_no_kernel_spills_registers_on_sm_80_or_sm_90(compiled: dict[str, dict[s
     assert spilling <= (set() if triton.__version__.startswith("3.7.") else SPILLS_WITH_TRITON_3_8)
 
 
+@pytest.mark.nightly
 def test_what_a_kernel_takes_is_recorded(compiled: dict[str, dict[str, int]]) -> None:
     import triton
 

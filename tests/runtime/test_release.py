@@ -59,6 +59,7 @@ def watched(policy: str, *, keep_chosen: bool = False) -> Runner:
 
 
 @pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.sampled
 def test_after_the_last_step_no_tensor_of_the_run_is_left(policy: str, watch: Watch) -> None:
     runner = watched(policy)
     outputs = runner.run()

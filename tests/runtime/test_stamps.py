@@ -41,6 +41,7 @@ def test_every_read_of_a_run_is_checked(policy: str) -> None:
 
 
 @pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.sampled
 def test_runs_that_begin_anywhere_read_what_they_wrote(policy: str) -> None:
     for start in range(STEPS):
         for left_out in range(start + 1, STEPS):

@@ -157,6 +157,7 @@ def test_a_replica_warms_up_before_it_serves(app: ModuleType, monkeypatch: pytes
 
 
 @pytest.mark.parametrize("previews", [2, 3, STEPS, STEPS + 4])
+@pytest.mark.sampled
 def test_a_stream_shows_the_picture_at_every_so_many_steps(app: ModuleType, previews: int) -> None:
     replica = replica_of(app)
     answer = asyncio.run(replica.picture(order(app), previews))

@@ -42,6 +42,7 @@ def batcher_of(sample: Sample, **options: Any) -> Batcher:
         (models.flux, ["fora", "fora", "toca"], 1),  # one row each, and ids that all rows share
     ],
 )
+@pytest.mark.sampled
 def test_every_request_gets_what_it_gets_by_itself(
     make: Callable[..., Sample], policies: list[str], ahead: int
 ) -> None:
@@ -196,6 +197,7 @@ class CountsRows(PlainDiT):
         (CountsRows, {}, "aten.arange.default depends on the size of the batch"),
     ],
 )
+@pytest.mark.sampled
 def test_a_model_whose_rows_depend_on_each_other_is_refused_by_name(
     model: type[nn.Module], inputs: dict[str, Any], why: str
 ) -> None:

@@ -98,6 +98,7 @@ CASES: dict[str, tuple[Policy, tuple[str, ...]]] = {
 
 
 @pytest.mark.parametrize("name", CASES)
+@pytest.mark.sampled
 def test_every_request_decides_for_itself_and_gets_what_it_gets_alone(sample: Sample, name: str) -> None:
     policy, contexts = CASES[name]
     seeds = [1, 2, 3]

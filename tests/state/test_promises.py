@@ -67,6 +67,7 @@ def plain(policy: str = "duca", **changes: object) -> Run:
 
 @pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("guidance", GUIDANCE)
+@pytest.mark.sampled
 def test_a_run_that_was_left_at_any_call_leaves_no_trace_on_another_prompt(policy: str, guidance: str) -> None:
     """Without a scheduler nothing announces the next run, and the noise may be the same."""
     first, second = plain(policy, guidance=guidance), plain(policy, guidance=guidance, prompt=1)
@@ -78,6 +79,7 @@ def test_a_run_that_was_left_at_any_call_leaves_no_trace_on_another_prompt(polic
 
 @pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize(("first", "second"), [("until 2", "until 3"), ("order", "none"), ("joins late", "contexts")])
+@pytest.mark.sampled
 def test_a_run_that_was_left_leaves_no_trace_on_one_that_guides_otherwise(policy: str, first: str, second: str) -> None:
     """The batch may change in the middle of a run, so that one run ends with shapes another one goes on with."""
     left, expected = plain(policy, guidance=first), fresh(plain(policy, guidance=second, prompt=1))

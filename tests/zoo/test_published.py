@@ -53,6 +53,7 @@ def reduced(model: Published) -> ModelStructure:
 
 
 @every_model
+@pytest.mark.sampled
 def test_it_is_as_large_as_published_and_says_where_its_config_is_from(model: Published) -> None:
     with torch.device("meta"):
         module = model.build(model.size)
@@ -78,6 +79,7 @@ def test_every_file_belongs_to_a_model() -> None:
 
 
 @every_model
+@pytest.mark.sampled
 def test_what_makes_it_up_is_found(model: Published) -> None:
     structure = reduced(model)
     block = structure.sites[:4] if model.name in ONLY_ONE else structure.sites
