@@ -501,6 +501,7 @@ class Walk:
         self._sized: dict[int, Any] = {}
         self._watched: dict[int, Any] = {}
         self._functions: dict[int, Any] = {}
+        self._typed: dict[int, Any] = {}
         self._classes: dict[type, Any] = {}
 
     def find(self, path: Path) -> Any:
@@ -545,6 +546,8 @@ class Walk:
             self.watch(value)
         if fact.code is not None:
             self._functions[id(value)] = value
+        if fact.kind == "object":
+            self._typed[id(value)] = value
         return None
 
     def _is_absent(self, path: Path) -> bool:
@@ -642,7 +645,7 @@ class Walk:
             _listed=listed,
             _sized=[*sized, *(hook for hook in hooks if hook)],
             _empty=[hook for hook in hooks if not hook],
-            _typed=list({id(module): module for module in modules}.values()),
+            _typed=list({**self._typed, **{id(module): module for module in modules}}.values()),
             _functions=list(self._functions.values()),
             _tensors_in=[container for container, _ in places],
             _tensor_keys=[key for _, key in places],

@@ -32,6 +32,13 @@ from tests.capture.follow import WAYS, Model, given, optimized, same
 pytestmark = pytest.mark.filterwarnings("ignore:Dynamo does not know how to trace:UserWarning")
 
 
+class Three:
+    """What `Box` may become."""
+
+    def get(self) -> float:
+        return 3.0
+
+
 class Box:
     """Something that holds a number, for its class or for itself."""
 
@@ -137,6 +144,7 @@ BESIDE: dict[str, tuple[Callable[[], Any], Callable[[Any], float], Callable[[Any
     "class": (lambda: Box, lambda held: held.scale, lambda held: setattr(held, "scale", 3.0)),
     "class by type": (Box, lambda held: type(held).scale, lambda _: setattr(Box, "scale", 3.0)),
     "class by name": (Box, lambda held: held.__class__.scale, lambda _: setattr(Box, "scale", 3.0)),
+    "another class": (Box, lambda held: held.get(), lambda held: setattr(held, "__class__", Three)),
     "in the place of that of the class": (Box, lambda held: held.scale, lambda held: setattr(held, "scale", 3.0)),
     "import": (lambda: None, imported, lambda _: setattr(follow, "SCALE_OF_TESTS", 3.0)),
     "imported module": (lambda: None, imported_module, lambda _: setattr(follow, "SCALE_OF_TESTS", 3.0)),
