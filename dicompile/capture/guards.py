@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
-from operator import getitem, is_, methodcaller
+from operator import attrgetter, getitem, is_, methodcaller
 from types import MappingProxyType
 from typing import Any
 
@@ -48,6 +48,9 @@ PARTS = frozenset({
     "_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks_with_kwargs",
 })  # fmt: skip
 """Dictionaries that a module keeps for life; what they hold is compared."""
+
+
+_CODE = attrgetter("__code__")
 
 
 class By(enum.Enum):
@@ -437,7 +440,7 @@ class Pins:
         self._sizes = list(map(len, self._sized))
         self._lists = list(map(keys_of, self._listed))
         self._types = list(map(type, self._typed))
-        self._codes = list(map(code_of, self._functions))
+        self._codes = list(map(_CODE, self._functions))
         first = {id(tensor): i for i, tensor in reversed(list(enumerate(self.tensors)))}
         self._same = [(first[id(tensor)], i) for i, tensor in enumerate(self.tensors) if first[id(tensor)] != i]
         self._unique = sorted(first.values())  # the check refuses a tensor that comes twice
@@ -480,7 +483,7 @@ class Pins:
             return False
         if list(map(type, self._typed)) != self._types or list(map(keys_of, self._listed)) != self._lists:
             return False
-        if list(map(code_of, self._functions)) != self._codes:
+        if list(map(_CODE, self._functions)) != self._codes:
             return False
         return all(is_same_value(find(), value) for find, value in self._computed)
 
