@@ -25,7 +25,7 @@ from torch.utils import _pytree as pytree
 
 from dicompile.errors import CannotCapture
 
-PLAIN = (bool, int, float, complex, str, type(None), torch.dtype, torch.device)
+PLAIN = (bool, int, float, complex, str, bytes, range, type(None), torch.dtype, torch.device)
 _SIMPLE = frozenset(PLAIN)
 _OPERATORS = (OpOverload, OpOverloadPacket, HigherOrderOperator, CustomOpDef)
 """Of whose instances identity says everything."""
@@ -363,7 +363,8 @@ def _unflatten(values: Iterable[Any], kind: _Class) -> object:
     if isinstance(like, functools.partial):
         return type(like)(held["func"], *held["args"], **held["keywords"])
     made = copy.copy(like)
-    vars(made).update(held)
+    for name, value in held.items():
+        object.__setattr__(made, name, value)  # it may be frozen, and a module checks what it is given
     return made
 
 
@@ -371,14 +372,23 @@ def _held_by(value: Any) -> Mapping[str, Any] | None:
     """What an object holds that a forward may read or write; None for one whose identity says everything."""
     if isinstance(value, types.FunctionType):
         return _held_by_function(value)
-    if isinstance(value, types.MethodType):
-        return {"__func__": value.__func__, "__self__": value.__self__}
-    if isinstance(value, functools.partial):
-        return {"func": value.func, "args": value.args, "keywords": value.keywords}
+    if isinstance(value, (types.MethodType, functools.partial)):
+        names = ("__func__", "__self__") if isinstance(value, types.MethodType) else ("func", "args", "keywords")
+        return {name: getattr(value, name) for name in names}
     if isinstance(value, nn.Module):
         return {name: held for name, held in vars(value).items() if name != "_non_persistent_buffers_set"}
-    is_fixed = isinstance(value, (type, *_OPERATORS)) or (callable(value) and not hasattr(value, "__dict__"))
-    return None if is_fixed else vars(value)
+    if isinstance(value, (type, *_OPERATORS)):
+        return None
+    held = {**_in_slots(value), **getattr(value, "__dict__", {})}
+    return None if callable(value) and not held and not hasattr(value, "__dict__") else held
+
+
+def _in_slots(value: object) -> dict[str, Any]:
+    """Attributes for which a class written in Python has a place of its own (``__slots__``)."""
+    classes = (cls for cls in type(value).__mro__ if "__slots__" in vars(cls))
+    places = (item for cls in classes for item in vars(cls).items())
+    names = (name for name, place in places if isinstance(place, types.MemberDescriptorType))
+    return {name: getattr(value, name) for name in names if hasattr(value, name)}
 
 
 def _held_by_function(function: types.FunctionType) -> Mapping[str, Any] | None:
@@ -426,10 +436,11 @@ def _opened(value: Any, depth: int = 0) -> Any:
     def opened(leaf: Any) -> Any:
         if isinstance(leaf, (Tensor, types.CodeType, *PLAIN)) or is_number(leaf):
             return leaf
-        held = _held_by(leaf) if hasattr(leaf, "__dict__") or callable(leaf) else {}
+        is_open = hasattr(leaf, "__dict__") or callable(leaf) or bool(_in_slots(leaf))
+        held = _held_by(leaf) if is_open else {}
         if held is None:
             return leaf
-        if (not held and not hasattr(leaf, "__dict__")) or depth > _DEEPEST:
+        if not is_open or depth > _DEEPEST:
             raise CannotCapture(
                 f"an argument holds an object of class {type(leaf).__name__}",
                 where="capture",

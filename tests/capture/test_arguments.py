@@ -141,6 +141,30 @@ class Takes(nn.Module):
         return self.linear(x) * kind * (1.0 if scale is None else scale)
 
 
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """A frozen object without a dictionary."""
+
+    kept: Any
+    by: float = 1.0
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_objects_without_a_dictionary_are_looked_into(way: str) -> None:
+    class Reads(Takes):
+        def forward(self, x: Tensor, mask: Tensor, settings: Any, places: range) -> Tensor:  # type: ignore[override]
+            return super().forward(x, mask) * settings.by + settings.kept + len(places)
+
+    module = Reads(way)
+    model = optimized(module)
+    one, two = torch.randn(2, WIDTH), torch.randn(2, WIDTH)
+    for settings in (Settings(one), Settings(two), Settings(one, 3.0), Settings(2.0)):
+        for places in (range(2), range(3)):
+            (inputs,) = calls({"settings": settings, "places": places})
+            same(model, module, **inputs)
+    assert counted(model) == 6  # values of tensors may differ
+
+
 def calls(*values: Any) -> list[dict[str, Any]]:
     mask = torch.ones(2, dtype=torch.bool)
     return [{"x": torch.randn(2, WIDTH), "mask": mask, **value} for value in values]
