@@ -25,9 +25,6 @@ from dicompile.wrapper import record_of
 from tests.capture.follow import WAYS, WIDTH, Model, counted, follow, given, optimized, same
 from tests.models import dit, flux, pixart
 
-NO_GUARD = pytest.mark.xfail(torch.__version__ < "2.12", reason="Dynamo of torch 2.11 guards on no such value")
-"""What torch.compile does not follow either."""
-
 FACTOR = 2.0
 SETTINGS = SimpleNamespace(factor=2.0, inner=SimpleNamespace(factors=[1.0, 2.0]))
 
@@ -294,7 +291,7 @@ def test_a_global_that_changes_is_followed(name: str, way: str, monkeypatch: pyt
         follow(module, lambda: patch.setattr(owner, attribute, value, raising=False), patch.undo)
 
 
-@pytest.mark.parametrize("way", [pytest.param("dynamo", marks=NO_GUARD), "running"])
+@pytest.mark.parametrize("way", WAYS)
 def test_a_class_attribute_of_a_global_is_followed(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
         follow(Globals(way), lambda: patch.setattr(Processor, "bias", 3.0), patch.undo)
@@ -321,7 +318,9 @@ def test_a_variable_of_an_enclosing_function_is_followed(way: str) -> None:
     follow(Closes(way), change, lambda: scales.__setitem__(0, 5.0))
 
 
-@NO_GUARD
+@pytest.mark.xfail(
+    torch.__version__ < "2.12", reason="Dynamo of torch 2.11 guards on no default, nor does torch.compile"
+)
 def test_a_default_argument_is_followed() -> None:
     class Defaults(Model):
         def extra(self, x: Tensor, factor: float = 2.0, *, shift: float = 1.0) -> Tensor:
