@@ -1,4 +1,4 @@
-"""Everything that the environment decides, read in one place.
+"""Everything that the environment decides, read in one place; and the whole of it, where a model reads of it.
 
 | variable | meaning |
 |---|---|
@@ -23,6 +23,15 @@ from torch._logging import trace_structured  # type: ignore[attr-defined]
 from dicompile.debug import INDEX, index_page
 from dicompile.errors import InvalidSetting
 from dicompile.store import Store, written_whole
+
+READING_ENVIRONMENT = frozenset({os.environ.encodekey.__code__, os.environ.decodevalue.__code__})
+"""Code that runs whenever an environment variable is looked up, wherever the look-up begins."""
+_SET_BY_TORCH = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")
+
+
+def environment() -> int:
+    """What tells environments apart, but for variables that torch sets when it first compiles; no values are kept."""
+    return hash(frozenset(item for item in os.environ.items() if item[0] not in _SET_BY_TORCH))
 
 
 @dataclass(frozen=True, slots=True)

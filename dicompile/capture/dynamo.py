@@ -29,7 +29,6 @@ from dicompile.capture.captured import Captured, Changes, Unsettled, holds_tenso
 from dicompile.capture.guards import (
     ENVIRONMENT,
     PARTS,
-    READING_ENVIRONMENT,
     By,
     Fact,
     Guards,
@@ -55,6 +54,7 @@ from dicompile.compat import (
     noting_misses,
     noting_writes,
 )
+from dicompile.config import READING_ENVIRONMENT
 from dicompile.errors import CannotCapture
 from dicompile.parked import is_own_method
 from dicompile.tensor_parallel import HOOKS
@@ -341,7 +341,7 @@ class _Read:
             self._read_methods()
         if not CLASSES_ARE_GUARDED:
             self._read_classes(made.codes)
-        if READING_ENVIRONMENT & made.codes:  # there is no guard for `os.getenv`, nor for a variable that is not there
+        if READING_ENVIRONMENT & made.codes:  # not all of what is looked up has a guard
             self._follow(ENVIRONMENT)
         self._values[Path("builtins")] = python_module("builtins")
 
@@ -483,7 +483,7 @@ class _Read:
             return base.attribute(source.field).item(source.idx_key)
         if isinstance(source, (sources.TypeSource, *_NAMED)):
             return base.via(By.TYPE) if isinstance(source, sources.TypeSource) else base.attribute(_NAMED[type(source)])
-        if isinstance(source, (sources.NNModuleSource, sources.TypeDictSource)):
+        if isinstance(source, (sources.NNModuleSource, sources.TypeDictSource, sources.SubclassAttrListSource)):
             return base
         raise _unknown(base, f"Dynamo calls it a {type(source).__name__}, which dicompile does not know")
 

@@ -15,7 +15,6 @@ from __future__ import annotations
 import enum
 import functools
 import logging
-import os
 import sys
 import threading
 import types
@@ -32,6 +31,7 @@ from torch import Tensor, nn
 
 from dicompile.capture.hooked import do_the_same
 from dicompile.compat import local_part, tensor_check
+from dicompile.config import environment
 from dicompile.errors import CannotCapture
 from dicompile.ops.wrapped import is_wrapped, wrapper_of
 from dicompile.parked import HOOKED, Home, Parked, forward_under_hooks, is_own_method, kind_of, seen_as
@@ -193,18 +193,8 @@ class Variable:
         return self.name
 
 
-_SET_BY_TORCH = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")
-
-
-def _environment() -> int:
-    """Of all environment variables but those that torch sets when it first compiles; values are nobody's to keep."""
-    return hash(frozenset(item for item in os.environ.items() if item[0] not in _SET_BY_TORCH))
-
-
-ENVIRONMENT = Path("os", ((By.ATTRIBUTE, "environ"), (By.CELL, Content("values", _environment))))
+ENVIRONMENT = Path("os", ((By.ATTRIBUTE, "environ"), (By.CELL, Content("values", environment))))
 """What environment variables hold, all together: which one a forward asks for cannot always be told."""
-READING_ENVIRONMENT = frozenset({os.environ.encodekey.__code__, os.environ.decodevalue.__code__})
-"""Code that runs whenever one of them is looked up, wherever the look-up begins."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -33,7 +33,6 @@ from dicompile.capture.guards import (
     FIXED,
     PARTS,
     PLAIN,
-    READING_ENVIRONMENT,
     By,
     Cell,
     Content,
@@ -45,6 +44,7 @@ from dicompile.capture.guards import (
 )
 from dicompile.capture.homes import Homes
 from dicompile.capture.names import OWN, Namespaces, imported, is_of_others, is_of_torch
+from dicompile.config import READING_ENVIRONMENT
 from dicompile.errors import CannotCapture
 from dicompile.parked import seen_as
 from dicompile.tensor_parallel import HOOKS
