@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
-from operator import getitem, is_, methodcaller
+from operator import attrgetter, getitem, is_, methodcaller
 from types import MappingProxyType
 from typing import Any
 
@@ -301,6 +301,7 @@ class Guards:
         same: pairs of positions among the tensors that hold one and the same tensor.
         modules: paths of the modules that ran; hooks that they get change what they do.
         hooks: for each module, and for each of `HOOKS`, the number of hooks that it had.
+        called: for each module, what its class has in the place of torch's own way to call it; see `called_by`.
     """
 
     facts: tuple[Fact, ...]
@@ -309,6 +310,7 @@ class Guards:
     same: tuple[tuple[int, int], ...] = ()
     modules: tuple[Path, ...] = ()
     hooks: tuple[tuple[int, ...], ...] = ()
+    called: tuple[tuple[Any, ...], ...] = ()
 
     @classmethod
     def of(
@@ -323,7 +325,7 @@ class Guards:
             modules: paths of the modules that ran.
         """
         walk = Walk(module)
-        found = [walk.value(path) for path in tensors]
+        found, ran = [walk.value(path) for path in tensors], [walk.value(path) for path in modules]
         first = {id(tensor): i for i, tensor in reversed(list(enumerate(found)))}
         return cls(
             facts=tuple(sorted(facts.values(), key=lambda fact: len(fact.path.links))),
@@ -331,7 +333,8 @@ class Guards:
             metas=tuple(meta_of(tensor) for tensor in found),
             same=tuple((first[id(tensor)], i) for i, tensor in enumerate(found) if first[id(tensor)] != i),
             modules=tuple(modules),
-            hooks=tuple(_hook_counts(walk.value(path)) for path in modules),
+            hooks=tuple(map(_hook_counts, ran)),
+            called=tuple(called_by(type(module)) for module in ran),
         )
 
     def below(self, path: Path) -> Guards:
@@ -364,11 +367,11 @@ class Guards:
             if wrong is not None:
                 return wrong
             tensors = [walk.value(path) for path in self.tensors]
-            hooked = [walk.value(path) for path in self.modules]
+            ran = [walk.value(path) for path in self.modules]
         except (KeyError, IndexError, AttributeError, TypeError) as error:
             return f"a path is gone: {error}"
-        wrong = self._other_tensor(tensors, homes) or self._other_hook(hooked)
-        return wrong or walk.pins(self.tensors, tensors, hooked)
+        wrong = self._other_tensor(tensors, homes) or self._other_call(ran)
+        return wrong or walk.pins(self.tensors, tensors, ran)
 
     def found(self, module: nn.Module, homes: Mapping[int, Home] = MappingProxyType({})) -> Pins:
         """What lies in a module for which they hold, as that of which they were made; see `pin`."""
@@ -383,9 +386,13 @@ class Guards:
         is_untied = any(tensors[i] is not tensors[j] for i, j in self.same)
         return "tensors that were one are two now" if is_untied else None
 
-    def _other_hook(self, modules: Sequence[nn.Module]) -> str | None:
-        changed = [p for p, m, n in zip(self.modules, modules, self.hooks, strict=True) if _hook_counts(m) != n]
-        return f"{changed[0]} has other hooks now" if changed else None
+    def _other_call(self, modules: Sequence[nn.Module]) -> str | None:
+        for path, module, hooks, called in zip(self.modules, modules, self.hooks, self.called, strict=True):
+            if _hook_counts(module) != hooks:
+                return f"{path} has other hooks now"
+            if called_by(type(module)) != called:
+                return f"{path} is called in another way now"
+        return None
 
     def __str__(self) -> str:
         tensors = [f"{path}: {meta}" for path, meta in zip(self.tensors, self.metas, strict=True)]
@@ -403,6 +410,14 @@ def _shown(value: object) -> str:
     if isinstance(value, Tensor):
         return f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)} on {value.device}"
     return repr(value) if isinstance(value, PLAIN) else f"a {type(value).__name__}"
+
+
+_CALLED = attrgetter("__call__", "_call_impl")
+
+
+def called_by(kind: type) -> tuple[Any, ...]:
+    """What a class of modules has in the place of torch's own way to call them, which tracers exchange for a while."""
+    return tuple(own for own, torchs in zip(_CALLED(kind), _CALLED(nn.Module), strict=True) if own is not torchs)
 
 
 def _hook_counts(module: nn.Module) -> tuple[int, ...]:
@@ -437,6 +452,8 @@ class Pins:
         self._sizes = list(map(len, self._sized))
         self._lists = list(map(keys_of, self._listed))
         self._types = list(map(type, self._typed))
+        self._classes = [kind for kind in dict.fromkeys(self._types) if issubclass(kind, nn.Module)]
+        self._called = list(map(_CALLED, self._classes))
         self._codes = list(map(code_of, self._functions))
         first = {id(tensor): i for i, tensor in reversed(list(enumerate(self.tensors)))}
         self._same = [(first[id(tensor)], i) for i, tensor in enumerate(self.tensors) if first[id(tensor)] != i]
@@ -480,7 +497,7 @@ class Pins:
             return False
         if list(map(type, self._typed)) != self._types or list(map(keys_of, self._listed)) != self._lists:
             return False
-        if list(map(code_of, self._functions)) != self._codes:
+        if list(map(code_of, self._functions)) != self._codes or list(map(_CALLED, self._classes)) != self._called:
             return False
         return all(is_same_value(find(), value) for find, value in self._computed)
 
