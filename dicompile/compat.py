@@ -28,6 +28,7 @@ from torch._functorch._aot_autograd.functional_utils import (
     has_metadata_mutation,
     to_fun,
 )
+from torch._ops import mode_stack_state_for_pre_dispatch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch._subclasses.functional_tensor import FunctionalTensorMode
 from torch.autograd import forward_ad
@@ -340,7 +341,8 @@ def transform_around() -> str | None:
     if torch.compiler.is_exporting():
         return "torch.export"
     tracers = (ProxyTorchDispatchMode, FakeTensorMode)
-    return next((type(m).__name__ for m in _get_current_dispatch_mode_stack() if isinstance(m, tracers)), None)
+    modes = (*_get_current_dispatch_mode_stack(), mode_stack_state_for_pre_dispatch().get(0))  # the latter a tracer's
+    return next((type(m).__name__ for m in modes if isinstance(m, tracers)), None)
 
 
 @contextlib.contextmanager

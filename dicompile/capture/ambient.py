@@ -53,13 +53,15 @@ def entry_of(module: nn.Module) -> str:
     Those of all modules run around an optimized module already, since that is one, too.
 
     Raises:
-        CannotCapture: it has hooks of both kinds, of which the outer ones would come first.
+        CannotCapture: it has hooks of both kinds, or a ``__call__`` of its own; the outer hooks would come first.
     """
+    has_own_call = type(module).__call__ is not nn.Module.__call__
     if not hooks_of_all():
-        return "_call_impl"
-    if module._forward_hooks or module._forward_pre_hooks:
+        return "__call__" if has_own_call else "_call_impl"
+    if has_own_call or module._forward_hooks or module._forward_pre_hooks:
+        has = "a __call__ of its own" if has_own_call else "hooks"
         raise CannotCapture(
-            f"{type(module).__name__} has hooks, and all modules have some",
+            f"{type(module).__name__} has {has}, and all modules have some hooks",
             where="capture",
             why="an optimized module runs those of all modules around its own, and not between them",
             fix="remove the hooks of all modules (torch.nn.modules.module), or those of this one, while it is called",

@@ -341,6 +341,7 @@ class _Read:
             self._read_methods()
         if not CLASSES_ARE_GUARDED:
             self._read_classes(made.codes)
+        self._read_asked(made.codes)
         if READING_ENVIRONMENT & made.codes:  # not all of what is looked up has a guard
             self._follow(ENVIRONMENT)
         self._values[Path("builtins")] = python_module("builtins")
@@ -402,6 +403,17 @@ class _Read:
             for name, value in vars(module).items():
                 if isinstance(value, types.MethodType) and not is_own_method(module, value):
                     self.facts[path.attribute(name)] = Fact.of(path.attribute(name), value)
+
+    def _read_asked(self, codes: Collection[types.CodeType]) -> None:
+        """What code mentions and a module lacks, where its class was asked instead: ``__getattr__`` comes last."""
+        names = sorted({name for code in codes for name in code.co_names if not name.startswith("__")})
+        for path in self.modules:
+            kind, module = type(self._values[path]), self._values[path]
+            asked = getattr(kind, "__getattr__", None)
+            if asked is nn.Module.__getattr__ or getattr(asked, "__code__", None) not in codes:
+                continue
+            absent = (path.attribute(n) for n in names if not hasattr(kind, n) and find_place(module, n) is None)
+            self.facts = {at: Fact(at, "absent") for at in absent} | self.facts
 
     def _read_classes(self, codes: Collection[types.CodeType]) -> None:
         """What classes of what was read have under a name that code mentions."""

@@ -51,6 +51,7 @@ PARTS = frozenset({
 
 
 _CODE = attrgetter("__code__")
+_CALLED = attrgetter("__call__", "_call_impl")
 
 
 class By(enum.Enum):
@@ -294,6 +295,7 @@ class Guards:
         same: pairs of positions among the tensors that hold one and the same tensor.
         modules: paths of the modules that ran; hooks that they get change what they do.
         hooks: for each module, and for each of `HOOKS`, the number of hooks that it had.
+        called: for each module, what its class has in the place of torch's own way to call it; see `called_by`.
     """
 
     facts: tuple[Fact, ...]
@@ -302,6 +304,7 @@ class Guards:
     same: tuple[tuple[int, int], ...] = ()
     modules: tuple[Path, ...] = ()
     hooks: tuple[tuple[int, ...], ...] = ()
+    called: tuple[tuple[Any, ...], ...] = ()
 
     @classmethod
     def of(
@@ -316,7 +319,7 @@ class Guards:
             modules: paths of the modules that ran.
         """
         walk = Walk(module)
-        found = [walk.value(path) for path in tensors]
+        found, ran = [walk.value(path) for path in tensors], [walk.value(path) for path in modules]
         first = {id(tensor): i for i, tensor in reversed(list(enumerate(found)))}
         return cls(
             facts=tuple(sorted(facts.values(), key=lambda fact: len(fact.path.links))),
@@ -324,7 +327,8 @@ class Guards:
             metas=tuple(meta_of(tensor) for tensor in found),
             same=tuple((first[id(tensor)], i) for i, tensor in enumerate(found) if first[id(tensor)] != i),
             modules=tuple(modules),
-            hooks=tuple(_hook_counts(walk.value(path)) for path in modules),
+            hooks=tuple(map(_hook_counts, ran)),
+            called=tuple(called_by(type(module)) for module in ran),
         )
 
     def below(self, path: Path) -> Guards:
@@ -357,11 +361,11 @@ class Guards:
             if wrong is not None:
                 return wrong
             tensors = [walk.value(path) for path in self.tensors]
-            hooked = [walk.value(path) for path in self.modules]
+            ran = [walk.value(path) for path in self.modules]
         except (KeyError, IndexError, AttributeError, TypeError) as error:
             return f"a path is gone: {error}"
-        wrong = self._other_tensor(tensors, homes) or self._other_hook(hooked)
-        return wrong or walk.pins(self.tensors, tensors, hooked)
+        wrong = self._other_tensor(tensors, homes) or self._other_call(ran)
+        return wrong or walk.pins(self.tensors, tensors, ran)
 
     def found(self, module: nn.Module, homes: Mapping[int, Home] = MappingProxyType({})) -> Pins:
         """What lies in a module for which they hold, as that of which they were made; see `pin`."""
@@ -376,9 +380,13 @@ class Guards:
         is_untied = any(tensors[i] is not tensors[j] for i, j in self.same)
         return "tensors that were one are two now" if is_untied else None
 
-    def _other_hook(self, modules: Sequence[nn.Module]) -> str | None:
-        changed = [p for p, m, n in zip(self.modules, modules, self.hooks, strict=True) if _hook_counts(m) != n]
-        return f"{changed[0]} has other hooks now" if changed else None
+    def _other_call(self, modules: Sequence[nn.Module]) -> str | None:
+        for path, module, hooks, called in zip(self.modules, modules, self.hooks, self.called, strict=True):
+            if _hook_counts(module) != hooks:
+                return f"{path} has other hooks now"
+            if called_by(type(module)) != called:
+                return f"{path} is called in another way now"
+        return None
 
     def __str__(self) -> str:
         tensors = [f"{path}: {meta}" for path, meta in zip(self.tensors, self.metas, strict=True)]
@@ -396,6 +404,11 @@ def _shown(value: object) -> str:
     if isinstance(value, Tensor):
         return f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)} on {value.device}"
     return repr(value) if isinstance(value, PLAIN) else f"a {type(value).__name__}"
+
+
+def called_by(kind: type) -> tuple[Any, ...]:
+    """What a class of modules has in the place of torch's own way to call them, which tracers exchange for a while."""
+    return tuple(own for own, torchs in zip(_CALLED(kind), _CALLED(nn.Module), strict=True) if own is not torchs)
 
 
 def _hook_counts(module: nn.Module) -> tuple[int, ...]:
@@ -430,6 +443,8 @@ class Pins:
         self._sizes = list(map(len, self._sized))
         self._lists = list(map(keys_of, self._listed))
         self._types = list(map(type, self._typed))
+        self._classes = [kind for kind in dict.fromkeys(self._types) if issubclass(kind, nn.Module)]
+        self._called = list(map(_CALLED, self._classes))
         self._codes = list(map(_CODE, self._functions))
         first = {id(tensor): i for i, tensor in reversed(list(enumerate(self.tensors)))}
         self._same = [(first[id(tensor)], i) for i, tensor in enumerate(self.tensors) if first[id(tensor)] != i]
@@ -473,7 +488,7 @@ class Pins:
             return False
         if list(map(type, self._typed)) != self._types or list(map(keys_of, self._listed)) != self._lists:
             return False
-        if list(map(_CODE, self._functions)) != self._codes:
+        if list(map(_CODE, self._functions)) != self._codes or list(map(_CALLED, self._classes)) != self._called:
             return False
         return all(is_same_value(find(), value) for find, value in self._computed)
 

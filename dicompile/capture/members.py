@@ -28,7 +28,7 @@ from dicompile.capture.arguments import Arguments
 from dicompile.capture.captured import Captured
 from dicompile.capture.dynamo import Traced, trace
 from dicompile.capture.functional import laid_out_like
-from dicompile.capture.guards import By, Guards, Path, Pins
+from dicompile.capture.guards import By, Guards, Path, Pins, called_by
 from dicompile.capture.standins import shallow, stand_in_for
 from dicompile.compat import lazy_graph_module, left_alone
 from dicompile.nodes import results_of
@@ -113,8 +113,7 @@ def _is_plain(block: nn.Module) -> bool:
     """True for a block of some size that nobody changed what calling it means."""
     kind = type(block)
     return (
-        kind.__call__ is nn.Module.__call__
-        and kind._call_impl is nn.Module._call_impl
+        not called_by(kind)
         and "forward" not in vars(block)
         and block._compiled_call_impl is None
         and not any(vars(block)[name] for name in _HOOKS)
@@ -354,6 +353,7 @@ def _joined(parts: Sequence[tuple[Guards, Sequence[Tensor]]]) -> tuple[Guards, l
         p: (t, meta) for guards, own in parts for p, t, meta in zip(guards.tensors, own, guards.metas, strict=True)
     }
     hooks = {path: count for guards, _ in parts for path, count in zip(guards.modules, guards.hooks, strict=True)}
+    called = {path: by for guards, _ in parts for path, by in zip(guards.modules, guards.called, strict=True)}
     own = [tensor for tensor, _ in found.values()]
     first = {id(tensor): i for i, tensor in reversed(list(enumerate(own)))}
     joined = Guards(
@@ -363,6 +363,7 @@ def _joined(parts: Sequence[tuple[Guards, Sequence[Tensor]]]) -> tuple[Guards, l
         same=tuple((first[id(tensor)], i) for i, tensor in enumerate(own) if first[id(tensor)] != i),
         modules=tuple(hooks),
         hooks=tuple(hooks.values()),
+        called=tuple(called.values()),
     )
     return joined, own
 

@@ -187,7 +187,8 @@ def is_equal(first: Tensor, second: Tensor) -> bool:
 def is_portable(guards: Guards) -> bool:
     """True if guards name nothing but what every module of the class has: no closures, no objects of one module."""
     paths = (*guards.tensors, *guards.modules, *(fact.path for fact in guards.facts))
-    return all(map(_is_portable_path, paths)) and all(map(_is_portable_fact, guards.facts))
+    are_portable = all(map(_is_portable_path, paths)) and all(map(_is_portable_fact, guards.facts))
+    return are_portable and _is_plain(guards.called)
 
 
 def _is_portable_path(path: Path) -> bool:

@@ -74,6 +74,7 @@ def to_bytes(module: nn.Module, captured: Captured, capture: Capture) -> bytes:
     guards, sources, walk = captured.guards, Sources(), Walk(module)
     _check(bool(captured.codes) and not captured.reads, "a model that was run")
     _check(not any(map(any, guards.hooks)), "hooks")
+    _check(not any(guards.called), "a class of modules that are called in a way of their own")
     _check(all(meta[0] in _TENSORS for meta in guards.metas), "a tensor of a class of its own")
     for node in captured.graph.graph.nodes:
         _check(_is_of_torch(node), f"{node.target}")
@@ -190,6 +191,7 @@ def _guards_of(head: Mapping[str, Any], module: nn.Module) -> Guards:
         same=tuple((i, j) for i, j in head["same"]),
         modules=modules,
         hooks=tuple((0, 0) for _ in modules),
+        called=tuple(() for _ in modules),
     )
     _require(not isinstance(guards.pin(module), str))
     return guards

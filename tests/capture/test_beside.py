@@ -233,6 +233,27 @@ def test_a_tensor_in_a_context_variable_is_followed(way: str) -> None:
         same(model, module, **given(seed))
 
 
+def test_an_attribute_that_comes_before_what_a_class_answers_is_followed() -> None:
+    class Asks(Model):
+        def __init__(self, way: str) -> None:
+            super().__init__(way)
+            self.config = {"scale": 1.0}
+
+        def __getattr__(self, name: str) -> Any:
+            return self.__dict__["config"][name] if name == "scale" else super().__getattr__(name)
+
+        def extra(self, x: Tensor) -> Tensor:
+            return x * self.scale
+
+    module = Asks("dynamo")
+    changes = (
+        lambda: module.config.update(scale=2.0),
+        lambda: setattr(module, "scale", 3.0),
+        lambda: delattr(module, "scale"),
+    )
+    follow.follow(module, *changes)
+
+
 ASKS: dict[str, Callable[[], str | None]] = {
     "environ.get": lambda: os.environ.get("DICOMPILE_TEST"),
     "getenv": lambda: os.getenv("DICOMPILE_TEST"),

@@ -488,6 +488,41 @@ def test_a_tensor_around_a_function_is_followed(way: str) -> None:
 
 
 @pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("name", ["__call__", "_call_impl"])
+@pytest.mark.parametrize("place", ["the module", "a part"])
+def test_a_class_that_is_called_in_a_way_of_its_own_is_followed(place: str, name: str, way: str) -> None:
+    class Part(nn.Linear):
+        pass
+
+    class Whole(Model):
+        def __init__(self, way: str) -> None:
+            super().__init__(way)
+            self.linear = Part(WIDTH, WIDTH)
+
+    changed: Any = Whole if place == "the module" else Part
+
+    def doubled(self: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
+        result: Tensor = getattr(super(changed, self), name)(*args, **kwargs)
+        return result * 2
+
+    module = Whole(way)
+    follow(module, lambda: setattr(changed, name, doubled), lambda: delattr(changed, name))
+    setattr(changed, name, doubled)
+    follow(module)
+    delattr(changed, name)
+
+
+def test_a_call_of_its_own_beside_hooks_of_all_modules_is_refused() -> None:
+    class Doubles(Model):
+        def __call__(self, *args: Any, **kwargs: Any) -> Any:
+            return super().__call__(*args, **kwargs) * 2
+
+    hook = nn.modules.module.register_module_forward_hook(lambda _, __, ___: None)
+    with hook, pytest.raises(CannotCapture, match="Doubles has a __call__ of its own, and all modules have some hooks"):
+        optimized(Doubles("dynamo"))(**given())
+
+
+@pytest.mark.parametrize("way", WAYS)
 def test_hooks_of_a_module_beside_those_of_all_are_refused(way: str) -> None:
     """Those of all would run around its own, where torch runs them before."""
     module = reading(way, blocks)
@@ -498,7 +533,7 @@ def test_hooks_of_a_module_beside_those_of_all_are_refused(way: str) -> None:
     )
     with hook, refused as caught:
         optimized(module)(**given())
-    assert "has hooks, and all modules have some" in str(caught.value)
+    assert "has hooks, and all modules have some hooks" in str(caught.value)
     follow(module)
 
 

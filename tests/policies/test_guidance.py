@@ -290,6 +290,17 @@ def test_a_half_that_joins_late_computes_its_first_step(
     torch.testing.assert_close(value, expected, rtol=1e-4, atol=1e-5)
 
 
+def test_a_half_that_joins_for_the_last_two_steps_computes_them(
+    model: Any, sample: Sample, texts: dict[str, dict[str, Tensor]]
+) -> None:
+    """Nothing is left to decide then, and still the output is stored."""
+    for step, latent in list(enumerate(latents()))[-2:]:
+        for name in HALVES:
+            with torch.no_grad():
+                wanted = call(sample.model, sample, texts[name], step, latent)
+            torch.testing.assert_close(call(model, sample, texts[name], step, latent, name), wanted)
+
+
 def test_a_difference_that_was_taken_without_a_partner_is_not_used(
     model: Any, sample: Sample, texts: dict[str, dict[str, Tensor]]
 ) -> None:
