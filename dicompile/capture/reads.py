@@ -170,8 +170,8 @@ class Reads:
             try:
                 value = original(obj, name)
             except AttributeError:
-                if is_ours and not isinstance(obj, nn.Module):  # which looks further
-                    self._note_absent(obj, name)
+                if is_ours:
+                    self._note_not_found(obj, name)
                 raise
             if is_ours and sys._getframe(1).f_code not in _ACCESS:
                 self._note_attribute(obj, name, value)
@@ -230,6 +230,14 @@ class Reads:
             self._looked_up.add(path)
         if place is None and path in self.facts:  # it may be made at every look-up
             self.facts[path] = Fact.of(path, value)
+
+    def _note_not_found(self, obj: Any, name: str) -> None:
+        """What is in no dictionary of an object: the class may still answer, where a module looks further by itself."""
+        self._is_busy = True
+        is_asked = not isinstance(obj, nn.Module) or type(obj).__getattr__ is not nn.Module.__getattr__
+        if is_asked and find_place(obj, name) is None:
+            self._note_absent(obj, name)
+        self._is_busy = False
 
     def _note_absent(self, obj: Any, name: str) -> None:
         parent = self._path_of.get(id(obj))

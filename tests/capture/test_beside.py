@@ -233,7 +233,8 @@ def test_a_tensor_in_a_context_variable_is_followed(way: str) -> None:
         same(model, module, **given(seed))
 
 
-def test_an_attribute_that_comes_before_what_a_class_answers_is_followed() -> None:
+@pytest.mark.parametrize("way", WAYS)
+def test_an_attribute_that_comes_before_what_a_class_answers_is_followed(way: str) -> None:
     class Asks(Model):
         def __init__(self, way: str) -> None:
             super().__init__(way)
@@ -245,7 +246,7 @@ def test_an_attribute_that_comes_before_what_a_class_answers_is_followed() -> No
         def extra(self, x: Tensor) -> Tensor:
             return x * self.scale
 
-    module = Asks("dynamo")
+    module = Asks(way)
     changes = (
         lambda: module.config.update(scale=2.0),
         lambda: setattr(module, "scale", 3.0),
