@@ -7,6 +7,7 @@ so that no look-up of its own decides at run time, and nothing of it stays behin
 from __future__ import annotations
 
 import contextlib
+import dis
 import logging
 import re
 import sys
@@ -73,6 +74,7 @@ _NAMED: dict[type, str] = {
     sources.CodeSource: "__code__",
     sources.ClosureSource: "__closure__",
 }
+_MATCH_KEYS = dis.opmap["MATCH_KEYS"]
 _NO_ATTRIBUTE = re.compile(r"'(\w+)' object has no attribute '(\w+)'")
 _WHOLE = ("CONSTANT_MATCH", "EQUALS_MATCH", "ID_MATCH")
 
@@ -332,7 +334,7 @@ class _Read:
         self.tensors: list[Path] = []
         self.modules: list[Path] = [Path()]
         self.containers: dict[str, Any] = {}
-        self._aliases = made.aliases
+        self._aliases, self._codes = made.aliases, made.codes
         self._homes, self._foreign = homes, {path: called for called, path in homes.foreign.items()}
         self._values: dict[Path, Any] = {Path(): module}
         for source, kind, operand in made.guards:
@@ -360,7 +362,8 @@ class _Read:
 
         Which dictionary or list it was is not said, so all of them have to be as long, and have the keys, as then.
         """
-        for kind, said in misses:
+        matches = any(_MATCH_KEYS in code.co_code[::2] for code in self._codes)  # nor does a pattern have a guard
+        for kind, said in [*misses, *([(KeyError, "")] if matches else [])]:
             named = _NO_ATTRIBUTE.search(said) if issubclass(kind, AttributeError) else None
             for path, value in list(self._values.items()):
                 if issubclass(kind, LookupError) and isinstance(value, (Mapping, list)):

@@ -90,6 +90,13 @@ def suppressed(held: dict[str, float]) -> float:
     return 1.0
 
 
+def matched(held: dict[str, float]) -> float:
+    match held:
+        case {"x": value}:
+            return value
+    return 1.0
+
+
 def imported(_: Any) -> float:
     from tests.capture.follow import SCALE_OF_TESTS  # type: ignore[attr-defined]
 
@@ -156,6 +163,7 @@ BESIDE: dict[str, tuple[Callable[[], Any], Callable[[Any], float], Callable[[Any
     "no entry, caught": (dict, by_key, lambda held: held.update(x=3.0)),
     "no entry, in a property": (lambda: Box(table={}), lambda held: held.found, lambda held: held.table.update(x=3.0)),
     "no entry, suppressed": (dict, suppressed, lambda held: held.update(x=3.0)),
+    "no entry, by a pattern": (dict, matched, lambda held: held.update(x=3.0)),
     "no item, caught": (lambda: [1.0], by_position, lambda held: held.append(3.0)),
     "copy": (lambda: Box(x=[1.0]), lambda held: sum(copy.copy(held).x), lambda held: held.x.append(2.0)),
     "deep copy": (lambda: Box(x=[1.0]), lambda held: sum(copy.deepcopy(held).x), lambda held: held.x.append(2.0)),
