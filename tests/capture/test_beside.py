@@ -273,6 +273,7 @@ ASKS: dict[str, Callable[[], str | None]] = {
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("kind", ASKS)
+@pytest.mark.sampled
 def test_environment_variables_are_followed(kind: str, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     class Scaled(Model):
         def extra(self, x: Tensor) -> Tensor:
@@ -336,6 +337,7 @@ ITERATORS: dict[str, Callable[[], Iterator[float]]] = {
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("kind", ITERATORS)
+@pytest.mark.sampled
 def test_an_iterator_is_refused_by_its_name(kind: str, way: str) -> None:
     class Scaled(Model):
         def __init__(self, way: str) -> None:

@@ -124,6 +124,7 @@ def test_a_model_in_bfloat16_stays_in_it_and_weights_in_float32(level: Literal["
     assert all(gradient.dtype == torch.float32 and gradient.any() for gradient in gradients)
 
 
+@pytest.mark.nightly
 def test_compiled_graphs_compute_the_same() -> None:
     sample = plain_dit(layers=1)
     model = learnable(sample.model, sample.inputs)
