@@ -38,7 +38,7 @@ def test_every_rank_may_have_one_half_of_guidance(ranks: Ranks) -> None:
 
 @TOKENS
 @pytest.mark.parametrize(("name", "calls", "blocks"), [
-    ("flux", 1, 2), ("wan", 2, 1), pytest.param("qwen image", 2, 2, marks=NIGHTLY),
+    ("flux", 1, 2), pytest.param("wan", 2, 1, marks=NIGHTLY), pytest.param("qwen image", 2, 2, marks=NIGHTLY),
 ])  # fmt: skip
 def test_ranks_that_share_tokens_give_what_one_gives_and_reuse_without_each_other(
     ranks: Ranks, name: str, calls: int, blocks: int
@@ -130,9 +130,9 @@ def test_ranks_end_a_training_with_what_one_ends_with(ranks: Ranks, tmp_path: Pa
 @pytest.mark.parametrize(("name", "error", "text"), [
     ("a batch of one", InvalidSetting, "2 processes cannot share a batch of 1"),
     pytest.param("gate", UnsupportedParallelism, "decides by the tokens of its rank", marks=TOKENS),
-    pytest.param("different policies", PlansDiffer, "2 different plans on 2 ranks", marks=TOKENS),
-    pytest.param("background", UnsupportedParallelism, "as soon as its own code is compiled", marks=TOKENS),
-    pytest.param("served", CannotBatch, "exchanges values with other ranks", marks=TOKENS),
+    pytest.param("different policies", PlansDiffer, "2 different plans on 2 ranks", marks=[TOKENS, NIGHTLY]),
+    pytest.param("background", UnsupportedParallelism, "as soon as its own code is compiled", marks=[TOKENS, NIGHTLY]),
+    pytest.param("served", CannotBatch, "exchanges values with other ranks", marks=[TOKENS, NIGHTLY]),
     ("ring", UnsupportedModel, "splits tokens by ring attention"),
     ("another class", UnsupportedModel, "cannot become a FSDP"),
 ])  # fmt: skip
