@@ -220,6 +220,7 @@ def test_four_bits_of_bitsandbytes_are_linear_maps() -> None:
 
 
 @pytest.mark.parametrize("batches", [(4,), pytest.param((4, 2, 1), marks=pytest.mark.nightly)])
+@pytest.mark.nightly
 def test_compiled_code_computes_what_the_library_does(batches: tuple[int, ...]) -> None:
     sample = plain_dit(1)
     model = QUANTISED["torchao int8"](sample.model)

@@ -170,7 +170,7 @@ def test_prompts_pictures_and_batches_of_any_size_are_compiled_a_few_times(
 
 
 @pytest.mark.parametrize("prepares", [False, True])
-@pytest.mark.sampled
+@pytest.mark.nightly
 def test_dynamic_sizes_are_symbols_at_once(prepares: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     counted = Counted()
     monkeypatch.setattr(inductor, "_compiled", counted)
@@ -207,7 +207,7 @@ def test_marked_sizes_are_symbols_at_once(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 @pytest.mark.parametrize("at_once", [True, False])
-@pytest.mark.sampled
+@pytest.mark.nightly
 def test_symbols_of_dynamo_are_symbols_at_once(at_once: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     counted = Counted()
     monkeypatch.setattr(inductor, "_compiled", counted)

@@ -129,6 +129,7 @@ def test_an_operator_that_torch_was_told_of_costs_what_torch_says() -> None:
         flop_registry.pop(packet, None)
 
 
+@pytest.mark.nightly
 def test_compiled_code_calls_the_operator() -> None:
     dicompile.register_attention(flash, layout="bnhd")
     own, times = sample(Flash), timesteps(4)

@@ -120,6 +120,7 @@ def test_scores_read_its_log_sum_exp(calls: list[Any], monkeypatch: pytest.Monke
         torch.testing.assert_close(found[output], value, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.nightly
 def test_compiled_code_calls_it(calls: list[Any]) -> None:
     sample = dit(1)
     expected = runs_of(sample, "none", backend="eager")

@@ -154,6 +154,7 @@ def test_own_timesteps_are_planned() -> None:
     check_planned(sampler)
 
 
+@pytest.mark.nightly
 def test_guidance_that_ends_early_leaves_the_other_partner_alone() -> None:
     sampler = optimized(pipes.lumina2())
     sampler(8, cfg_trunc_ratio=0.5)
