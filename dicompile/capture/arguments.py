@@ -436,11 +436,10 @@ def _opened(value: Any, depth: int = 0) -> Any:
     def opened(leaf: Any) -> Any:
         if isinstance(leaf, (Tensor, types.CodeType, *PLAIN)) or is_number(leaf):
             return leaf
-        is_open = hasattr(leaf, "__dict__") or callable(leaf) or bool(_in_slots(leaf))
-        held = _held_by(leaf) if is_open else {}
+        held = _held_by(leaf)
         if held is None:
             return leaf
-        if not is_open or depth > _DEEPEST:
+        if (not held and not hasattr(leaf, "__dict__")) or depth > _DEEPEST:
             raise CannotCapture(
                 f"an argument holds an object of class {type(leaf).__name__}",
                 where="capture",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dis
 import importlib.util
 import types
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path as File
 from typing import Any
 
@@ -55,14 +55,18 @@ class Namespaces:
                 seen |= held.keys()
 
 
-def imported(code: types.CodeType, package: str | None) -> Iterator[str]:
+def instructions_of(code: types.CodeType) -> list[dis.Instruction]:
+    """What code does, one instruction after the other; a prefix for a large number belongs to the next one."""
+    return [instruction for instruction in dis.get_instructions(code) if instruction.opname != "EXTENDED_ARG"]
+
+
+def imported(instructions: Sequence[dis.Instruction], package: str | None) -> Iterator[str]:
     """Names of Python modules that code imports whenever it runs.
 
     Args:
-        code: of a function.
+        instructions: of a function.
         package: in which it lies.
     """
-    instructions = [instruction for instruction in dis.get_instructions(code) if instruction.opname != "EXTENDED_ARG"]
     for i, instruction in enumerate(instructions):
         if instruction.opname == "IMPORT_NAME":
             level, names = instructions[i - 2].argval, instructions[i - 1].argval

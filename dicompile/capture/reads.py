@@ -20,7 +20,7 @@ import threading
 import types
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from typing import Any
 from unittest import mock
@@ -43,7 +43,7 @@ from dicompile.capture.guards import (
     find_place,
 )
 from dicompile.capture.homes import Homes
-from dicompile.capture.names import OWN, Namespaces, imported, is_of_others, is_of_torch
+from dicompile.capture.names import OWN, Namespaces, imported, instructions_of, is_of_others, is_of_torch
 from dicompile.config import READING_ENVIRONMENT
 from dicompile.errors import CannotCapture
 from dicompile.parked import seen_as
@@ -442,10 +442,11 @@ class Reads:
                 module = names.get("__name__", "")
                 if home is None and module in sys.modules and vars(sys.modules[module]) is names:
                     home = Path(module)
+                instructions = instructions_of(code)
                 if home is not None:
-                    self._note_names(code, home, names)
-                for called in (module, *imported(code, names.get("__package__"))):
-                    self._namespaces.add(Path(called), sys.modules.get(called))
+                    self._note_names(instructions, home, names)
+                for other in (module, *imported(instructions, names.get("__package__"))):
+                    self._namespaces.add(Path(other), sys.modules.get(other))
             free = {name: frame.f_locals[name] for name in code.co_freevars if name in frame.f_locals}
             free.pop("__class__", None)
             called = (code, *map(id, free.values()))
@@ -455,8 +456,7 @@ class Reads:
         finally:
             self._is_busy = is_busy
 
-    def _note_names(self, code: types.CodeType, root: Path, names: dict[str, Any]) -> None:
-        instructions = list(dis.get_instructions(code))
+    def _note_names(self, instructions: Sequence[dis.Instruction], root: Path, names: dict[str, Any]) -> None:
         if any(instruction.opname == "STORE_GLOBAL" for instruction in instructions):
             self._changes.setdefault(id(names), Changes(str(root), names))
         for number, instruction in enumerate(instructions):

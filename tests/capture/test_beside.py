@@ -109,6 +109,15 @@ def imported_module(_: Any) -> float:
     return follow.SCALE_OF_TESTS  # type: ignore[attr-defined,no-any-return]
 
 
+def one_of_many(text: str) -> Callable[[Any], float]:
+    """A function of this module that reads a name behind 300 others, whose number takes two instructions."""
+    made: dict[str, Any] = {}
+    others = " + ".join(f"_.name_{number}" for number in range(300))
+    source = f"def reads(_):\n    return {others} if COUNT < 0 else {text}\n"
+    exec(compile(source, __file__, "exec"), globals(), made)
+    return made["reads"]  # type: ignore[no-any-return]
+
+
 def one() -> float:
     return 1.0
 
@@ -155,6 +164,9 @@ BESIDE: dict[str, tuple[Callable[[], Any], Callable[[Any], float], Callable[[Any
     "in the place of that of the class": (Box, lambda held: held.scale, lambda held: setattr(held, "scale", 3.0)),
     "import": (lambda: None, imported, lambda _: setattr(follow, "SCALE_OF_TESTS", 3.0)),
     "imported module": (lambda: None, imported_module, lambda _: setattr(follow, "SCALE_OF_TESTS", 3.0)),
+    "name behind many": (
+        lambda: None, one_of_many("array.SCALE_OF_TESTS"), lambda _: setattr(array, "SCALE_OF_TESTS", 3.0)
+    ),
     "sys.modules": (lambda: None, lambda _: sys.modules[__name__].COUNT, lambda _: setattr(HERE, "COUNT", 3.0)),
     "globals": (lambda: None, lambda _: globals()["COUNT"], lambda _: setattr(HERE, "COUNT", 3.0)),
     "no attribute": (Box, lambda held: getattr(held, "x", 1.0), lambda held: setattr(held, "x", 3.0)),
@@ -176,7 +188,8 @@ def as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Box, "scale", 1.0)
     monkeypatch.setattr(FIRST, "scale", 1.0)
     monkeypatch.setattr(HERE, "COUNT", 1.0)
-    monkeypatch.setattr(follow, "SCALE_OF_TESTS", 1.0, raising=False)
+    for module in (follow, array):
+        monkeypatch.setattr(module, "SCALE_OF_TESTS", 1.0, raising=False)
     monkeypatch.setattr(remembers, "scale", 1.0, raising=False)
     monkeypatch.setattr(one, "__code__", one.__code__)
 
