@@ -139,6 +139,8 @@ class DynamoCapture:
         aliases: Python modules by the names that Dynamo gives them.
         results: how many tensors the graph returns.
         codes: Python code that was traced, ours among it.
+        misses: look-ups of an entry or an attribute that failed meanwhile, on which there is no guard: kind of the
+            exception (``KeyError``), and what it says.
         run: calls the function around the graph, with given results of it; returns the inputs of the graph and what the
             function returns.
     """
@@ -149,6 +151,7 @@ class DynamoCapture:
     aliases: Mapping[str, str]
     results: int
     codes: frozenset[types.CodeType]
+    misses: tuple[tuple[type, str], ...]
     run: Callable[[Sequence[Tensor]], tuple[list[Any], Any]]
 
 
@@ -158,7 +161,14 @@ def dynamo_capture(function: Callable[..., Any], args: tuple[Any, ...]) -> Dynam
     Raises:
         TorchDynamoException: it cannot.
     """
-    with get_metrics_context(), dynamo_timed("dicompile"), _no_function_names(), code_on_demand():
+    misses: list[tuple[type, str]] = []
+    with (
+        get_metrics_context(),
+        dynamo_timed("dicompile"),
+        _no_function_names(),
+        code_on_demand(),
+        _noting_misses(misses),
+    ):
         made = convert_frame.fullgraph_capture(function, args)
     output, backend = made.graph_capture_output, made.backend_input
     if backend is None:
@@ -186,6 +196,7 @@ def dynamo_capture(function: Callable[..., Any], args: tuple[Any, ...]) -> Dynam
         aliases=dict(output.import_sources),
         results=len(returned),
         codes=frozenset(output.traced_code),
+        misses=tuple(misses),
         run=run,
     )
 
@@ -227,6 +238,21 @@ def functional_trace(graph_module: fx.GraphModule, inputs: Sequence[object]) -> 
 
 
 @contextlib.contextmanager
+def _noting_misses(noted: list[tuple[type, str]]) -> Iterator[None]:
+    """While open, exceptions that what Dynamo traces raises, or catches, are noted (torch 2.11 to 2.14)."""
+    exc = torch._dynamo.exc
+    original = exc.ObservedException.__init__
+
+    def note(self: Any, *said: Any, **kept: Any) -> None:
+        original(self, *said, **kept)
+        kinds = [kind for kind, observed in exc.observed_exception_map.items() if observed is type(self)]
+        noted.extend((kind, " ".join(str(getattr(item, "value", item)) for item in said)) for kind in kinds)
+
+    with mock.patch.object(exc.ObservedException, "__init__", note):
+        yield
+
+
+@contextlib.contextmanager
 def _no_function_names() -> Iterator[None]:
     """Dynamo tokenizes every file of which it traces a line, to name functions in a log line that nobody reads."""
     is_read = symbolic_convert.trace_call_log.isEnabledFor(logging.DEBUG)
@@ -252,27 +278,6 @@ def noting_writes(noted: list[tuple[Any, Any]]) -> Callable[[Any], None]:
         )
 
     return note
-
-
-@contextlib.contextmanager
-def noting_misses(noted: list[tuple[type, str]]) -> Iterator[None]:
-    """While open, look-ups that fail in what Dynamo traces are noted: it has no guard on what is not there.
-
-    Torch 2.11 to 2.14: an entry of a dictionary or a list, an attribute of an object, for which code has an ``except``.
-
-    Args:
-        noted: gets the kind of each exception (``KeyError``), and what it says.
-    """
-    exc = torch._dynamo.exc
-    original = exc.ObservedException.__init__
-
-    def note(self: Any, *said: Any, **kept: Any) -> None:
-        original(self, *said, **kept)
-        kinds = [kind for kind, observed in exc.observed_exception_map.items() if observed is type(self)]
-        noted.extend((kind, " ".join(str(getattr(item, "value", item)) for item in said)) for kind in kinds)
-
-    with mock.patch.object(exc.ObservedException, "__init__", note):
-        yield
 
 
 def tracer_settings() -> tuple[tuple[str, str], ...]:

@@ -52,7 +52,6 @@ from dicompile.compat import (
     UNNAMED_SCOPE,
     DynamoCapture,
     dynamo_capture,
-    noting_misses,
     noting_writes,
 )
 from dicompile.config import READING_ENVIRONMENT
@@ -184,9 +183,8 @@ def trace(module: nn.Module, arguments: Arguments, stand_in: nn.Module | None = 
     args, kwargs = arguments.filled(arguments.given)  # lists and dictionaries of our own: the caller's stay as they are
     watched = Watched(args, kwargs)
     writes: list[tuple[Any, Any]] = []
-    misses: list[tuple[type, str]] = []
     traced = _traced(entry_of(module), arguments.numbers, noting_writes(writes))
-    with _clean_dynamo(capture_scalar_outputs=bool(numbers)), _errors_of(module), noting_misses(misses):
+    with _clean_dynamo(capture_scalar_outputs=bool(numbers)), _errors_of(module):
         made = dynamo_capture(traced, (stand_in or module, args, kwargs, numbers))
     if numbers and made.decided:
         raise CannotCapture(
@@ -198,7 +196,6 @@ def trace(module: nn.Module, arguments: Arguments, stand_in: nn.Module | None = 
     open_numbers(made.graph)
     _refuse_reads(module, made.graph)
     read = _Read(module, made, homes)
-    read.add_misses(misses)
     results = [torch.empty((), device="meta") for _ in range(made.results)]
     own, wrapped = take_apart({path: read.value(path) for path in read.tensors})
     guards = Guards.of(module, {**read.facts, **wrapped}, list(own), read.modules)
@@ -334,7 +331,7 @@ class _Read:
         self.tensors: list[Path] = []
         self.modules: list[Path] = [Path()]
         self.containers: dict[str, Any] = {}
-        self._aliases, self._codes = made.aliases, made.codes
+        self._aliases = made.aliases
         self._homes, self._foreign = homes, {path: called for called, path in homes.foreign.items()}
         self._values: dict[Path, Any] = {Path(): module}
         for source, kind, operand in made.guards:
@@ -344,6 +341,9 @@ class _Read:
         if not CLASSES_ARE_GUARDED:
             self._read_classes(made.codes)
         self._read_asked(made.codes)
+        patterns = any(_MATCH_KEYS in code.co_code[::2] for code in made.codes)  # of which none has a guard, either
+        for miss in [*made.misses, *([(KeyError, "")] if patterns else [])]:
+            self._read_miss(*miss)
         if READING_ENVIRONMENT & made.codes:  # not all of what is looked up has a guard
             self._follow(ENVIRONMENT)
         self._values[Path("builtins")] = python_module("builtins")
@@ -356,20 +356,6 @@ class _Read:
         """Objects of others than the caller that Python wrote to, with their places as text."""
         found = [(self._path(source), holder) for source, holder in noted if not isinstance(holder, Tensor)]
         return [(str(path), holder) for path, holder in found if path is not None]
-
-    def add_misses(self, misses: Sequence[tuple[type, str]]) -> None:
-        """Facts about what code looked for, and did not find; see `noting_misses`.
-
-        Which dictionary or list it was is not said, so all of them have to be as long, and have the keys, as then.
-        """
-        matches = any(_MATCH_KEYS in code.co_code[::2] for code in self._codes)  # nor does a pattern have a guard
-        for kind, said in [*misses, *([(KeyError, "")] if matches else [])]:
-            named = _NO_ATTRIBUTE.search(said) if issubclass(kind, AttributeError) else None
-            for path, value in list(self._values.items()):
-                if issubclass(kind, LookupError) and isinstance(value, (Mapping, list)):
-                    self.facts[path] = Fact.of(path, value)
-                elif named and type(value).__name__ == named[1] and find_place(value, named[2]) is None:
-                    self.facts[path.attribute(named[2])] = Fact(path.attribute(named[2]), "absent")
 
     def _read(self, source: Any, kind: str, operand: Any) -> None:
         path = self._path(source)
@@ -407,12 +393,24 @@ class _Read:
                 if isinstance(value, types.MethodType) and not is_own_method(module, value):
                     self.facts[path.attribute(name)] = Fact.of(path.attribute(name), value)
 
+    def _read_miss(self, kind: type, said: str) -> None:
+        """What code looked for, and did not find.
+
+        Which dictionary or list it was is not said, so all of them have to be as long, and have the keys, as then.
+        """
+        named = _NO_ATTRIBUTE.search(said) if issubclass(kind, AttributeError) else None
+        for path, value in list(self._values.items()):
+            if issubclass(kind, LookupError) and isinstance(value, (Mapping, list)):
+                self.facts[path] = Fact.of(path, value)
+            elif named and type(value).__name__ == named[1] and find_place(value, named[2]) is None:
+                self.facts[path.attribute(named[2])] = Fact(path.attribute(named[2]), "absent")
+
     def _read_asked(self, codes: Collection[types.CodeType]) -> None:
         """What code mentions and a module lacks, where its class was asked instead: ``__getattr__`` comes last."""
         names = sorted({name for code in codes for name in code.co_names if not name.startswith("__")})
         for path in self.modules:
             kind, module = type(self._values[path]), self._values[path]
-            asked = getattr(kind, "__getattr__", None)
+            asked: Any = kind.__getattr__
             if asked is nn.Module.__getattr__ or getattr(asked, "__code__", None) not in codes:
                 continue
             absent = (path.attribute(n) for n in names if not hasattr(kind, n) and find_place(module, n) is None)
