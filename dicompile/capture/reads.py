@@ -466,7 +466,7 @@ class Reads:
             path, value = root.item(name) if root.links else root.attribute(name), names[name]
             for following in instructions[number + 1 :]:
                 self._note(path, value)
-                is_namespace = isinstance(value, (types.ModuleType, type, types.FunctionType))
+                is_namespace = isinstance(value, (types.ModuleType, type))
                 if following.opname not in ("LOAD_ATTR", "LOAD_METHOD") or not is_namespace:
                     break
                 place = find_place(value, following.argval)

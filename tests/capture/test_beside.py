@@ -25,9 +25,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from dicompile.capture import Arguments
+from dicompile.capture.dynamo import capture_by_dynamo
 from dicompile.errors import CannotCapture
 from tests.capture import follow
-from tests.capture.follow import WAYS, Model, given, optimized, same
+from tests.capture.follow import WAYS, Model, counted, given, optimized, same
 
 pytestmark = pytest.mark.filterwarnings("ignore:Dynamo does not know how to trace:UserWarning")
 
@@ -98,15 +100,15 @@ def matched(held: dict[str, float]) -> float:
 
 
 def imported(_: Any) -> float:
-    from tests.capture.follow import SCALE_OF_TESTS  # type: ignore[attr-defined]
+    from array import SCALE_OF_TESTS  # type: ignore[attr-defined]
 
     return SCALE_OF_TESTS  # type: ignore[no-any-return]
 
 
 def imported_module(_: Any) -> float:
-    from tests.capture import follow
+    import array as module
 
-    return follow.SCALE_OF_TESTS  # type: ignore[attr-defined,no-any-return]
+    return module.SCALE_OF_TESTS  # type: ignore[attr-defined,no-any-return]
 
 
 def one_of_many(text: str) -> Callable[[Any], float]:
@@ -162,8 +164,8 @@ BESIDE: dict[str, tuple[Callable[[], Any], Callable[[Any], float], Callable[[Any
     "class by name": (Box, lambda held: held.__class__.scale, lambda _: setattr(Box, "scale", 3.0)),
     "another class": (Box, lambda held: held.get(), lambda held: setattr(held, "__class__", Three)),
     "in the place of that of the class": (Box, lambda held: held.scale, lambda held: setattr(held, "scale", 3.0)),
-    "import": (lambda: None, imported, lambda _: setattr(follow, "SCALE_OF_TESTS", 3.0)),
-    "imported module": (lambda: None, imported_module, lambda _: setattr(follow, "SCALE_OF_TESTS", 3.0)),
+    "import": (lambda: None, imported, lambda _: setattr(array, "SCALE_OF_TESTS", 3.0)),
+    "imported module": (lambda: None, imported_module, lambda _: setattr(array, "SCALE_OF_TESTS", 3.0)),
     "name behind many": (
         lambda: None, one_of_many("array.SCALE_OF_TESTS"), lambda _: setattr(array, "SCALE_OF_TESTS", 3.0)
     ),
@@ -188,8 +190,7 @@ def as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Box, "scale", 1.0)
     monkeypatch.setattr(FIRST, "scale", 1.0)
     monkeypatch.setattr(HERE, "COUNT", 1.0)
-    for module in (follow, array):
-        monkeypatch.setattr(module, "SCALE_OF_TESTS", 1.0, raising=False)
+    monkeypatch.setattr(array, "SCALE_OF_TESTS", 1.0, raising=False)
     monkeypatch.setattr(remembers, "scale", 1.0, raising=False)
     monkeypatch.setattr(one, "__code__", one.__code__)
 
@@ -252,6 +253,32 @@ def test_a_tensor_in_a_context_variable_is_followed(way: str) -> None:
     held.set(torch.tensor(3.0))
     for seed in range(2):
         same(model, module, **given(seed))
+
+
+def test_what_dynamo_names_in_a_way_that_we_do_not_know_is_run() -> None:
+    class Refers(Model):
+        def __init__(self) -> None:
+            super().__init__("dynamo")
+            self.held = weakref.ref(FIRST)
+
+        def extra(self, x: Tensor) -> Tensor:
+            return x * self.held().scale  # type: ignore[union-attr]
+
+    with pytest.raises(CannotCapture, match=r"(?s)what the forward reads of self\.held .*does not know"):
+        capture_by_dynamo(Refers().eval(), Arguments.of((), given()))
+
+
+def test_another_precision_of_products_is_captured_anew() -> None:
+    module = Model("dynamo").eval()
+    model, before = optimized(module), torch.get_float32_matmul_precision()
+    same(model, module, **given())
+    torch.set_float32_matmul_precision("medium" if before == "high" else "high")
+    try:
+        same(model, module, **given())
+    finally:
+        torch.set_float32_matmul_precision(before)
+    same(model, module, **given())
+    assert counted(model) == 2
 
 
 @pytest.mark.parametrize("way", WAYS)
