@@ -474,6 +474,7 @@ class Programs:
         if known is None or known[0] is not plan:
             latest = list(self._others_steps.items())[1 - MOST_PLANS :]
             known = plan, {}
+            self._builder.expect(plan.steps)
             self._others_steps = {**dict(latest), plan.schedule: known}
         if index not in known[1]:
             with COMPILING, ONE_AT_A_TIME:
@@ -509,7 +510,9 @@ class Programs:
         for first in range(1, schedule.steps) if late else ():
             with ONE_AT_A_TIME:
                 rest = schedule.rest(first)
-                for index, planned in enumerate(make_plan(self.structure, self.policy, rest, self.cache).steps):
+                plan = make_plan(self.structure, self.policy, rest, self.cache)
+                self._builder.expect(plan.steps)
+                for index, planned in enumerate(plan.steps):
                     compiled = self._program if planned.full is None else self._gated_program
                     compiled(rest, index, planned)
 
@@ -520,6 +523,7 @@ class Programs:
         with ONE_AT_A_TIME:
             if schedule not in self._plans:
                 plan = self._new(schedule)
+                self._builder.expect(plan.steps)
                 self.debug.write("plan", plan)
                 for note in plan.notes() if not schedule.before else ():
                     log.warning("policy %s: %s", plan.policy, note)
@@ -604,10 +608,12 @@ class Rehearsal:
 
     def _planned(self, schedule: TimestepSchedule) -> Plan | None:
         try:
-            return make_plan(self._structure, self._options.policy, schedule, self._cache)
+            plan = make_plan(self._structure, self._options.policy, schedule, self._cache)
         except DicompileError as error:
             log.info("sizes become symbols when they vary: with others the policy does not fit: %s", error.what)
             return None
+        self._builder.expect(plan.steps)
+        return plan
 
     def note(self, schedule: TimestepSchedule, index: int) -> None:
         """Note the sizes of whatever a step runs."""

@@ -173,6 +173,11 @@ class LocalStep:
         """Kind of slot that keeps the site's value."""
         return SlotKind.ATTENTION if self.what is What.ATTENTION else SlotKind.VALUE
 
+    def serves(self, step: LocalStep) -> bool:
+        """True if this does the same as another step, but that it keeps the value, which is computed there anyway."""
+        is_core = step.weights == (1.0,) and step.what is What.CORE and step.dtype is None
+        return is_core and replace(self, writes=step.writes) == step and {*self.writes} == {*step.writes, SlotKind.VALUE}
+
     @property
     def is_plain(self) -> bool:
         """True if the site is computed and nothing of it is kept."""

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
-from torch import fx
+from torch import Tensor, fx
 
 from dicompile.analysis import Dataflow, ModelStructure, Site, Span
 from dicompile.capture import Capture, Role
 from dicompile.compat import lazy_graph_module
 from dicompile.passes.base import Segment, SiteNodes, Value, is_dense, strides_of
+from dicompile.passes.edit import Editor
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,13 @@ def boundary(nodes: Sequence[fx.Node], also: Container[str] = ()) -> tuple[tuple
     return tuple(entering), tuple(leaving)
 
 
-def outline(capture: Capture, structure: ModelStructure, nodes: Sequence[fx.Node], sites: Sequence[Site]) -> Outline:
+def outline(
+    capture: Capture,
+    structure: ModelStructure,
+    nodes: Sequence[fx.Node],
+    sites: Sequence[Site],
+    given: Mapping[str, Tensor] = MappingProxyType({}),
+) -> Outline:
     """Copy `nodes` into a graph of their own.
 
     Args:
@@ -44,6 +52,7 @@ def outline(capture: Capture, structure: ModelStructure, nodes: Sequence[fx.Node
         structure: its structure.
         nodes: nodes of the captured graph, in order.
         sites: sites whose branches lie within the nodes, and spans that end there.
+        given: values that enter and leave otherwise than the captured graph says, by name.
     """
     inside = {node.name for node in nodes}
     # A span may start in the middle of one piece (FLUX joins its streams there) and end in another.
@@ -51,11 +60,12 @@ def outline(capture: Capture, structure: ModelStructure, nodes: Sequence[fx.Node
     entering += tuple(dict.fromkeys(s.source for s in sites if s.source not in inside and s.source not in entering))
     graph, copies = fx.Graph(), {}
     named = {node.name: node for node in capture.graph.nodes}
+    values = {name: given.get(name, named[name].meta["val"]) for name in (*entering, *leaving)}
     placeholders = zip(capture.graph.find_nodes(op="placeholder"), capture.inputs, strict=True)
     owned = {node.name for node, item in placeholders if item.role is Role.PARAMETER}
     for i, name in enumerate(entering):
         copies[named[name]] = graph.placeholder(f"value_{i}")
-        copies[named[name]].meta = dict(named[name].meta)
+        copies[named[name]].meta = {**named[name].meta, "val": values[name]}
     for node in nodes:
         copies[node] = graph.node_copy(node, copies.__getitem__)
     graph.output([copies[named[name]] for name in leaving])
@@ -81,12 +91,10 @@ def outline(capture: Capture, structure: ModelStructure, nodes: Sequence[fx.Node
         grid=structure.grid,
         fake_mode=capture.fake_mode,
         owned=frozenset(i for i, name in enumerate(entering) if name in owned),
-        layouts={
-            i: strides_of(named[name].meta["val"])
-            for i, name in enumerate(leaving)
-            if is_dense(named[name].meta["val"])
-        },
+        layouts={i: strides_of(values[name]) for i, name in enumerate(leaving) if is_dense(values[name])},
     )
+    if not given.keys().isdisjoint(entering):
+        Editor(segment).propagate()
     return Outline(segment, entering, leaving)
 
 

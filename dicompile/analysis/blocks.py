@@ -12,12 +12,13 @@ import itertools
 import operator
 import re
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import networkx as nx
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from dicompile.analysis.dataflow import Dataflow, union
 from dicompile.analysis.residual import Branch
@@ -177,10 +178,14 @@ def _private_ancestors(flow: Dataflow, ends: Sequence[fx.Node], streams: int) ->
     return flow.bits(walk(ends, lambda node: (p for p in node.all_input_nodes if not flow.contains(streams, p))))
 
 
-def structure_key(nodes: Iterable[fx.Node]) -> str:
+def structure_key(nodes: Iterable[fx.Node], given: Mapping[str, Tensor] = MappingProxyType({})) -> str:
     """Hash of a piece of graph up to names and parameters: equal keys can share compiled code.
 
     Part of the key are operators, constants, wiring, and shape, stride, dtype and device of every value that comes in.
+
+    Args:
+        nodes: the piece.
+        given: what comes in otherwise than the captured graph says, by name.
     """
     number: dict[fx.Node, int] = {}
     lines = []
@@ -191,7 +196,8 @@ def structure_key(nodes: Iterable[fx.Node]) -> str:
         if node not in number:
             number[node] = len(number)
             if node not in inside:
-                lines.append(f"%{number[node]} = input {layout_text(node.meta.get('val'))}")
+                value = given.get(node.name, node.meta.get("val"))
+                lines.append(f"%{number[node]} = input {layout_text(value)}")
         return f"%{number[node]}"
 
     for node in members:

@@ -386,6 +386,7 @@ class Steps:
         """
         cache = VariantCache(Backend("eager"), Settings(), DebugFolder(None))
         builder = ProgramBuilder(Pieces(self.capture, self.structure, hoist), cache)
+        builder.expect(plan.steps)
         for kind in dict.fromkeys(step.kind for step in plan.steps):
             program = builder.program(next(step for step in plan.steps if step.kind == kind))
             yield Row.of(policy, hoist.value, kind, self._calls(program, cache))

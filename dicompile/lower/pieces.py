@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Container
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from torch import fx
+import torch
+from torch import Tensor, fx
 
 from dicompile.analysis import Block, ModelStructure, Site, SiteKind, Span
 from dicompile.analysis.blocks import structure_key
@@ -62,6 +64,7 @@ class Pieces:
         sites = (name for s in structure.everything for name in (s.source, s.core, s.update, s.add, *s.attention))
         results = [node for node in results_of(capture.graph) if isinstance(node, fx.Node)]
         self._steps = self.invariants.left([*results, *(self._nodes[name] for name in sites)])
+        self._streams = _token_by_token(capture, structure, self.invariants.paces)
         self._pieces: dict[object, Piece] = {}
         self._segments: dict[object, Outline] = {}
 
@@ -134,12 +137,12 @@ class Pieces:
         cut = (nodes, tuple(site.id for site in sites))
         if cut not in self._pieces:
             members = sorted((self._nodes[n] for n in nodes if n in self._steps), key=self._order.__getitem__)
-            made = outline(self.capture, self.structure, members, sites)
+            made = outline(self.capture, self.structure, members, sites, self._streams)
             number = {node.name: i for i, node in enumerate(members)}
             entry = number | {name: ~i for i, name in enumerate(made.inputs)}
             key = (
-                structure_key(members),
-                tuple(layout_text(self._nodes[name].meta["val"]) for name in made.inputs),
+                structure_key(members, self._streams),
+                tuple(layout_text(self._streams.get(name, self._nodes[name].meta["val"])) for name in made.inputs),
                 tuple(number[name] for name in made.outputs),
                 tuple(
                     (
@@ -155,6 +158,29 @@ class Pieces:
             made = Outline(shared.segment, made.inputs, made.outputs)
             self._pieces[cut] = Piece(name, key, made, sites)
         return self._pieces[cut]
+
+
+def _token_by_token(capture: Capture, structure: ModelStructure, hoisted: Container[str]) -> dict[str, Tensor]:
+    """Streams that lie in memory in another order, as pieces hand them over: token by token.
+
+    What a convolution makes of patches lies channel by channel. The first block would need code of its own for that, of
+    every kind, where it costs nothing to write it down like all other streams.
+    """
+    named = {node.name: node for node in capture.graph.nodes}
+    shapes = {named[site.source].meta["val"].shape for site in structure.sites}
+    parts = (structure.prologue, *(block.nodes for block in structure.blocks), structure.epilogue)
+    part = {name: number for number, names in enumerate(parts) for name in names}
+    results = results_of(capture.graph)  # whoever called the model gets them as it makes them
+    found = {}
+    for name, node in named.items():
+        value = node.meta.get("val")
+        is_made_here = name in part and name not in hoisted and node not in results
+        if not is_made_here or not isinstance(value, Tensor) or value.shape not in shapes:
+            continue
+        if not value.is_contiguous() and any(part.get(user.name) != part[name] for user in node.users):
+            with capture.fake_mode:
+                found[name] = torch.empty_like(value, memory_format=torch.contiguous_format)
+    return found
 
 
 def _cut(numbers: list[int]) -> list[list[int]]:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from dicompile.analysis import ModelStructure, SiteId, SiteKind, Span
+from dicompile.analysis import ModelStructure, Site, SiteId, SiteKind, Span
 from dicompile.capture import Capture
 from dicompile.lower.pieces import Piece, Pieces
 from dicompile.lower.variants import Variant, VariantCache
@@ -221,8 +221,21 @@ class ProgramBuilder:
         self.pieces, self.variants, self.cache_dtype, self._ranks = pieces, variants, cache_dtype, ranks
         self._invariants = frozenset(pieces.invariants.paces)
         self.capture, self.structure = pieces.capture, pieces.structure
+        self._keeping: dict[SiteId, dict[SiteStep, None]] = {}
         self._programs: dict[object, Program] = {}
         self._gated: dict[object, GatedProgram] = {}
+
+    def expect(self, steps: Iterable[StepPlan]) -> None:
+        """Note what steps will keep of what they compute.
+
+        Then those that keep less have the same code, whichever are made first: the values cost nothing, where they are
+        computed anyway.
+        """
+        for step in steps:
+            for way in filter(None, (step, step.full)):
+                for site, planned in zip(self.structure.everything, way.sites, strict=True):
+                    if planned.action.is_full and planned.writes and not site.kind.is_span:
+                        self._keeping.setdefault(site.id, {})[planned] = None
 
     def program(self, step: StepPlan) -> Program:
         """The program of a step; steps of equal signature share it."""
@@ -369,21 +382,28 @@ class ProgramBuilder:
         result = []
         for piece in reversed(pieces):
             live = frozenset(i for i, name in enumerate(piece.outline.outputs) if name in needed)
-            positions = {int(site.id): i for i, site in enumerate(piece.sites)}
-            steps = tuple(
-                LocalStep.of(
-                    step.sites[site.id],
-                    positions,
-                    attention_owner(self.structure, site),
-                    None if site.kind.is_watched or site.kind is SiteKind.MODEL else self.cache_dtype,
-                )
-                for site in piece.sites
-            )
+            steps = self._local_steps(piece, step)
             variant = self.variants.get(piece.key, piece.name, piece.outline.segment, steps, live)
             if variant.outputs:
                 result.append((piece, variant))
                 needed.update(piece.outline.inputs[ref.index] for ref in variant.inputs if isinstance(ref, Value))
         return result[::-1]
+
+    def _local_steps(self, piece: Piece, step: StepPlan) -> tuple[LocalStep, ...]:
+        """What the sites of a piece do, and what they keep at whatever steps run the same code."""
+        positions = {int(site.id): i for i, site in enumerate(piece.sites)}
+
+        def local(site: Site, planned: SiteStep) -> LocalStep:
+            is_stored_whole = site.kind.is_watched or site.kind is SiteKind.MODEL
+            attention = attention_owner(self.structure, site)
+            return LocalStep.of(planned, positions, attention, None if is_stored_whole else self.cache_dtype)
+
+        found = []
+        for site in piece.sites:
+            made = local(site, step.sites[site.id])
+            keeping = (local(site, planned) for planned in self._keeping.get(site.id, ()))
+            found.append(next((other for other in keeping if other.serves(made)), made))
+        return tuple(found)
 
     def _results(self) -> list[Any]:
         return results_of(self.capture.graph)

@@ -7,7 +7,7 @@ import functools
 import logging
 import operator
 from collections.abc import Callable, Hashable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, fx
@@ -19,7 +19,6 @@ from dicompile.lower.inductor import Backend, Code
 from dicompile.lower.stored import Stored, check_can_be_stored
 from dicompile.ops.registry import registered
 from dicompile.passes import FLASH_PASSES, PASSES, InputRef, LocalStep, OutputRef, PassRun, Segment, rewrite
-from dicompile.plan import SlotKind, What
 from dicompile.store import Unwritable, device_text, key_of
 
 log = logging.getLogger("dicompile")
@@ -72,15 +71,10 @@ class VariantCache:
     def get(
         self, key: Hashable, name: str, segment: Segment, steps: tuple[LocalStep, ...], live: frozenset[int]
     ) -> Variant:
-        """The variant of `segment`; `key` stands for its structure.
-
-        It may return more values to store than these steps do: they cost nothing, where the branch is computed anyway.
-        """
+        """The variant of `segment`; `key` stands for its structure."""
         full_key = (key, steps, live)
         if full_key not in self._variants:
-            self._variants[full_key] = self._wider(key, segment, steps, live) or self._shared(
-                full_key, f"{name}-{_spelled(steps)}", segment, steps, live
-            )
+            self._variants[full_key] = self._shared(full_key, f"{name}-{_spelled(steps)}", segment, steps, live)
         variant = self._variants[full_key]
         if not self._is_trial and not variant.function.is_compiled:
             self._compile(full_key, segment, variant)
@@ -94,17 +88,6 @@ class VariantCache:
             yield
         finally:
             self._is_trial = False
-
-    def _wider(
-        self, key: Hashable, segment: Segment, steps: tuple[LocalStep, ...], live: frozenset[int]
-    ) -> Variant | None:
-        """A variant that was asked for before, and does the same but for values that it returns besides."""
-        for (other_key, others, other_live), variant in self._variants.items():
-            if (other_key, other_live) == (key, live) and len(others) == len(steps):
-                sites = zip(others, steps, segment.sites, strict=True)
-                if all(other == step or (_covers(other, step) and not site.is_span) for other, step, site in sites):
-                    return variant
-        return None
 
     def _shared(
         self, key: Hashable, name: str, segment: Segment, steps: tuple[LocalStep, ...], live: frozenset[int]
@@ -187,12 +170,6 @@ def _stored_under(key: Hashable, how: Hashable, segment: Segment) -> str | None:
         return key_of(key, how, frozenset(map(device_text, devices)))
     except Unwritable:
         return None
-
-
-def _covers(other: LocalStep, step: LocalStep) -> bool:
-    """True if a site does the same at another step, and what is stored of it there is computed here anyway."""
-    is_core = step.weights == (1.0,) and step.what is What.CORE and step.dtype is None
-    return is_core and replace(other, writes=step.writes) == step and {*other.writes} == {*step.writes, SlotKind.VALUE}
 
 
 def _memory_of(graph: fx.Graph, node: fx.Node) -> int | str:
