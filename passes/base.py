@@ -175,8 +175,9 @@ class LocalStep:
 
     def serves(self, step: LocalStep) -> bool:
         """True if this does the same as another step, but that it keeps the value, which is computed there anyway."""
-        is_core = step.weights == (1.0,) and step.what is What.CORE and step.dtype is None
-        return is_core and replace(self, writes=step.writes) == step and {*self.writes} == {*step.writes, SlotKind.VALUE}
+        if step.weights != (1.0,) or step.what is not What.CORE or step.dtype is not None:
+            return False
+        return replace(self, writes=step.writes) == step and {*self.writes} == {*step.writes, SlotKind.VALUE}
 
     @property
     def is_plain(self) -> bool:

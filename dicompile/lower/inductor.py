@@ -223,6 +223,16 @@ class Code:
         """True if calling it compiles nothing."""
         return self._function is not None
 
+    @property
+    def passes_on(self) -> tuple[int, ...] | None:
+        """Numbers of the arguments that its results are, if it does nothing else."""
+        if self.segment is not None:
+            places = tuple(_places(self.segment))
+        else:
+            places = self._function.places if isinstance(self._function, PassOn) else (None,)
+        known = tuple(place for place in places if place is not None)
+        return known if len(known) == len(places) else None
+
     def compile(self) -> Compiled:
         """The compiled function."""
         if self._function is None:

@@ -16,6 +16,7 @@ from dicompile.analysis.blocks import structure_key
 from dicompile.capture import Capture
 from dicompile.lower.hoist import Hoist, Invariants
 from dicompile.nodes import results_of, walk
+from dicompile.ops.kinds import is_heavy
 from dicompile.passes import Outline, outline
 from dicompile.plan import SiteStep, Slot, SlotKind, StepPlan
 from dicompile.text import layout_text
@@ -26,12 +27,21 @@ RUNS = (8, 4, 2, 1)
 
 @dataclass(frozen=True)
 class Piece:
-    """A segment of the unmodified model, with the key under which it shares variants."""
+    """A segment of the unmodified model.
+
+    Attributes:
+        name: for reports.
+        key: under which it shares variants.
+        outline: what it computes, and of what.
+        sites: that it has.
+        block: number of its first block; None where it has none.
+    """
 
     name: str
     key: tuple[object, ...]
     outline: Outline
     sites: tuple[Site, ...]
+    block: int | None = None
 
 
 class Part(NamedTuple):
@@ -65,6 +75,7 @@ class Pieces:
         results = [node for node in results_of(capture.graph) if isinstance(node, fx.Node)]
         self._steps = self.invariants.left([*results, *(self._nodes[name] for name in sites)])
         self._streams = _token_by_token(capture, structure, self.invariants.paces)
+        self._before = {block.id: found for block in structure.blocks if (found := self._made_for(block))}
         self._pieces: dict[object, Piece] = {}
         self._segments: dict[object, Outline] = {}
 
@@ -92,7 +103,11 @@ class Pieces:
             name = f"block{run[0]}" if len(run) == 1 else f"blocks{run[0]}-{run[-1]}"
             sites = tuple(site for block in blocks for site in structure.sites_of(block))
             sites += tuple(span for span in of_blocks if span.block in run)
-            pieces.append(self._piece(name, tuple(node for block in blocks for node in block.nodes), sites))
+            nodes = tuple(node for block in blocks for node in block.nodes)
+            if len(run) == 1 and (before := self._before.get(blocks[0].id)):
+                pieces.append(self._piece(f"before-{name}", before, (), run[0]))
+                nodes = tuple(node for node in nodes if node not in before)
+            pieces.append(self._piece(name, nodes, sites, run[0]))
         pieces.append(self._piece("epilogue", structure.epilogue, at_the_end))
         return [piece for piece in pieces if piece.outline.outputs]
 
@@ -116,7 +131,7 @@ class Pieces:
             return Part(watched, []), Part(*recalled), Part(*full)
         if probe.inside:
             pieces = self.of_step(watched)
-            later = (i for i, piece in enumerate(pieces) if piece.sites and piece.sites[0].block > probe.block)
+            later = (i for i, piece in enumerate(pieces) if piece.block is not None and piece.block > probe.block)
             before = pieces[: next(later)]
             rest = [
                 Part(way, [p for i, p in enumerate(pieces) if i >= len(before) or _ends_recalled(way, p)])
@@ -129,11 +144,23 @@ class Pieces:
             ]
         return Part(watched, before), rest[0], rest[1]
 
+    def _made_for(self, block: Block) -> tuple[str, ...]:
+        """Nodes of a block that only make the stream that its branches are added to, as FLUX joins its two.
+
+        Without them the block is like those after it.
+        """
+        sites, inside = self.structure.sites_of(block), set(block.nodes)
+        own = {name for site in sites for name in (site.core, site.update, site.add)}
+        sources = [self._nodes[site.source] for site in sites if site.source in inside - own]
+        found = list(walk(sources, lambda node: [n for n in node.all_input_nodes if n.name in inside]))
+        names = {node.name for node in found}
+        return () if names & own or any(map(is_heavy, found)) else tuple(n for n in block.nodes if n in names)
+
     def _leading_to(self, name: str) -> list[str]:
         """Calls that a value is computed by."""
         return [node.name for node in walk([self._nodes[name]]) if node.op == "call_function"]
 
-    def _piece(self, name: str, nodes: tuple[str, ...], sites: tuple[Site, ...]) -> Piece:
+    def _piece(self, name: str, nodes: tuple[str, ...], sites: tuple[Site, ...], block: int | None = None) -> Piece:
         cut = (nodes, tuple(site.id for site in sites))
         if cut not in self._pieces:
             members = sorted((self._nodes[n] for n in nodes if n in self._steps), key=self._order.__getitem__)
@@ -144,6 +171,7 @@ class Pieces:
                 structure_key(members, self._streams),
                 tuple(layout_text(self._streams.get(name, self._nodes[name].meta["val"])) for name in made.inputs),
                 tuple(number[name] for name in made.outputs),
+                tuple(made.segment.layouts.items()),
                 tuple(
                     (
                         site.kind, entry[site.source], number[site.core], number[site.update], number[site.add],
@@ -156,7 +184,7 @@ class Pieces:
             )  # fmt: skip
             shared = self._segments.setdefault(key, made)
             made = Outline(shared.segment, made.inputs, made.outputs)
-            self._pieces[cut] = Piece(name, key, made, sites)
+            self._pieces[cut] = Piece(name, key, made, sites, block)
         return self._pieces[cut]
 
 

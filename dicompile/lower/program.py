@@ -279,7 +279,9 @@ class ProgramBuilder:
         made = with_adapters(piece.outline, self._parameters, self._ranks)
         beside = tuple((i, self._ranks.get(self._parameters.get(name, ""), 0)) for i, name in enumerate(made.inputs))
         ranks = tuple((i, rank) for i, rank in beside if rank)
-        return piece if made is piece.outline else Piece(f"{piece.name}+lora", (piece.key, ranks), made, piece.sites)
+        if made is piece.outline:
+            return piece
+        return replace(piece, name=f"{piece.name}+lora", key=(piece.key, ranks), outline=made)
 
     @functools.cached_property
     def _parameters(self) -> dict[str, str]:
@@ -362,7 +364,7 @@ class ProgramBuilder:
         if step.verified is None:
             return [], frozenset()
         span, plain = self.structure.everything[step.verified], _plain(self.structure)
-        pieces = [p for p in self.pieces.of_step(plain) if p.sites and p.sites[0].block == span.block]
+        pieces = [piece for piece in self.pieces.of_step(plain) if piece.block == span.block]
         needed = {span.add}
         return self._choose_variants(plain, pieces, needed), frozenset(needed)
 
@@ -480,6 +482,11 @@ class _Assembly:
 
     def add(self, piece: Piece, variant: Variant) -> None:
         inputs = tuple(self._input(piece, variant, i) for i in range(len(variant.inputs)))
+        places = variant.function.passes_on
+        if places is not None and all(isinstance(ref, Value) for ref in variant.outputs):
+            made = (piece.outline.outputs[ref.index] for ref in variant.outputs if isinstance(ref, Value))
+            self.values |= zip(made, (inputs[place] for place in places), strict=True)
+            return
         outputs = tuple(self._output(piece, ref) for ref in variant.outputs)
         call = self.before + len(self.calls)
         self.calls.append(Call(f"{piece.name}:{variant.name}", variant.function, inputs, outputs))

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+import dicompile
 from dicompile.capture import Role
 from dicompile.compiler import Programs
 from dicompile.lower import Call, Constant, Program, pieces
@@ -15,8 +16,8 @@ from dicompile.passes import Segment
 from dicompile.plan import Cadence, Plan, Policy, Refresh, Reuse, Rule, Table, TimestepSchedule, TokenScore
 from dicompile.runtime import Executor, Owner, SchedulerLink, Signature, current_session
 from tests.lower.captured import captured
-from tests.models import MODELS, Sample, plain_dit, timesteps
-from tests.passes.segments import Channels, Mlp, chain
+from tests.models import MODELS, Sample, dit, pixart, plain_dit, timesteps
+from tests.passes.segments import WIDTH, Channels, Mlp, chain
 
 STEPS = 9
 SCHEDULE = TimestepSchedule.of(tuple(timesteps(STEPS)))
@@ -117,6 +118,46 @@ def test_code_that_returns_more_than_a_step_stores_is_taken_for_it_and_nothing_m
         assert stored == {written for site in step.sites for written in site.writes}
     computing = {variant.name for variant in made.variants.variants if variant.name.endswith("-ff")}
     assert len(computing) == 1
+
+
+def test_a_full_step_that_keeps_nothing_shares_the_code_of_those_that_keep_everything() -> None:
+    made = programs(plain_dit, 3, policy="fora")
+    first, *_, last = (made.step(SCHEDULE, i) for i, step in enumerate(plan(made).steps) if step.kind == "full")
+    assert bool(first.program.writes) != bool(last.program.writes)
+    assert [kind for kind in kinds(made) if kind.strip("r") and kind != "plain"] == ["ff"]
+
+
+@pytest.mark.parametrize("model", [dit, pixart])
+def test_the_first_block_shares_the_code_of_the_others_whatever_lies_before_it(model: Callable[..., Sample]) -> None:
+    made = programs(model, 4, policy="none")  # its stream comes out of a convolution, channel by channel
+    calls = made.step(SCHEDULE, 0).program.calls
+    assert len({call.function for call in calls if call.name.startswith("block")}) == 1
+
+
+class Streaming(torch.nn.Module):
+    """Blocks on what a convolution makes, whose stream is what comes out, as it lies in memory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = torch.nn.Conv2d(4, WIDTH, 2, 2)
+        self.blocks = torch.nn.ModuleList(Mlp() for _ in range(3))
+
+    def forward(self, x: torch.Tensor, t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        first = h = self.embed(x).flatten(2).transpose(1, 2) + t[:, None, None]
+        for block in self.blocks:
+            h = block(h)
+        return h, first
+
+
+def test_a_stream_that_leaves_the_model_lies_in_memory_as_the_model_leaves_it() -> None:
+    model, inputs = Streaming().eval(), {"x": torch.randn(2, 4, 8, 8), "t": torch.ones(2)}
+    cached = dicompile.optimize(model, "none", backend="eager")
+    with torch.no_grad():
+        found, wanted = cached(**inputs), model(**inputs)
+    assert [value.stride() for value in found] == [value.stride() for value in wanted]
+    assert not wanted[1].is_contiguous()
+    for one, other in zip(found, wanted, strict=True):
+        torch.testing.assert_close(one, other)
 
 
 def test_a_block_that_computes_anything_ends_a_run() -> None:
