@@ -15,7 +15,6 @@ import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-import networkx as nx
 import torch
 from torch import fx
 
@@ -86,6 +85,8 @@ def _outer_block(path: str) -> str:
 
 def branch_fingerprint(flow: Dataflow, branch: Branch) -> str:
     """Weisfeiler-Lehman hash of a branch: equal for isomorphic branches."""
+    import networkx as nx  # 300 modules, for models without paths with numbers only
+
     graph = nx.DiGraph()
     members = list(flow.members(branch.region))
     for node in members:
