@@ -135,8 +135,9 @@ def partition(flow: Dataflow, groups: Sequence[Sequence[Branch]]) -> Partition:
     prologue = _with_items(flow, (shared | union(flow.ancestors[start] for start in starts)) & calls)
     taken, parts = prologue, []
     for group in adds:
-        bits = _with_items(flow, union(flow.ancestors[add] for add in group) & calls)
-        parts.append(bits & ~taken)
+        new = union(flow.ancestors[add] for add in group) & calls & ~taken  # a list is taken with all its items
+        bits = _with_items(flow, new) & ~taken
+        parts.append(bits)
         taken |= bits
     return Partition(prologue, tuple(parts), flow.ancestors[flow.nodes[-1]] & calls & ~taken)
 
