@@ -1,89 +1,92 @@
 """dicompile: a compiler for diffusion transformers."""
 
-from dicompile.api import disable as disable
-from dicompile.api import enable as enable
-from dicompile.api import free as free
-from dicompile.api import optimize as optimize
-from dicompile.api import plan_of as plan_of
-from dicompile.api import prepare as prepare
-from dicompile.api import report as report
-from dicompile.api import restore as restore
-from dicompile.api import session as session
-from dicompile.api import structure_of as structure_of
-from dicompile.api import summary as summary
-from dicompile.compiler import reset as reset
-from dicompile.errors import DicompileError as DicompileError
-from dicompile.learn.calibrate import calibrate as calibrate
-from dicompile.learn.measure import measure as measure
-from dicompile.learn.predictor import PredictorOptions as PredictorOptions
-from dicompile.learn.predictor import train_predictor as train_predictor
-from dicompile.learn.probe import probe as probe
-from dicompile.learn.recording import Recording as Recording
-from dicompile.learn.router import RouterOptions as RouterOptions
-from dicompile.learn.router import train_router as train_router
-from dicompile.learn.trajectory import Stream as Stream
-from dicompile.learn.trajectory import Trajectories as Trajectories
-from dicompile.learn.trajectory import record_trajectories as record_trajectories
-from dicompile.ops.registry import register_attention as register_attention
-from dicompile.ops.registry import register_operator as register_operator
-from dicompile.plan import Aligned as Aligned
-from dicompile.plan import Bands as Bands
-from dicompile.plan import Cadence as Cadence
-from dicompile.plan import Elsewhere as Elsewhere
-from dicompile.plan import Fitted as Fitted
-from dicompile.plan import Forecast as Forecast
-from dicompile.plan import Gate as Gate
-from dicompile.plan import Plan as Plan
-from dicompile.plan import Policy as Policy
-from dicompile.plan import Propagate as Propagate
-from dicompile.plan import Refresh as Refresh
-from dicompile.plan import Reuse as Reuse
-from dicompile.plan import Rule as Rule
-from dicompile.plan import Spectral as Spectral
-from dicompile.plan import Table as Table
-from dicompile.plan import TimestepSchedule as TimestepSchedule
-from dicompile.plan import Timing as Timing
-from dicompile.plan import TokenScore as TokenScore
-from dicompile.plan import TokenTable as TokenTable
-from dicompile.plan import Trend as Trend
-from dicompile.plan import Velocity as Velocity
-from dicompile.plan import WeightedBands as WeightedBands
-from dicompile.policies import FORA as FORA
-from dicompile.policies import L2P as L2P
-from dicompile.policies import PAB as PAB
-from dicompile.policies import ClusCa as ClusCa
-from dicompile.policies import DBCache as DBCache
-from dicompile.policies import DeltaDiT as DeltaDiT
-from dicompile.policies import DiCache as DiCache
-from dicompile.policies import DuCa as DuCa
-from dicompile.policies import DuCaFlux as DuCaFlux
-from dicompile.policies import DuCaOpenSora as DuCaOpenSora
-from dicompile.policies import DuCaPixArt as DuCaPixArt
-from dicompile.policies import EasyCache as EasyCache
-from dicompile.policies import FasterCache as FasterCache
-from dicompile.policies import FirstBlockCache as FirstBlockCache
-from dicompile.policies import FreqCa as FreqCa
-from dicompile.policies import GuidanceReuse as GuidanceReuse
-from dicompile.policies import HiCache as HiCache
-from dicompile.policies import LearningToCache as LearningToCache
-from dicompile.policies import MagCache as MagCache
-from dicompile.policies import MeanCache as MeanCache
-from dicompile.policies import NoCache as NoCache
-from dicompile.policies import Router as Router
-from dicompile.policies import SmoothCache as SmoothCache
-from dicompile.policies import SpeCa as SpeCa
-from dicompile.policies import Spectrum as Spectrum
-from dicompile.policies import TaylorSeer as TaylorSeer
-from dicompile.policies import TaylorSeerLite as TaylorSeerLite
-from dicompile.policies import TeaCache as TeaCache
-from dicompile.policies import ToCa as ToCa
-from dicompile.policies import ToCaFlux as ToCaFlux
-from dicompile.policies import ToCaOpenSora as ToCaOpenSora
-from dicompile.policies import ToCaPixArt as ToCaPixArt
-from dicompile.policies import TokenCache as TokenCache
-from dicompile.policies import get_policy as get_policy
-from dicompile.policies import smooth_schedule as smooth_schedule
-from dicompile.runtime import cache_context as cache_context
-from dicompile.wrapper import CachedModel as CachedModel
+from dicompile import garbage
+
+with garbage.uncollected():  # else a fifth of the time that this takes is spent on looking at what lives on
+    from dicompile.api import disable as disable
+    from dicompile.api import enable as enable
+    from dicompile.api import free as free
+    from dicompile.api import optimize as optimize
+    from dicompile.api import plan_of as plan_of
+    from dicompile.api import prepare as prepare
+    from dicompile.api import report as report
+    from dicompile.api import restore as restore
+    from dicompile.api import session as session
+    from dicompile.api import structure_of as structure_of
+    from dicompile.api import summary as summary
+    from dicompile.compiler import reset as reset
+    from dicompile.errors import DicompileError as DicompileError
+    from dicompile.learn.calibrate import calibrate as calibrate
+    from dicompile.learn.measure import measure as measure
+    from dicompile.learn.predictor import PredictorOptions as PredictorOptions
+    from dicompile.learn.predictor import train_predictor as train_predictor
+    from dicompile.learn.probe import probe as probe
+    from dicompile.learn.recording import Recording as Recording
+    from dicompile.learn.router import RouterOptions as RouterOptions
+    from dicompile.learn.router import train_router as train_router
+    from dicompile.learn.trajectory import Stream as Stream
+    from dicompile.learn.trajectory import Trajectories as Trajectories
+    from dicompile.learn.trajectory import record_trajectories as record_trajectories
+    from dicompile.ops.registry import register_attention as register_attention
+    from dicompile.ops.registry import register_operator as register_operator
+    from dicompile.plan import Aligned as Aligned
+    from dicompile.plan import Bands as Bands
+    from dicompile.plan import Cadence as Cadence
+    from dicompile.plan import Elsewhere as Elsewhere
+    from dicompile.plan import Fitted as Fitted
+    from dicompile.plan import Forecast as Forecast
+    from dicompile.plan import Gate as Gate
+    from dicompile.plan import Plan as Plan
+    from dicompile.plan import Policy as Policy
+    from dicompile.plan import Propagate as Propagate
+    from dicompile.plan import Refresh as Refresh
+    from dicompile.plan import Reuse as Reuse
+    from dicompile.plan import Rule as Rule
+    from dicompile.plan import Spectral as Spectral
+    from dicompile.plan import Table as Table
+    from dicompile.plan import TimestepSchedule as TimestepSchedule
+    from dicompile.plan import Timing as Timing
+    from dicompile.plan import TokenScore as TokenScore
+    from dicompile.plan import TokenTable as TokenTable
+    from dicompile.plan import Trend as Trend
+    from dicompile.plan import Velocity as Velocity
+    from dicompile.plan import WeightedBands as WeightedBands
+    from dicompile.policies import FORA as FORA
+    from dicompile.policies import L2P as L2P
+    from dicompile.policies import PAB as PAB
+    from dicompile.policies import ClusCa as ClusCa
+    from dicompile.policies import DBCache as DBCache
+    from dicompile.policies import DeltaDiT as DeltaDiT
+    from dicompile.policies import DiCache as DiCache
+    from dicompile.policies import DuCa as DuCa
+    from dicompile.policies import DuCaFlux as DuCaFlux
+    from dicompile.policies import DuCaOpenSora as DuCaOpenSora
+    from dicompile.policies import DuCaPixArt as DuCaPixArt
+    from dicompile.policies import EasyCache as EasyCache
+    from dicompile.policies import FasterCache as FasterCache
+    from dicompile.policies import FirstBlockCache as FirstBlockCache
+    from dicompile.policies import FreqCa as FreqCa
+    from dicompile.policies import GuidanceReuse as GuidanceReuse
+    from dicompile.policies import HiCache as HiCache
+    from dicompile.policies import LearningToCache as LearningToCache
+    from dicompile.policies import MagCache as MagCache
+    from dicompile.policies import MeanCache as MeanCache
+    from dicompile.policies import NoCache as NoCache
+    from dicompile.policies import Router as Router
+    from dicompile.policies import SmoothCache as SmoothCache
+    from dicompile.policies import SpeCa as SpeCa
+    from dicompile.policies import Spectrum as Spectrum
+    from dicompile.policies import TaylorSeer as TaylorSeer
+    from dicompile.policies import TaylorSeerLite as TaylorSeerLite
+    from dicompile.policies import TeaCache as TeaCache
+    from dicompile.policies import ToCa as ToCa
+    from dicompile.policies import ToCaFlux as ToCaFlux
+    from dicompile.policies import ToCaOpenSora as ToCaOpenSora
+    from dicompile.policies import ToCaPixArt as ToCaPixArt
+    from dicompile.policies import TokenCache as TokenCache
+    from dicompile.policies import get_policy as get_policy
+    from dicompile.policies import smooth_schedule as smooth_schedule
+    from dicompile.runtime import cache_context as cache_context
+    from dicompile.wrapper import CachedModel as CachedModel
 
 __version__ = "0.1.0"

@@ -16,7 +16,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 
-import networkx as nx
 import torch
 from torch import Tensor, fx
 
@@ -87,6 +86,8 @@ def _outer_block(path: str) -> str:
 
 def branch_fingerprint(flow: Dataflow, branch: Branch) -> str:
     """Weisfeiler-Lehman hash of a branch: equal for isomorphic branches."""
+    import networkx as nx  # 300 modules, for models without paths with numbers only
+
     graph = nx.DiGraph()
     members = list(flow.members(branch.region))
     for node in members:
@@ -135,8 +136,9 @@ def partition(flow: Dataflow, groups: Sequence[Sequence[Branch]]) -> Partition:
     prologue = _with_items(flow, (shared | union(flow.ancestors[start] for start in starts)) & calls)
     taken, parts = prologue, []
     for group in adds:
-        bits = _with_items(flow, union(flow.ancestors[add] for add in group) & calls)
-        parts.append(bits & ~taken)
+        new = union(flow.ancestors[add] for add in group) & calls & ~taken  # a list is taken with all its items
+        bits = _with_items(flow, new) & ~taken
+        parts.append(bits)
         taken |= bits
     return Partition(prologue, tuple(parts), flow.ancestors[flow.nodes[-1]] & calls & ~taken)
 

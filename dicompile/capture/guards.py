@@ -521,13 +521,15 @@ class Walk:
 
     def value(self, path: Path) -> Any:
         """What lies at a path."""
-        if path not in self._found:
+        found = self._found.get(path, self)  # one look-up, since the hash of a path takes as long as following it
+        if found is self:
             if path.links:
                 by, key = path.links[-1]
-                self._found[path] = self._follow(self.value(path.parent), by, key)
+                found = self._follow(self.value(path.parent), by, key)
             else:
-                self._found[path] = self._module if path.root == "self" else python_module(path.root)
-        return self._found[path]
+                found = self._module if path.root == "self" else python_module(path.root)
+            self._found[path] = found
+        return found
 
     def put(self, path: Path, value: Any) -> bool:
         """Put a value back at a path; False where it cannot be done."""

@@ -110,9 +110,10 @@ def resized(module: nn.Module, arguments: Arguments) -> tuple[Arguments, Capture
     """
     marked = marked_dims(arguments)
     plain = unmarked(arguments)
-    change, found = _Change(), None
     with meta_errors_unsaid():
-        for size, group in sorted(_groups(arguments).items(), reverse=True):
+        groups = sorted(_groups(arguments).items(), reverse=True)
+        change, found = _at_once(module, plain, groups)
+        for size, group in groups:
             for dims in _finest_first(group):
                 change, found = _widened(module, plain, change, dims, size) or (change, found)
     _check_marked(module, arguments, marked - change.sizes.keys())
@@ -162,13 +163,48 @@ def _finest_first(group: Sequence[Dim]) -> list[list[Dim]]:
     return [*turns.values(), [*group]] if len(turns) > 1 else [[*group]]
 
 
+def _at_once(
+    module: nn.Module, arguments: Arguments, groups: Sequence[tuple[int, Sequence[Dim]]]
+) -> tuple[_Change, Captured | None]:
+    """Another size of all that looks like samples or tokens, which most models take; no change if this one does not.
+
+    What fails does so in tenths of a second: it is tracing to the end that takes long, once for all sizes instead of
+    once for each.
+    """
+    change = _Change()
+    for size, group in groups:
+        for dims in _finest_first(group):
+            likely = _likely([dim for dim in dims if dim not in change.sizes], arguments)
+            wider = [change.wider(likely, size, (), factor) for factor in _factors(change)]
+            change = next(filter(None, wider), change) if likely else change
+    captured = _captured(module, change.of(arguments)) if len(change.factors) > 1 else None
+    return (_Change(), None) if captured is None else (change, captured)
+
+
+def _likely(dims: Sequence[Dim], arguments: Arguments) -> list[Dim]:
+    """Those that look like samples or tokens: no features, and no channels of an image or film.
+
+    A row of numbers for each sample is a mask of tokens if there are as many of these, and features if not.
+    """
+    ndim = [tensor.ndim for tensor in arguments.given]
+    channels = {dim for dim in dims if dim.axis == 1 and ndim[dim.tensor] >= _IMAGE}
+    features = {dim for dim in dims if (dim.axis, ndim[dim.tensor]) == (2, 3)}
+    likely = [dim for dim in dims if dim not in channels | features]
+    return likely if any((dim.axis, ndim[dim.tensor]) != (1, 2) for dim in likely) else []
+
+
+def _factors(change: _Change) -> list[Fraction]:
+    """Factors that are tried of the next size."""
+    return [factor for factor in FACTORS if factor not in change.factors][:_TRIES]
+
+
 def _widened(
     module: nn.Module, arguments: Arguments, change: _Change, dims: Sequence[Dim], size: int
 ) -> tuple[_Change, Captured] | None:
     """Another size of as many of the dimensions as the module takes; None if it takes none."""
     for some in _fewer_and_fewer([dim for dim in dims if dim not in change.sizes], arguments):
         for numbers in _numbers(arguments, change):
-            for factor in [factor for factor in FACTORS if factor not in change.factors][:_TRIES]:
+            for factor in _factors(change):
                 wider = change.wider(some, size, numbers, factor)
                 captured = None if wider is None else _captured(module, wider.of(arguments))
                 if wider is not None and captured is not None:

@@ -20,7 +20,6 @@ from typing import Any
 from unittest import mock
 
 import torch
-from torch._inductor.codecache import CppPythonBindingsCodeCache
 from torch._inductor.cpu_vec_isa import VecISA, valid_vec_isa_list
 from torch._inductor.runtime.cache_dir_utils import cache_dir
 from torch._inductor.standalone_compile import CacheCompiledArtifact
@@ -85,12 +84,20 @@ def nothing(*_: Any) -> tuple[()]:
     return ()
 
 
+def _kernel_cache() -> Any:
+    """Inductor's class that compiles and loads C++ kernels; a command that only looks does without its module."""
+    from torch._inductor.codecache import CppPythonBindingsCodeCache
+
+    return CppPythonBindingsCodeCache
+
+
 def compiled_code(compile_: Callable[[], Any]) -> Artifact:
     """Compile, and note which libraries that takes."""
-    cache, kernels = CppPythonBindingsCodeCache.cache, set[str]()
+    kernel_cache, kernels = _kernel_cache(), set[str]()
+    cache = kernel_cache.cache
     noting = _Noting(cache, kernels)
     try:
-        with mock.patch.object(CppPythonBindingsCodeCache, "cache", noting):
+        with mock.patch.object(kernel_cache, "cache", noting):
             artifact = compile_()
     finally:
         cache.update(noting)
@@ -191,7 +198,7 @@ def _in_own_folder() -> Iterator[None]:
         in_environment(_FOLDER, str(own_folder())),
         torch._inductor.config.patch({"cpp.vec_isa_ok": True}),
         mock.patch.object(VecISA, "check_build", lambda *_: True),  # of bfloat16 and VNNI, which the setting leaves out
-        mock.patch.object(CppPythonBindingsCodeCache, "_get_uncompiled_header", lambda _: None),
+        mock.patch.object(_kernel_cache(), "_get_uncompiled_header", lambda _: None),
     ):
         yield
     if not was_asked:  # who compiles anew asks the compiler

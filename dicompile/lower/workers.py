@@ -17,11 +17,10 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch._inductor.compile_worker.subproc_pool import SubprocPool
 from torch._inductor.runtime.cache_dir_utils import cache_dir
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx._graph_pickler import GraphPickler
@@ -31,6 +30,9 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from dicompile.garbage import uncollected
 from dicompile.latest import Latest
 from dicompile.text import layout_text
+
+if TYPE_CHECKING:
+    from torch._inductor.compile_worker.subproc_pool import SubprocPool
 
 log = logging.getLogger("dicompile")
 
@@ -132,6 +134,8 @@ _ASKED: Latest[Future[None]] = Latest(1024)
 
 @functools.cache
 def _pool() -> SubprocPool:
+    from torch._inductor.compile_worker.subproc_pool import SubprocPool  # and with it much of Inductor
+
     pool = SubprocPool(count_workers())
     atexit.register(pool.shutdown)
     return pool

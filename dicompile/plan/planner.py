@@ -335,13 +335,11 @@ def _whats(rows: Sequence[Row]) -> dict[int, What]:
 
 def _with_whats(rows: Sequence[Row], whats: Mapping[int, What]) -> list[Row]:
     """Give computing actions the `What` of those that read their values."""
-    return [
-        tuple(
-            replace(action, what=whats.get(i, action.what)) if action.is_full else action
-            for i, action in enumerate(row)
-        )
-        for row in rows
-    ]
+
+    def told(action: Action, what: What) -> Action:
+        return replace(action, what=what) if action.is_full and action.what is not what else action
+
+    return [tuple(told(action, whats.get(i, action.what)) for i, action in enumerate(row)) for row in rows]
 
 
 def _with_reads(structure: ModelStructure, rows: Sequence[Row]) -> list[tuple[SiteStep, ...]]:

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 import dicompile
 from dicompile.capture import Arguments, marked_dims
+from dicompile.capture import resized as resizing
+from dicompile.capture.captured import Captured
 from dicompile.capture.resized import resized
 from dicompile.errors import InvalidSetting
 from tests.models import flux
@@ -90,6 +92,44 @@ def test_as_many_tokens_as_features_and_as_text() -> None:
     assert found["x"] == (found["ids"][0], 1, 16)
     assert found["x"][0] != 16
     assert found["text"][1] != 16
+
+
+@pytest.fixture
+def traced(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Whether the forward could be traced to the end, for every other set of sizes that was tried."""
+    noted: list[bool] = []
+    capture = resizing._captured
+
+    def noting(module: nn.Module, arguments: Arguments) -> Captured | None:
+        captured = capture(module, arguments)
+        noted.append(captured is not None)
+        return captured
+
+    monkeypatch.setattr(resizing, "_captured", noting)
+    return noted
+
+
+def test_all_sizes_that_vary_are_traced_to_the_end_once(traced: list[bool]) -> None:
+    found = varying(Image(), x=torch.zeros(2, 8, 6, 10), timestep=torch.zeros(2))
+    assert found["x"] == (10, 8, 18, 20)
+    assert traced.count(True) == 1
+
+
+def test_where_not_all_sizes_can_vary_at_once_each_is_tried_by_itself(traced: list[bool]) -> None:
+    found = varying(Square(), x=torch.zeros(2, 8, 6, 6), timestep=torch.zeros(2))
+    assert (found["x"][0] != 2, found["x"][2] != 6) == (True, True)
+    assert not traced[0]
+    assert traced.count(True) == 2
+
+
+def test_a_mask_has_as_many_numbers_as_there_are_tokens(traced: list[bool]) -> None:
+    class Masked(nn.Module):
+        def forward(self, x: Tensor, text: Tensor, mask: Tensor) -> Tensor:
+            return x + (text * mask[..., None]).mean(1, keepdim=True)
+
+    found = varying(Masked(), x=torch.zeros(1, 12, 4), text=torch.zeros(1, 5, 4), mask=torch.zeros(1, 5))
+    assert found["text"][1] == found["mask"][1] != 5
+    assert traced[0]
 
 
 def test_python_numbers_change_with_the_sizes_that_they_count() -> None:

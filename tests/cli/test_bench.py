@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -124,10 +122,3 @@ def test_mistakes_are_named(tmp_path: Path) -> None:
 def test_a_device_that_is_not_there_is_named(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     assert f"there is no device '{device}'" in refused("dit", "--device", device)
-
-
-@pytest.mark.nightly
-def test_other_commands_do_without_diffusers() -> None:
-    code = "import sys, dicompile.cli.main; print('diffusers' in sys.modules, 'dicompile.bench' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.split() == ["False", "False"]
