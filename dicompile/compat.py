@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
+import math
+import os
 import re
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -35,6 +37,7 @@ from torch.autograd import forward_ad
 from torch.fx import _lazy_graph_module
 from torch.fx.experimental.proxy_tensor import ProxyTorchDispatchMode, make_fx
 from torch.fx.experimental.symbolic_shapes import PropagateUnbackedSymInts
+from torch.nn.attention.flex_attention import BlockMask
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from dicompile.nodes import results_of
@@ -111,6 +114,51 @@ def hook_of_layer(hook: Any) -> tuple[Any, Any] | None:
     cells = (cell.cell_contents for cell in hook.__closure__ or ())
     found = dict(zip(hook.__code__.co_freevars, cells, strict=True))
     return found.get("input_fn", found.get("output_fn")), found.get("device_mesh")
+
+
+def fused_attention(
+    query: Tensor, key: Tensor, value: Tensor, logit: Callable[..., Tensor], read: Tensor, scale: float, has_lse: bool
+) -> tuple[Tensor, Tensor]:
+    """``flex_attention`` as the operator of which Inductor makes one kernel (torch 2.11 to 2.14).
+
+    torch's function of this name would compile it by itself where nobody does. With few queries Inductor takes another
+    kernel, made for just so few, where this does not say otherwise; but their number may be a symbol.
+
+    Args:
+        query: [b, h, n, d].
+        key: [b, k, m, d], of as many heads, or of one for several that follow each other.
+        value: [b, k, m, e].
+        logit: a logit as it counts, given the logit, the numbers of sample, head, query and key, and what it reads.
+        read: what it reads.
+        scale: factor of the logits.
+        has_lse: whether the logsumexp is wanted, which Inductor's kernel for a CPU does not make.
+
+    Returns:
+        Output, [b, h, n, e], with its axes in memory in the order of the query's; and the logsumexp of the logits,
+        [b, h, n].
+    """
+    one = torch.ones([1, 1, 1], dtype=torch.int32, device=query.device)
+    whole = BlockMask.from_kv_blocks(
+        one, torch.zeros_like(one).unsqueeze(0), BLOCK_SIZE=1 << 30, mask_mod=_every_key, seq_lengths=(1, 1),
+        compute_q_blocks=False,
+    )  # fmt: skip
+    options = {
+        "BACKEND": "AUTO", "FORCE_USE_FLEX_ATTENTION": True, "PRESCALE_QK": False, "ROWS_GUARANTEED_SAFE": False,
+        "BLOCKS_ARE_CONTIGUOUS": False, "WRITE_DQ": True, "OUTPUT_LOGSUMEXP": has_lse, "OUTPUT_MAX": False,
+    }  # fmt: skip
+    attend = torch.ops.higher_order.flex_attention
+    output, lse, *_ = attend(query, key, value, logit, whole.as_tuple(), scale, options, (read,), ())
+    return output, lse * math.log(2)
+
+
+def _every_key(sample, head, query, key):  # type: ignore[no-untyped-def]  # annotations: no key of torch's caches
+    del head, query, key
+    return sample.new_ones((), dtype=torch.bool)
+
+
+def has_kernel_for_cpu() -> bool:
+    """True where Inductor's kernel of ``flex_attention`` for a CPU runs (torch 2.11 to 2.14)."""
+    return torch.cpu._is_avx2_supported() and os.getenv("ATEN_CPU_CAPABILITY") != "default"
 
 
 def tensor_check(tensors: Sequence[Tensor]) -> Callable[..., bool]:
