@@ -71,6 +71,7 @@ def passes_for(attention: str) -> tuple[Pass, ...]:
     own = next((item for item in (UseFlashAttention(), UseFlexAttention()) if item.kernel.name == attention), None)
     return PASSES if own is None else (*PASSES[:_SHARED], own, *PASSES[_SHARED:])  # what shares weights goes before
 
+
 __all__ = [
     "DOWN",
     "PASSES",

@@ -46,7 +46,8 @@ class UseAttentionKernel:
         for node in segment.graph.find_nodes(op="call_function", target=ATTENTION):
             if self.kernel.why_not(node) is not None:
                 continue
-            readers = [score for score, attention in scores if attention is node and self.kernel.makes_lse(node)]
+            reads = self.kernel.makes_lse(node)
+            readers = [score for score, attention in scores if attention is node and reads]
             with editor.before(node):
                 both = editor.call(self.kernel.operator, *self.kernel.arguments(node, bool(readers)))
                 output, lse = (editor.call(operator.getitem, both, i) for i in range(2))

@@ -170,7 +170,7 @@ def _inverted(value: Tensor) -> Tensor:
 
 
 def _permuted(output: Tensor, strides: tuple[int, ...]) -> Tensor:
-    """A tensor like `output` with its axes ordered by strides; torch's own copies it there, for which it asks a guard."""
+    """A tensor like `output` with its axes ordered by strides; torch's own copies it, and asks for a guard."""
     order = sorted(range(output.ndim), key=lambda axis: -strides[axis])
     return torch.empty_permuted(output.shape, order, dtype=output.dtype, device=output.device)
 

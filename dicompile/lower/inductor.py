@@ -15,7 +15,7 @@ from torch._inductor import list_mode_options, list_options, standalone_compile
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from dicompile.compat import function_of, lazy_graph_module
+from dicompile.compat import any_number_of_queries, function_of, lazy_graph_module
 from dicompile.errors import InvalidSetting
 from dicompile.lower.artifact import Compiled, PassOn, compiled_code, nothing
 from dicompile.lower.sizes import Compile, Sizes
@@ -334,7 +334,9 @@ def _computed(segment: Segment, places: Sequence[int | None]) -> tuple[fx.GraphM
 
 def _compiled(graph_module: fx.GraphModule, arguments: Sequence[Any], mode: FakeTensorMode) -> Compiled:
     context = torch._guards.TracingContext(mode)
-    with torch.no_grad(), torch._C._DisableAutocast(), torch._guards.tracing(context), _keys_alike():
+    has_flex = graph_module.graph.find_nodes(op="call_function", target=FLEX.operator)
+    whole = any_number_of_queries() if has_flex else contextlib.nullcontext()
+    with torch.no_grad(), torch._C._DisableAutocast(), torch._guards.tracing(context), _keys_alike(), whole:
         return compiled_code(
             lambda: standalone_compile(graph_module, list(arguments), dynamic_shapes="from_tracing_context")
         )

@@ -1,4 +1,4 @@
-"""Attention by a kernel that the user chose in the place of torch's choice: what such a kernel has to tell of itself."""
+"""Attention by a kernel that the user chose in the place of torch's choice: what it has to tell of itself."""
 
 from __future__ import annotations
 

@@ -15,9 +15,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
-from torch._subclasses.functional_tensor import FunctionalTensorMode
 
-from dicompile.compat import fused_attention, has_kernel_for_cpu
+from dicompile.compat import fused_attention, has_kernel_for_cpu, write_out
 from dicompile.nodes import node_argument, tensor_of
 from dicompile.ops.attention import has_dropout, mask_of
 from dicompile.ops.attention_kernels import AttentionKernel
@@ -78,31 +77,29 @@ def _(
     return output, query.new_empty((batch, heads, queries) if has_lse else 0, dtype=torch.float32)
 
 
-@flex_attention.register_torch_dispatch(FunctionalTensorMode)
-def _(mode: Any, _operator: Any, _types: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """What Inductor gets to see."""
-    with mode:
-        return _fused(*args, **kwargs)
-
-
-def _fused(
+def fused_form(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float | None, has_lse: bool
 ) -> tuple[Tensor, Tensor]:
+    """The same by ``flex_attention``, of which Inductor makes a kernel; see `flex_attention` of this module."""
     own = [axis for axis in range(mask.ndim) if mask.shape[axis] != 1 and mask.stride(axis) != 0]
     read = mask
     for axis in reversed(range(mask.ndim)):
         read = read if axis in own else read.select(axis, 0)
 
     def logit(logit, *place_and_read):  # type: ignore[no-untyped-def]
-        *place, read = place_and_read
-        given = read[tuple(place[axis - mask.ndim] for axis in own)]
+        place, read = place_and_read[:4], place_and_read[4]
+        given = read[tuple(place[axis - mask.ndim] for axis in own)] if own else read
         return torch.where(given, logit, float("-inf")) if given.dtype == torch.bool else logit + given
 
     by_token = query.transpose(1, 2).contiguous()
     if query.device.type == "cpu":
         by_token, key, read = map(copied, (by_token, key, read))
-    output, lse = fused_attention(by_token.transpose(1, 2), key, value, logit, read, _factor(query, scale), has_lse)
+    reads = read, *(size for size in read.shape if isinstance(size, torch.SymInt))
+    output, lse = fused_attention(by_token.transpose(1, 2), key, value, logit, reads, _factor(query, scale), has_lse)
     return output, lse if has_lse else query.new_empty(0, dtype=torch.float32)
+
+
+write_out(flex_attention, fused_form)
 
 
 @torch.library.custom_op("dicompile::copied", mutates_args=())
