@@ -108,6 +108,12 @@ def test_the_kernel_reads_the_mask_as_it_is(kind: str, shape: list[int]) -> None
     assert list(read.meta["val"].shape) == shape
 
 
+@pytest.fixture
+def fresh() -> None:
+    """Dynamo forgets what it has compiled, of which it keeps eight."""
+    torch._dynamo.reset()
+
+
 def run(rows: Tensor, weight: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
     """Attention between a linear map and a sum, by a mask that lies nowhere in memory."""
     query = (rows @ weight).unflatten(-1, (HEADS, -1)).transpose(1, 2)
@@ -127,6 +133,7 @@ def check_compiled(compiled: Callable[..., Tensor], rows: Tensor, key: Tensor, v
     torch.testing.assert_close(found.double(), expected, rtol=tolerance, atol=tolerance)
 
 
+@pytest.mark.usefixtures("fresh")
 @pytest.mark.parametrize(
     ("kind", "dtype", "of_keys"),
     [
@@ -149,6 +156,7 @@ def test_compiled_it_is_one_kernel_that_computes_attention(kind: str, dtype: tor
 
 
 @pytest.mark.nightly
+@pytest.mark.usefixtures("fresh")
 @pytest.mark.parametrize("which", ["queries", "keys", "samples"])
 def test_one_kernel_serves_every_size(which: str) -> None:
     compiled, before = (

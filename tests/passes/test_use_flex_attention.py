@@ -27,6 +27,7 @@ from dicompile.plan import ScoreBase
 from tests.models import Sample, dit, pixart, timesteps
 from tests.passes.segments import (
     BATCH,
+    FULL,
     HEADS,
     WIDTH,
     WORDS,
@@ -83,7 +84,7 @@ def targets(segment: Segment) -> list[Any]:
 
 def test_attention_with_a_mask_goes_there() -> None:
     block = masked_block()
-    segment = rewritten(block.segment, [produce(ScoreBase.KEY_NORM)], UseFlexAttention())
+    segment = rewritten(block.segment, [FULL], UseFlexAttention())
     assert "dicompile.flex_attention.default(" in str(segment)
     assert "scaled_dot_product" not in str(segment)
     assert UseFlexAttention() in passes_for("flex")
@@ -95,8 +96,8 @@ def test_attention_with_a_mask_goes_there() -> None:
 
 def test_attention_without_a_mask_stays_with_torch() -> None:
     block = cut(chain(Attention()))
-    segment = rewritten(block.segment, [produce(ScoreBase.KEY_NORM)], UseFlexAttention())
-    assert str(segment) == str(rewritten(block.segment, [produce(ScoreBase.KEY_NORM)]))
+    segment = rewritten(block.segment, [FULL], UseFlexAttention())
+    assert str(segment) == str(rewritten(block.segment, [FULL]))
 
 
 def test_on_a_gpu_a_score_reads_its_log_sum_exp(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -129,7 +130,7 @@ def test_where_nothing_is_compiled_results_have_the_same_bits(policy: str) -> No
 
 
 @pytest.mark.nightly
-@pytest.mark.parametrize("policy", ["none", "toca-pixart"])
+@pytest.mark.parametrize("policy", ["none", "duca-pixart"])
 def test_compiled_results_are_those_of_torch(policy: str) -> None:
     sample = with_captions(2)
     expected = runs_of(sample, policy, backend="eager")
@@ -141,32 +142,30 @@ def test_compiled_results_are_those_of_torch(policy: str) -> None:
 
 
 @pytest.mark.nightly
-def test_another_batch_is_served_by_code_with_symbols() -> None:
+def test_other_batches_have_the_results_of_torch() -> None:
     sample = with_captions(1)
-    model = dicompile.optimize(sample.model, "none", attention="flex", dynamic=True)
-    for times in (1, 2):
+    model = dicompile.optimize(sample.model, "none", attention="flex")
+    for times in (1, 2, 3):
         inputs = {
             name: value.repeat(times, *[1] * (value.ndim - 1)) if isinstance(value, Tensor) else value
             for name, value in sample.inputs.items()
         }
         with torch.no_grad():
-            expected = sample.model(**inputs)[0]
-            before = counters["inductor"]["cpp_templated_kernel_counter"]
-            torch.testing.assert_close(model(**inputs)[0], expected, rtol=1e-4, atol=1e-5)
-    assert counters["inductor"]["cpp_templated_kernel_counter"] == before
+            torch.testing.assert_close(model(**inputs)[0], sample.model(**inputs)[0], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.nightly
 def test_what_a_worker_compiled_is_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     block = masked_block()
-    segment = rewritten(block.segment, [produce(ScoreBase.KEY_NORM)], *passes_for("flex"))
+    segment = rewritten(block.segment, [FULL], *passes_for("flex"))
     code = Code(segment, Backend(attention="flex"))
     for future in ask_workers(requests_of([code], Backend(attention="flex"))):
-        future.result()
+        future.result(300)
     counters.clear()
     found = code(*[block.arguments[reference] for reference in segment.inputs])
-    assert counters["aot_autograd"]["autograd_cache_hit"] == 1
+    assert counters["inductor"]["fxgraph_cache_hit"] == 1
+    assert counters["inductor"]["fxgraph_cache_miss"] == 0
     torch.testing.assert_close(found[0], block.output(), rtol=1e-4, atol=1e-5)
 
 
