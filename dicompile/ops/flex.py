@@ -86,16 +86,18 @@ def fused_form(
     for axis in reversed(range(mask.ndim)):
         read = read if axis in own else read.select(axis, 0)
 
-    def logit(logit, *place_and_read):  # type: ignore[no-untyped-def]
-        place, read = place_and_read[:4], place_and_read[4]
+    def logit(logit, sample, head, query, key, read, *_):  # type: ignore[no-untyped-def]
+        place = sample, head, query, key
         given = read[tuple(place[axis - mask.ndim] for axis in own)] if own else read
         return torch.where(given, logit, float("-inf")) if given.dtype == torch.bool else logit + given
 
     by_token = query.transpose(1, 2).contiguous()
     if query.device.type == "cpu":
         by_token, key, read = map(copied, (by_token, key, read))
-    reads = read, *(size for size in read.shape if isinstance(size, torch.SymInt))
-    output, lse = fused_attention(by_token.transpose(1, 2), key, value, logit, reads, _factor(query, scale), has_lse)
+    sizes: list[Any] = [size for size in read.shape if type(size) is not int]  # as the kernel for a CPU wants to know
+    output, lse = fused_attention(
+        by_token.transpose(1, 2), key, value, logit, (read, *sizes), _factor(query, scale), has_lse
+    )
     return output, lse if has_lse else query.new_empty(0, dtype=torch.float32)
 
 
