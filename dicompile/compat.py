@@ -178,7 +178,7 @@ def any_number_of_queries() -> contextlib.AbstractContextManager[object]:
     return mock.patch.object(lowering, "_use_flex_decoding", lambda *_: False)
 
 
-def _every_key(sample, head, query, key):  # type: ignore[no-untyped-def]  # annotations: no key of torch's caches
+def _every_key(sample, head, query, key):  # type: ignore[no-untyped-def]  # with types torch 2.13 cannot key its cache
     del head, query, key
     return sample.new_ones((), dtype=torch.bool)
 

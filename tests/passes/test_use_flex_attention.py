@@ -130,7 +130,9 @@ def test_where_nothing_is_compiled_results_have_the_same_bits(policy: str) -> No
 
 
 @pytest.mark.nightly
-@pytest.mark.parametrize("policy", ["none", dicompile.ToCaPixArt(score="random"), "toca-pixart"], ids=str)
+@pytest.mark.parametrize(
+    "policy", ["none", dicompile.ToCaPixArt(score="random"), "toca-pixart"], ids=["none", "random", "toca"]
+)
 def test_compiled_results_are_those_of_torch(policy: Any) -> None:
     sample = with_captions(2)
     expected = runs_of(sample, policy, backend="eager")
