@@ -110,9 +110,10 @@ def optimize(
             ``backend="eager"``, a budget, or a cache in host memory. Other weights, text or timesteps are seen at every
             call; edits through ``tensor.data`` on an accelerator count from the next generation on.
         attention: who computes it: "sdpa", whichever kernel torch chooses; "cudnn", that of cuDNN before torch's other
-            ones; or "flash-attn", the package of this name (FlashAttention-3 on Hopper where ``flash_attn_interface``
-            is installed), for all attention that it can compute. What it cannot stays with torch, and a log line says
-            how much and why.
+            ones; "flash-attn", the package of this name (FlashAttention-3 on Hopper where ``flash_attn_interface`` is
+            installed), for all attention that it can compute; or "flex", torch's ``flex_attention``, for attention with
+            a mask, which is then never written out for every query. What these cannot compute stays with torch, and a
+            log line says how much and why; where that is all of it, the first call raises.
         mode: an older word for `backend`.
         recording: of "auto": what `calibrate` has recorded, or its file.
         budget: of "auto": operations of the run over those without caching, in (0, 1]; with `timing` its time.

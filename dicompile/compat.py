@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib
 import logging
+import math
+import os
 import re
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -28,6 +31,7 @@ from torch._functorch._aot_autograd.functional_utils import (
     has_metadata_mutation,
     to_fun,
 )
+from torch._library.custom_ops import CustomOpDef
 from torch._ops import mode_stack_state_for_pre_dispatch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch._subclasses.functional_tensor import FunctionalTensorMode
@@ -35,6 +39,7 @@ from torch.autograd import forward_ad
 from torch.fx import _lazy_graph_module
 from torch.fx.experimental.proxy_tensor import ProxyTorchDispatchMode, make_fx
 from torch.fx.experimental.symbolic_shapes import PropagateUnbackedSymInts
+from torch.nn.attention.flex_attention import BlockMask
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from dicompile.nodes import results_of
@@ -111,6 +116,76 @@ def hook_of_layer(hook: Any) -> tuple[Any, Any] | None:
     cells = (cell.cell_contents for cell in hook.__closure__ or ())
     found = dict(zip(hook.__code__.co_freevars, cells, strict=True))
     return found.get("input_fn", found.get("output_fn")), found.get("device_mesh")
+
+
+def write_out(operator: CustomOpDef, function: Callable[..., Any]) -> None:
+    """Let Inductor see an operator as the calls of which a function consists (torch 2.11 to 2.14)."""
+
+    def written_out(mode: Any, _operator: Any, _types: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        with mode:
+            return function(*args, **kwargs)
+
+    operator.register_torch_dispatch(FunctionalTensorMode, written_out)
+
+
+def fused_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    logit: Callable[..., Tensor],
+    read: tuple[Tensor | torch.SymInt, ...],
+    scale: float,
+    has_lse: bool,
+) -> tuple[Tensor, Tensor]:
+    """``flex_attention`` as the operator of which Inductor makes one kernel (torch 2.11 to 2.14).
+
+    torch's function of this name would compile it by itself where nobody does.
+
+    Args:
+        query: [b, h, n, d].
+        key: [b, k, m, d], of as many heads, or of one for several that follow each other.
+        value: [b, k, m, e].
+        logit: a logit as it counts, given the logit, the numbers of sample, head, query and key, and what it reads.
+        read: what it reads: tensors, and symbols that sizes of these are, without which the kernel for a CPU fails.
+        scale: factor of the logits.
+        has_lse: whether the logsumexp is wanted, which Inductor's kernel for a CPU does not make.
+
+    Returns:
+        Output, [b, h, n, e], with its axes in memory in the order of the query's; and the logsumexp of the logits,
+        [b, h, n].
+    """
+    one = torch.ones([1, 1, 1], dtype=torch.int32, device=query.device)
+    whole = BlockMask.from_kv_blocks(
+        one, torch.zeros_like(one).unsqueeze(0), BLOCK_SIZE=1 << 30, mask_mod=_every_key, seq_lengths=(1, 1),
+        compute_q_blocks=False,
+    )  # fmt: skip
+    options = {
+        "BACKEND": "AUTO", "PRESCALE_QK": False, "ROWS_GUARANTEED_SAFE": False, "BLOCKS_ARE_CONTIGUOUS": False,
+        "WRITE_DQ": True, "OUTPUT_LOGSUMEXP": has_lse, "OUTPUT_MAX": False,
+    }  # fmt: skip
+    attend = torch.ops.higher_order.flex_attention
+    output, lse, *_ = attend(query, key, value, logit, whole.as_tuple(), scale, options, read, ())
+    return output, lse * math.log(2)
+
+
+def any_number_of_queries() -> contextlib.AbstractContextManager[object]:
+    """While open, Inductor asks of no ``flex_attention`` whether it has fewer than 128 queries (torch 2.11 to 2.14).
+
+    It has another kernel for so few, and asks although it is told to leave that alone: code for any number of queries
+    would be code for as few, or as many, as there are in the example.
+    """
+    lowering = importlib.import_module("torch._inductor.kernel.flex.flex_attention")
+    return mock.patch.object(lowering, "_use_flex_decoding", lambda *_: False)
+
+
+def _every_key(sample, head, query, key):  # type: ignore[no-untyped-def]  # with types torch 2.13 cannot key its cache
+    del head, query, key
+    return sample.new_ones((), dtype=torch.bool)
+
+
+def has_kernel_for_cpu() -> bool:
+    """True where Inductor's kernel of ``flex_attention`` for a CPU runs (torch 2.11 to 2.14)."""
+    return torch.cpu._is_avx2_supported() and os.getenv("ATEN_CPU_CAPABILITY") != "default"
 
 
 def tensor_check(tensors: Sequence[Tensor]) -> Callable[..., bool]:

@@ -50,7 +50,7 @@ from dicompile.lower import (
     table_predictor,
 )
 from dicompile.nodes import results_of
-from dicompile.ops.flash import check_fits
+from dicompile.ops.attention_kernels import check_fits
 from dicompile.parallel import check_ranks, check_same_plan, kind_of_ranks
 from dicompile.passes import UP
 from dicompile.plan import (
@@ -209,8 +209,8 @@ def compile_capture(
     """
     if not options.backend.is_eager:
         check_can_compile(options.cache, [value.device for value in arguments if isinstance(value, Tensor)])
-    if options.backend.attention == "flash-attn":
-        check_fits(capture.graph)
+    if options.backend.kernel is not None:
+        check_fits(capture.graph, options.backend.kernel)
     hoist = _hoist(capture, arguments, options)
     conditions = Conditions(*_denoised(capture, arguments), _code(options, hoist))
     if options.timing is not None:

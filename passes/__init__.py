@@ -41,7 +41,7 @@ from dicompile.passes.score_tokens import ScoreTokens
 from dicompile.passes.share_log_sum_exp import ShareLogSumExp
 from dicompile.passes.share_weights import ShareWeights
 from dicompile.passes.store_values import StoreValues
-from dicompile.passes.use_flash_attention import UseFlashAttention
+from dicompile.passes.use_attention_kernel import UseFlashAttention, UseFlexAttention
 
 PASSES: tuple[Pass, ...] = (
     ScoreTokens(),  # first: it reads the queries and keys of attention that later passes may cut off
@@ -63,13 +63,17 @@ PASSES: tuple[Pass, ...] = (
     KeepLayout(),  # last: no later edit may move anything
 )
 
-_SHARING = PASSES.index(ShareWeights())
-FLASH_PASSES: tuple[Pass, ...] = (*PASSES[:_SHARING], UseFlashAttention(), *PASSES[_SHARING:])
-"""The same where attention is computed by the package flash-attn, whose log-sum-exp scores read as well."""
+_SHARED = PASSES.index(ShareLogSumExp())
+
+
+def passes_for(attention: str) -> tuple[Pass, ...]:
+    """The passes, where attention is computed in one of the ways that a user may ask for."""
+    own = next((item for item in (UseFlashAttention(), UseFlexAttention()) if item.kernel.name == attention), None)
+    return PASSES if own is None else (*PASSES[:_SHARED], own, *PASSES[_SHARED:])  # what shares weights goes before
+
 
 __all__ = [
     "DOWN",
-    "FLASH_PASSES",
     "PASSES",
     "UP",
     "Chosen",
@@ -96,6 +100,7 @@ __all__ = [
     "outline",
     "outline_until",
     "parameters_of",
+    "passes_for",
     "rewrite",
     "with_adapters",
 ]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import importlib
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -135,6 +136,7 @@ def pretended_cuda() -> Iterator[None]:
         )  # fmt: skip
         replace(torch._C, _cuda_getCurrentRawStream=always(0))
         replace(Tensor, __invert__=_inverted)
+        replace(importlib.import_module("torch._higher_order_ops.flex_attention"), _permute_strides=_permuted)
         replace(torch._subclasses.fake_tensor, init_gpu_context=always(None))
         # Padding a GEMM is decided by a benchmark, unless it is bound by memory.
         replace(torch._inductor.utils, get_device_tflops=always(TFLOPS), get_gpu_dram_gbps=always(DRAM_GB_PER_S))
@@ -165,6 +167,12 @@ def _inverted(value: Tensor) -> Tensor:
     """``~value``; torch's own asks for a guard of the device."""
     inverted: Tensor = aten.bitwise_not.default(value)
     return inverted
+
+
+def _permuted(output: Tensor, strides: tuple[int, ...]) -> Tensor:
+    """A tensor like `output` with its axes ordered by strides; torch's own copies it, and asks for a guard."""
+    order = sorted(range(output.ndim), key=lambda axis: -strides[axis])
+    return torch.empty_permuted(output.shape, order, dtype=output.dtype, device=output.device)
 
 
 def _scalar_on_cpu(value: float, *, dtype: torch.dtype | None = None, **_: Any) -> Tensor:

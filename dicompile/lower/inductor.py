@@ -15,13 +15,15 @@ from torch._inductor import list_mode_options, list_options, standalone_compile
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from dicompile.compat import function_of, lazy_graph_module
+from dicompile.compat import any_number_of_queries, function_of, lazy_graph_module
 from dicompile.errors import InvalidSetting
 from dicompile.lower.artifact import Compiled, PassOn, compiled_code, nothing
 from dicompile.lower.sizes import Compile, Sizes
 from dicompile.lower.workers import Request, ask
 from dicompile.lower.written_out import written_out
-from dicompile.ops.flash import check_installed
+from dicompile.ops.attention_kernels import AttentionKernel
+from dicompile.ops.flash import FLASH, check_installed
+from dicompile.ops.flex import FLEX
 from dicompile.passes import Segment, Value
 from dicompile.plan import CacheOptions
 
@@ -29,8 +31,9 @@ BACKENDS = ("inductor", "eager")
 GRAPHS_MODE = "reduce-overhead"
 MODES = ("default", GRAPHS_MODE, "max-autotune", "max-autotune-no-cudagraphs")
 """Sets of options of Inductor, under torch's names for them, that can be had."""
-ATTENTIONS = ("sdpa", "cudnn", "flash-attn")
-"""Who computes attention: whatever torch chooses, cuDNN before all others of torch's, or the package flash-attn."""
+KERNELS: Mapping[str, AttentionKernel] = {kernel.name: kernel for kernel in (FLASH, FLEX)}
+ATTENTIONS = ("sdpa", "cudnn", *KERNELS)
+"""Who computes attention: whatever torch chooses, cuDNN before all others of torch's, or a kernel that fits it."""
 BACKGROUND = "background"
 CUDNN_FIRST = [
     SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH,
@@ -109,7 +112,7 @@ class Backend:
             raise InvalidSetting(
                 f"attention {attention!r} does not exist", where="attention", fix=f"use one of: {', '.join(ATTENTIONS)}"
             )
-        if attention == "flash-attn":
+        if attention == FLASH.name:
             check_installed()
         chosen = dict(options or {})
         words = {
@@ -162,6 +165,11 @@ class Backend:
     def is_eager(self) -> bool:
         """True if nothing is compiled."""
         return self.name == "eager"
+
+    @property
+    def kernel(self) -> AttentionKernel | None:
+        """What computes the attention that it can in the place of torch's operator."""
+        return KERNELS.get(self.attention)
 
     @contextlib.contextmanager
     def in_effect(self) -> Iterator[None]:
@@ -336,7 +344,9 @@ def _computed(segment: Segment, places: Sequence[int | None]) -> tuple[fx.GraphM
 
 def _compiled(graph_module: fx.GraphModule, arguments: Sequence[Any], mode: FakeTensorMode) -> Compiled:
     context = torch._guards.TracingContext(mode)
-    with torch.no_grad(), torch._C._DisableAutocast(), torch._guards.tracing(context), _keys_alike():
+    has_flex = graph_module.graph.find_nodes(op="call_function", target=FLEX.operator)
+    whole = any_number_of_queries() if has_flex else contextlib.nullcontext()
+    with torch.no_grad(), torch._C._DisableAutocast(), torch._guards.tracing(context), _keys_alike(), whole:
         return compiled_code(
             lambda: standalone_compile(graph_module, list(arguments), dynamic_shapes="from_tracing_context")
         )

@@ -18,7 +18,7 @@ from dicompile.latest import Latest
 from dicompile.lower.inductor import Backend, Code
 from dicompile.lower.stored import Stored, check_can_be_stored
 from dicompile.ops.registry import registered
-from dicompile.passes import FLASH_PASSES, PASSES, InputRef, LocalStep, OutputRef, PassRun, Segment, rewrite
+from dicompile.passes import InputRef, LocalStep, OutputRef, PassRun, Segment, passes_for, rewrite
 from dicompile.store import Unwritable, device_text, key_of
 
 log = logging.getLogger("dicompile")
@@ -147,7 +147,7 @@ class VariantCache:
     def _rewrite(
         self, name: str, segment: Segment, steps: tuple[LocalStep, ...], live: frozenset[int]
     ) -> tuple[Segment, tuple[PassRun, ...]]:
-        passes = FLASH_PASSES if self.backend.attention == "flash-attn" else PASSES
+        passes = passes_for(self.backend.attention)
         return rewrite(segment, steps, live, passes, settings=self.settings, debug=self.debug, name=name)
 
     @property

@@ -12,7 +12,6 @@ from __future__ import annotations
 import functools
 import importlib.util
 import inspect
-import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -22,11 +21,7 @@ from torch import Tensor, fx
 from dicompile.errors import InvalidSetting
 from dicompile.nodes import node_argument, tensor_of
 from dicompile.ops.attention import has_dropout, is_causal, mask_of
-from dicompile.ops.kinds import ATTENTION
-from dicompile.ops.ulysses import ULYSSES
-from dicompile.text import module_path
-
-log = logging.getLogger("dicompile")
+from dicompile.ops.attention_kernels import AttentionKernel
 
 DEVICE = "cuda"
 DTYPES = (torch.float16, torch.bfloat16)
@@ -102,13 +97,12 @@ def _is_installed(name: str) -> bool:
     return importlib.util.find_spec(name) is not None
 
 
-def arguments_of(node: fx.Node) -> tuple[Any, ...]:
-    """Arguments of `flash_attention` for a node that it can compute."""
+def _arguments(node: fx.Node, has_lse: bool) -> tuple[Any, ...]:
+    del has_lse  # its kernels always make the logsumexp
     return *(node_argument(node, i) for i in range(3)), node.kwargs.get("scale"), is_causal(node)
 
 
-def why_not(node: fx.Node) -> str | None:
-    """Why FlashAttention cannot compute an attention node; None if it can."""
+def _why_not(node: fx.Node) -> str | None:
     query, key, value = (tensor_of(node_argument(node, i)) for i in range(3))
     dtype, width = str(query.dtype).removeprefix("torch."), query.shape[-1]
     alike = query.ndim == 4 and width == key.shape[-1] == value.shape[-1]
@@ -123,23 +117,5 @@ def why_not(node: fx.Node) -> str | None:
     return next((why for is_so, why in reasons if is_so), None)
 
 
-def check_fits(graph: fx.Graph) -> None:
-    """Say which attention of a graph FlashAttention cannot compute.
-
-    Raises:
-        InvalidSetting: all of it.
-    """
-    reasons = {node: why_not(node) for node in graph.nodes if node.target in (ATTENTION, ULYSSES)}
-    staying = {node: why for node, why in reasons.items() if why is not None}
-    if not staying:
-        return
-    node, why = next(iter(staying.items()))
-    where = module_path(node) or node.name
-    if len(staying) == len(reasons):
-        raise InvalidSetting(
-            "attention 'flash-attn' can compute no attention of this model",
-            where=where,
-            why=why,
-            fix="leave attention out: torch chooses a kernel that can",
-        )
-    log.warning("%d of %d attentions stay with torch: %s, %s", len(staying), len(reasons), where, why)
+FLASH = AttentionKernel("flash-attn", torch.ops.dicompile.flash_attention.default, _arguments, _why_not)
+"""FlashAttention of the package flash-attn."""

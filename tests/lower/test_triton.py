@@ -138,3 +138,47 @@ def test_token_count_and_clock_stay_arguments(lowered: dict[str, Any], name: str
 
 def test_one_compilation_serves_every_token_count(lowered: dict[str, Any]) -> None:
     assert lowered["untrue_assumptions"] == []
+
+
+@pytest.fixture(scope="module")
+def masked(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    found: dict[str, Any] = from_process(tmp_path_factory.mktemp("inductor"), "tests.lower.deviceless_masks")
+    return found
+
+
+MASKED = {
+    "sdpa": [
+        {"triton": 6, "gemm": 10, "attention": 2},
+        {"triton": 9, "gemm": 10, "attention": 2, "log_sum_exp": 1, "entropy": 1},
+        {"triton": 10, "gemm": 6, "attention": 1, "log_sum_exp": 1, "entropy": 1, "selection": 2},
+    ],
+    # Its kernel is one of Inductor's, and one more makes the two numbers that say which keys there are; where a score
+    # reads the log-sum-exp, a third one turns that from powers of two.
+    "flex": [
+        {"triton": 8, "gemm": 10, "attention": 1},
+        {"triton": 12, "gemm": 10, "attention": 1, "entropy": 1},
+        {"triton": 13, "gemm": 6, "entropy": 1, "selection": 2},
+    ],
+}
+"""Calls of a block of PixArt whose captions have a mask: computed, with a score, and refreshed."""
+MASKED_TRAFFIC = {"sdpa": [18_671_904, 19_579_136, 8_754_128], "flex": [17_705_264, 18_175_504, 8_167_648]}
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("attention", MASKED)
+def test_a_block_with_masks_launches_and_moves_so_much(masked: dict[str, Any], attention: str) -> None:
+    assert [variant["calls"] for variant in masked[attention]] == MASKED[attention]
+    assert [variant["bytes"] for variant in masked[attention]] == MASKED_TRAFFIC[attention]
+
+
+@pytest.mark.nightly
+def test_flex_attention_copies_nothing_and_spills_nothing(masked: dict[str, Any]) -> None:
+    assert not any(variant["copies"] for variant in masked["flex"])
+    assert len(masked["kernels"]) == 3
+    assert [kernel["spilled_bytes"] for kernel in masked["kernels"]] == [[0]] * 3
+
+
+@pytest.mark.nightly
+def test_one_flex_attention_serves_every_token_count(masked: dict[str, Any]) -> None:
+    assert masked["untrue_assumptions"] == []
+    assert all(masked["flex"][2]["ints"].values())

@@ -104,11 +104,13 @@ def test_asking_compiles_nothing_and_changes_nothing() -> None:
 
 
 def test_keys_of_caches_do_not_depend_on_who_imported_torch_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    empty = fx.GraphModule(torch.nn.Module(), fx.Graph())
+
     def key(*_: Any, **__: Any) -> bytes:
-        return FxGraphCachePickler(fx.GraphModule(torch.nn.Module(), fx.Graph())).dumps(torch.contiguous_format)
+        return FxGraphCachePickler(empty).dumps(torch.contiguous_format)
 
     monkeypatch.setattr(inductor, "standalone_compile", key)
-    inside: Any = inductor._compiled(None, (), FakeTensorMode())  # type: ignore[arg-type]
+    inside: Any = inductor._compiled(empty, (), FakeTensorMode())
     assert b"contiguous_format" in key()
     assert b"_format_of" in inside.artifact
     assert torch.memory_format not in copyreg.dispatch_table

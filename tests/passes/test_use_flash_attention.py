@@ -20,7 +20,8 @@ from dicompile.errors import InvalidSetting
 from dicompile.lower.inductor import ATTENTIONS, BACKENDS, Backend
 from dicompile.ops import flash
 from dicompile.ops.attention_scores import is_attention_score
-from dicompile.passes import FLASH_PASSES, PASSES, LocalStep
+from dicompile.passes import PASSES, LocalStep, passes_for
+from dicompile.passes.share_weights import ShareWeights
 from dicompile.plan import Score, ScoreBase, SlotKind
 from tests.models import Sample, dit, pixart, timesteps
 from tests.passes.segments import cross_attention_block, rewritten, run_segment, self_attention_block
@@ -111,7 +112,8 @@ def test_scores_read_its_log_sum_exp(calls: list[Any], monkeypatch: pytest.Monke
     monkeypatch.setattr(flash, "EVERY", 4)
     block = self_attention_block() if base is ScoreBase.ATTENTION else cross_attention_block()
     steps = [LocalStep(produces=Score(base), writes=(SlotKind.SCORE,))]
-    segments = [rewritten(block.segment, steps, *passes) for passes in (FLASH_PASSES, PASSES)]
+    on_gpu = [item for item in passes_for("flash-attn") if item != ShareWeights()]
+    segments = [rewritten(block.segment, steps, *passes) for passes in (on_gpu, PASSES)]
     (score,) = filter(is_attention_score, segments[0].graph.nodes)
     assert score.kwargs["lse"].args[0].target is torch.ops.dicompile.flash_attention.default
     found, expected = (run_segment(segment, block.arguments) for segment in segments)
