@@ -7,7 +7,6 @@ import functools
 import importlib
 import logging
 import math
-import os
 import re
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -185,7 +184,7 @@ def _every_key(sample, head, query, key):  # type: ignore[no-untyped-def]  # wit
 
 def has_kernel_for_cpu() -> bool:
     """True where Inductor's kernel of ``flex_attention`` for a CPU runs (torch 2.11 to 2.14)."""
-    return torch.cpu._is_avx2_supported() and os.getenv("ATEN_CPU_CAPABILITY") != "default"
+    return torch.backends.cpu.get_cpu_capability().startswith("AVX")
 
 
 def tensor_check(tensors: Sequence[Tensor]) -> Callable[..., bool]:
