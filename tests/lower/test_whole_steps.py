@@ -42,28 +42,28 @@ MOST = {"dit": 12, "pixart": 12, "flux": 20}
 """Launches of a reuse step, with everything hoisted."""
 
 FIGURES: dict[Step, Figures] = {
-    ("dit", "fora", "all", "full"): Figures(121, 170, 28, 0, 533_497_664, 498_672_448),
+    ("dit", "fora", "all", "full"): Figures(117, 170, 28, 0, 532_218_688, 498_672_448),
     ("dit", "fora", "all", "reuse"): Figures(9, 2, 0, 0, 28_192_576, 28_192_576),
-    ("dit", "toca", "all", "full"): Figures(205, 170, 28, 0, 557_352_768, 522_527_552),
+    ("dit", "toca", "all", "full"): Figures(201, 170, 28, 0, 556_073_792, 522_527_552),
     ("dit", "toca", "all", "reuse"): Figures(9, 2, 0, 0, 28_192_576, 28_192_576),
     ("dit", "toca", "all", "partial"): Figures(145, 58, 0, 0, 190_475_776, 168_197_632),
     ("dit", "torch.compile", "off", "full"): Figures(185, 257, 28, 0, 586_503_088, 541_135_712),
-    ("dit", "fora", "conditioning", "full"): Figures(237, 257, 28, 0, 598_947_552, 564_003_552),
+    ("dit", "fora", "conditioning", "full"): Figures(233, 257, 28, 0, 597_668_576, 564_003_552),
     ("dit", "fora", "conditioning", "reuse"): Figures(101, 117, 0, 0, 143_015_264, 142_896_096),
     ("pixart", "torch.compile", "off", "full"): Figures(121, 287, 56, 0, 673_265_488, 616_608_592),
-    ("pixart", "fora", "conditioning", "full"): Figures(151, 229, 56, 0, 656_879_440, 611_235_664),
+    ("pixart", "fora", "conditioning", "full"): Figures(149, 229, 56, 0, 656_441_168, 611_235_664),
     ("pixart", "fora", "conditioning", "reuse"): Figures(13, 5, 0, 0, 41_405_264, 41_401_168),
-    ("pixart", "fora", "all", "full"): Figures(147, 226, 56, 0, 654_584_640, 608_944_960),
+    ("pixart", "fora", "all", "full"): Figures(145, 226, 56, 0, 654_146_368, 608_944_960),
     ("pixart", "fora", "all", "reuse"): Figures(9, 2, 0, 0, 39_110_464, 39_110_464),
-    ("pixart", "toca", "all", "full"): Figures(231, 226, 56, 0, 669_264_704, 623_625_024),
+    ("pixart", "toca", "all", "full"): Figures(229, 226, 56, 0, 668_826_432, 623_625_024),
     ("pixart", "toca", "all", "partial"): Figures(313, 114, 28, 0, 293_105_184, 253_265_440),
     ("flux", "torch.compile", "off", "full"): Figures(412, 504, 57, 0, 987_065_286, 902_021_830),
-    ("flux", "fora", "conditioning", "full"): Figures(521, 499, 57, 0, 1_000_437_890, 938_711_682),
+    ("flux", "fora", "conditioning", "full"): Figures(522, 499, 57, 0, 1_000_929_410, 939_203_202),
     ("flux", "fora", "conditioning", "reuse"): Figures(26, 119, 0, 0, 194_066_306, 193_572_738),
-    ("flux", "fora", "all", "full"): Figures(459, 420, 57, 0, 897_793_920, 836_069_760),
+    ("flux", "fora", "all", "full"): Figures(460, 420, 57, 0, 898_285_440, 836_561_280),
     ("flux", "fora", "all", "reuse"): Figures(13, 2, 0, 0, 24_365_952, 23_874_432),
-    ("flux", "toca", "all", "full"): Figures(459, 420, 57, 0, 897_793_920, 836_069_760),
-    ("flux", "toca", "all", "partial"): Figures(400, 192, 0, 19, 391_062_584, 372_097_848),
+    ("flux", "toca", "all", "full"): Figures(460, 420, 57, 0, 898_285_440, 836_561_280),
+    ("flux", "toca", "all", "partial"): Figures(401, 192, 0, 19, 391_554_104, 372_589_368),
 }
 
 
