@@ -23,10 +23,9 @@ from dicompile.ops.attention_scores import is_attention_score
 from dicompile.passes import PASSES, LocalStep, passes_for
 from dicompile.passes.share_weights import ShareWeights
 from dicompile.plan import Score, ScoreBase, SlotKind
-from tests.models import Sample, dit, pixart, timesteps
+from tests.models import Sample, dit, pixart
+from tests.passes.runs import STEPS, runs_of
 from tests.passes.segments import cross_attention_block, rewritten, run_segment, self_attention_block
-
-STEPS = 4
 
 
 @pytest.fixture
@@ -58,18 +57,6 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[int, ...]]]:
     flash._kernel.cache_clear()
     yield seen
     flash._kernel.cache_clear()
-
-
-def runs_of(sample: Sample, policy: Any, **options: Any) -> list[Tensor]:
-    schedule = timesteps(STEPS)
-    model = dicompile.optimize(sample.model, policy, schedule=schedule, **options)
-    outputs = []
-    for step, timestep in enumerate(schedule):
-        time = torch.full_like(sample.inputs["timestep"], timestep)
-        latent = sample.inputs["hidden_states"] * (1 - 0.1 * step)
-        outputs.append(model(**{**sample.inputs, "hidden_states": latent, "timestep": time})[0])
-    dicompile.restore(model)
-    return outputs
 
 
 @pytest.mark.parametrize("is_causal", [False, True])

@@ -25,6 +25,7 @@ from dicompile.passes.score_tokens import ScoreTokens
 from dicompile.passes.use_attention_kernel import UseFlexAttention
 from dicompile.plan import ScoreBase
 from tests.models import Sample, dit, frames_of, pixart, timesteps
+from tests.passes.runs import STEPS, runs_of
 from tests.passes.segments import (
     BATCH,
     FULL,
@@ -40,7 +41,6 @@ from tests.passes.segments import (
     run_segment,
 )
 
-STEPS = 4
 FLEX = torch.ops.dicompile.flex_attention.default
 
 
@@ -64,18 +64,6 @@ def with_captions(layers: int) -> Sample:
     sample.inputs["encoder_attention_mask"] = torch.ones(2, 12)
     sample.inputs["encoder_attention_mask"][1, 5:] = 0
     return sample
-
-
-def runs_of(sample: Sample, policy: Any, **options: Any) -> list[Tensor]:
-    schedule = timesteps(STEPS)
-    model = dicompile.optimize(sample.model, policy, schedule=schedule, **options)
-    outputs = []
-    for step, timestep in enumerate(schedule):
-        time = torch.full_like(sample.inputs["timestep"], timestep)
-        latent = sample.inputs["hidden_states"] * (1 - 0.1 * step)
-        outputs.append(model(**{**sample.inputs, "hidden_states": latent, "timestep": time})[0])
-    dicompile.restore(model)
-    return outputs
 
 
 def targets(segment: Segment) -> list[Any]:
