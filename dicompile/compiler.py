@@ -474,10 +474,11 @@ class Programs:
         if known is None or known[0] is not plan:
             latest = list(self._others_steps.items())[1 - MOST_PLANS :]
             known = plan, {}
-            self._builder.expect(plan.steps)
             self._others_steps = {**dict(latest), plan.schedule: known}
         if index not in known[1]:
             with COMPILING, ONE_AT_A_TIME:
+                if not known[1]:
+                    self._builder.expect(plan.steps)
                 known[1][index] = self._make(plan, index)
         return known[1][index]
 
