@@ -16,7 +16,7 @@ from dicompile.passes import Segment
 from dicompile.plan import Cadence, Plan, Policy, Refresh, Reuse, Rule, Table, TimestepSchedule, TokenScore
 from dicompile.runtime import Executor, Owner, SchedulerLink, Signature, current_session
 from tests.lower.captured import captured
-from tests.models import MODELS, Sample, dit, pixart, plain_dit, timesteps
+from tests.models import MODELS, Sample, dit, flux, pixart, plain_dit, timesteps
 from tests.passes.segments import WIDTH, Channels, Mlp, chain
 
 STEPS = 9
@@ -132,6 +132,13 @@ def test_the_first_block_shares_the_code_of_the_others_whatever_lies_before_it(m
     made = programs(model, 4, policy="none")  # its stream comes out of a convolution, channel by channel
     calls = made.step(SCHEDULE, 0).program.calls
     assert len({call.function for call in calls if call.name.startswith("block")}) == 1
+
+
+def test_what_joins_two_streams_for_the_blocks_that_follow_is_a_call_of_its_own() -> None:
+    calls = programs(flux, 2, policy="none").step(SCHEDULE, 0).program.calls
+    named = {call.name.split(":")[0]: call.function for call in calls}
+    assert list(named) == ["prologue", "block0", "block1", "before-block2", "block2", "block3", "epilogue"]
+    assert named["block2"] is named["block3"]
 
 
 class Streaming(torch.nn.Module):
