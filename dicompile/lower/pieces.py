@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Container
@@ -23,6 +24,7 @@ from dicompile.text import layout_text
 
 RUNS = (8, 4, 2, 1)
 """Numbers of blocks of a short run that only reuse, and run as one segment; no segment is longer than the first."""
+_MOST_WAYS = 8
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,7 @@ class Pieces:
         self._steps = self.invariants.left([*results, *(self._nodes[name] for name in sites)])
         self._streams = _token_by_token(capture, structure, self.invariants.paces)
         self._before = {block.id: found for block in structure.blocks if (found := self._made_for(block))}
+        self._cut = functools.cache(_cut)
         self._pieces: dict[object, Piece] = {}
         self._segments: dict[object, Outline] = {}
 
@@ -92,7 +95,9 @@ class Pieces:
         runs: list[list[int]] = []
         for (is_reused, _), alike in itertools.groupby(structure.blocks, lambda b: (reuses(b), b.id == verified)):
             numbers = [int(block.id) for block in alike]
-            runs += _cut(numbers) if is_reused else [[number] for number in numbers]
+            lengths = self._cut(tuple(self._kinds[i] for i in numbers)) if is_reused else [1] * len(numbers)
+            ends = itertools.accumulate(lengths)
+            runs += [numbers[end - length : end] for end, length in zip(ends, lengths, strict=True)]
         at_the_start, at_the_end = (
             tuple(span for span in active if span.add in nodes) for nodes in (self._prologue, self._epilogue)
         )
@@ -110,6 +115,12 @@ class Pieces:
             pieces.append(self._piece(name, nodes, sites, run[0]))
         pieces.append(self._piece("epilogue", structure.epilogue, at_the_end))
         return [piece for piece in pieces if piece.outline.outputs]
+
+    @functools.cached_property
+    def _kinds(self) -> tuple[str, ...]:
+        """What code each block has, as a part of a step."""
+        members = ([self._nodes[n] for n in block.nodes if n in self._steps] for block in self.structure.blocks)
+        return tuple(structure_key(nodes, self._streams) for nodes in members)
 
     def is_at_hand(self, span: Span) -> bool:
         """True if no piece computes the value of a probe: it is an input, or made outside of the steps."""
@@ -211,19 +222,45 @@ def _token_by_token(capture: Capture, structure: ModelStructure, hoisted: Contai
     return found
 
 
-def _cut(numbers: list[int]) -> list[list[int]]:
-    """Cut a run so that runs of any length share a few variants: a long one evenly, a short one into `RUNS`."""
+def _cut(kinds: tuple[str, ...]) -> tuple[int, ...]:
+    """Lengths of the parts of a run of blocks, so that runs of any length share a few variants.
+
+    A short run is cut into `RUNS`. A long one has as few parts as can be, and then as few different ones; among those
+    parts of lengths in `RUNS` go first, since other runs have them, and then short ones. They are found block by block:
+    of all ways to cut what lies before, the best few are looked at.
+
+    Args:
+        kinds: of its blocks; blocks of a kind have equal code.
+    """
     longest = RUNS[0]
-    if len(numbers) > longest:
-        count = math.ceil(len(numbers) / longest)
-        lengths = [len(numbers) // count + (i < len(numbers) % count) for i in range(count)]
-    else:
-        lengths, rest = [], len(numbers)
+    if len(kinds) <= longest:
+        lengths, rest = [], len(kinds)
         while rest:
             lengths.append(next(length for length in RUNS if length <= rest))
             rest -= lengths[-1]
-    ends = list(itertools.accumulate(lengths))
-    return [numbers[end - length : end] for end, length in zip(ends, lengths, strict=True)]
+        return tuple(lengths)
+
+    def rank(way: _Way) -> tuple[object, ...]:
+        fewest = len(way.lengths) + math.ceil((len(kinds) - sum(way.lengths)) / longest)
+        others = sum(len(part) not in RUNS for part in way.parts)
+        return fewest, len(way.parts), others, sum(map(len, way.parts)), way.lengths
+
+    ways = {0: [_Way((), frozenset())]}
+    for end in range(1, len(kinds) + 1):
+        found = {
+            _Way((*way.lengths, end - start), way.parts | {kinds[start:end]})
+            for start in range(max(0, end - longest), end)
+            for way in ways[start]
+        }
+        ways[end] = sorted(found, key=rank)[:_MOST_WAYS]
+    return ways[len(kinds)][0].lengths
+
+
+class _Way(NamedTuple):
+    """How a run may be cut: lengths of its parts, and the different parts among them."""
+
+    lengths: tuple[int, ...]
+    parts: frozenset[tuple[str, ...]]
 
 
 def _ends_recalled(step: StepPlan, piece: Piece) -> bool:

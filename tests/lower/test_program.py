@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -81,13 +83,29 @@ def test_a_run_of_reused_blocks_is_one_call_of_at_most_eight_blocks() -> None:
 
 
 @pytest.mark.parametrize(
-    ("length", "runs"),
-    [(3, [2, 1]), (7, [4, 2, 1]), (8, [8]), (9, [5, 4]), (12, [6, 6]), (19, [7, 6, 6]), (28, [7, 7, 7, 7])],
-)
-def test_runs_of_any_length_are_of_few_lengths(length: int, runs: list[int]) -> None:
-    made = pieces._cut(list(range(length)))
-    assert [len(run) for run in made] == runs
-    assert [number for run in made for number in run] == list(range(length))
+    ("kinds", "lengths"),
+    [
+        ("a" * 3, (2, 1)), ("a" * 7, (4, 2, 1)), ("a" * 8, (8,)), ("a" * 9, (1, 8)), ("a" * 12, (6, 6)),
+        ("a" * 28, (7, 7, 7, 7)), ("ab" * 14, (4, 8, 8, 8)), ("a" * 19 + "b" * 38, (6, 6, 6, 7, 8, 8, 8, 8)),
+    ],
+)  # fmt: skip
+def test_a_run_is_cut_into_few_parts_and_few_different_ones(kinds: str, lengths: tuple[int, ...]) -> None:
+    assert pieces._cut(tuple(kinds)) == lengths
+
+
+@pytest.mark.parametrize("kinds", ["a" * 19, "a" * 23, "aab" * 7, "a" * 5 + "b" * 20, "a" * 7 + "b" + "c" * 14])
+def test_no_other_way_to_cut_a_run_has_fewer_different_parts(kinds: str) -> None:
+    def parts(lengths: Sequence[int]) -> set[str]:
+        ends = itertools.accumulate(lengths)
+        return {kinds[end - length : end] for end, length in zip(ends, lengths, strict=True)}
+
+    longest = pieces.RUNS[0]
+    ways = itertools.product(range(1, longest + 1), repeat=math.ceil(len(kinds) / longest))
+    fewest = min(len(parts(way)) for way in ways if sum(way) == len(kinds))
+    found = pieces._cut(tuple(kinds))
+    assert sum(found) == len(kinds)
+    assert len(found) == math.ceil(len(kinds) / longest)
+    assert len(parts(found)) == fewest
 
 
 def test_the_variants_of_28_blocks_are_few() -> None:
