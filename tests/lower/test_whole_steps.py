@@ -59,9 +59,9 @@ FIGURES: dict[Step, Figures] = {
     ("pixart", "toca", "all", "partial"): Figures(313, 114, 28, 0, 293_105_184, 253_265_440),
     ("flux", "torch.compile", "off", "full"): Figures(412, 504, 57, 0, 987_065_286, 902_021_830),
     ("flux", "fora", "conditioning", "full"): Figures(522, 499, 57, 0, 1_000_929_410, 939_203_202),
-    ("flux", "fora", "conditioning", "reuse"): Figures(26, 119, 0, 0, 194_066_306, 193_572_738),
+    ("flux", "fora", "conditioning", "reuse"): Figures(25, 119, 0, 0, 193_574_786, 193_572_738),
     ("flux", "fora", "all", "full"): Figures(460, 420, 57, 0, 898_285_440, 836_561_280),
-    ("flux", "fora", "all", "reuse"): Figures(13, 2, 0, 0, 24_365_952, 23_874_432),
+    ("flux", "fora", "all", "reuse"): Figures(12, 2, 0, 0, 23_874_432, 23_874_432),
     ("flux", "toca", "all", "full"): Figures(460, 420, 57, 0, 898_285_440, 836_561_280),
     ("flux", "toca", "all", "partial"): Figures(401, 192, 0, 19, 391_554_104, 372_589_368),
 }
