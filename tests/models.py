@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import diffusers  # imports a class when it is named: processes that compile our own DiT do not wait for the others
 import torch
 import torch.nn.functional as F
-from diffusers import DiTTransformer2DModel, FluxTransformer2DModel, PixArtTransformer2DModel, SD3Transformer2DModel
 from torch import Tensor, nn
 
 import dicompile
@@ -35,7 +35,7 @@ def redraw(model: nn.Module, seed: int = 0) -> nn.Module:
 
 
 def dit(layers: int = 3) -> Sample:
-    model = DiTTransformer2DModel(
+    model = diffusers.DiTTransformer2DModel(
         num_attention_heads=2, attention_head_dim=16, in_channels=4, out_channels=8, num_layers=layers, sample_size=16,
         patch_size=2, attention_bias=True, activation_fn="gelu-approximate", num_embeds_ada_norm=10,
         norm_type="ada_norm_zero", norm_elementwise_affine=False, norm_eps=1e-6,
@@ -50,7 +50,7 @@ def dit(layers: int = 3) -> Sample:
 
 
 def pixart(layers: int = 3) -> Sample:
-    model = PixArtTransformer2DModel(
+    model = diffusers.PixArtTransformer2DModel(
         num_attention_heads=2, attention_head_dim=16, in_channels=4, out_channels=8, num_layers=layers,
         cross_attention_dim=32, sample_size=16, patch_size=2, caption_channels=24, norm_type="ada_norm_single",
         use_additional_conditions=False,
@@ -66,7 +66,7 @@ def pixart(layers: int = 3) -> Sample:
 
 
 def sd3(layers: int = 3) -> Sample:
-    model = SD3Transformer2DModel(
+    model = diffusers.SD3Transformer2DModel(
         sample_size=16, patch_size=2, in_channels=4, num_layers=layers, attention_head_dim=16, num_attention_heads=2,
         caption_projection_dim=32, joint_attention_dim=24, pooled_projection_dim=40, out_channels=4,
     )  # fmt: skip
@@ -81,7 +81,7 @@ def sd3(layers: int = 3) -> Sample:
 
 
 def flux(layers: int = 2) -> Sample:
-    model = FluxTransformer2DModel(
+    model = diffusers.FluxTransformer2DModel(
         patch_size=1, in_channels=4, num_layers=layers, num_single_layers=layers, attention_head_dim=16,
         num_attention_heads=2, joint_attention_dim=24, pooled_projection_dim=40, axes_dims_rope=[4, 4, 8],
         guidance_embeds=True,

@@ -69,11 +69,23 @@ def test_a_schedule_of_timesteps_does_what_a_number_of_steps_does() -> None:
     assert same(run(by_timesteps, sample.inputs, timesteps(4)), wanted)
 
 
+class Residual(nn.Module):
+    """A branch that could be cached, and little to compile."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Linear(16, 32), nn.GELU(), nn.Linear(32, 16))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.mlp(x)
+
+
 def test_without_options_it_compiles_and_caches_nothing() -> None:
-    sample = models.plain_dit(1)
-    wanted = run(sample.model, sample.inputs, timesteps(2))
-    got = run(torch.compile(sample.model, backend="dicache"), sample.inputs, timesteps(2))
-    assert all(torch.allclose(a, b, rtol=0, atol=1e-5) for a, b in zip(got, wanted, strict=True))
+    model = nn.Sequential(Residual(), Residual()).eval()
+    got = torch.compile(model, backend="dicache")
+    with torch.no_grad():
+        for latent in torch.randn(2, 2, 8, 16):
+            torch.testing.assert_close(got(latent), model(latent), rtol=0, atol=1e-5)
     assert "dicache" in torch._dynamo.list_backends()
 
 

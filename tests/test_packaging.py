@@ -1,6 +1,7 @@
 """What a user gets: the sdist, the wheel made from it, and that wheel in a clean environment, away from the sources."""
 
 import ast
+import json
 import re
 import shutil
 import subprocess
@@ -10,6 +11,7 @@ import zipfile
 from collections.abc import Iterator
 from email import message_from_bytes
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -67,8 +69,24 @@ def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return home
 
 
-def run_python(home: Path, code: str) -> str:
-    return run(home / "bin" / "python", "-I", "-c", code, cwd=home)
+PROGRAM = """
+import json, sys
+import torch._dynamo
+from torch._dynamo.backends.registry import lookup_backend
+found = {"is listed": "dicache" in torch._dynamo.list_backends(exclude_tags=())}
+found["imported"] = [name for name in sys.modules if name.split(".")[0] == "dicompile"]
+found["backend"] = lookup_backend("dicache").__module__
+import dicompile, dicompile.passes, dicompile.runtime
+found["files"] = [dicompile.__file__, dicompile.passes.__file__, dicompile.runtime.__file__]
+print(json.dumps(found))
+"""
+
+
+@pytest.fixture(scope="session")
+def found(installed: Path) -> dict[str, Any]:
+    """What a process finds in that environment."""
+    told: dict[str, Any] = json.loads(run(installed / "bin" / "python", "-I", "-c", PROGRAM, cwd=installed))
+    return told
 
 
 def test_wheel_holds_every_source_file(wheel: Path) -> None:
@@ -83,9 +101,8 @@ def test_wheel_holds_nothing_else(wheel: Path) -> None:
     assert not extra
 
 
-def test_installed_copy_imports(installed: Path) -> None:
-    code = "import dicompile, dicompile.passes, dicompile.runtime; print(dicompile.__file__, dicompile.passes.__file__)"
-    for file in run_python(installed, code).split():
+def test_installed_copy_imports(found: dict[str, Any], installed: Path) -> None:
+    for file in found["files"]:
         assert Path(file).is_relative_to(installed)
 
 
@@ -93,17 +110,13 @@ def test_command_prints_help(installed: Path) -> None:
     assert "Usage: dicompile" in run(installed / "bin" / "dicompile", "--help", cwd=installed)
 
 
-def test_backend_is_listed_without_importing_dicompile(installed: Path) -> None:
-    code = (
-        "import sys, torch._dynamo as dynamo; print('dicache' in dynamo.list_backends(exclude_tags=())); "
-        "print(any(name.split('.')[0] == 'dicompile' for name in sys.modules))"
-    )
-    assert run_python(installed, code).split() == ["True", "False"]
+def test_backend_is_listed_without_importing_dicompile(found: dict[str, Any]) -> None:
+    assert found["is listed"]
+    assert found["imported"] == []
 
 
-def test_backend_loads(installed: Path) -> None:
-    code = "from torch._dynamo.backends.registry import lookup_backend; print(lookup_backend('dicache').__module__)"
-    assert run_python(installed, code).strip() == "dicompile.backend"
+def test_backend_loads(found: dict[str, Any]) -> None:
+    assert found["backend"] == "dicompile.backend"
 
 
 def imported_distributions() -> set[str]:

@@ -2,7 +2,7 @@
 
 `dicompile.bench.deviceless` makes torch believe in a device, and Triton compiles what Inductor then generates to cubins
 with the ptxas of its wheel. The belief must not leak into other tests, so this is a program that runs in a process of
-its own: ``TRITON_DUMP_PTXAS_LOG=1 python -m tests.lower.deviceless``.
+its own: ``TRITON_DUMP_PTXAS_LOG=1 python -m tests.lower.deviceless '["compute"]'``.
 """
 
 from __future__ import annotations
@@ -123,16 +123,17 @@ def untrue_assumptions(capture: Capture) -> list[str]:
     ]
 
 
-def main() -> None:
+def main(names: list[str]) -> None:
     capture = dit(LAYERS)
     with pretended_cuda():
         move_to_cuda(capture)
         lowering = Lowering(BATCH * TOKENS * WIDTH, TOKENS)
-        variants = {name: asdict(lowering.lower(variant.segment)) for name, variant in find_variants(capture).items()}
+        found = find_variants(capture)
+        variants = {name: asdict(lowering.lower(found[name].segment)) for name in names}
         kernels = [asdict(compile_kernel(name, source)) for name, source in lowering.kernels.values()]
-    found = {"variants": variants, "kernels": kernels, "untrue_assumptions": untrue_assumptions(capture)}
-    json.dump(found, sys.stdout)
+    printed = {"variants": variants, "kernels": kernels, "untrue_assumptions": untrue_assumptions(capture)}
+    json.dump(printed, sys.stdout)
 
 
 if __name__ == "__main__":
-    main()
+    main(json.loads(sys.argv[1]))

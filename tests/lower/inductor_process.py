@@ -18,8 +18,8 @@ from dicompile.lower import Program
 from dicompile.passes import rewrite
 from dicompile.plan import TimestepSchedule
 from dicompile.runtime import current_session
-from tests.lower.test_inductor import LAYERS, POLICY, STEPS
-from tests.models import call, frames_of, plain_dit, state_of, timesteps
+from tests.lower.test_inductor import LAYERS, PLANNED, POLICY, STEPS
+from tests.models import call, frames_of, plain_dit, state_of
 
 
 def counted(counts: Counter[str], name: str, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -38,17 +38,17 @@ def main(output: Path) -> None:
     torch.manual_seed(0)
     torch.set_num_threads(1)
     sample = plain_dit(LAYERS)
-    model = dicompile.optimize(sample.model, POLICY, schedule=timesteps(STEPS))
+    model = dicompile.optimize(sample.model, POLICY, schedule=PLANNED)
     current_session().keep_chosen = True
     outputs, chosen = [], []
-    for step, timestep in enumerate(timesteps(STEPS)):
+    for step, timestep in enumerate(PLANNED[:STEPS]):
         outputs.append(call(model, sample.inputs, timestep, seed=step))
         state = state_of(model)
         chosen.append({site: tokens.sort().values.tolist() for site, tokens in state.contexts[""].chosen.items()})
     torch.save({"outputs": outputs, "chosen": chosen}, output)
     counters: Counter[str] = torch._dynamo.utils.counters["inductor"]
     names = ("fxgraph_cache_hit", "fxgraph_cache_miss", "fxgraph_cache_bypass")
-    program: Program = frames_of(model)[0].programs.step(TimestepSchedule.of(timesteps(STEPS)), 0).program
+    program: Program = frames_of(model)[0].programs.step(TimestepSchedule.of(PLANNED), 0).program
     print(json.dumps({name: counters[name] for name in names} | made | {
         "variants": len(frames_of(model)[0].programs.variants.variants), "calls": len(program.calls),
     }))  # fmt: skip

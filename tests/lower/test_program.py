@@ -112,12 +112,12 @@ def test_the_variants_of_28_blocks_are_few() -> None:
     def table(step: int, site: int) -> bool:
         return step % 2 == 0 or (step * 7 + site * 5) % 3 == 0
 
-    learned = tuple(tuple(table(step, site) for site in range(56)) for step in range(20))
+    learned = tuple(tuple(table(step, site) for site in range(56)) for step in range(10))
     policies = {
-        "fora": 6, "taylorseer": 7, "toca": 9, "duca": 10,
-        Policy(name="l2c", rules=(Rule(do=Table(compute=learned)),)): 8,
+        "fora": 4, "taylorseer": 5, "toca": 6, "duca": 9,
+        Policy(name="l2c", rules=(Rule(do=Table(compute=learned)),)): 6,
     }  # fmt: skip
-    schedule = TimestepSchedule.of(tuple(timesteps(20)))
+    schedule = TimestepSchedule.of(tuple(timesteps(10)))
     for policy, most in policies.items():
         made = programs(plain_dit, 28, policy=policy)
         for i in range(schedule.steps):

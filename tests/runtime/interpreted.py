@@ -127,7 +127,7 @@ def selections() -> Iterator[Selected]:
     yield Selected("no numbers", score.where(score < 1, torch.nan).where(score > -1, -torch.inf), 60)
     yield Selected("apart in memory", torch.randn(150, 2).T, 50, 0.3)
     yield Selected("grid", score, 50, 0.3, (10, 15), 2)
-    yield Selected("grid, equal ones", score.round(), 50, 0.5, (15, 10), 4)
+    yield Selected("grid, equal ones", score.round(), 50, 0.5, (15, 10), 3)
     yield Selected("film, cut off", score.round(), 50, 0.0, (5, 6, 5), 2)
 
 
@@ -151,7 +151,7 @@ def main() -> None:
     torch.manual_seed(0)
     warnings.simplefilter("ignore")  # of numpy, about logarithms of nothing, which is meant
     with patch.object(InterpreterBuilder, "create_dot", dot):
-        whole = {"the tiles themselves": distance(Case("", *operands(1, 2, 150, 140, 24)))}
+        whole = {"the tiles themselves": distance(Case("", *operands(1, 1, 70, 140, 24)))}
         with patch.object(attention_scores, "tiles_for", small_tiles):
             found = {case.name: distance(case) for case in cases()}
     selected = {case.name: differences(case) for case in selections()}

@@ -6,6 +6,7 @@ The server imports and waits. Each child builds the model, optimizes it, makes o
 from __future__ import annotations
 
 import functools
+import importlib
 import json
 import os
 import subprocess
@@ -16,9 +17,11 @@ from typing import Any
 
 import torch
 
-from tests.state.runs import Optimized, Run, Sampling
+from tests.state.runs import SETUPS, Optimized, Run, Sampling
 
 ROOT = Path(__file__).resolve().parents[2]
+TRACING = ("torch._inductor.codecache", "torch._functorch.partitioners", "networkx")
+"""What Dynamo imports when it traces for the first time: no child has to."""
 
 
 class Oracle:
@@ -63,12 +66,16 @@ def oracle() -> Oracle:
 def serve(threads: int) -> None:
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what libraries print is no answer
+    for name in TRACING:
+        importlib.import_module(name)
     for line in sys.stdin:
+        run = Run(**json.loads(line))
+        SETUPS[run.model].make()  # nor what this imports
         reading, writing = os.pipe()
         child = os.fork()
         if not child:
             with os.fdopen(writing, "w") as out:
-                json.dump(_in_child(Run(**json.loads(line)), threads), out)
+                json.dump(_in_child(run, threads), out)
             os._exit(0)
         os.close(writing)
         with os.fdopen(reading) as answer:
