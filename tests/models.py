@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 import dicompile
 from dicompile.analysis import ModelStructure, analyse
-from dicompile.capture import Capture, capture_graph, input_names
+from dicompile.capture import Arguments, Capture, ambient, known_capture
+from dicompile.config import Settings
 from dicompile.runtime import current_session
 from dicompile.wrapper import record_of
 
@@ -197,22 +198,10 @@ def timesteps(steps: int) -> list[int]:
 
 
 def capture(sample: Sample) -> Capture:
-    """Functional graph of a model for its inputs."""
-    found: dict[str, Any] = {}
-
-    def backend(graph: Any, _: Any) -> Any:
-        names = input_names(graph.graph)
-
-        def first_call(*arguments: Any) -> Any:
-            found["capture"] = capture_graph(graph, names, arguments)
-            return graph(*arguments)
-
-        return first_call
-
-    torch._dynamo.reset()
+    """Functional graph of a model for its inputs, which models that are alike share."""
+    arguments, store = Arguments.of((), sample.inputs), Settings.from_environment().store
     with torch.no_grad():
-        torch.compile(sample.model, backend=backend, fullgraph=True, dynamic=False)(**sample.inputs)
-    return found["capture"]
+        return known_capture(sample.model, arguments, (arguments.key, ambient()), store)[0].capture
 
 
 def structure(sample: Sample) -> ModelStructure:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dis
+import functools
 import importlib.util
 import types
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -74,6 +75,7 @@ def imported(instructions: Sequence[dis.Instruction], package: str | None) -> It
             yield from (found, *(f"{found}.{name}" for name in names or ()))
 
 
+@functools.cache
 def is_of_others(file: str) -> bool:
     """True for code of torch, of Python itself, and of ours, and for what was generated."""
     if file.startswith((_TORCH, OWN, "<")):

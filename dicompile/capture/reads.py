@@ -428,12 +428,14 @@ class Reads:
         self._note(found.path, found.contents())
 
     def _note_code(self, frame: types.FrameType) -> None:
-        code, home = frame.f_code, self._homes.find(frame.f_globals)
+        code = frame.f_code
         has_no_file = code.co_filename.startswith("<") and not code.co_filename.startswith("<frozen ")
-        if has_no_file and home is None:
+        if not has_no_file and is_of_others(code.co_filename):
+            return
+        home = self._homes.find(frame.f_globals)
+        if has_no_file and home is None:  # it was generated, and not typed into the session that classes are of
             _check_is_of_a_module(code, frame.f_globals)
-        if is_of_others(code.co_filename) and not (has_no_file and home is not None):
-            return  # what has no file was generated, or typed into the session that classes are of
+            return
         is_busy, self._is_busy = self._is_busy, True
         try:
             if code not in self._codes:

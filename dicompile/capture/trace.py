@@ -18,6 +18,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch._guards import TracingContext, tracing
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing, get_proxy_mode, make_fx
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
@@ -75,6 +77,7 @@ def capture_by_running(module: nn.Module, arguments: Arguments) -> Captured:
         return [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor)]
 
     parts_run_as_they_are = torch._dynamo.config.patch(error_on_nested_fx_trace=False)  # whoever has compiled them
+    one_fake_mode = tracing(TracingContext(FakeTensorMode(allow_fallback_kernels=True)))  # else one for every node
     with (
         torch.no_grad(),
         _buffers_put_back(module),
@@ -82,6 +85,7 @@ def capture_by_running(module: nn.Module, arguments: Arguments) -> Captured:
         reads.uncached(),
         transforms_undone(),
         parts_run_as_they_are,
+        one_fake_mode,
     ):
         try:
             with fx.traceback.preserve_node_meta(), _module_paths(module):

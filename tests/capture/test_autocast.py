@@ -351,9 +351,9 @@ class CastBlock(PlainBlock):
             return super().attended(x).float()
 
 
-def partly_cast(layers: int = 2) -> Sample:
-    model = PlainDiT(layers)
-    model.blocks = nn.ModuleList(CastBlock(model.width, 2) for _ in range(layers))
+def partly_cast() -> Sample:
+    model = PlainDiT(1)
+    model.blocks = nn.ModuleList([CastBlock(model.width, 2)])
     return Sample(redraw(model), plain_dit().inputs)
 
 
@@ -373,13 +373,13 @@ def test_a_model_with_attention_under_autocast_computes_the_same(mode: str, ambi
 
 @pytest.mark.parametrize("mode", ["eager", "inductor"])
 def test_a_policy_caches_a_model_with_attention_under_autocast(mode: str) -> None:
-    sample, steps = partly_cast(), timesteps(6)
+    sample, steps = partly_cast(), timesteps(4)
     model = dicompile.optimize(sample.model, "fora", schedule=steps, mode=mode)
     found = run(model, sample.inputs, steps)
     plan = dicompile.plan_of(model)
     rows = [[site.action for site in step.sites] for step in plan.steps]
-    assert len({step.kind for step in plan.steps}) > 1 and len(rows[0]) >= 4
-    reference = Reference(sample.model, [row[:4] for row in rows])
+    assert len({step.kind for step in plan.steps}) > 1 and len(rows[0]) >= 2
+    reference = Reference(sample.model, [row[:2] for row in rows])
     for i, (t, got) in enumerate(zip(steps, found, strict=True)):
         latent = torch.randn(sample.inputs["x"].shape, generator=torch.Generator().manual_seed(i))
         wanted = reference.step(i, latent, torch.full((4,), t), sample.inputs["y"], {})
@@ -387,7 +387,7 @@ def test_a_policy_caches_a_model_with_attention_under_autocast(mode: str) -> Non
 
 
 def test_autocast_around_a_whole_model_leaves_its_structure_and_computes_the_same() -> None:
-    sample, steps = flux(), timesteps(2)
+    sample, steps = flux(1), timesteps(2)
     model = dicompile.optimize(sample.model, "none", schedule=steps, mode="eager")
     with around(torch.bfloat16):
         found, wanted = (run(each, sample.inputs, steps) for each in (model, sample.model))

@@ -23,7 +23,7 @@ from dicompile.capture import Arguments, Guards, capture_call
 from dicompile.errors import CannotCapture
 from dicompile.wrapper import record_of
 from tests.capture.follow import WAYS, WIDTH, Model, counted, follow, given, optimized, same
-from tests.models import dit, flux, pixart
+from tests.models import dit, flux, pixart, sd3
 
 FACTOR = 2.0
 SETTINGS = SimpleNamespace(factor=2.0, inner=SimpleNamespace(factors=[1.0, 2.0]))
@@ -672,7 +672,7 @@ def test_an_adapter_is_followed_and_every_scale_is_captured_once(way: str) -> No
 
 def test_an_adapter_of_diffusers_is_followed() -> None:
     peft = pytest.importorskip("peft")
-    sample = flux(layers=1)
+    sample = sd3(layers=1)
     model = dicompile.optimize(sample.model, "none", mode="eager")
     plain = model(**sample.inputs)[0]
     sample.model.add_adapter(peft.LoraConfig(r=2, target_modules=["to_q", "to_v"], init_lora_weights=False))
@@ -766,7 +766,7 @@ class Runs(nn.Module):
 
 
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("make", [dit, pixart, flux])
+@pytest.mark.parametrize("make", [flux, pixart, dit])
 @pytest.mark.sampled
 def test_no_path_is_walked_at_an_ordinary_call(make: Any, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     sample = make(layers=1)

@@ -540,6 +540,7 @@ def test_a_model_that_was_run_once_is_not_shown_to_dynamo_again(monkeypatch: pyt
 
 
 @pytest.mark.parametrize("allocations", range(1, 20))
+@pytest.mark.sampled
 def test_a_collection_at_any_moment_hides_no_read(allocations: int) -> None:
     """Python may collect garbage while the callbacks that tell of it are registered, one by one."""
     module = Model("running")

@@ -51,7 +51,7 @@ def test_training_finds_what_a_run_has_led_to_and_is_found_itself(
     captures: list[nn.Module], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("dicompile.learn.graph.capture_by_dynamo", None)
-    sample = dit(2)
+    sample = dit(1)
     model = dicompile.optimize(sample.model, "none", schedule=T, backend="eager")
     expected = model(**sample.inputs)[0]
     made = learnable(sample.model, sample.inputs)

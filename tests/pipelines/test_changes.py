@@ -252,7 +252,7 @@ def add_lora(pipe: Any, name: str, seed: int) -> None:
     from peft import LoraConfig
 
     torch.manual_seed(seed)
-    config = LoraConfig(r=2, lora_alpha=2, init_lora_weights=False, target_modules=["to_q", "to_v", "linear_2"])
+    config = LoraConfig(r=2, lora_alpha=2, init_lora_weights=False, target_modules=["to_q", "to_v"])
     pipe.transformer.add_adapter(config, adapter_name=name)
 
 
@@ -270,7 +270,7 @@ LORA: dict[str, Callable[[Any], None]] = {
 @pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute")
 def test_adapters_come_and_go_as_on_an_untouched_pipeline() -> None:
     pytest.importorskip("peft")
-    untouched, sampler = pipes.flux(), optimized(pipes.flux(), "none")
+    untouched, sampler = pipes.wan(), optimized(pipes.wan(), "none")
     plain = last = untouched(2)
     for change, apply in LORA.items():
         apply(untouched.pipe)
@@ -284,12 +284,12 @@ def test_adapters_come_and_go_as_on_an_untouched_pipeline() -> None:
 
 def test_a_loaded_adapter_is_cached_like_any_model() -> None:
     pytest.importorskip("peft")
-    sampler = optimized(pipes.flux())
+    sampler = optimized(pipes.wan())
     plain = sampler(6)
     add_lora(sampler.pipe, "first", 1)
     adapted = sampler(6)
     assert not torch.equal(adapted, plain)
-    assert dicompile.report(sampler.pipe).kinds == kinds(dicompile.plan_of(sampler.pipe))
+    assert dicompile.report(sampler.pipe).kinds == kinds(dicompile.plan_of(sampler.pipe), sampler.calls)
     assert dicompile.report(sampler.pipe).cold_starts == []
     assert torch.equal(sampler(6), adapted)
 

@@ -216,7 +216,9 @@ def test_clusters_tokens_and_outputs_are_those_of_the_published_rule(name: str, 
     model = optimized(sample, dicompile.ClusCa(**options), STEPS)
     current_session().keep_chosen = True
     peer, rule = copy.deepcopy(sample.model), Published(**options)
-    Installed(rule, peer, structure_of(name))
+    with dicompile.session():
+        call(model, sample, 0)
+    Installed(rule, peer, dicompile.structure_of(model))
     for step in range(STEPS):
         rule.begin()
         found, expected = call(model, sample, step), call(peer, sample, step)

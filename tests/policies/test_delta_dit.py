@@ -65,7 +65,7 @@ def test_it_reuses_what_runs_of_blocks_add(
 
 
 def test_by_default_it_computes_as_many_blocks_as_the_paper_reports() -> None:
-    sample = models.flux(layers=4)
+    sample = models.flux(layers=2)
     model = optimized(sample, dicompile.DeltaDiT(), 20)
     models.call(model, sample.inputs, 999, 0)
     plan, structure = dicompile.plan_of(model), dicompile.structure_of(model)

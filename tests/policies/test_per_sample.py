@@ -101,9 +101,9 @@ def forecast(threshold: float) -> Policy:
 
 
 CASES: dict[str, tuple[str, Policy]] = {
+    "forecasts, whose weights follow from decisions": ("plain", forecast(0.5)),
     "first block": ("flux", dicompile.FirstBlockCache(threshold=0.7)),
     "drift of the modulated input adds up": ("flux", dicompile.TeaCache((1, 0), threshold=0.4)),
-    "forecasts, whose weights follow from decisions": ("plain", forecast(0.5)),
     "weights made on the device": ("plain", dicompile.DiCache(depth=1, threshold=0.2, warmup=2)),
     "verified": ("plain", dicompile.SpeCa(threshold=0.02, decay=1, shortest=1, longest=4, order=1)),
 }

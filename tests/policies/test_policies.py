@@ -138,7 +138,7 @@ published = st.one_of(
 )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(own | published)
 def test_a_policy_survives_yaml_json_and_plain_data(policy: Policy) -> None:
     for again in (
