@@ -25,6 +25,7 @@ from dicompile.text import layout_text
 RUNS = (8, 4, 2, 1)
 """Numbers of blocks of a short run that only reuse, and run as one segment; no segment is longer than the first."""
 _MOST_WAYS = 8
+"""Ways to cut what lies before a block that are followed at once."""
 
 
 @dataclass(frozen=True)
