@@ -270,8 +270,8 @@ class Fact:
 
 
 def code_of(value: object) -> types.CodeType | None:
-    """What a function, or a method, runs; None of anything else."""
-    return value.__code__ if isinstance(value, (types.FunctionType, types.MethodType)) else None
+    """What a function, or a method, runs; None of anything else, and of a partial call that is bound like a method."""
+    return getattr(value, "__code__", None) if isinstance(value, (types.FunctionType, types.MethodType)) else None
 
 
 def keys_of(container: Any) -> Any:

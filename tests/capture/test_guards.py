@@ -10,7 +10,7 @@ import math
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from types import SimpleNamespace
+from types import MethodType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -783,3 +783,10 @@ def test_no_path_is_walked_at_an_ordinary_call(make: Any, way: str, monkeypatch:
     for _ in range(10):
         model(**inputs)
     assert len(walked) == 0
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_partial_call_that_is_bound_to_a_module_is_a_method_without_code(way: str) -> None:
+    module = Model(way)
+    module.linear.extra_repr = MethodType(functools.partial(nn.Linear.extra_repr), module.linear)  # as torchao does
+    assert follow(module, lambda: None) == [0]
