@@ -142,5 +142,6 @@ def test_what_cannot_be_done_is_refused_on_every_rank(
     ranks.check_refused(name, error, text)
 
 
+@TOKENS
 def test_a_rank_that_dies_is_an_error_on_the_others(ranks: Ranks) -> None:
     ranks.check_a_death_is_told()
