@@ -8,6 +8,7 @@ import importlib
 import logging
 import math
 import re
+import traceback
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -242,6 +243,7 @@ def dynamo_capture(function: Callable[..., Any], args: tuple[Any, ...]) -> Dynam
         _no_function_names(),
         code_on_demand(),
         _noting_misses(misses),
+        _internal_errors(),
     ):
         made = convert_frame.fullgraph_capture(function, args)
     output, backend = made.graph_capture_output, made.backend_input
@@ -273,6 +275,20 @@ def dynamo_capture(function: Callable[..., Any], args: tuple[Any, ...]) -> Dynam
         misses=tuple(misses),
         run=run,
     )
+
+
+@contextlib.contextmanager
+def _internal_errors() -> Iterator[None]:
+    """What Dynamo stumbles over by itself is something that it cannot take, as ``torch.compile`` has it."""
+    try:
+        yield
+    except torch._dynamo.exc.TorchDynamoException:
+        raise
+    except Exception as error:
+        *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+        if not frame.f_globals.get("__name__", "").startswith("torch._dynamo."):
+            raise
+        raise torch._dynamo.exc.InternalTorchDynamoError(f"{type(error).__name__}: {error}") from error
 
 
 def functional_trace(graph_module: fx.GraphModule, inputs: Sequence[object]) -> tuple[fx.GraphModule, tuple[int, ...]]:

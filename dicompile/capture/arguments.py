@@ -1,17 +1,14 @@
 """Arguments of a call, taken apart: tensors become inputs of a graph, and on everything else it depends.
 
-Lists, dictionaries and output classes are looked into, and so are objects (a key-value cache): by their attributes;
-functions by what they close over. A function or class that holds nothing is compared by identity.
+Lists, dictionaries and output classes are looked into, and so are objects (a key-value cache), see `opened`. A function
+or class that holds nothing is compared by identity.
 """
 
 from __future__ import annotations
 
 import copy
-import functools
 import inspect
 import numbers
-import sys
-import types
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from operator import is_not
@@ -19,17 +16,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch._library.custom_ops import CustomOpDef
-from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
 from torch.utils import _pytree as pytree
 
+from dicompile.capture.opened import PLAIN, is_item, opened
 from dicompile.errors import CannotCapture
 
-PLAIN = (bool, int, float, complex, str, bytes, range, type(None), torch.dtype, torch.device)
 _SIMPLE = frozenset(PLAIN)
-_OPERATORS = (OpOverload, OpOverloadPacket, HigherOrderOperator, CustomOpDef)
-"""Of whose instances identity says everything."""
-_DEEPEST = 8
 
 
 class Like(NamedTuple):
@@ -127,7 +119,7 @@ class Arguments:
     def names(self, module: nn.Module) -> list[str]:
         """Dotted name of each tensor (``added_cond_kwargs.resolution``), by the forward's own argument names."""
         parameters = list(inspect.signature(module.forward).parameters.values())
-        paths, _ = pytree.tree_flatten_with_path(_opened((self.args, dict(self.kwargs))))
+        paths, _ = pytree.tree_flatten_with_path(opened((self.args, dict(self.kwargs))))
         found = {id(leaf): _dotted(path, parameters) for path, leaf in reversed(paths) if isinstance(leaf, Tensor)}
         return [*(found[id(tensor)] for tensor in self.given), *self.numbers]
 
@@ -138,7 +130,7 @@ class Arguments:
 
     def mapped(self, function: Callable[[tuple[Any, ...], Any], Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The same arguments with what a function makes of every path and leaf, objects copied."""
-        args, kwargs = pytree.tree_map_with_path(function, _opened((self.args, dict(self.kwargs))))
+        args, kwargs = pytree.tree_map_with_path(function, opened((self.args, dict(self.kwargs))))
         return tuple(args), dict(kwargs)
 
     def laid_out_as(self, key: tuple[object, ...]) -> Arguments | None:
@@ -235,7 +227,7 @@ def flatten_arguments(arguments: Any) -> tuple[list[Any], pytree.TreeSpec]:
     Raises:
         CannotCapture: one of them cannot be.
     """
-    return pytree.tree_flatten(_opened(arguments))
+    return pytree.tree_flatten(opened(arguments))
 
 
 @dataclass(frozen=True)
@@ -320,142 +312,12 @@ def _kept_in_dict(before: dict[Any, Any], now: dict[Any, Any]) -> tuple[Any, ...
     return tuple(now) if all(key in before and before[key] is item for key, item in now.items()) else None
 
 
-@dataclass(frozen=True)
-class _Opened:
-    """An object as a container of its attributes; put together again it is a copy of the object."""
-
-    like: object
-    attributes: Mapping[str, Any]
-
-
-class _Class:
-    """What an opened object is besides its attributes: equal for objects of one class with the same attributes."""
-
-    def __init__(self, like: object, names: Iterable[str]) -> None:
-        self.like, self.names = like, tuple(names)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Class) and (type(self.like), self.names) == (type(other.like), other.names)
-
-    def __hash__(self) -> int:
-        return hash((type(self.like), self.names))
-
-    def __repr__(self) -> str:
-        return f"{type(self.like).__qualname__}{self.names}"
-
-
-def _flatten(opened: _Opened) -> tuple[list[Any], _Class]:
-    return list(opened.attributes.values()), _Class(opened.like, opened.attributes)
-
-
-def _flatten_with_keys(opened: _Opened) -> tuple[list[tuple[Any, Any]], _Class]:
-    keyed: list[tuple[Any, Any]] = [(pytree.MappingKey(name), value) for name, value in opened.attributes.items()]
-    return keyed, _Class(opened.like, opened.attributes)
-
-
-def _unflatten(values: Iterable[Any], kind: _Class) -> object:
-    held = dict(zip(kind.names, values, strict=True))
-    like = kind.like
-    if isinstance(like, types.FunctionType):
-        return _function_like(like, held)
-    if isinstance(like, types.MethodType):
-        return types.MethodType(held["__func__"], held["__self__"])
-    if isinstance(like, functools.partial):
-        return type(like)(held["func"], *held["args"], **held["keywords"])
-    made = copy.copy(like)
-    for name, value in held.items():
-        object.__setattr__(made, name, value)  # it may be frozen, and a module checks what it is given
-    return made
-
-
-def _held_by(value: Any) -> Mapping[str, Any] | None:
-    """What an object holds that a forward may read or write; None for one whose identity says everything."""
-    if isinstance(value, types.FunctionType):
-        return _held_by_function(value)
-    if isinstance(value, (types.MethodType, functools.partial)):
-        names = ("__func__", "__self__") if isinstance(value, types.MethodType) else ("func", "args", "keywords")
-        return {name: getattr(value, name) for name in names}
-    if isinstance(value, nn.Module):
-        return {name: held for name, held in vars(value).items() if name != "_non_persistent_buffers_set"}
-    if isinstance(value, (type, *_OPERATORS)):
-        return None
-    held = {**_in_slots(value), **getattr(value, "__dict__", {})}
-    return None if callable(value) and not held and not hasattr(value, "__dict__") else held
-
-
-def _in_slots(value: object) -> dict[str, Any]:
-    """Attributes for which a class written in Python has a place of its own (``__slots__``)."""
-    classes = (cls for cls in type(value).__mro__ if "__slots__" in vars(cls))
-    places = (item for cls in classes for item in vars(cls).items())
-    names = (name for name, place in places if isinstance(place, types.MemberDescriptorType))
-    return {name: getattr(value, name) for name in names if hasattr(value, name)}
-
-
-def _held_by_function(function: types.FunctionType) -> Mapping[str, Any] | None:
-    defaults = (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values())
-    if not (function.__closure__ or vars(function) or any(type(value) not in _SIMPLE for value in defaults)):
-        return None
-    return {
-        "__code__": function.__code__,
-        "__globals__": sys.intern(f"{id(function.__globals__):x}"),  # the same object every time
-        "__defaults__": function.__defaults__,
-        "__kwdefaults__": function.__kwdefaults__,
-        "__dict__": dict(vars(function)),
-        "__closure__": tuple(_content(cell) for cell in function.__closure__ or ()),
-    }
-
-
-def _content(cell: types.CellType) -> Any:
-    try:
-        return cell.cell_contents
-    except ValueError:  # empty
-        return None
-
-
-def _function_like(function: types.FunctionType, held: Mapping[str, Any]) -> types.FunctionType:
-    closure = tuple(map(types.CellType, held["__closure__"])) or None
-    made = types.FunctionType(
-        held["__code__"], function.__globals__, function.__name__, held["__defaults__"], closure
-    )  # fmt: skip
-    made.__kwdefaults__ = held["__kwdefaults__"]
-    made.__qualname__ = function.__qualname__
-    vars(made).update(held["__dict__"])
-    return made
-
-
-pytree.register_pytree_node(
-    _Opened,
-    _flatten,
-    _unflatten,
-    serialized_type_name="dicompile.capture.arguments._Opened",
-    flatten_with_keys_fn=_flatten_with_keys,
-)
-
-
-def _opened(value: Any, depth: int = 0) -> Any:
-    def opened(leaf: Any) -> Any:
-        if isinstance(leaf, (Tensor, types.CodeType, *PLAIN)) or is_number(leaf):
-            return leaf
-        held = _held_by(leaf)
-        if held is None:
-            return leaf
-        if (not held and not hasattr(leaf, "__dict__")) or depth > _DEEPEST:
-            raise CannotCapture(
-                f"an argument holds an object of class {type(leaf).__name__}",
-                where="capture",
-                why="what it holds may differ at every call, and nothing tells",
-                fix="give tensors, numbers, and lists or dictionaries of them",
-            )
-        return _Opened(leaf, {name: _opened(item, depth + 1) for name, item in held.items()})
-
-    return pytree.tree_map(opened, value)
-
-
 def _dotted(path: Sequence[Any], parameters: Sequence[inspect.Parameter]) -> str:
     """Name of a leaf of ``(args, kwargs)``."""
     first, *inner = path[1:]
     head = _name_at(first.idx, parameters) if hasattr(first, "idx") else str(first.key)
-    return ".".join([head, *(str(getattr(part, "key", getattr(part, "idx", part))) for part in inner)])
+    keys = (getattr(part, "key", getattr(part, "idx", part)) for part in inner)
+    return ".".join([head, *(str(key) for key in keys if not is_item(key))])
 
 
 def _name_at(position: int, parameters: Sequence[inspect.Parameter]) -> str:

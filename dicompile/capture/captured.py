@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 
 from dicompile.capture.arguments import Arguments, TakenOut
 from dicompile.capture.guards import FIXED, PLAIN, Guards, meta_of
+from dicompile.capture.opened import opened_result
 from dicompile.errors import CannotCapture
 from dicompile.same import is_same_value
 
@@ -120,8 +121,11 @@ def packer(result: Any, results: Sequence[Tensor], tensors: Sequence[Tensor]) ->
         result: what the module returned.
         results: what the graph returned, as they lie in it.
         tensors: tensors that went in, which may be in it, too.
+
+    Raises:
+        CannotCapture: it holds a tensor where no other can be put.
     """
-    leaves, spec = pytree.tree_flatten(result)
+    leaves, spec = pytree.tree_flatten(opened_result(result))
     place = {id(tensor): (True, i) for i, tensor in reversed(list(enumerate(tensors)))}
     place |= {id(tensor): (False, i) for i, tensor in reversed(list(enumerate(results)))}
     places = [place.get(id(leaf)) if isinstance(leaf, Tensor) else (None, leaf) for leaf in leaves]

@@ -31,6 +31,7 @@ from dicompile.capture.captured import Captured, Unsettled, packer
 from dicompile.capture.data import FollowedData
 from dicompile.capture.flex import written_out
 from dicompile.capture.guards import Guards, Path
+from dicompile.capture.opened import tensors_in_result
 from dicompile.capture.reads import Reads
 from dicompile.capture.roles import Role
 from dicompile.compat import transforms_undone
@@ -74,7 +75,7 @@ def capture_by_running(module: nn.Module, arguments: Arguments) -> Captured:
         taken_out.append(watched.taken_out(type(module).__name__))
         _refuse_data(data, copied, module)
         returned.append(result)
-        return [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor)]
+        return tensors_in_result(result)
 
     parts_run_as_they_are = torch._dynamo.config.patch(error_on_nested_fx_trace=False)  # whoever has compiled them
     one_fake_mode = tracing(TracingContext(FakeTensorMode(allow_fallback_kernels=True)))  # else one for every node
@@ -153,7 +154,7 @@ def _captured(
     place |= {id(value): len(values) + i for i, value in enumerate(constants)}
     given = [*own.values(), *copied.tensors, *(value for value, _ in lifted)]
     order = _drop_unused(graph, [place.get(id(value)) for value in given])
-    results = [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor)]
+    results = tensors_in_result(result)
     pack = packer(result, results, ())
     assert pack is not None
     names = [*((path.name, True) for path in paths), *((name, False) for name in arguments.names(module))]

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import enum
 import functools
 import math
+import random
+from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 from operator import is_
-from types import SimpleNamespace
-from typing import Any
+from types import MappingProxyType, SimpleNamespace
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -114,7 +117,13 @@ def test_positions_are_bound_where_one_of_them_is_an_open_number() -> None:
     assert bind_positions(Takes(), (2.0, ONE), {}, ("t",)) == ((2.0, ONE), {})
 
 
-@pytest.mark.parametrize("value", [np.ones(2), {1, 2}, iter([1])])
+class ShuffledSet(set[Any]):
+    """A container whose items in what order nobody knows."""
+
+
+@pytest.mark.parametrize(
+    "value", [np.ones(2), {ONE}, ShuffledSet([ONE, TWO]), iter([1]), MappingProxyType({"a": ONE}), random.Random(1)]
+)
 def test_what_cannot_be_looked_into_is_refused(value: Any) -> None:
     with pytest.raises(CannotCapture, match="holds an object of class"):
         key(x=value)
@@ -189,6 +198,107 @@ def test_every_kind_of_argument_is_followed(way: str) -> None:
     for inputs in given:
         same(model, module, **inputs)
     assert counted(model) == captured <= len(given)
+
+
+class Named(dict[str, Any]):
+    """A dictionary of a class that pytree does not know."""
+
+
+class Frozen(OrderedDict[str, Any]):
+    """One that nobody can write to after it was made, as the configurations of diffusers."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.is_frozen = True
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        assert not hasattr(self, "is_frozen")
+        super().__setitem__(key, value)
+
+
+class ByAttribute(dict[str, Any]):
+    """One whose items are its attributes."""
+
+    def __init__(self, **items: Any) -> None:
+        super().__init__(**items)
+        self.__dict__ = self
+
+
+class Listed(list[Any]):
+    """A list that says what it is for."""
+
+    purpose = "add"
+
+
+class Pair(NamedTuple):
+    first: Any
+    second: Any
+
+
+class Named2(Pair):
+    """A tuple that derives from one with names."""
+
+
+class Mode(enum.Enum):
+    ADD = 1
+    LEAVE = 2
+
+
+CONTAINERS: dict[str, Callable[[Any], Any]] = {
+    "dictionary": lambda y: Named(a=y),
+    "frozen": lambda y: Frozen(a=y),
+    "by attribute": lambda y: ByAttribute(a=y),
+    "list": lambda y: Listed([y]),
+    "tuple": lambda y: Named2(y, 2.0),
+    "in an object": lambda y: SimpleNamespace(held=Named(a=Listed([y]))),
+}
+
+
+def taken(other: Any) -> Any:
+    """The tensor that one of them holds."""
+    if isinstance(other, SimpleNamespace):
+        return other.held["a"][0]
+    if isinstance(other, ByAttribute):
+        assert other["a"] is other.a
+    return other["a"] if isinstance(other, dict) else other[0]
+
+
+@pytest.mark.parametrize("kind", CONTAINERS)
+@pytest.mark.parametrize("way", WAYS)
+def test_containers_of_other_classes_are_looked_into(way: str, kind: str) -> None:
+    class Adds(Takes):
+        def forward(self, x: Tensor, mask: Tensor, other: Any) -> Tensor:  # type: ignore[override]
+            assert type(other) is type(CONTAINERS[kind](1.0))
+            return super().forward(x, mask) + taken(other)
+
+    module = Adds(way)
+    model = optimized(module)
+    for value in (torch.randn(2, WIDTH), torch.randn(2, WIDTH), 1.0, 2.0):
+        (inputs,) = calls({"other": CONTAINERS[kind](value)})
+        same(model, module, **inputs)
+    assert counted(model) == 3  # values of tensors may differ
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_members_of_enumerations_sets_and_flags_of_numpy_are_what_they_are(way: str) -> None:
+    class Reads(Takes):
+        def forward(self, x: Tensor, mask: Tensor, mode: Any, flag: Any, sites: Any) -> Tensor:  # type: ignore[override]
+            return super().forward(x, mask) + (mode is Mode.ADD) + 2 * bool(flag) + 4 * len(sites) + 8 * (1 in sites)
+
+    module = Reads(way)
+    model = optimized(module)
+    for _ in range(2):
+        for mode in Mode:
+            for flag in (np.bool_(True), np.bool_(False)):
+                for sites in ({1, 2}, {3, 4}, frozenset([1]), set()):
+                    (inputs,) = calls({"mode": mode, "flag": flag, "sites": sites})
+                    same(model, module, **inputs)
+    assert counted(model) == 16
+
+
+def test_items_have_the_names_of_those_of_plain_containers() -> None:
+    given = Arguments.of((), {"x": ONE, "other": Named(a=TWO)})
+    assert given.names(Takes("dynamo")) == ["x", "other.a"]
 
 
 @pytest.mark.parametrize("way", WAYS)
