@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from dicompile.capture import opened_result
 from dicompile.compat import transform_around
 from dicompile.errors import UnsupportedCall
 
@@ -63,7 +64,7 @@ def without_gradients(name: str, result: Any, given: Iterable[Tensor]) -> Any:
         made: Tensor = _Refusal.apply(name, own, wanted)  # type: ignore[no-untyped-call]
         return made
 
-    return pytree.tree_map_only(Tensor, refusing, result)
+    return pytree.tree_map_only(Tensor, refusing, opened_result(result))
 
 
 class _Refusal(torch.autograd.Function):

@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from dicompile.batch import batch_of, with_timesteps
 from dicompile.capture import (
@@ -150,7 +149,7 @@ class ModelCalls:
         arguments = self._taken_apart(args, kwargs)
         if self._are_there(arguments):
             return arguments
-        return self._taken_apart(*pytree.tree_map_only(Tensor, lambda tensor: tensor.to(self._device), (args, kwargs)))
+        return self._taken_apart(*arguments.filled([tensor.to(self._device) for tensor in arguments.given]))
 
     def _taken_apart(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Arguments:
         if self._takes_any_number:

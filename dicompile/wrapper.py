@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch._dynamo.eval_frame import OptimizedModule
 from torch.utils import _pytree as pytree
 
+from dicompile.capture import opened
 from dicompile.compat import never_traced, without_dynamo
 from dicompile.compiler import CompiledFrame, Options
 from dicompile.errors import UnsupportedModel
@@ -223,7 +224,7 @@ class CachedModel(OptimizedModule):
 
     def _differentiated(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Iterator[Tensor]:
         """What gradients may be meant for: arguments, and weights of a model in training."""
-        yield from (leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor))
+        yield from (leaf for leaf in pytree.tree_leaves(opened((args, kwargs))) if isinstance(leaf, Tensor))
         if self._orig_mod.training:
             yield from self._orig_mod.parameters()
 

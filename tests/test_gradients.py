@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -114,6 +115,25 @@ def test_everything_that_a_model_returns_refuses_gradients() -> None:
     for name in ("sample", "half"):
         with pytest.raises(UnsupportedCall):
             found[name].sum().backward()
+
+
+@dataclass
+class Held:
+    """An object of no class that pytree knows."""
+
+    value: Tensor
+
+
+class Holds(PlainDiT):
+    def forward(self, x: Held, t: Tensor, y: Tensor) -> Any:  # type: ignore[override]
+        return Held(super().forward(x.value, t, y))
+
+
+def test_objects_among_arguments_and_results_are_looked_into() -> None:
+    model = optimized(redraw(Holds(1)))
+    assert not model(Held(noise()), time(), LABELS).value.requires_grad
+    with pytest.raises(UnsupportedCall):
+        model(Held(noise().requires_grad_()), time(), LABELS).value.sum().backward()
 
 
 def under_fakes(call: Caller) -> Any:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from dicompile.capture import opened
 from dicompile.compiler import COMPILING, CompiledFrame, Options
 from dicompile.device import wait_for
 from dicompile.errors import InvalidTiming
@@ -147,7 +148,7 @@ class Timer:
 
 def _device(*given: Any) -> torch.device:
     """Of the first tensor among the arguments of a call."""
-    tensors = (value for value in pytree.tree_leaves(given) if isinstance(value, Tensor))
+    tensors = (value for value in pytree.tree_leaves(opened(given)) if isinstance(value, Tensor))
     return next((value.device for value in tensors), torch.device("cpu"))
 
 

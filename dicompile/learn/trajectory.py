@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from dicompile import outside
+from dicompile.capture import opened
 from dicompile.errors import InvalidTrainingData
 from dicompile.learn.checkpoint import save_checkpoint
 from dicompile.learn.watch import one_followed, watch
@@ -50,7 +51,9 @@ class Trajectory:
 
     def call(self, step: int, device: torch.device) -> dict[str, Any]:
         """Keyword arguments at a step."""
-        moved: dict[str, Any] = pytree.tree_map_only(Tensor, lambda tensor: tensor.to(device), dict(self.calls[step]))
+        moved: dict[str, Any] = pytree.tree_map_only(
+            Tensor, lambda tensor: tensor.to(device), opened(dict(self.calls[step]))
+        )
         return moved
 
 
@@ -288,7 +291,7 @@ class _Recorder:
 
 def _on_host(given: Mapping[str, Any], before: Mapping[str, Any]) -> dict[str, Any]:
     """Copies of all tensors, those of the step before where they are the same."""
-    known = dict(pytree.tree_flatten_with_path(dict(before))[0])
+    known = dict(pytree.tree_flatten_with_path(opened(dict(before)))[0])
 
     def copied(path: Any, value: Any) -> Any:
         if not isinstance(value, Tensor):
@@ -297,12 +300,12 @@ def _on_host(given: Mapping[str, Any], before: Mapping[str, Any]) -> dict[str, A
         same = isinstance(kept, Tensor) and kept.dtype == host.dtype and torch.equal(kept, host)
         return kept if same else host
 
-    made: dict[str, Any] = pytree.tree_map_with_path(copied, dict(given))
+    made: dict[str, Any] = pytree.tree_map_with_path(copied, opened(dict(given)))
     return made
 
 
 def _tensors(calls: Sequence[Mapping[str, Any]]) -> list[Tensor]:
-    return [value for value in pytree.tree_leaves(list(map(dict, calls))) if isinstance(value, Tensor)]
+    return [value for value in pytree.tree_leaves(opened(list(map(dict, calls)))) if isinstance(value, Tensor)]
 
 
 def _about(these: Trajectories) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 import dicompile
 from dicompile.errors import InvalidTrainingData, NotOptimized
-from tests.models import plain_dit, timesteps
+from tests.models import PlainDiT, plain_dit, timesteps
 from tests.pipelines import pipes
 
 STEPS = 4
@@ -96,6 +97,29 @@ def test_what_a_loop_writes_to_later_is_kept_as_it_was() -> None:
             latent.mul_(0.5)
     for call, expected in zip(recorded.all[0].calls, before, strict=True):
         assert torch.equal(call["x"], expected)
+
+
+@dataclass
+class Condition:
+    """An object of no class that pytree knows."""
+
+    scale: Tensor
+
+
+class Conditioned(PlainDiT):
+    def forward(self, x: Tensor, t: Tensor, y: Tensor, condition: Condition) -> Tensor:  # type: ignore[override]
+        return super().forward(x, t, y) * condition.scale
+
+
+def test_objects_are_copied_with_what_they_hold() -> None:
+    model = dicompile.optimize(Conditioned(1).eval(), "none", schedule=timesteps(3), backend="eager")
+    condition = Condition(torch.ones(()))
+    with dicompile.record_trajectories(model) as recorded:
+        for time in timesteps(3):
+            model(torch.randn(4, 4, 16, 16), torch.full((4,), time), torch.tensor([1, 2, 3, 4]), condition)
+    condition.scale.mul_(2)
+    kept = [call["condition"] for call in recorded.all[0].calls]
+    assert all(type(one) is Condition and float(one.scale) == 1 for one in kept)
 
 
 def test_a_file_holds_all_of_it(trajectories: dicompile.Trajectories, tmp_path: Path) -> None:
