@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from dicompile.capture import opened_result
 from dicompile.compat import transform_around
 from dicompile.errors import UnsupportedCall
+from dicompile.opened import opened_result
 
 
 def check_no_transform(name: str) -> None:

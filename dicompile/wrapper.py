@@ -19,13 +19,13 @@ from torch import Tensor, nn
 from torch._dynamo.eval_frame import OptimizedModule
 from torch.utils import _pytree as pytree
 
-from dicompile.capture import opened
 from dicompile.compat import never_traced, without_dynamo
 from dicompile.compiler import CompiledFrame, Options
 from dicompile.errors import UnsupportedModel
 from dicompile.gradients import check_no_transform, without_gradients
 from dicompile.model import ModelCalls
 from dicompile.offload import HOOK_ATTRIBUTES, check_hooks, move_groups, move_hook, take_hook_back
+from dicompile.opened import opened
 from dicompile.runtime import Owner, cache_context
 from dicompile.sharded import is_hook_of
 

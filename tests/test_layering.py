@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 FLOOR = (
     "errors", "compat", "config", "debug", "device", "garbage", "gradients", "html", "latest", "text", "names", "nodes",
-    "ops", "outside", "parked", "same", "sharded", "store", "tensor_parallel",
+    "opened", "ops", "outside", "parked", "same", "sharded", "store", "tensor_parallel",
 )  # fmt: skip
 STAGES = ("capture", "analysis", "plan", "passes", "lower", "runtime")
 FRONT = (

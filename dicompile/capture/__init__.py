@@ -15,7 +15,6 @@ from dicompile.capture.dynamo import capture_by_dynamo
 from dicompile.capture.guards import Guards, Pins
 from dicompile.capture.normalise import Capture, capture_graph, read_inputs
 from dicompile.capture.numbers import open_numbers
-from dicompile.capture.opened import opened, opened_result
 from dicompile.capture.resized import marked_dims, resized_inputs
 from dicompile.capture.roles import NO_TIMESTEP, NOTHING_SAID, Input, Role, Said, check_names, input_names
 from dicompile.capture.shared import CAPTURES, MOST_CAPTURES, Known, key_of_class, known_capture
@@ -50,8 +49,6 @@ __all__ = [
     "marked_dims",
     "normalised",
     "open_numbers",
-    "opened",
-    "opened_result",
     "read_inputs",
     "resized_inputs",
     "values_of",

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from dicompile.capture.opened import PLAIN, is_item, opened
 from dicompile.errors import CannotCapture
+from dicompile.opened import PLAIN, is_item, opened
 
 _SIMPLE = frozenset(PLAIN)
 

@@ -14,8 +14,8 @@ from torch.utils import _pytree as pytree
 
 from dicompile.capture.arguments import Arguments, TakenOut
 from dicompile.capture.guards import FIXED, PLAIN, Guards, meta_of
-from dicompile.capture.opened import opened_result
 from dicompile.errors import CannotCapture
+from dicompile.opened import opened_result
 from dicompile.same import is_same_value
 
 _OF_THEIR_OWN = (*PLAIN, *FIXED, nn.Module, types.MethodType)

@@ -31,12 +31,12 @@ from dicompile.capture.captured import Captured, Unsettled, packer
 from dicompile.capture.data import FollowedData
 from dicompile.capture.flex import written_out
 from dicompile.capture.guards import Guards, Path
-from dicompile.capture.opened import tensors_in_result
 from dicompile.capture.reads import Reads
 from dicompile.capture.roles import Role
 from dicompile.compat import transforms_undone
 from dicompile.errors import CannotCapture, DicompileError
 from dicompile.nodes import walk
+from dicompile.opened import tensors_in_result
 from dicompile.ops.collectives import is_collective_operator
 from dicompile.text import first_line
 

@@ -16,12 +16,12 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from dicompile.capture import opened
 from dicompile.compiler import COMPILING, CompiledFrame, Options
 from dicompile.device import wait_for
 from dicompile.errors import InvalidTiming
 from dicompile.learn.watch import followed
 from dicompile.model import ModelCalls
+from dicompile.opened import opened
 from dicompile.plan import TURN, StepPlan, TimedKind, TimestepSchedule, Timing, TimingFacts, timing_plan
 from dicompile.policies import NoCache
 from dicompile.runtime import Owner, RunReport, current_session

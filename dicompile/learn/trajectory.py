@@ -21,11 +21,11 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from dicompile import outside
-from dicompile.capture import opened
 from dicompile.errors import InvalidTrainingData
 from dicompile.learn.checkpoint import save_checkpoint
 from dicompile.learn.watch import one_followed, watch
 from dicompile.model import ModelCalls
+from dicompile.opened import opened
 from dicompile.plan import Slot
 from dicompile.runtime import Seen
 from dicompile.wrapper import CachedModel, record_of

@@ -308,6 +308,6 @@ pytree.register_pytree_node(
     _Opened,
     _flatten,
     _unflatten,
-    serialized_type_name="dicompile.capture.opened._Opened",
+    serialized_type_name="dicompile.opened._Opened",
     flatten_with_keys_fn=_flatten_with_keys,
 )
