@@ -107,6 +107,11 @@ def is_item(key: object) -> bool:
     return key == _ITEMS
 
 
+def comparable(value: object) -> object:
+    """A value that is equal to the same one only: 0.0 is not -0.0, and what is not a number is one."""
+    return repr(value) if isinstance(value, (float, complex)) and (not value or value != value) else value  # noqa: PLR0124
+
+
 def _opened(value: Any, depth: int = 0, *, is_result: bool) -> Any:
     def of(leaf: Any) -> Any:
         if isinstance(leaf, _WHOLE) or (is_result and _is_of_module(leaf)):

@@ -7,12 +7,16 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.backends import cuda
 from torch.nn.modules import module as _module
+from torch.overrides import _get_current_function_mode_stack
 from torch.utils import _device
+from torch.utils import _pytree as pytree
 from torch.utils.module_tracker import ModuleTracker
 
 from dicompile.errors import CannotCapture
+from dicompile.opened import comparable, opened
 
 _accelerator = torch.accelerator.current_accelerator()
 DEVICES = ("cpu", "cuda" if _accelerator is None else _accelerator.type)
@@ -28,17 +32,39 @@ HOOKS_OF_ALL = (
 
 
 def ambient() -> tuple[object, ...]:
-    """Autocast, inference mode, determinism, defaults, precision, modes; gradients are off in whatever we run."""
+    """Autocast, inference mode, determinism, defaults, precision, kernels of attention, modes.
+
+    Gradients are off in whatever we run.
+    """
     return (
         *(torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None for kind in DEVICES),
         torch.is_inference_mode_enabled(),
         torch.are_deterministic_algorithms_enabled(),
         torch.get_default_dtype(),
         torch.get_float32_matmul_precision(),
+        cuda.flash_sdp_enabled(),  # of a CPU, too
+        cuda.mem_efficient_sdp_enabled(),
+        cuda.math_sdp_enabled(),
+        cuda.cudnn_sdp_enabled(),
+        *torch._C._get_sdp_priority_order(),
         _device.CURRENT_DEVICE,
-        torch._C._len_torch_function_stack(),
+        *(_function_modes() if torch._C._len_torch_function_stack() else ()),
         *hooks_of_all(),
     )
+
+
+def _function_modes() -> Iterator[object]:
+    """What sees every call of an operator (`TorchFunctionMode`), by what it holds; devices are told apart already."""
+    for mode in _get_current_function_mode_stack():
+        if isinstance(mode, _device.DeviceContext):
+            continue
+        try:
+            leaves, spec = pytree.tree_flatten(opened(vars(mode)))
+        except CannotCapture:  # it holds what cannot be told: another one is something else
+            yield mode
+        else:
+            held = (id(leaf) if isinstance(leaf, Tensor) else comparable(leaf) for leaf in leaves)
+            yield type(mode), str(spec), *held
 
 
 def hooks_of_all() -> tuple[Any, ...]:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from dicompile.errors import CannotCapture
-from dicompile.opened import PLAIN, is_item, opened
+from dicompile.opened import PLAIN, comparable, is_item, opened
 
 _SIMPLE = frozenset(PLAIN)
 
@@ -91,7 +91,7 @@ class Arguments:
             tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
             rest = [
                 str(spec),
-                *(None if isinstance(leaf, Tensor) else (type(leaf), _comparable(leaf)) for leaf in leaves),
+                *(None if isinstance(leaf, Tensor) else (type(leaf), comparable(leaf)) for leaf in leaves),
                 *open_,
             ]
         kinds = [Like(type(t), t.shape, t.stride(), t.dtype, t.device, t.requires_grad) for t in tensors]
@@ -183,11 +183,6 @@ def _python_number(value: Any) -> int | float:
     return int(value) if isinstance(value, numbers.Integral) else float(value)
 
 
-def _comparable(value: object) -> object:
-    """A value that is equal to the same one only: 0.0 is not -0.0, and what is not a number is one."""
-    return repr(value) if isinstance(value, (float, complex)) and (not value or value != value) else value  # noqa: PLR0124
-
-
 def bind_positions(
     module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], open_numbers: Iterable[str]
 ) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
@@ -209,7 +204,7 @@ def _flatten_simply(value: Any, tensors: list[Tensor], rest: list[object]) -> bo
         tensors.append(value)
         rest.append(None)
     elif kind in _SIMPLE:
-        rest += (kind, _comparable(value) if kind is float or kind is complex else value)
+        rest += (kind, comparable(value) if kind is float or kind is complex else value)
     elif kind is dict:
         rest += ("dict", *value)
         return all(_flatten_simply(item, tensors, rest) for item in value.values())

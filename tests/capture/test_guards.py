@@ -8,6 +8,7 @@ import functools
 import logging
 import math
 import sys
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import MethodType, SimpleNamespace
@@ -15,7 +16,10 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import dicompile
@@ -620,6 +624,52 @@ def test_inference_mode_is_followed(way: str) -> None:
         for mode in (True, False):
             with torch.inference_mode(mode):
                 same(model, module, **given())
+
+
+class Attends(Model):
+    def extra(self, x: Tensor) -> Tensor:
+        heads = self.linear(x).unflatten(-1, (2, -1)).transpose(1, 2)
+        return F.scaled_dot_product_attention(heads, heads, heads).transpose(1, 2).reshape(x.shape)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_the_kernels_that_attention_may_use_are_followed(way: str) -> None:
+    module = Attends(way)
+    model = optimized(module)
+    for _ in range(2):
+        same(model, module, **given())
+        with sdpa_kernel(SDPBackend.MATH):  # it leaves its result in another layout
+            same(model, module, **given())
+    assert counted(model) == 2
+
+
+class Scales(TorchFunctionMode):
+    """Scales what linear maps return, as a mode would exchange attention."""
+
+    def __init__(self, by: float, held: object = None) -> None:
+        super().__init__()
+        self.by, self.held = by, held
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        return result * self.by if func is F.linear else result
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_modes_around_a_call_are_followed(way: str) -> None:
+    module, kept, opaque = Model(way), Scales(2.0), Scales(4.0, threading.Lock())
+    model = optimized(module)
+    for _ in range(2):
+        for mode in (kept, Scales(3.0), Scales(2.0), opaque):
+            with mode:
+                same(model, module, **given())
+        with torch.device("cpu"):
+            same(model, module, **given())
+    assert counted(model) == 4  # of them two hold the same
+    kept.by = 5.0
+    with kept:
+        same(model, module, **given())
+    assert counted(model) == 5
 
 
 @pytest.mark.parametrize("way", WAYS)
