@@ -40,7 +40,7 @@ from torch.fx import _lazy_graph_module
 from torch.fx.experimental.proxy_tensor import ProxyTorchDispatchMode, make_fx
 from torch.fx.experimental.symbolic_shapes import PropagateUnbackedSymInts
 from torch.nn.attention.flex_attention import BlockMask
-from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
+from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
 
 from dicompile.nodes import results_of
 
@@ -440,6 +440,11 @@ def transform_around() -> str | None:
     if torch._C._dispatch_tls_is_dispatch_key_included(torch._C.DispatchKey.PreDispatch):  # else it is another thread's
         modes.append(mode_stack_state_for_pre_dispatch().get(0))
     return next((type(m).__name__ for m in modes if isinstance(m, tracers)), None)
+
+
+def dispatch_modes() -> list[TorchDispatchMode]:
+    """Modes of this thread that see every operator."""
+    return _get_current_dispatch_mode_stack() if torch._C._len_torch_dispatch_stack() else []
 
 
 @contextlib.contextmanager

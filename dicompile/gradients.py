@@ -1,4 +1,4 @@
-"""Gradients, and transforms of functions: compiled code has neither, and whoever asks for them is told so.
+"""Gradients, transforms of functions and modes: compiled code has none, and whoever asks for them is told so.
 
 A model that samples records no gradients. Who differentiates through it all the same would get a gradient in which the
 model is left out: wrong numbers and no error, since the latent reaches most losses in other ways, too. So a result of a
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from dicompile.compat import transform_around
+from dicompile.compat import dispatch_modes, transform_around
 from dicompile.errors import UnsupportedCall
 from dicompile.opened import opened_result
 
@@ -36,6 +36,28 @@ def check_no_transform(name: str) -> None:
         where="a call of the model",
         why="compiled code reads and stores what it remembers, which no transform sees",
         fix="dicompile.disable(model) around it, or dicompile.restore(model)",
+    )
+
+
+def check_no_mode(name: str) -> None:
+    """Check that nobody would see the operators of a call, and do something else in their place.
+
+    Those of torch count or log: what they tell is of what runs.
+
+    Args:
+        name: of the model, which is compiled.
+
+    Raises:
+        UnsupportedCall: a `TorchDispatchMode` that is not of torch is active.
+    """
+    mode = next((mode for mode in dispatch_modes() if not type(mode).__module__.startswith("torch.")), None)
+    if mode is None:
+        return
+    raise UnsupportedCall(
+        f"{name} is compiled, and was called within {type(mode).__name__}",
+        where="a call of the model",
+        why="compiled code is no sequence of operators which a dispatch mode could see, or replace",
+        fix='dicompile.optimize(..., backend="eager"), or dicompile.disable(model) around it',
     )
 
 

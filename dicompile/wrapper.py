@@ -22,7 +22,7 @@ from torch.utils import _pytree as pytree
 from dicompile.compat import never_traced, without_dynamo
 from dicompile.compiler import CompiledFrame, Options
 from dicompile.errors import UnsupportedModel
-from dicompile.gradients import check_no_transform, without_gradients
+from dicompile.gradients import check_no_mode, check_no_transform, without_gradients
 from dicompile.model import ModelCalls
 from dicompile.offload import HOOK_ATTRIBUTES, check_hooks, move_groups, move_hook, take_hook_back
 from dicompile.opened import opened
@@ -210,7 +210,7 @@ class CachedModel(OptimizedModule):
         """Call the model; it samples, so no gradients are recorded while it is enabled.
 
         Raises:
-            UnsupportedCall: it is traced or transformed; or, later, differentiated.
+            UnsupportedCall: it is traced, transformed or within a mode; or, later, differentiated.
         """
         if "_diffusers_hook" in vars(self):
             move_groups(self, self._dicompile.module)
@@ -218,6 +218,8 @@ class CachedModel(OptimizedModule):
             return nn.Module.__call__(self, *args, **kwargs)
         name = type(self._orig_mod).__name__
         check_no_transform(name)
+        if not self._dicompile.options.backend.is_eager:
+            check_no_mode(name)
         with without_dynamo(), torch.no_grad():
             result = nn.Module.__call__(self, *args, **kwargs)
         return without_gradients(name, result, self._differentiated(args, kwargs))

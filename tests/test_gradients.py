@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import dicompile
 from dicompile.errors import UnsupportedCall
@@ -134,6 +136,26 @@ def test_objects_among_arguments_and_results_are_looked_into() -> None:
     assert not model(Held(noise()), time(), LABELS).value.requires_grad
     with pytest.raises(UnsupportedCall):
         model(Held(noise().requires_grad_()), time(), LABELS).value.sum().backward()
+
+
+class Doubles(TorchDispatchMode):
+    """Exchanges what an operator computes."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        return result * 2 if func is torch.ops.aten.gelu.default else result
+
+
+def test_a_mode_that_would_see_nothing_of_compiled_code_is_refused_by_name() -> None:
+    sample = plain_dit(1)
+    arguments = noise(), time(), LABELS
+    with torch.no_grad(), Doubles():
+        wanted = sample.model(*arguments)
+    compiled = dicompile.optimize(copy.copy(sample.model), "none", schedule=timesteps(4))
+    with pytest.raises(UnsupportedCall, match="is compiled, and was called within Doubles"), Doubles():
+        compiled(*arguments)
+    with Doubles():
+        torch.testing.assert_close(optimized(sample.model)(*arguments), wanted)
 
 
 def under_fakes(call: Caller) -> Any:
