@@ -176,7 +176,7 @@ def _held_by(value: Any) -> Mapping[str, Any] | None:
     attributes = {**_in_slots(value), **({_IS_SELF: True} if own is value else own)}
     if base in _CONTAINERS:
         return {_ITEMS: _items(value, base), **attributes}
-    if base in _BY_ATTRIBUTES:
+    if base in _BY_ATTRIBUTES and (attributes or hasattr(value, "__dict__")):
         return attributes
     if callable(value) and not hasattr(value, "__dict__"):
         return None

@@ -6,6 +6,7 @@ import enum
 import functools
 import math
 import random
+import re
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -122,7 +123,16 @@ class ShuffledSet(set[Any]):
 
 
 @pytest.mark.parametrize(
-    "value", [np.ones(2), {ONE}, ShuffledSet([ONE, TWO]), iter([1]), MappingProxyType({"a": ONE}), random.Random(1)]
+    "value",
+    [
+        np.ones(2),
+        {ONE},
+        ShuffledSet([ONE, TWO]),
+        iter([1]),
+        MappingProxyType({"a": ONE}),
+        random.Random(1),
+        re.compile("a"),
+    ],
 )
 def test_what_cannot_be_looked_into_is_refused(value: Any) -> None:
     with pytest.raises(CannotCapture, match="holds an object of class"):
