@@ -112,7 +112,15 @@ def comparable(value: object) -> object:
     return repr(value) if isinstance(value, (float, complex)) and (not value or value != value) else value  # noqa: PLR0124
 
 
-def _opened(value: Any, depth: int = 0, *, is_result: bool) -> Any:
+def _opened(value: Any, around: tuple[int, ...] = (), *, is_result: bool) -> Any:
+    """A value with the objects in it opened.
+
+    Args:
+        value: the value.
+        around: identities of the objects that it lies in.
+        is_result: see `opened_result`.
+    """
+
     def of(leaf: Any) -> Any:
         if isinstance(leaf, _WHOLE) or (is_result and _is_of_module(leaf)):
             return leaf
@@ -120,13 +128,14 @@ def _opened(value: Any, depth: int = 0, *, is_result: bool) -> Any:
             held = _held_by(leaf)
             if held is None:
                 return leaf
-            if depth > _DEEPEST:
+            if id(leaf) in around or len(around) > _DEEPEST:
                 raise _Hidden
         except _Hidden:
             if is_result and not _reaches_tensor(leaf):
                 return leaf
             raise (_refused_result if is_result else _refused_argument)(leaf) from None
-        inside = {name: _opened(item, depth + 1, is_result=is_result) for name, item in held.items()}
+        inner = (*around, id(leaf))
+        inside = {name: _opened(item, inner, is_result=is_result) for name, item in held.items()}
         return leaf if is_result and not _holds_tensor(inside) else _Opened(leaf, inside)
 
     return pytree.tree_map(of, value)

@@ -122,9 +122,16 @@ class ShuffledSet(set[Any]):
     """A container whose items in what order nobody knows."""
 
 
+def circle() -> Cache:
+    made = Cache(1.0)
+    made.value = [made] * 30
+    return made
+
+
 @pytest.mark.parametrize(
     "value",
     [
+        circle(),
         np.ones(2),
         {ONE},
         ShuffledSet([ONE, TWO]),

@@ -76,7 +76,7 @@ class Samples(list[Any]):
 
 
 class Both:
-    """Holds two objects that hold tensors, and itself."""
+    """Holds objects that hold tensors."""
 
     def __init__(self, y: Tensor, x: Tensor) -> None:
         self.first, self.others = Output(y), [Output(x), {"a": Slotted(y * 2)}]
@@ -144,7 +144,14 @@ def test_objects_that_hold_no_tensor_of_the_call_are_returned_themselves(way: st
         assert isinstance(module, nn.Module) and module.linear is model.linear
 
 
+def loop(y: Tensor) -> Output:
+    made = Output(y)
+    made.steps = [made] * 30  # type: ignore[assignment]
+    return made
+
+
 REFUSED: dict[str, Callable[[Tensor], Any]] = {
+    "in a circle": loop,
     "set": lambda y: {y},
     "frozen set": lambda y: frozenset([y]),
     "view of a dictionary": lambda y: MappingProxyType({"sample": y}),
