@@ -25,6 +25,7 @@ from dicompile.config import DebugFolder, Settings
 from dicompile.device import device_name
 from dicompile.errors import CallOutsideSchedule, DicompileError
 from dicompile.garbage import uncollected
+from dicompile.lazy import is_lazy
 from dicompile.lower import (
     INDUCTOR,
     NO_RANKS,
@@ -243,6 +244,7 @@ def compile_capture(
         warmup=Warmup(programs, uncached_step(pieces, options)) if options.backend.in_background else None,
         graphs=graphs,
         observer=options.observer,
+        lazy=tuple(i for i, value in enumerate(arguments) if is_lazy(value)),
     )
     return CompiledFrame(structure, programs, executor, conditions)
 

@@ -112,6 +112,16 @@ def comparable(value: object) -> object:
     return repr(value) if isinstance(value, (float, complex)) and (not value or value != value) else value  # noqa: PLR0124
 
 
+def flatten_comparable(value: Any) -> tuple[object, ...]:
+    """What tells a value from another one: everything in it, but tensors by their identity.
+
+    Raises:
+        CannotCapture: what an object in it holds cannot be told.
+    """
+    leaves, spec = pytree.tree_flatten(opened(value))
+    return str(spec), *(id(leaf) if isinstance(leaf, Tensor) else comparable(leaf) for leaf in leaves)
+
+
 def _opened(value: Any, around: tuple[int, ...] = (), *, is_result: bool) -> Any:
     """A value with the objects in it opened.
 

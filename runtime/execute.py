@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from dicompile.lazy import resolved
 from dicompile.plan import TimestepSchedule
 from dicompile.runtime.gated import has_both, leave_output, measure, nobody, partner_of, verify, way_of
 from dicompile.runtime.graphs import Graphs, Outcome
@@ -56,6 +57,7 @@ class Executor:
         graphs: makes a place for steps that are recorded as CUDA graphs; None if they are not.
         observer: who is shown what the steps write.
         adapters: LoRA weights that programs load, by name.
+        lazy: numbers of inputs whose memory does not hold their values, see `dicompile.lazy`.
     """
 
     def __init__(  # noqa: PLR0913 - named one by one
@@ -73,11 +75,13 @@ class Executor:
         graphs: Callable[[], Graphs] | None = None,
         observer: Observer | None = None,
         adapters: Mapping[str, torch.Tensor] = MappingProxyType({}),
+        lazy: Sequence[int] = (),
     ) -> None:
         self.steps, self.signature, self.warmup = steps, signature, warmup
         self.graphs, self.observer = graphs, observer
         self.seed, self.predictor, self.offload, self.check = seed, predictor, offload, check
         self.constants, self.tables, self.adapters = tuple(constants), tables, adapters
+        self.lazy = frozenset(lazy)
 
     def run(self, owner: Owner, inputs: Sequence[Any], batch: Batch | None = None) -> Sequence[Any]:
         """Run one call of a model; returns its outputs.
@@ -94,6 +98,8 @@ class Executor:
             with torch.no_grad(), torch._C._DisableAutocast():  # its casts are part of the code
                 place = identify(self.signature, owner, session, inputs)
                 place.batch = batch
+                if self.lazy:
+                    inputs = tuple(resolved(v) if i in self.lazy else v for i, v in enumerate(inputs))
                 work = Work(self, owner, session, state, place, inputs)
                 found = self._run(work, self._step(work))
             if not isinstance(found, Split):

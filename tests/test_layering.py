@@ -14,8 +14,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 
 FLOOR = (
-    "errors", "compat", "config", "debug", "device", "garbage", "gradients", "html", "latest", "text", "names", "nodes",
-    "opened", "ops", "outside", "parked", "same", "sharded", "store", "tensor_parallel",
+    "errors", "compat", "config", "debug", "device", "garbage", "gradients", "html", "latest", "lazy", "text", "names",
+    "nodes", "opened", "ops", "outside", "parked", "same", "sharded", "store", "tensor_parallel",
 )  # fmt: skip
 STAGES = ("capture", "analysis", "plan", "passes", "lower", "runtime")
 FRONT = (

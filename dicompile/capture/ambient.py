@@ -7,16 +7,15 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.backends import cuda
 from torch.nn.modules import module as _module
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils import _device
-from torch.utils import _pytree as pytree
 from torch.utils.module_tracker import ModuleTracker
 
 from dicompile.errors import CannotCapture
-from dicompile.opened import comparable, opened
+from dicompile.opened import flatten_comparable
 
 _accelerator = torch.accelerator.current_accelerator()
 DEVICES = ("cpu", "cuda" if _accelerator is None else _accelerator.type)
@@ -59,12 +58,11 @@ def _function_modes() -> Iterator[object]:
         if isinstance(mode, _device.DeviceContext):
             continue
         try:
-            leaves, spec = pytree.tree_flatten(opened(vars(mode)))
+            held = flatten_comparable(vars(mode))
         except CannotCapture:  # it holds what cannot be told: another one is something else
             yield mode
         else:
-            held = (id(leaf) if isinstance(leaf, Tensor) else comparable(leaf) for leaf in leaves)
-            yield type(mode), str(spec), *held
+            yield type(mode), *held
 
 
 def hooks_of_all() -> tuple[Any, ...]:

@@ -19,13 +19,19 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from dicompile.errors import CannotCapture
-from dicompile.opened import PLAIN, comparable, is_item, opened
+from dicompile.lazy import is_lazy
+from dicompile.opened import PLAIN, comparable, flatten_comparable, is_item, opened
 
 _SIMPLE = frozenset(PLAIN)
+_LAYOUTS = (torch.strided, torch.jagged)
 
 
 class Like(NamedTuple):
-    """What a tensor is like, besides its values."""
+    """What a tensor is like, besides its values.
+
+    Attributes:
+        attributes: what somebody has hung on it (``latents.mask = ...``), comparable; None for nothing.
+    """
 
     kind: type
     shape: torch.Size
@@ -33,6 +39,29 @@ class Like(NamedTuple):
     dtype: torch.dtype
     device: torch.device
     requires_grad: bool
+    is_lazy: bool = False
+    attributes: object = None
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> Like:
+        """What a tensor is like.
+
+        Raises:
+            CannotCapture: it is sparse.
+        """
+        if tensor.layout not in _LAYOUTS:
+            raise CannotCapture(
+                f"an argument is a tensor of layout {tensor.layout}",
+                where="capture",
+                why="what its memory holds differs from call to call in more than values",
+                fix="pass it dense (to_dense), or make it from dense tensors in the forward",
+            )
+        own = _attributes_of(tensor)
+        held = None if not own else flatten_comparable(own)
+        return cls(
+            type(tensor), tensor.shape, tensor.stride(), tensor.dtype, tensor.device, tensor.requires_grad,
+            is_lazy(tensor), held,
+        )  # fmt: skip
 
     def is_laid_out(self, *, densely: bool) -> bool:
         """True if no two elements share memory; `densely`, and nothing else lies between them."""
@@ -94,7 +123,7 @@ class Arguments:
                 *(None if isinstance(leaf, Tensor) else (type(leaf), comparable(leaf)) for leaf in leaves),
                 *open_,
             ]
-        kinds = [Like(type(t), t.shape, t.stride(), t.dtype, t.device, t.requires_grad) for t in tensors]
+        kinds = list(map(Like.of, tensors))
         unique = {id(tensor): tensor for tensor in tensors}
         if len(unique) < len(tensors):
             places = list(unique)
@@ -161,8 +190,16 @@ class Arguments:
     def copied(self) -> Arguments:
         """The same arguments with copies of the tensors: what a forward writes to them does not reach the caller."""
         copies = [tensor.clone(memory_format=torch.preserve_format) for tensor in self.given]
+        for copied, tensor in zip(copies, self.given, strict=True):
+            vars(copied).update(_attributes_of(tensor))
         args, kwargs = self.filled(copies)
         return Arguments(args, kwargs, [*copies, *self.tensors[len(copies) :]], self.key, self.numbers)
+
+
+def _attributes_of(tensor: Tensor) -> dict[str, Any]:
+    """What somebody has hung on a plain tensor; what Dynamo notes there is none of it."""
+    own = vars(tensor) if type(tensor) in (Tensor, nn.Parameter) else {}
+    return {name: value for name, value in own.items() if not name.startswith("_dynamo")} if own else own
 
 
 _DTYPES = {int: torch.int64, float: torch.float64}

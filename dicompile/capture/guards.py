@@ -33,6 +33,7 @@ from dicompile.capture.hooked import do_the_same
 from dicompile.compat import local_part, tensor_check
 from dicompile.config import environment
 from dicompile.errors import CannotCapture
+from dicompile.lazy import is_lazy
 from dicompile.ops.wrapped import is_wrapped, wrapper_of
 from dicompile.parked import HOOKED, Home, Parked, forward_under_hooks, is_own_method, kind_of, seen_as
 from dicompile.same import is_same_value
@@ -395,9 +396,9 @@ class Guards:
 
 
 def meta_of(tensor: Tensor, home: Home | None = None) -> tuple[object, ...]:
-    """Type, shape, strides, dtype and device of a tensor; as it is wanted, if it is elsewhere."""
+    """Type, shape, strides, dtype, device and marks of a tensor; as it is wanted, if it is elsewhere."""
     device, dtype = (tensor.device, tensor.dtype) if home is None else (home.device, home.dtype_of(tensor))
-    return kind_of(tensor, home), tuple(tensor.shape), tensor.stride(), dtype, device
+    return kind_of(tensor, home), tuple(tensor.shape), tensor.stride(), dtype, device, is_lazy(tensor)
 
 
 def _shown(value: object) -> str:

@@ -313,6 +313,28 @@ def test_members_of_enumerations_sets_and_flags_of_numpy_are_what_they_are(way: 
     assert counted(model) == 16
 
 
+@pytest.mark.parametrize("way", WAYS)
+def test_what_hangs_on_a_tensor_is_followed(way: str) -> None:
+    class Reads(Takes):
+        def forward(self, x: Any, mask: Tensor) -> Tensor:  # type: ignore[override]
+            return super().forward(x, mask) * getattr(x, "by", 1.0)
+
+    module = Reads(way)
+    model = optimized(module)
+    for _ in range(2):
+        for by in (None, 2.0, 3.0):
+            (inputs,) = calls({})
+            if by is not None:
+                inputs["x"].by = by
+            same(model, module, **inputs)
+    assert counted(model) == 3
+
+
+def test_a_sparse_tensor_is_refused() -> None:
+    with pytest.raises(CannotCapture, match=r"layout torch\.sparse_coo"):
+        key(x=torch.eye(3).to_sparse())
+
+
 def test_items_have_the_names_of_those_of_plain_containers() -> None:
     given = Arguments.of((), {"x": ONE, "other": Named(a=TWO)})
     assert given.names(Takes("dynamo")) == ["x", "other.a"]
