@@ -19,11 +19,9 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from dicompile.errors import CannotCapture
-from dicompile.lazy import is_lazy
 from dicompile.opened import PLAIN, comparable, flatten_comparable, is_item, opened
 
 _SIMPLE = frozenset(PLAIN)
-_LAYOUTS = (torch.strided, torch.jagged)
 
 
 class Like(NamedTuple):
@@ -49,18 +47,19 @@ class Like(NamedTuple):
         Raises:
             CannotCapture: it is sparse.
         """
-        if tensor.layout not in _LAYOUTS:
+        kind = type(tensor)
+        is_plain = kind is Tensor or kind is nn.Parameter
+        own = _attributes_of(tensor) if is_plain and tensor.__dict__ else None
+        if is_plain and tensor.layout is not torch.strided:
             raise CannotCapture(
                 f"an argument is a tensor of layout {tensor.layout}",
                 where="capture",
                 why="what its memory holds differs from call to call in more than values",
                 fix="pass it dense (to_dense), or make it from dense tensors in the forward",
             )
-        own = _attributes_of(tensor)
-        held = None if not own else flatten_comparable(own)
         return cls(
-            type(tensor), tensor.shape, tensor.stride(), tensor.dtype, tensor.device, tensor.requires_grad,
-            is_lazy(tensor), held,
+            kind, tensor.shape, tensor.stride(), tensor.dtype, tensor.device, tensor.requires_grad,
+            is_plain and (tensor.is_neg() or tensor.is_conj()), flatten_comparable(own) if own else None,
         )  # fmt: skip
 
     def is_laid_out(self, *, densely: bool) -> bool:
