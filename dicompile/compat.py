@@ -50,6 +50,8 @@ CLASSES_ARE_GUARDED = torch.__version__ >= "2.13"
 """Whether Dynamo has guards on what it reads of a class, and sees what a thread puts in its place; not torch 2.11."""
 LOGGING_IS_LEFT_OUT = torch.__version__ >= "2.13"
 """Whether Dynamo can leave out methods of loggers: that of 2.11 then fails to make JSON of its own settings."""
+MODES_ARE_TRACED = torch.__version__ >= "2.13"
+"""Whether Dynamo traces what a `TorchFunctionMode` around it does; that of 2.11 leaves it out."""
 CONTEXT_VARIABLES: tuple[type, ...] = tuple(filter(None, [getattr(torch._dynamo.source, "ContextVarGetSource", None)]))
 """Sources of Dynamo's that are values of context variables; before torch 2.14 it does not look into these."""
 UNNAMED_SCOPE = re.compile(r"___unnamed_scope_(\d+)_")

@@ -47,12 +47,12 @@ def ambient() -> tuple[object, ...]:
         cuda.cudnn_sdp_enabled(),
         *torch._C._get_sdp_priority_order(),
         _device.CURRENT_DEVICE,
-        *(_function_modes() if torch._C._len_torch_function_stack() else ()),
+        *(function_modes() if torch._C._len_torch_function_stack() else ()),
         *hooks_of_all(),
     )
 
 
-def _function_modes() -> Iterator[object]:
+def function_modes() -> Iterator[object]:
     """What sees every call of an operator (`TorchFunctionMode`), by what it holds; devices are told apart already."""
     for mode in _get_current_function_mode_stack():
         if isinstance(mode, _device.DeviceContext):

@@ -24,7 +24,7 @@ from torch._dynamo.comptime import comptime
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
-from dicompile.capture.ambient import HOOKS_OF_ALL, entry_of
+from dicompile.capture.ambient import HOOKS_OF_ALL, entry_of, function_modes
 from dicompile.capture.arguments import Arguments, TakenOut, Watched
 from dicompile.capture.captured import Captured, Changes, Unsettled, holds_tensor, packer
 from dicompile.capture.guards import (
@@ -49,6 +49,7 @@ from dicompile.compat import (
     CONTEXT_VARIABLES,
     LOGGING_IS_LEFT_OUT,
     METHODS_ARE_GUARDED,
+    MODES_ARE_TRACED,
     UNNAMED_SCOPE,
     DynamoCapture,
     dynamo_capture,
@@ -178,6 +179,13 @@ def trace(module: nn.Module, arguments: Arguments, stand_in: nn.Module | None = 
             where="capture",
             why=f"its functions say that they are of {absent}, and Dynamo looks there for what they read",
             fix="define its classes in a Python module that can be imported",
+        )
+    if not MODES_ARE_TRACED and any(function_modes()):
+        raise CannotCapture(
+            f"{type(module).__name__} is called within a torch function mode",
+            where="capture",
+            why=f"Dynamo of torch {torch.__version__} does not see what the mode does",
+            fix="call it outside of the mode, or install torch 2.13 or later",
         )
     numbers = dict(zip(arguments.numbers, arguments.tensors[len(arguments.given) :], strict=True))
     args, kwargs = arguments.filled(arguments.given)  # lists and dictionaries of our own: the caller's stay as they are
