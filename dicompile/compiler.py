@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
+import os
 import threading
 import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
@@ -94,8 +95,13 @@ log = logging.getLogger("dicompile")
 ONE_AT_A_TIME = threading.RLock()
 """Held while something is captured, rewritten or compiled, and never otherwise.
 
-torch.fx and Dynamo trace with global state; compiled code has none.
+torch.fx and Dynamo trace with global state; compiled code has none. A fork waits for it, too: its copy of what is half
+done would stay as it is.
 """
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(
+        before=ONE_AT_A_TIME.acquire, after_in_parent=ONE_AT_A_TIME.release, after_in_child=ONE_AT_A_TIME.release
+    )
 
 
 class Stopwatch(threading.local):
@@ -672,6 +678,7 @@ class Warmup:
         self._programs = programs
         self._asked: dict[TimestepSchedule, list[Future[None]]] = {}
         self._ready: frozenset[TimestepSchedule] = frozenset()
+        self._process = os.getpid()
 
     def is_ready(self, schedule: TimestepSchedule) -> bool:
         """True if every step of a run is compiled; asks for the code otherwise.
@@ -683,6 +690,8 @@ class Warmup:
         if schedule in self._ready and not self._asked:
             return True
         with ONE_AT_A_TIME:
+            if self._process != os.getpid():  # nobody answers a fork
+                self._asked, self._process = {}, os.getpid()
             if schedule not in self._ready and schedule not in self._asked:
                 self._asked[schedule] = self._ask(schedule)
             for asked, futures in list(self._asked.items()):

@@ -7,6 +7,7 @@ import logging
 from collections.abc import Sequence
 from concurrent.futures import Future
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -111,6 +112,18 @@ def test_a_partner_that_comes_when_the_code_is_there_runs_uncached_like_the_othe
             with dicompile.cache_context("late"):
                 call(model, sample.inputs, timestep, seed=i)
     assert dicompile.report(model).kinds == {"uncached": 2 * STEPS - 1}
+
+
+def test_a_fork_asks_anew_for_what_its_parent_waits_for(worker: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
+    sample = plain_dit(2)
+    model = warming(sample)
+    run(model, sample.inputs, timesteps(STEPS))
+    monkeypatch.setattr(compiler, "os", SimpleNamespace(getpid=lambda: -1))
+    worker.is_done = True  # the parent's is not
+    for _ in range(2):
+        run(model, sample.inputs, timesteps(STEPS))
+    assert len(worker.asked) == 2
+    assert dicompile.report(model).kinds == PLANNED
 
 
 def test_another_number_of_steps_needs_no_other_code(worker: Worker) -> None:

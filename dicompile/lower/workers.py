@@ -13,6 +13,7 @@ import atexit
 import functools
 import hashlib
 import logging
+import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -139,6 +140,24 @@ def _pool() -> SubprocPool:
     pool = SubprocPool(count_workers())
     atexit.register(pool.shutdown)
     return pool
+
+
+_OF_PARENTS: list[SubprocPool] = []
+"""Pools of the processes that this one was forked from: they are theirs to end."""
+
+
+def _leave_pool() -> None:
+    """Forget the pool that a fork has inherited: it has the pipes, but no thread that reads them."""
+    if _pool.cache_info().currsize:
+        pool = _pool()
+        atexit.unregister(pool.shutdown)
+        _OF_PARENTS.append(pool)
+    _pool.cache_clear()
+    _ASKED.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_leave_pool)
 
 
 def ask(requests: Sequence[Request], compile_: Compile) -> list[Future[None]]:
