@@ -47,7 +47,8 @@ def ambient() -> tuple[object, ...]:
         cuda.cudnn_sdp_enabled(),
         *torch._C._get_sdp_priority_order(),
         _device.CURRENT_DEVICE,
-        *(function_modes() if torch._C._len_torch_function_stack() else ()),
+        modes := torch._C._len_torch_function_stack(),
+        *(function_modes() if modes else ()),
         *hooks_of_all(),
     )
 
