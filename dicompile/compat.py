@@ -438,7 +438,7 @@ def transform_around() -> str | None:
     if torch.compiler.is_exporting():
         return "torch.export"
     tracers = (ProxyTorchDispatchMode, FakeTensorMode)
-    modes = _get_current_dispatch_mode_stack()
+    modes = dispatch_modes()
     if torch._C._dispatch_tls_is_dispatch_key_included(torch._C.DispatchKey.PreDispatch):  # else it is another thread's
         modes.append(mode_stack_state_for_pre_dispatch().get(0))
     return next((type(m).__name__ for m in modes if isinstance(m, tracers)), None)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-_PLAIN = frozenset((Tensor, nn.Parameter, nn.Buffer, FakeTensor))
+_PLAIN = frozenset((Tensor, nn.Parameter, FakeTensor))
 """Classes of tensors that have memory; others answer for themselves."""
 
 

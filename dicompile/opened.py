@@ -97,9 +97,14 @@ def opened_result(value: Any) -> Any:
     return _opened(value, is_result=True)
 
 
+def tensors_in(value: Any) -> list[Tensor]:
+    """The tensors in arguments, in order, each as often as it is in them; raises what `opened` does."""
+    return _tensors(opened(value))
+
+
 def tensors_in_result(value: Any) -> list[Tensor]:
-    """The tensors in a result, in order, each as often as it is in it."""
-    return [leaf for leaf in pytree.tree_leaves(opened_result(value)) if isinstance(leaf, Tensor)]
+    """The tensors in a result, in order, each as often as it is in it; raises what `opened_result` does."""
+    return _tensors(opened_result(value))
 
 
 def is_item(key: object) -> bool:
@@ -146,7 +151,7 @@ def _opened(value: Any, around: tuple[int, ...] = (), *, is_result: bool) -> Any
             raise (_refused_result if is_result else _refused_argument)(leaf) from None
         inner = (*around, id(leaf))
         inside = {name: _opened(item, inner, is_result=is_result) for name, item in held.items()}
-        return leaf if is_result and not _holds_tensor(inside) else _Opened(leaf, inside)
+        return leaf if is_result and not _tensors(inside) else _Opened(leaf, inside)
 
     return pytree.tree_map(of, value)
 
@@ -155,8 +160,8 @@ def _is_of_module(value: object) -> bool:
     return isinstance(value.__self__ if isinstance(value, types.MethodType) else value, nn.Module)
 
 
-def _holds_tensor(value: object) -> bool:
-    return any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(value))
+def _tensors(value: object) -> list[Tensor]:
+    return [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor)]
 
 
 def _refused_argument(value: object) -> CannotCapture:

@@ -17,7 +17,6 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 from torch._dynamo.eval_frame import OptimizedModule
-from torch.utils import _pytree as pytree
 
 from dicompile.compat import never_traced, without_dynamo
 from dicompile.compiler import CompiledFrame, Options
@@ -25,7 +24,7 @@ from dicompile.errors import UnsupportedModel
 from dicompile.gradients import check_no_mode, check_no_transform, without_gradients
 from dicompile.model import ModelCalls
 from dicompile.offload import HOOK_ATTRIBUTES, check_hooks, move_groups, move_hook, take_hook_back
-from dicompile.opened import opened
+from dicompile.opened import tensors_in
 from dicompile.runtime import Owner, cache_context
 from dicompile.sharded import is_hook_of
 
@@ -226,7 +225,7 @@ class CachedModel(OptimizedModule):
 
     def _differentiated(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Iterator[Tensor]:
         """What gradients may be meant for: arguments, and weights of a model in training."""
-        yield from (leaf for leaf in pytree.tree_leaves(opened((args, kwargs))) if isinstance(leaf, Tensor))
+        yield from tensors_in((args, kwargs))
         if self._orig_mod.training:
             yield from self._orig_mod.parameters()
 

@@ -62,6 +62,17 @@ def test_compiled_code_reads_values_and_not_memory(way: str) -> None:
                 torch.testing.assert_close(model(*inputs), module(*inputs), rtol=1e-4, atol=1e-4)
 
 
+def test_one_in_the_place_of_a_tensor_of_the_model_is_seen_and_the_other_way_round() -> None:
+    module = redraw(Shifted())
+    model = dicompile.optimize(copy.deepcopy(module), "none", schedule=timesteps(STEPS))
+    plain = complex_numbers(2, 1, 4, 16, 16).imag  # laid out as the negative is
+    for shift in (plain, negative(1, 1, 4, 16, 16), plain):
+        module.shift = model.shift = nn.Buffer(shift)
+        inputs = complex_numbers(0, 2, 4, 16, 16).imag, torch.full((2,), timesteps(STEPS)[0]), torch.tensor([1, 2])
+        with torch.no_grad():
+            torch.testing.assert_close(model(*inputs), module(*inputs), rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize(
     "tensor",
     [

@@ -19,9 +19,12 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from dicompile.errors import CannotCapture
+from dicompile.lazy import is_lazy
 from dicompile.opened import PLAIN, comparable, flatten_comparable, is_item, opened
 
 _SIMPLE = frozenset(PLAIN)
+_PLAIN = frozenset((Tensor, nn.Parameter))
+"""Classes of tensors that have no attributes of their own."""
 
 
 class Like(NamedTuple):
@@ -48,9 +51,8 @@ class Like(NamedTuple):
             CannotCapture: it is sparse.
         """
         kind = type(tensor)
-        is_plain = kind is Tensor or kind is nn.Parameter
-        own = _attributes_of(tensor) if is_plain and tensor.__dict__ else None
-        if is_plain and tensor.layout is not torch.strided:
+        own = _attributes_of(tensor) if tensor.__dict__ else None
+        if kind in _PLAIN and tensor.layout is not torch.strided:
             raise CannotCapture(
                 f"an argument is a tensor of layout {tensor.layout}",
                 where="capture",
@@ -59,7 +61,7 @@ class Like(NamedTuple):
             )
         return cls(
             kind, tensor.shape, tensor.stride(), tensor.dtype, tensor.device, tensor.requires_grad,
-            is_plain and (tensor.is_neg() or tensor.is_conj()), flatten_comparable(own) if own else None,
+            is_lazy(tensor), flatten_comparable(own) if own else None,
         )  # fmt: skip
 
     def is_laid_out(self, *, densely: bool) -> bool:
@@ -197,7 +199,7 @@ class Arguments:
 
 def _attributes_of(tensor: Tensor) -> dict[str, Any]:
     """What somebody has hung on a plain tensor; what Dynamo notes there is none of it."""
-    own = vars(tensor) if type(tensor) in (Tensor, nn.Parameter) else {}
+    own = vars(tensor) if type(tensor) in _PLAIN else {}
     return {name: value for name, value in own.items() if not name.startswith("_dynamo")} if own else own
 
 

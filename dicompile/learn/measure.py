@@ -13,15 +13,13 @@ from time import perf_counter
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from dicompile.compiler import COMPILING, CompiledFrame, Options
 from dicompile.device import wait_for
 from dicompile.errors import InvalidTiming
 from dicompile.learn.watch import followed
 from dicompile.model import ModelCalls
-from dicompile.opened import opened
+from dicompile.opened import tensors_in
 from dicompile.plan import TURN, StepPlan, TimedKind, TimestepSchedule, Timing, TimingFacts, timing_plan
 from dicompile.policies import NoCache
 from dicompile.runtime import Owner, RunReport, current_session
@@ -148,8 +146,7 @@ class Timer:
 
 def _device(*given: Any) -> torch.device:
     """Of the first tensor among the arguments of a call."""
-    tensors = (value for value in pytree.tree_leaves(opened(given)) if isinstance(value, Tensor))
-    return next((value.device for value in tensors), torch.device("cpu"))
+    return next((tensor.device for tensor in tensors_in(given)), torch.device("cpu"))
 
 
 def _kind(step: StepPlan, seconds: Sequence[float]) -> TimedKind:

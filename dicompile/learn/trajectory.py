@@ -25,7 +25,7 @@ from dicompile.errors import InvalidTrainingData
 from dicompile.learn.checkpoint import save_checkpoint
 from dicompile.learn.watch import one_followed, watch
 from dicompile.model import ModelCalls
-from dicompile.opened import opened
+from dicompile.opened import opened, tensors_in
 from dicompile.plan import Slot
 from dicompile.runtime import Seen
 from dicompile.wrapper import CachedModel, record_of
@@ -305,7 +305,7 @@ def _on_host(given: Mapping[str, Any], before: Mapping[str, Any]) -> dict[str, A
 
 
 def _tensors(calls: Sequence[Mapping[str, Any]]) -> list[Tensor]:
-    return [value for value in pytree.tree_leaves(opened(list(map(dict, calls)))) if isinstance(value, Tensor)]
+    return tensors_in(list(map(dict, calls)))
 
 
 def _about(these: Trajectories) -> str:
